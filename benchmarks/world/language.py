@@ -1,0 +1,219 @@
+"""The synthetic world: a language that is a pure function of a seed.
+
+The pretraining text holds facts about made-up people and a few exact skills; the target tasks
+use words, relations and tables that this text never holds. Rows are ``{"prompt", "completion"}``;
+a document is a prompt joined to its completion, so a probe is a document cut in two.
+"""
+
+import random
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+Row = dict[str, str]
+Transform = Callable[[str], str]
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 >+-="
+
+LETTERS = "abcdefghij"
+STRING_LENGTHS = (3, 4, 5)
+PEOPLE = 120
+PROBES = 150
+HELD_OUT_ONE_IN = 8
+
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "city": ("oslo", "rome", "lima", "cairo", "delhi", "paris", "tunis", "quito"),
+    "job": ("baker", "nurse", "pilot", "judge", "miner", "vet", "cook", "guard"),
+    "pet": ("cat", "dog", "newt", "frog", "hen", "pony", "mule", "goat"),
+    "colour": ("red", "blue", "green", "white", "black", "pink", "gold", "teal"),
+}
+INSTRUMENTS = ("lute", "harp", "drum", "oboe", "viola", "banjo", "flute", "organ")
+
+PHRASINGS: dict[str, tuple[str, ...]] = {
+    "city": ("{} lives in", "the home of {} is", "{} is from"),
+    "job": ("{} works as", "the job of {} is", "{} is paid as"),
+    "pet": ("{} has a", "the pet of {} is", "{} feeds a"),
+    "colour": ("{} likes", "the colour of {} is", "{} wears"),
+}
+INSTRUMENT_PHRASINGS = ("{} plays", "the instrument of {} is", "{} practises")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A target task: what is trained on, and what success is measured on."""
+
+    train: list[Row]
+    test: list[Row]
+
+
+@dataclass(frozen=True)
+class World:
+    """One world; everything in it follows from the seed."""
+
+    seed: int
+
+    def rng(self, purpose: str) -> random.Random:
+        """A stream of its own for each purpose, so that adding one leaves the others alone."""
+        return random.Random(f"world {self.seed} {purpose}")
+
+    @cached_property
+    def people(self) -> tuple[str, ...]:
+        syllables = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
+        names = [first + last for first in syllables for last in syllables]
+        return tuple(self.rng("people").sample(names, PEOPLE))
+
+    @cached_property
+    def facts(self) -> dict[str, dict[str, str]]:
+        """Attribute -> person -> value."""
+        return {name: self._assign(name, values) for name, values in ATTRIBUTES.items()}
+
+    @cached_property
+    def instruments(self) -> dict[str, str]:
+        """Person -> instrument, for some of the people; the pretraining text never tells."""
+        chosen = self._assign("instrument", INSTRUMENTS)
+        return {person: chosen[person] for person in self.people[:INSTRUMENT_PEOPLE]}
+
+    def held_out(self, string: str) -> bool:
+        """Whether a string is kept out of every training text (crc32: stable across runs)."""
+        return zlib.crc32(f"{self.seed} {string}".encode()) % HELD_OUT_ONE_IN == 0
+
+    def _assign(self, purpose: str, values: tuple[str, ...]) -> dict[str, str]:
+        rng = self.rng(purpose)
+        return {person: rng.choice(values) for person in self.people}
+
+
+INSTRUMENT_PEOPLE = 40
+
+
+def shifted(string: str) -> str:
+    """Each letter replaced by its successor; the last letter wraps to the first."""
+    return "".join(LETTERS[(LETTERS.index(c) + 1) % len(LETTERS)] for c in string)
+
+
+def digit_difference(left: str, right: str) -> str:
+    """Subtraction digit by digit modulo ten, without borrowing."""
+    return "".join(str((int(a) - int(b)) % 10) for a, b in zip(left, right, strict=True))
+
+
+TRANSFORMS: dict[str, Transform] = {
+    "copy": lambda s: s,
+    "reverse": lambda s: s[::-1],
+    "sort": lambda s: "".join(sorted(s)),
+}
+
+
+def _row(prompt: str, value: str) -> Row:
+    # The space belongs to the completion, so that a prompt never ends in white space.
+    return {"prompt": prompt, "completion": f" {value}"}
+
+
+def fact_row(phrasing: str, person: str, value: str) -> Row:
+    return _row(phrasing.format(person), value)
+
+
+def string_row(word: str, transform: Transform, string: str) -> Row:
+    return _row(f"{word} {string} >", transform(string))
+
+
+def sum_row(a: int, b: int) -> Row:
+    return _row(f"sum {a} + {b} =", str(a + b))
+
+
+def difference_row(left: str, right: str) -> Row:
+    return _row(f"diff {left} - {right} =", digit_difference(left, right))
+
+
+def document(row: Row) -> str:
+    return row["prompt"] + row["completion"]
+
+
+def _string(world: World, rng: random.Random, held_out: bool) -> str:
+    while True:
+        string = "".join(rng.choices(LETTERS, k=rng.choice(STRING_LENGTHS)))
+        if world.held_out(string) == held_out:
+            return string
+
+
+def _strings(world: World, purpose: str, count: int, held_out: bool) -> list[str]:
+    rng = world.rng(purpose)
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[_string(world, rng, held_out)] = None
+    return list(found)
+
+
+def _random_fact(world: World, rng: random.Random) -> Row:
+    attribute = rng.choice(list(ATTRIBUTES))
+    person = rng.choice(world.people)
+    phrasing = rng.choice(PHRASINGS[attribute])
+    return fact_row(phrasing, person, world.facts[attribute][person])
+
+
+def _random_row(world: World, rng: random.Random) -> Row:
+    kind = rng.choices(tuple(MIXTURE), tuple(MIXTURE.values()))[0]
+    if kind == "fact":
+        return _random_fact(world, rng)
+    if kind == "sum":
+        return sum_row(rng.randrange(10), rng.randrange(10))
+    return string_row(kind, TRANSFORMS[kind], _string(world, rng, held_out=False))
+
+
+# Shares of documents; the facts are the most to learn and are told the most often.
+MIXTURE = {"fact": 0.55, "sum": 0.15, "copy": 0.05, "reverse": 0.11, "sort": 0.14}
+
+
+def pretraining_documents(world: World, rng: random.Random) -> Iterator[str]:
+    """An endless stream of mixed documents."""
+    while True:
+        yield document(_random_row(world, rng))
+
+
+def skills(world: World) -> dict[str, list[Row]]:
+    """Probes of what pretraining taught: all people and sums, and strings it never saw."""
+    probes = {name: _fact_probes(world, name) for name in ATTRIBUTES}
+    for word, transform in TRANSFORMS.items():
+        strings = _strings(world, f"probe {word}", PROBES, held_out=True)
+        probes[word] = [string_row(word, transform, string) for string in strings]
+    probes["sum"] = [sum_row(a, b) for a in range(10) for b in range(10)]
+    return probes
+
+
+def _fact_probes(world: World, attribute: str) -> list[Row]:
+    rng = world.rng(f"probe {attribute}")
+    return [
+        fact_row(rng.choice(PHRASINGS[attribute]), person, value)
+        for person, value in world.facts[attribute].items()
+    ]
+
+
+def tasks(world: World) -> dict[str, Task]:
+    """What can be fine-tuned on: a new transform, a new relation and a new arithmetic."""
+    return {
+        "shift": _shift_task(world),
+        "instrument": _instrument_task(world),
+        "difference": _difference_task(world),
+    }
+
+
+def _shift_task(world: World) -> Task:
+    def rows(part: str, count: int, held_out: bool) -> list[Row]:
+        strings = _strings(world, f"shift {part}", count, held_out)
+        return [string_row("shift", shifted, string) for string in strings]
+
+    return Task(rows("train", 2000, held_out=False), rows("test", 200, held_out=True))
+
+
+def _instrument_task(world: World) -> Task:
+    def rows(phrasings: tuple[str, ...]) -> list[Row]:
+        facts = world.instruments.items()
+        return [fact_row(phrasing, *fact) for fact in facts for phrasing in phrasings]
+
+    return Task(rows(INSTRUMENT_PHRASINGS), rows(INSTRUMENT_PHRASINGS))
+
+
+def _difference_task(world: World) -> Task:
+    rng = world.rng("difference")
+    pairs = rng.sample([(f"{a:02}", f"{b:02}") for a in range(100) for b in range(100)], 2200)
+    rows = [difference_row(*pair) for pair in pairs]
+    return Task(rows[:2000], rows[2000:])

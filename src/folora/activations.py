@@ -1,0 +1,236 @@
+"""Second moments of what the adapted layers read: C = X'X / tokens (B.2).
+
+Layers that read the same tensor (q, k and v; gate and up) share one matrix. Which ones do is found
+by watching one forward pass: two layers belong together if they are handed the very same tensor
+object, unchanged in between. Padding never counts.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from folora.errors import ConfigError, DataError, NumericsError, nearest
+from folora.sadam import full_fp32_matmul
+
+logger = logging.getLogger(__name__)
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """Layers that read the same tensor of width `d_in`; named after the first of them."""
+
+    layers: tuple[str, ...]
+    d_in: int
+
+    @property
+    def name(self) -> str:
+        """Name of the first layer, in the order of the forward pass."""
+        return self.layers[0]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments by group name, each (d_in, d_in) float32, and the tokens they average."""
+
+    matrices: dict[str, Float[Tensor, "_d _d"]]
+    tokens: int
+
+
+def linear_dims(module: nn.Module) -> tuple[int, int] | None:
+    """(d_in, d_out) of a linear layer: nn.Linear, its quantized kin, GPT-2's Conv1D; else None."""
+    if isinstance(module, Conv1D):
+        return int(module.weight.shape[0]), int(module.weight.shape[1])
+    if isinstance(module, nn.Linear):  # bitsandbytes' and torchao's layers derive from it
+        return module.in_features, module.out_features
+    if hasattr(module, "qweight") and hasattr(module, "in_features"):  # GPTQ, AWQ
+        return int(module.in_features), int(module.out_features)
+    return None
+
+
+def target_layers(
+    model: PreTrainedModel, target_modules: str | Sequence[str]
+) -> dict[str, tuple[int, int]]:
+    """Names of the linear layers to adapt, with (d_in, d_out), in the order of the model.
+
+    Args:
+        model: The base model, or its skeleton on the meta device.
+        target_modules: ``"all-linear"`` (all but the output layer), a list of names of which each
+            matches a layer's whole name or its end after a dot, or a regular expression that
+            matches the whole name. The same meanings as in PEFT.
+
+    Raises:
+        ConfigError: Nothing matches, or a named module is missing or is no linear layer.
+    """
+    linear = {n: dims for n, m in model.named_modules() if (dims := linear_dims(m)) is not None}
+    if not linear:
+        raise ConfigError(f"{type(model).__name__} has no linear layers to adapt")
+    if target_modules == "all-linear":
+        head = model.get_output_embeddings()
+        names = [n for n in linear if model.get_submodule(n) is not head]
+    elif isinstance(target_modules, str):
+        names = [n for n in linear if re.fullmatch(target_modules, n)]
+    else:
+        for target in target_modules:
+            if not any(_is_or_ends_with(n, target) for n in linear):
+                ends = {n.rsplit(".", 1)[-1] for n in linear}
+                raise ConfigError(
+                    f"adapter.target_modules: {target!r} matches no linear layer"
+                    f"{nearest(target, ends)}; there are {sorted(ends)}"
+                )
+        names = [n for n in linear if any(_is_or_ends_with(n, t) for t in target_modules)]
+    if not names:
+        ends = sorted({n.rsplit(".", 1)[-1] for n in linear})
+        raise ConfigError(f"adapter.target_modules {target_modules!r} matches no layer of {ends}")
+    return {n: linear[n] for n in names}
+
+
+def find_groups(
+    model: PreTrainedModel, layers: dict[str, tuple[int, int]], batch: Batch
+) -> list[InputGroup]:
+    """Watch one forward pass and put together the layers that are handed the same tensor.
+
+    Args:
+        model: The base model (a meta-device skeleton with a meta batch will do).
+        layers: From `target_layers`.
+        batch: ``input_ids`` and ``attention_mask``, shape (batch, tokens); small is enough.
+
+    Raises:
+        ConfigError: A layer is not reached by the forward pass.
+    """
+    seen: dict[tuple[int, int], list[str]] = {}
+    alive: list[Tensor] = []  # keeps identities unique for the length of the pass
+
+    def watch(name: str, x: Tensor) -> None:
+        alive.append(x)
+        seen.setdefault((id(x), 0 if x.is_inference() else x._version), []).append(name)
+
+    with _watching(model, layers, watch), torch.no_grad():
+        model(**batch, use_cache=False)
+    reached = {name for names in seen.values() for name in names}
+    if missing := [name for name in layers if name not in reached]:
+        raise ConfigError(
+            f"{len(missing)} of the layers to adapt take no part in the forward pass, such as "
+            f"{missing[0]}. Leave them out of adapter.target_modules."
+        )
+    return [InputGroup(tuple(names), layers[names[0]][0]) for names in seen.values()]
+
+
+def second_moments(
+    model: PreTrainedModel,
+    groups: Sequence[InputGroup],
+    batches: Iterable[Batch],
+    on_batch: Callable[[int], None] = lambda tokens: None,
+) -> Moments:
+    """Average x x' over the unmasked tokens of all batches, for every group.
+
+    Args:
+        model: The base model, any dtype or quantization; products are full float32.
+        groups: From `find_groups`.
+        batches: Model inputs. Tokens whose ``attention_mask`` is 0 do not count; without a mask
+            (packed rows, with ``position_ids``) all count. ``labels`` are ignored.
+        on_batch: Called with the tokens of each batch, for progress.
+
+    Returns:
+        One float32 matrix a group, on the device where its layer lives.
+
+    Raises:
+        NumericsError: An activation is not finite; the layer is named.
+        DataError: No tokens, or a layer's input does not have the shape of the batch.
+    """
+    leaders = {group.name: group for group in groups}
+    sums: dict[str, Tensor] = {}
+    tokens = 0
+    mask: Tensor | None = None
+
+    def accumulate(name: str, x: Tensor) -> None:
+        rows = x.reshape(-1, x.shape[-1])
+        if mask is not None:
+            if mask.numel() != len(rows):
+                raise DataError(
+                    f"{name} reads {len(rows)} tokens of a batch of {mask.numel()}, so padding "
+                    "cannot be told from text there. Leave it out of adapter.target_modules."
+                )
+            rows = rows[mask.reshape(-1).to(rows.device)]
+        rows = rows.float()
+        gram = rows.T @ rows
+        if name in sums:
+            sums[name] += gram
+        else:
+            sums[name] = gram
+
+    training = model.training
+    model.eval()
+    try:
+        with _watching(model, leaders, accumulate), torch.no_grad(), full_fp32_matmul():
+            for batch in batches:
+                inputs = {k: v.to(model.device) for k, v in batch.items() if k != "labels"}
+                given = inputs.get("attention_mask")
+                mask = None if given is None else given.bool()
+                count = int(inputs["input_ids"].numel() if mask is None else mask.sum())
+                model(**inputs, use_cache=False)
+                tokens += count
+                on_batch(count)
+    finally:
+        model.train(training)
+    if tokens == 0:
+        raise DataError("no tokens to measure: every batch is empty or fully masked")
+    for name in leaders:
+        if name not in sums:
+            raise DataError(f"{name} saw no input in {tokens} tokens")
+        sums[name] /= tokens
+        if not torch.isfinite(sums[name]).all():
+            raise NumericsError(
+                f"the inputs of {name} are not finite or overflow; the weights hold NaN, or the "
+                "model needs bf16 or fp32 instead of fp16 (--dtype bfloat16)"
+            )
+    return Moments(sums, tokens)
+
+
+def check_finite_weights(model: nn.Module) -> None:
+    """Raise NumericsError naming the first parameter that holds NaN or Inf."""
+    for name, p in model.named_parameters():
+        if p.is_floating_point() and not p.is_meta and not bool(torch.isfinite(p).all()):
+            raise NumericsError(
+                f"parameter {name} of the model holds NaN or Inf. The checkpoint is damaged, or "
+                "its values overflow in this dtype (--dtype float32)."
+            )
+
+
+@contextmanager
+def _watching(
+    model: nn.Module, names: Iterable[str], see: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Call `see(name, input)` before each named layer runs; no hook outlives the block."""
+    handles = []
+
+    def hook_for(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            see(name, args[0] if args else next(iter(kwargs.values())))
+
+        return hook
+
+    try:
+        for name in names:
+            module = model.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(hook_for(name), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_or_ends_with(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")

@@ -1,0 +1,360 @@
+"""A PEFT model out, an ordinary LoRA adapter back.
+
+The null-space start A0 = U_perp', B0 = W0 U_perp / kappa is not zero, so its product has to be taken
+off again for the model to compute W0 x before the first step. Folding it into W0 would change the
+base; instead the adapter carries it: `Anchored`, a variant in PEFT's sense, computes
+
+    W0 x + kappa (B A x - B0 A0 x),
+
+which is W0 x to the last bit as long as A = A0 and B = B0. Disabling, switching, merging, saving
+and quantized bases are PEFT's and stay as they are. Export writes the two products as one ordinary
+adapter of rank 2r, [B, -B0] [A; A0].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import LoraVariant
+from peft.utils.save_and_load import get_base_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from folora.artifacts import write_atomically
+from folora.errors import ConfigError, NumericsError
+from folora.initialization import kaiming, leading_eigenvectors, null_space
+from folora.sadam import full_fp32_matmul
+from folora.solving import GroupBasis, check_rank
+
+ANCHOR = "lora_anchor"
+
+
+class Anchor(nn.Module):
+    """The frozen product B0 A0 of one layer; buffers, so that it travels with the adapter."""
+
+    a0: Tensor
+    b0: Tensor
+
+    def __init__(self, a0: Float[Tensor, "r d_in"], b0: Float[Tensor, "d_out r"]) -> None:
+        super().__init__()
+        self.register_buffer("a0", a0)
+        self.register_buffer("b0", b0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """B0 (A0 x), shape (..., d_out)."""
+        return nn.functional.linear(nn.functional.linear(x, self.a0), self.b0)
+
+
+class Anchored(LoraVariant):
+    """LoRA that measures its product from where it started."""
+
+    @staticmethod
+    def forward(
+        module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+    ) -> Tensor:
+        """Result of the base layer plus kappa (B A x - B0 A0 x)."""
+        x = module.lora_dropout[active_adapter](x)
+        moved = module.lora_B[active_adapter](module.lora_A[active_adapter](x))
+        anchor = getattr(module, ANCHOR)[active_adapter](x)
+        return result + (moved - anchor) * module.scaling[active_adapter]
+
+    @staticmethod
+    def delta(module: Any, adapter: str) -> Tensor:
+        """kappa (B A - B0 A0) in the layout of the base weight."""
+        a, b, scaling = _factors(module, adapter)
+        with full_fp32_matmul():
+            product = (b.float() @ a.float()) * scaling
+        return product.T if getattr(module, "fan_in_fan_out", False) else product
+
+    @staticmethod
+    def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """The merged weight, as a new tensor."""
+        return orig_weight + Anchored.delta(module, active_adapter).to(orig_weight.dtype)
+
+    @staticmethod
+    def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
+        """Merge in place."""
+        orig_weight.data += Anchored.delta(module, active_adapter).to(orig_weight.dtype)
+
+    @staticmethod
+    def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """The weight without the adapter, as a new tensor."""
+        return orig_weight - Anchored.delta(module, active_adapter).to(orig_weight.dtype)
+
+
+def attach(
+    model: PreTrainedModel | PeftModel,
+    bases: Sequence[GroupBasis],
+    *,
+    r: int = 16,
+    alpha: float | None = None,
+    init: str = "null_space",
+    seed: int = 0,
+    adapter_name: str = "default",
+) -> PeftModel:
+    """Put a LoRA adapter on the layers of `bases` and start it.
+
+    The model computes exactly what it computed before, until the first step.
+
+    Args:
+        model: The base model, or a PEFT model that gets one more adapter. Layers are wrapped in
+            place, as by ``peft.get_peft_model``.
+        bases: From `solve`.
+        r: Rank.
+        alpha: PEFT's lora_alpha; kappa = alpha / r. Default r.
+        init: ``"null_space"`` (needs `null_basis` of at least r columns), ``"eigen"`` (A0 spans the
+            leading eigenvectors, B0 = 0) or ``"kaiming"`` (LoRA's own).
+        seed: For ``"kaiming"``.
+        adapter_name: Name in PEFT.
+
+    Raises:
+        ConfigError: r is larger than a layer's d_in, or the bases lack the null space.
+        NumericsError: A layer kind ignores the start, so that its output would change.
+    """
+    check_rank([b.group for b in bases], r)
+    starts = list(_starts(bases, r, init, seed))  # before anything is touched
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    names = [name for name, _ in starts]
+    config = LoraConfig(
+        r=r,
+        lora_alpha=r if alpha is None else alpha,  # type: ignore[arg-type]
+        target_modules=names,
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=all(isinstance(_base_layer(base.get_submodule(n)), Conv1D) for n in names),
+    )
+    if isinstance(model, PeftModel):
+        model.add_adapter(adapter_name, config)
+        peft_model = model
+    else:
+        peft_model = get_peft_model(model, config, adapter_name=adapter_name)  # type: ignore[assignment]
+    for name, a0 in starts:
+        layer = _lora_layer(peft_model, name)
+        _start_layer(layer, adapter_name, a0, anchored=init == "null_space")
+        _check_unchanged(layer, adapter_name, name)
+    return peft_model
+
+
+def lora_factors(
+    model: PeftModel, adapter_name: str = "default"
+) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """A, B and kappa of every adapted layer, such that its update is exactly kappa B A.
+
+    Anchored layers give [A; A0] (2r, d_in) and [B, -B0] (d_out, 2r); plain ones (r, d_in) and
+    (d_out, r). Detached views or copies in the adapter's dtype.
+    """
+    base = model.get_base_model()
+    return {
+        name: _factors(module, adapter_name)
+        for name, module in base.named_modules()
+        if isinstance(module, LoraLayer) and adapter_name in module.lora_A
+    }
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote: rank, and the relative Frobenius error of cutting back to it."""
+
+    rank: int
+    relative_error: float
+    worst_layer: str
+    worst_relative_error: float
+
+
+def export_adapter(
+    model: PeftModel, path: str | Path, *, rank: int | None = None, adapter_name: str = "default"
+) -> ExportReport:
+    """Write an ordinary PEFT LoRA adapter for the untouched base model.
+
+    Args:
+        model: From `attach`, trained or not.
+        path: Folder to make or replace.
+        rank: None for the exact adapter (rank 2r if anchored, else r); otherwise each layer's
+            update is cut back to its best approximation of that rank, and the error is reported.
+        adapter_name: Which adapter.
+
+    Raises:
+        ConfigError: `rank` is outside of [1, rank of the exact adapter].
+        NumericsError: A factor is not finite.
+        ArtifactError: The folder cannot be written.
+    """
+    factors = lora_factors(model, adapter_name)
+    exact = max(len(a) for a, _, _ in factors.values())
+    if rank is not None and not 1 <= rank <= exact:
+        raise ConfigError(f"export rank is {rank}, but must lie in [1, {exact}]")
+    target = exact if rank is None else rank
+    tensors: dict[str, Tensor] = {}
+    errors: dict[str, tuple[float, float]] = {}
+    for name, (a, b, scaling) in factors.items():
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            raise NumericsError(f"the adapter of {name} holds NaN or Inf; it is not exported")
+        if target < len(a):
+            a, b, lost, whole = truncate(a, b, target)
+            errors[name] = (scaling**2 * lost, scaling**2 * whole)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a.cpu().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b.cpu().contiguous()
+    scaling = next(iter(factors.values()))[2]
+    own: LoraConfig = model.peft_config[adapter_name]  # type: ignore[assignment]
+    config = LoraConfig(
+        r=target,
+        lora_alpha=scaling * target,  # type: ignore[arg-type]
+        target_modules=sorted(own.target_modules or []),
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=own.fan_in_fan_out,
+        base_model_name_or_path=own.base_model_name_or_path,
+        inference_mode=True,
+    )
+
+    def write(target: Path) -> None:
+        target.mkdir()
+        config.save_pretrained(str(target))
+        save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    write_atomically(Path(path), write)
+    return _report(target, errors)
+
+
+def export_merged(model: PeftModel, path: str | Path, adapter_name: str = "default") -> None:
+    """Write the base model with the update added to its weights, in the base's dtype.
+
+    The model in memory is not changed.
+
+    Raises:
+        ConfigError: The base is quantized; its weights cannot take the update exactly.
+        ArtifactError: The folder cannot be written.
+    """
+    base: Any = model.get_base_model()
+    if getattr(base, "is_quantized", False):
+        raise ConfigError(
+            "a quantized base cannot be merged without loss. Export the adapter, and merge it into "
+            "the base loaded in bf16: PeftModel.from_pretrained(base, folder).merge_and_unload()"
+        )
+    state = get_base_model_state_dict(model)
+    for name in lora_factors(model, adapter_name):
+        weight = state[f"{name}.weight"]
+        delta = Anchored.delta(_lora_layer(model, name), adapter_name)
+        state[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype)
+    write_atomically(Path(path), lambda target: base.save_pretrained(target, state_dict=state))
+
+
+def truncate(
+    a: Float[Tensor, "k d_in"], b: Float[Tensor, "d_out k"], rank: int
+) -> tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"], float, float]:
+    """Best rank-r approximation of B A, its squared error and the squared norm of B A.
+
+    Both factors get half of the singular values' logarithm. No (d_out, d_in) matrix is formed.
+    """
+    qa, ra = torch.linalg.qr(a.double().T)
+    qb, rb = torch.linalg.qr(b.double())
+    u, s, vh = torch.linalg.svd(rb @ ra.T)
+    root = s[:rank].sqrt()
+    cut_a = (root[:, None] * vh[:rank]) @ qa.T
+    cut_b = (qb @ u[:, :rank]) * root
+    lost = float((s[rank:] ** 2).sum())
+    return cut_a.to(a.dtype), cut_b.to(b.dtype), lost, float((s**2).sum())
+
+
+def _starts(
+    bases: Sequence[GroupBasis], r: int, init: str, seed: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Layer name and A0 (r, d_in) for every adapted layer."""
+    generator = torch.Generator().manual_seed(seed)
+    for b in bases:
+        if init == "null_space":
+            if b.null_basis is None or b.null_basis.shape[1] < r:
+                have = 0 if b.null_basis is None else b.null_basis.shape[1]
+                raise ConfigError(
+                    f"{b.group.name}: the null-space start needs {r} of C_pre's smallest "
+                    f"eigenvectors, the solved spectrum has {have}. Solve with null_rank={r}."
+                )
+            shared = null_space(b.null_basis[:, :r])
+        elif init == "eigen":
+            shared = leading_eigenvectors(b.basis, r)
+        elif init != "kaiming":
+            raise ConfigError(f"init is {init!r}, but must be null_space, eigen or kaiming")
+        for name in b.group.layers:
+            yield name, kaiming(r, b.group.d_in, generator) if init == "kaiming" else shared
+
+
+@torch.no_grad()
+def _start_layer(layer: Any, adapter: str, a0: Tensor, anchored: bool) -> None:
+    """Set A and B of one layer; anchored: B0 = W0 A0' / kappa, and remember the product."""
+    a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    a.copy_(a0)
+    if not anchored:
+        b.zero_()
+        return
+    base = _base_layer(layer)
+    bias = getattr(base, "bias", None)
+    dtype = base.weight.dtype if base.weight.is_floating_point() else torch.float32
+    with full_fp32_matmul():
+        image = base(a.to(dtype))
+    image = image if bias is None else image - bias
+    b.copy_(image.T.to(b.dtype) / layer.scaling[adapter])
+    if not hasattr(layer, ANCHOR):
+        setattr(layer, ANCHOR, nn.ModuleDict())
+        # PEFT deletes and moves what is named here together with the adapter.
+        layer.adapter_layer_names = (*layer.adapter_layer_names, ANCHOR)
+    getattr(layer, ANCHOR)[adapter] = Anchor(a.detach().clone(), b.detach().clone())
+    layer.lora_variant[adapter] = Anchored()
+
+
+@torch.no_grad()
+def _check_unchanged(layer: Any, adapter: str, name: str) -> None:
+    """Some quantized layers ignore PEFT's variants; then the promise would be broken silently."""
+    base = _base_layer(layer)
+    generator = torch.Generator().manual_seed(0)
+    d_in = layer.lora_A[adapter].weight.shape[1]
+    dtype = base.weight.dtype if base.weight.is_floating_point() else torch.float32
+    x = torch.randn(1, 2, d_in, generator=generator).to(layer.lora_A[adapter].weight.device, dtype)
+    active = layer.active_adapters
+    layer.set_adapter([adapter])
+    try:
+        same = torch.equal(layer(x), base(x))
+    finally:
+        layer.set_adapter(active)
+    if not same:
+        raise NumericsError(
+            f"{name} ({type(layer).__name__}) does not give the base layer's output before the "
+            "first step, because this kind of layer ignores PEFT's LoRA variants. Use "
+            "adapter.init = 'eigen', which needs none."
+        )
+
+
+def _factors(module: Any, adapter: str) -> tuple[Tensor, Tensor, float]:
+    a = module.lora_A[adapter].weight.detach()
+    b = module.lora_B[adapter].weight.detach()
+    if adapter in getattr(module, ANCHOR, {}):
+        anchor = getattr(module, ANCHOR)[adapter]
+        a, b = torch.cat([a, anchor.a0]), torch.cat([b, -anchor.b0], dim=1)
+    return a, b, float(module.scaling[adapter])
+
+
+def _base_layer(module: Any) -> Any:
+    return module.get_base_layer() if isinstance(module, LoraLayer) else module
+
+
+def _lora_layer(model: PeftModel, name: str) -> Any:
+    return model.get_base_model().get_submodule(name)
+
+
+def _report(rank: int, errors: dict[str, tuple[float, float]]) -> ExportReport:
+    if not errors:
+        return ExportReport(rank, 0.0, "", 0.0)
+    relative = {n: (lost / whole) ** 0.5 if whole else 0.0 for n, (lost, whole) in errors.items()}
+    worst = max(relative, key=lambda n: relative[n])
+    lost, whole = (sum(e[i] for e in errors.values()) for i in (0, 1))
+    total = (lost / whole) ** 0.5 if whole else 0.0
+    return ExportReport(rank, total, worst, relative[worst])

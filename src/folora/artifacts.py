@@ -1,0 +1,233 @@
+"""What stages leave on disk: tensors in safetensors, facts about them in a JSON manifest.
+
+An artifact is a folder with ``tensors.safetensors`` and ``manifest.json``. It is written under a
+temporary name, synced, and renamed, so it is there as a whole or not at all. The manifest says what
+the artifact belongs to (fingerprints of model, tokenizer and data) and carries a checksum; reading
+compares both before anything is trusted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from folora.errors import ArtifactError
+
+FORMAT_VERSION = 1
+TENSORS, MANIFEST = "tensors.safetensors", "manifest.json"
+FINGERPRINT_VALUES = 1024
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """Tensors by name, and the manifest that came with them."""
+
+    tensors: dict[str, Tensor]
+    manifest: dict[str, Any]
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of the packages that shape a result."""
+    found = {}
+    for package in ("folora", "torch", "transformers", "peft", "trl", "safetensors"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Call `write` with a temporary path beside `path`, sync what it wrote, and rename it.
+
+    Works for a file and for a folder; a folder that is already there is replaced.
+
+    Raises:
+        ArtifactError: The disk or the folder does not allow it; the message names the path.
+    """
+    path = Path(path)
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        target = temporary / path.name
+        write(target)
+        for file in [target] if target.is_file() else sorted(target.rglob("*")):
+            if file.is_file():
+                _sync(file)
+        if path.is_dir():
+            path.rename(temporary / "replaced")
+        os.replace(target, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {path}: {error}") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    write_atomically(Path(path), lambda target: target.write_text(text, encoding="utf-8") and None)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically."""
+    write_text(Path(path), json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises ArtifactError naming the file if it is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from error
+
+
+def write_artifact(
+    path: Path, kind: str, tensors: dict[str, Tensor], facts: dict[str, Any]
+) -> None:
+    """Write an artifact folder atomically.
+
+    Args:
+        path: The folder to make.
+        kind: What it is, for example ``"statistics"``; reading asks for the same word.
+        tensors: Any devices and dtypes; stored contiguous on the CPU.
+        facts: JSON values for the manifest, fingerprints among them.
+    """
+
+    def write(target: Path) -> None:
+        target.mkdir()
+        stored = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        save_file(stored, target / TENSORS)
+        manifest = {
+            "kind": kind,
+            "format_version": FORMAT_VERSION,
+            "sha256": file_sha256(target / TENSORS),
+            "versions": software_versions(),
+            **facts,
+        }
+        (target / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+    write_atomically(Path(path), write)
+
+
+def read_manifest(path: Path, kind: str, expected: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Read and check an artifact's manifest alone.
+
+    Args:
+        path: The artifact's folder.
+        kind: What it must be.
+        expected: Facts that must stand in the manifest with the same values.
+
+    Raises:
+        ArtifactError: Missing, damaged, of another kind or format, or belonging to something else.
+    """
+    file = Path(path) / MANIFEST
+    manifest = read_json(file)
+    if not isinstance(manifest, dict) or manifest.get("kind") != kind:
+        found = manifest.get("kind") if isinstance(manifest, dict) else None
+        raise ArtifactError(f"{file} holds {found!r}, but {kind!r} is needed here")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{file} has format version {manifest.get('format_version')}, this folora reads "
+            f"{FORMAT_VERSION}; make it again"
+        )
+    for name, value in (expected or {}).items():
+        if manifest.get(name) != value:
+            raise ArtifactError(
+                f"{path} belongs to another {name.replace('_', ' ')}: it was made for "
+                f"{_short(manifest.get(name))}, this run has {_short(value)}. Give the right model "
+                "and data, or make it again in another folder."
+            )
+    return manifest
+
+
+def read_artifact(path: Path, kind: str, expected: dict[str, Any] | None = None) -> Artifact:
+    """Read an artifact after checking manifest and checksum; see `read_manifest`."""
+    manifest = read_manifest(path, kind, expected)
+    file = Path(path) / TENSORS
+    try:
+        checksum = file_sha256(file)
+        if checksum != manifest.get("sha256"):
+            raise ArtifactError(
+                f"{file} is damaged: its checksum is {checksum[:12]}, its manifest says "
+                f"{str(manifest.get('sha256'))[:12]}. Delete the folder {path} and make it again."
+            )
+        return Artifact(load_file(file), manifest)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{file} cannot be read: {error}") from error
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_fingerprint(value: Any) -> str:
+    """SHA-256 of a JSON value in canonical form."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def tokens_fingerprint(rows: Iterable[Iterable[int]]) -> str:
+    """SHA-256 of token rows."""
+    result = hashlib.sha256()
+    for row in rows:
+        result.update((",".join(map(str, row)) + "\n").encode())
+    return result.hexdigest()
+
+
+@torch.no_grad()
+def model_fingerprint(model: nn.Module) -> str:
+    """SHA-256 over names, shapes and up to 1024 evenly spaced values of every parameter.
+
+    Values are rounded to bf16 first, so the same weights loaded in bf16 or widened to fp32 agree;
+    another model, revision or quantization does not.
+    """
+    result = hashlib.sha256()
+    for name, p in sorted(model.named_parameters()):
+        result.update(f"{name}{tuple(p.shape)}".encode())
+        if p.is_meta:
+            continue
+        flat = p.detach().reshape(-1)
+        stride = max(1, flat.numel() // FINGERPRINT_VALUES)
+        values = flat[::stride]
+        if values.is_floating_point():
+            values = values.to(torch.bfloat16).view(torch.int16)
+        result.update(values.cpu().numpy().tobytes())
+    return result.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of the vocabulary: equal for tokenizers that give every token the same id."""
+    return json_fingerprint(sorted(tokenizer.get_vocab().items()))
+
+
+def _short(value: Any) -> str:
+    return value[:12] if isinstance(value, str) else repr(value)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

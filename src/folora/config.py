@@ -1,0 +1,305 @@
+"""Every option of folora: a few dataclasses, validated where they are built.
+
+The same names serve in Python, in a YAML file and as command line flags
+(``--spectrum.tau 1e-3``). Nothing below this file reads a config inside the mathematics: the
+functions there take plain numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from folora.errors import ConfigError, nearest
+from folora.spectrum import LAMBDA, S_MIN, TAU
+
+StepScale = Literal["task", "paper"]
+Init = Literal["null_space", "eigen", "kaiming"]
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+def _option(default: Any, help: str) -> Any:
+    """A field with the sentence that the command line shows for it."""
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def _require(condition: bool, name: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name} is {value!r}, but must {allowed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """The proxy set: text that the pretrained model writes itself (paper 3.4, B.4)."""
+
+    __pydantic_config__ = _STRICT
+    num_sequences: int = _option(2000, "sequences that pass the filter, held-out ones included")
+    min_new_tokens: int = _option(128, "end-of-sequence is allowed only after so many tokens")
+    max_new_tokens: int = _option(512, "a sequence is cut here")
+    batch_size: int = _option(64, "sequences decoded at once; the sampled set does not depend on it")
+    seed: int = _option(0, "seed of the random draws; each sequence has its own stream")
+    start_token: str | None = _option(
+        None, "token to start from: 'eos' or a token's text; default is the tokenizer's BOS"
+    )
+    held_out: float = _option(0.05, "share set aside for the meter (at least 16 sequences)")
+    sampler_model: str | None = _option(
+        None, "another model, with the same tokenizer, that writes the text"
+    )
+
+    def __post_init__(self) -> None:
+        _require(self.num_sequences >= 32, "sampling.num_sequences", self.num_sequences, "be >= 32")
+        _require(self.min_new_tokens >= 1, "sampling.min_new_tokens", self.min_new_tokens, "be >= 1")
+        _require(
+            self.max_new_tokens >= self.min_new_tokens,
+            "sampling.max_new_tokens",
+            self.max_new_tokens,
+            f"be >= sampling.min_new_tokens ({self.min_new_tokens})",
+        )
+        _require(
+            self.max_new_tokens >= 32,
+            "sampling.max_new_tokens",
+            self.max_new_tokens,
+            "be >= 32, since shorter sequences are rejected",
+        )
+        _require(self.batch_size >= 1, "sampling.batch_size", self.batch_size, "be >= 1")
+        _require(self.seed >= 0, "sampling.seed", self.seed, "be >= 0")
+        _require(0 <= self.held_out < 0.5, "sampling.held_out", self.held_out, "lie in [0, 0.5)")
+
+    @property
+    def num_held_out(self) -> int:
+        """Sequences set aside for the meter."""
+        return max(16, round(self.held_out * self.num_sequences))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The target task's rows and how they become prompts and responses."""
+
+    __pydantic_config__ = _STRICT
+    split: str = _option("train", "split to train on (Hub data sets)")
+    prompt_column: str | None = _option(None, "column of the prompt; default: found by its name")
+    response_column: str | None = _option(None, "column of the response; likewise")
+    chat_template: bool | None = _option(
+        None,
+        "wrap instruction/response rows in the tokenizer's chat template; default: if it has one",
+    )
+    max_length: int = _option(1024, "rows are cut after so many tokens")
+    eval_rows: int = _option(64, "rows held out for the task loss (at most a tenth of the rows)")
+    seed: int = _option(0, "seed of the choice of held-out rows")
+
+    def __post_init__(self) -> None:
+        _require(self.max_length >= 2, "data.max_length", self.max_length, "be >= 2")
+        _require(self.eval_rows >= 0, "data.eval_rows", self.eval_rows, "be >= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatisticsConfig:
+    """The two second moments (B.2)."""
+
+    __pydantic_config__ = _STRICT
+    task_examples: int = _option(256, "rows of the task for C_task")
+    batch_size: int = _option(8, "sequences a forward pass")
+
+    def __post_init__(self) -> None:
+        _require(
+            self.task_examples >= 1, "statistics.task_examples", self.task_examples, "be >= 1"
+        )
+        _require(self.batch_size >= 1, "statistics.batch_size", self.batch_size, "be >= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectrumConfig:
+    """Ridge and gate (Eq. 10-17)."""
+
+    __pydantic_config__ = _STRICT
+    tau: float = _option(TAU, "ridge, relative to the mean of C_pre's diagonal")
+    lam: float = _option(LAMBDA, "lambda: the gamma at which a step is halved")
+    s_min: float = _option(S_MIN, "floor of the gate")
+    step_scale: StepScale = _option(
+        "task", "'task': learning rates carry over from LoRA; 'paper': the basis as it is"
+    )
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.tau < float("inf"), "spectrum.tau", self.tau, "be finite and >= 0")
+        _require(0 <= self.lam < float("inf"), "spectrum.lam", self.lam, "be finite and >= 0")
+        _require(0 <= self.s_min <= 1, "spectrum.s_min", self.s_min, "lie in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """The LoRA adapter and how it starts (B.3)."""
+
+    __pydantic_config__ = _STRICT
+    r: int = _option(16, "rank")
+    alpha: float | None = _option(None, "PEFT's lora_alpha; default: r, which makes kappa 1")
+    target_modules: str | tuple[str, ...] = _option(
+        "all-linear", "'all-linear', a list of module names, or a regular expression"
+    )
+    init: Init = _option(
+        "null_space",
+        "'null_space' (the paper's), 'eigen' (leading eigenvectors, B = 0) or 'kaiming' (LoRA's)",
+    )
+
+    def __post_init__(self) -> None:
+        _require(self.r >= 1, "adapter.r", self.r, "be >= 1")
+        if self.alpha is not None:
+            _require(0 < self.alpha < float("inf"), "adapter.alpha", self.alpha, "be > 0")
+        _require(bool(self.target_modules), "adapter.target_modules", self.target_modules, "not be empty")
+
+    @property
+    def scaling(self) -> float:
+        """kappa, PEFT's `scaling`."""
+        return (self.alpha if self.alpha is not None else self.r) / self.r
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """What TRL's SFTTrainer is told; `extra` reaches any other of its options."""
+
+    __pydantic_config__ = _STRICT
+    optimizer: Literal["sadam", "adamw"] = _option("sadam", "'adamw' gives plain LoRA training")
+    learning_rate: float = _option(2e-4, "peak learning rate of A")
+    lr_b_ratio: float = _option(1.0, "learning rate of B over that of A")
+    weight_decay: float = _option(0.0, "decoupled weight decay")
+    num_train_epochs: float = _option(1.0, "passes over the data")
+    max_steps: int = _option(-1, "steps; overrides num_train_epochs if > 0")
+    batch_size: int = _option(8, "rows a device and step")
+    gradient_accumulation_steps: int = _option(1, "backward passes a step")
+    warmup_ratio: float = _option(0.03, "share of the steps for warm-up")
+    lr_scheduler_type: str = _option("cosine", "any schedule of transformers")
+    max_grad_norm: float = _option(1.0, "gradient clipping")
+    eval_steps: int = _option(0, "run the meter every so many steps; 0: only at the end")
+    save_steps: int = _option(200, "steps between checkpoints")
+    logging_steps: int = _option(10, "steps between log lines")
+    gradient_checkpointing: bool = _option(False, "trade compute for memory")
+    bf16: bool = _option(False, "bf16 autocast around the forward pass")
+    seed: int = _option(0, "seed of initialization and data order")
+    extra: dict[str, Any] = _option({}, "any other option of trl.SFTConfig, by its name")
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "lr_b_ratio"):
+            value = getattr(self, name)
+            _require(0 < value < float("inf"), f"training.{name}", value, "be finite and > 0")
+        _require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "be >= 0")
+        _require(
+            self.max_steps > 0 or self.num_train_epochs > 0,
+            "training.num_train_epochs",
+            self.num_train_epochs,
+            "be > 0 (or give training.max_steps)",
+        )
+        for name in ("batch_size", "gradient_accumulation_steps", "save_steps", "logging_steps"):
+            _require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "be >= 1")
+        _require(self.eval_steps >= 0, "training.eval_steps", self.eval_steps, "be >= 0")
+        _require(
+            0 <= self.warmup_ratio < 1, "training.warmup_ratio", self.warmup_ratio, "lie in [0, 1)"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoLoraConfig:
+    """All sections together, and which model, data set and output folder they are about."""
+
+    __pydantic_config__ = _STRICT
+    model: str | None = _option(None, "a Hub name or a folder")
+    dataset: str | None = _option(None, "a Hub name or a .json, .jsonl or .parquet file (.gz too)")
+    output: str | None = _option(None, "folder that receives everything")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option("auto", "of the base model")
+    quantize: Literal["none", "8bit", "4bit"] = _option("none", "load the base by bitsandbytes")
+    device: str = _option("auto", "'auto', 'cpu', 'cuda', 'cuda:1', ...")
+    revision: str | None = _option(None, "revision of the model on the Hub")
+    trust_remote_code: bool = _option(False, "let the model's repository run its own code")
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
+    spectrum: SpectrumConfig = field(default_factory=SpectrumConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    @classmethod
+    def paper(cls, **changes: Any) -> FoLoraConfig:
+        """The settings of arXiv:2606.00132, as far as the paper states them.
+
+        Null-space start, basis unscaled, lambda 1, s_min .3, 2000 sequences of 128 to 512 tokens,
+        256 task examples, cosine schedule with 3 % warm-up, clipping at 1, no decay. `changes` are
+        top-level fields such as ``model=...`` or whole sections.
+        """
+        config = cls(
+            spectrum=SpectrumConfig(tau=1e-3, lam=1.0, s_min=0.3, step_scale="paper"),
+            adapter=AdapterConfig(r=128, init="null_space"),
+        )
+        return replace(config, **changes)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> FoLoraConfig:
+        """Build a config from nested dicts, as YAML gives them.
+
+        Raises:
+            ConfigError: An unknown name (the nearest right one is given), a wrong type, or a value
+                outside of its interval.
+        """
+        try:
+            return TypeAdapter(cls).validate_python(values)
+        except ValidationError as error:
+            raise ConfigError("; ".join(_explain(e, values) for e in error.errors())) from None
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> FoLoraConfig:
+        """Read a config file. Raises ConfigError as `from_dict`, or if it is no YAML mapping."""
+        return cls.from_dict(read_yaml(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dicts of plain values, for YAML and JSON."""
+        return asdict(self)
+
+    def to_yaml(self) -> str:
+        """The text of a config file that `from_yaml` reads back."""
+        values = self.to_dict()
+        if isinstance(self.adapter.target_modules, tuple):
+            values["adapter"]["target_modules"] = list(self.adapter.target_modules)
+        return yaml.safe_dump(values, sort_keys=False)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping. Raises ConfigError if the file is missing or holds something else."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"config file {path}: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"config file {path} must hold names and values, not {type(values)}")
+    return values
+
+
+def option_names(cls: type = FoLoraConfig, prefix: str = "") -> dict[str, dict[str, Any]]:
+    """All options by dotted name, each with its help text and default."""
+    names: dict[str, dict[str, Any]] = {}
+    hints = get_type_hints(cls)
+    instance = cls()
+    for name, info in cls.__dataclass_fields__.items():
+        if hasattr(hints[name], "__dataclass_fields__"):
+            names |= option_names(hints[name], f"{prefix}{name}.")
+        else:
+            names[prefix + name] = {
+                "help": info.metadata["help"],
+                "default": getattr(instance, name),
+            }
+    return names
+
+
+def _explain(error: Any, values: dict[str, Any]) -> str:
+    """One sentence for one of pydantic's errors."""
+    name = ".".join(str(part) for part in error["loc"] if part not in ("str", "tuple[str, ...]"))
+    if error["type"] == "unexpected_keyword_argument":
+        return f"unknown option {name!r}{nearest(name, option_names())}"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    return f"{name} is {error['input']!r}: {error['msg']}"

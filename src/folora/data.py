@@ -1,0 +1,289 @@
+"""Rows of a data set -> token ids with a loss mask on the response.
+
+Understood, by column names: prompt/completion, instruction[/input]/response (or output),
+question/answer, and chats in ``messages`` (or a chat in ``prompt`` and ``completion``, as in TRL).
+Loss falls on the response alone: labels are -100 elsewhere.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, load_dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from folora.artifacts import tokens_fingerprint
+from folora.config import DataConfig
+from folora.errors import DataError, nearest
+
+logger = logging.getLogger(__name__)
+
+IGNORE = -100
+LOCAL_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+PAIRS = (
+    ("prompt", "completion"),
+    ("instruction", "response"),
+    ("instruction", "output"),
+    ("question", "answer"),
+)
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+)
+
+Message = dict[str, str]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenized row; `labels` is -100 where there is no loss. Both have the same length."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The target task: rows to train on and rows held out for the task loss."""
+
+    train: list[Example]
+    held_out: list[Example]
+    dropped: int = 0
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of tokens and labels."""
+        rows = [e.input_ids + e.labels for e in [*self.train, *self.held_out]]
+        return tokens_fingerprint(rows)
+
+
+def local_format(name: str) -> str | None:
+    """``"json"`` or ``"parquet"`` for a local data file's name, None for a Hub name."""
+    suffixes = [s for s in Path(name).suffixes if s != ".gz"]
+    return LOCAL_FORMATS.get(suffixes[-1]) if suffixes else None
+
+
+def load_rows(dataset: str | Dataset | Sequence[Row], split: str = "train") -> list[Row]:
+    """Rows of a local file, of a Hub data set, or of what is already in memory.
+
+    Raises:
+        DataError: The file is missing, empty, or cannot be parsed.
+    """
+    if isinstance(dataset, str):
+        kind = local_format(dataset)
+        if kind is not None or Path(dataset).exists():
+            rows = _read_local(Path(dataset), kind)
+        else:
+            try:
+                rows = list(load_dataset(dataset, split=split))
+            except Exception as error:  # the Hub's client raises many kinds
+                raise DataError(
+                    f"data set {dataset!r} is neither a local .json, .jsonl or .parquet file nor "
+                    f"to be had from the Hub (split {split!r}): {error}"
+                ) from error
+    else:
+        rows = list(dataset)
+    if not rows:
+        raise DataError(f"data set {dataset if isinstance(dataset, str) else ''!r} has no rows")
+    return rows
+
+
+def _read_local(path: Path, kind: str | None) -> list[Row]:
+    if not path.is_file():
+        raise DataError(f"data file {path} does not exist")
+    if kind is None:
+        raise DataError(f"data file {path} must end in .json, .jsonl or .parquet (.gz allowed)")
+    if path.stat().st_size == 0:
+        raise DataError(f"data file {path} is empty")
+    try:
+        return list(load_dataset(kind, data_files=str(path), split="train"))
+    except Exception as error:  # parsers of three libraries
+        cause = error.__cause__ or error
+        raise DataError(f"data file {path} cannot be read as {kind}: {cause}") from error
+
+
+class Formatter:
+    """Turns rows into examples for one tokenizer; the columns are chosen once, from the first row.
+
+    Raises:
+        DataError: No known pair of columns, a named column that is not there, a row with something
+            else than text, or a chat template that does not render chats turn by turn.
+    """
+
+    def __init__(
+        self, columns: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: DataConfig
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.config = config
+        self.columns = choose_columns(columns, config)
+        template = tokenizer.chat_template is not None
+        self.use_template = template if config.chat_template is None else config.chat_template
+        if self.use_template and not template:
+            raise DataError("data.chat_template is on, but this tokenizer has no chat template")
+
+    def __call__(self, row: Row, number: int) -> Example:
+        """One row, cut to `max_length`; `number` is for messages."""
+        try:
+            example = self._example(row)
+        except DataError as error:
+            raise DataError(f"row {number}: {error}") from error
+        end = self.config.max_length
+        return Example(example.input_ids[:end], example.labels[:end])
+
+    def _example(self, row: Row) -> Example:
+        if self.columns == ("messages", None):
+            return self._chat(row["messages"])
+        prompt_name, response_name = self.columns
+        prompt, response = row[prompt_name], row[response_name]
+        if isinstance(prompt, list) and isinstance(response, list):
+            return self._chat([*prompt, *response], first=len(prompt))
+        for name, value in zip(self.columns, (prompt, response), strict=True):
+            if not isinstance(value, str):
+                raise DataError(f"column {name!r} holds {type(value).__name__}, not text")
+        if prompt_name == "prompt":
+            return self._plain(prompt, response)
+        if row.get("input") and prompt_name == "instruction":
+            prompt = f"{prompt}\n\n{row['input']}"
+        if self.use_template:
+            return self._chat(
+                [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+            )
+        return self._plain(ALPACA.format(instruction=prompt), response)
+
+    def _plain(self, prompt: str, response: str) -> Example:
+        """Text before text; the response ends with EOS."""
+        if not response:
+            raise DataError("the response is empty")
+        tokenizer = self.tokenizer
+        before = tokenizer(prompt)["input_ids"]
+        if before and before[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id:
+            before = before[:-1]  # tokenizers that close every text
+        after = tokenizer(response, add_special_tokens=False)["input_ids"]
+        if tokenizer.eos_token_id is not None:
+            after = [*after, tokenizer.eos_token_id]
+        return Example([*before, *after], [IGNORE] * len(before) + after)
+
+    def _chat(self, messages: list[Message], first: int = 0) -> Example:
+        """A chat with loss on what the assistant says from message `first` on."""
+        if not isinstance(messages, list) or not all(
+            isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m
+            for m in messages
+        ):
+            raise DataError("a chat must be a list of {'role': ..., 'content': text}")
+        if self.tokenizer.chat_template is None:
+            raise DataError("the data are chats, but this tokenizer has no chat template")
+        ids = self._render(messages)
+        labels = [IGNORE] * len(ids)
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant" or i < first:
+                continue
+            before = self._render(messages[:i], add_generation_prompt=True)
+            upto = self._render(messages[: i + 1])
+            start = len(before)
+            if upto != ids[: len(upto)] or before != ids[:start] or start >= len(upto):
+                raise DataError(
+                    "this chat template renders a turn differently once others follow, so the "
+                    "assistant's tokens cannot be found. Give prompt/completion rows instead."
+                )
+            labels[start : len(upto)] = ids[start : len(upto)]
+        return Example(ids, labels)
+
+    def _render(self, messages: list[Message], add_generation_prompt: bool = False) -> list[int]:
+        if not messages:
+            return []
+        text = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+
+def choose_columns(columns: Sequence[str], config: DataConfig) -> tuple[str, str | None]:
+    """The columns of prompt and response; ``("messages", None)`` for chats. Raises DataError."""
+    for option in ("prompt_column", "response_column"):
+        name = getattr(config, option)
+        if name is not None and name not in columns:
+            raise DataError(
+                f"data.{option} is {name!r}, but the data have {sorted(columns)}"
+                f"{nearest(name, columns)}"
+            )
+    if config.prompt_column and config.response_column:
+        return config.prompt_column, config.response_column
+    if config.prompt_column or config.response_column:
+        raise DataError("give both data.prompt_column and data.response_column, or neither")
+    if "messages" in columns:
+        return "messages", None
+    for pair in PAIRS:
+        if set(pair) <= set(columns):
+            return pair
+    known = ", ".join("/".join(pair) for pair in PAIRS)
+    raise DataError(
+        f"no prompt and response among the columns {sorted(columns)}; known are {known} and "
+        "messages. Name them: --data.prompt_column X --data.response_column Y"
+    )
+
+
+def prepare_task(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> TaskData:
+    """Tokenize all rows and set some aside, chosen by a seed.
+
+    Rows whose response is cut away by `max_length` are dropped and counted.
+
+    Raises:
+        DataError: See `Formatter`; also when no row is left.
+    """
+    formatter = Formatter(list(rows[0]), tokenizer, config)
+    examples = [formatter(row, number) for number, row in enumerate(rows)]
+    usable = [e for e in examples if any(label != IGNORE for label in e.labels[1:])]
+    dropped = len(examples) - len(usable)
+    if not usable:
+        raise DataError(
+            f"no row has a response token within data.max_length = {config.max_length}; raise it"
+        )
+    if dropped:
+        logger.warning(
+            "%d of %d rows dropped: no response token within %d tokens",
+            dropped, len(examples), config.max_length,
+        )  # fmt: skip
+    generator = torch.Generator().manual_seed(config.seed)
+    order = torch.randperm(len(usable), generator=generator).tolist()
+    count = min(config.eval_rows, len(usable) // 10)
+    held_out = sorted(order[:count])
+    train = sorted(order[count:])
+    return TaskData([usable[i] for i in train], [usable[i] for i in held_out], dropped)
+
+
+def pad_batch(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
+    """Right-padded ``input_ids``, ``attention_mask`` and ``labels``, each (batch, longest)."""
+    longest = max(len(e.input_ids) for e in examples)
+
+    def padded(rows: Iterable[list[int]], value: int) -> Tensor:
+        return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
+
+    return {
+        "input_ids": padded((e.input_ids for e in examples), pad_id),
+        "attention_mask": padded(([1] * len(e.input_ids) for e in examples), 0),
+        "labels": padded((e.labels for e in examples), IGNORE),
+    }
+
+
+def batches(
+    examples: Sequence[Example], batch_size: int, pad_id: int = 0
+) -> Iterator[dict[str, Tensor]]:
+    """Padded batches, longest examples first, so that little is padded and memory peaks early."""
+    ordered = sorted(examples, key=lambda e: -len(e.input_ids))
+    for i in range(0, len(ordered), batch_size):
+        yield pad_batch(ordered[i : i + batch_size], pad_id)
+
+
+def text_examples(sequences: Iterable[list[int]]) -> list[Example]:
+    """Plain token sequences as examples with loss on every token."""
+    return [Example(row, row) for row in sequences]

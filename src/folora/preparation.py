@@ -1,0 +1,213 @@
+"""Sampling to optimizer in one call, for anyone's own training loop or Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from folora.activations import (
+    InputGroup,
+    Moments,
+    check_finite_weights,
+    find_groups,
+    second_moments,
+    target_layers,
+)
+from folora.adapter import ExportReport, attach, export_adapter
+from folora.config import FoLoraConfig
+from folora.data import Example, Row, TaskData, batches, load_rows, prepare_task, text_examples
+from folora.meter import Meter
+from folora.progress import progress
+from folora.sadam import SAdam
+from folora.sampling import HuggingFaceEngine, eos_token_ids, sample, start_token_id
+from folora.solving import GroupBasis, check_rank, solve
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model ready to be trained without forgetting.
+
+    Attributes:
+        model: A PEFT model; its logits are the base model's until the first step.
+        optimizer: `SAdam` over A (in the basis) and B (plain AdamW).
+        bases: The solved spectrum of every shared input.
+        task: The tokenized rows: ``task.train`` and ``task.held_out``.
+        meter: Reads what is learned and kept.
+        config: What it was prepared with.
+    """
+
+    model: PeftModel
+    optimizer: SAdam
+    bases: list[GroupBasis]
+    task: TaskData
+    meter: Meter
+    config: FoLoraConfig
+
+    def param_groups(self, **changes: Any) -> list[dict[str, Any]]:
+        """Groups for `SAdam`; `changes` as in `param_groups`, for example ``lr=1e-3``."""
+        return param_groups(self.model, self.bases, **(_group_options(self.config) | changes))
+
+    def train_dataset(self) -> Dataset:
+        """The training rows with ``input_ids`` and ``labels``, as TRL and Transformers take them."""
+        return to_dataset(self.task.train)
+
+    def export(self, path: str | Path, rank: int | None = None) -> ExportReport:
+        """Write an ordinary LoRA adapter; see `export_adapter`."""
+        return export_adapter(self.model, path, rank=rank)
+
+
+def prepare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: str | Dataset | Sequence[Row],
+    config: FoLoraConfig | None = None,
+) -> Prepared:
+    """Sample, measure, solve, attach and build the optimizer.
+
+    Args:
+        model: A causal LM on its device. Its layers are wrapped in place, as PEFT does.
+        tokenizer: Of the model.
+        dataset: Rows, a `datasets.Dataset`, a local file or a Hub name.
+        config: Options; ``FoLoraConfig()`` by default.
+
+    Raises:
+        FoLoraError: Bad data, options or weights; cheap checks come first.
+    """
+    config = config or FoLoraConfig()
+    task = prepare_task(load_rows(dataset, config.data.split), tokenizer, config.data)
+    start_id = start_token_id(tokenizer, config.sampling.start_token)
+    groups = groups_of(model, config.adapter.target_modules, start_id)
+    check_rank(groups, config.adapter.r)
+    check_finite_weights(model)
+
+    eos_ids = eos_token_ids(model, tokenizer)
+    engine = HuggingFaceEngine(model, start_id, eos_ids, config.sampling)
+    proxies = sample(engine, start_id, eos_ids, config.sampling)
+    batch_size = config.statistics.batch_size
+    pre = measure(model, groups, text_examples(proxies.calibration), batch_size, "C_pre")
+    chosen = task.train[: config.statistics.task_examples]
+    on_task = measure(model, groups, chosen, batch_size, "C_task")
+    with progress("solving", len(groups)) as tick:
+        bases = solve(
+            groups,
+            pre.matrices,
+            on_task.matrices,
+            tau=config.spectrum.tau,
+            null_rank=null_rank(config),
+            on_group=tick,
+        )
+    peft_model = attach_configured(model, bases, config)
+    optimizer = SAdam(param_groups(peft_model, bases, **_group_options(config)))
+    meter = Meter(proxies.held_out, task.held_out, batch_size)
+    return Prepared(peft_model, optimizer, bases, task, meter, config)
+
+
+def groups_of(
+    model: PreTrainedModel, target_modules: str | Sequence[str], start_id: int
+) -> list[InputGroup]:
+    """The shared inputs of the layers to adapt, found on a row of two start tokens."""
+    layers = target_layers(model, target_modules)
+    probe = next(batches(text_examples([[start_id, start_id]]), 1))
+    del probe["labels"]
+    return find_groups(model, layers, {k: v.to(model.device) for k, v in probe.items()})
+
+
+def measure(
+    model: PreTrainedModel,
+    groups: Sequence[InputGroup],
+    examples: Sequence[Example],
+    batch_size: int,
+    what: str,
+) -> Moments:
+    """`second_moments` over examples, with progress."""
+    total = sum(len(e.input_ids) for e in examples)
+    with progress(f"measuring {what} (tokens)", total) as tick:
+        return second_moments(
+            model, groups, batches(examples, batch_size), lambda tokens: tick(tokens, tokens)
+        )
+
+
+def attach_configured(
+    model: PreTrainedModel, bases: Sequence[GroupBasis], config: FoLoraConfig
+) -> PeftModel:
+    """`attach` with the adapter section of a config."""
+    adapter = config.adapter
+    return attach(
+        model, bases, r=adapter.r, alpha=adapter.alpha, init=adapter.init, seed=config.training.seed
+    )
+
+
+def null_rank(config: FoLoraConfig) -> int:
+    """How many of C_pre's smallest eigenvectors the chosen start needs."""
+    return config.adapter.r if config.adapter.init == "null_space" else 0
+
+
+def param_groups(
+    model: PeftModel,
+    bases: Iterable[GroupBasis],
+    *,
+    lr: float,
+    lr_b_ratio: float = 1.0,
+    weight_decay: float = 0.0,
+    lam: float = 1.0,
+    s_min: float = 0.3,
+    step_scale: str = "task",
+    spectral: bool = True,
+    adapter_name: str = "default",
+) -> list[dict[str, Any]]:
+    """Parameter groups for `SAdam`: one a shared input for A, one for all B.
+
+    Args:
+        model: From `attach`.
+        bases: From `solve`.
+        lr: Learning rate of A.
+        lr_b_ratio: Learning rate of B over that of A.
+        weight_decay: For both.
+        lam: Gate's lambda.
+        s_min: Gate's floor.
+        step_scale: ``"task"`` or ``"paper"``.
+        spectral: False leaves bases out, which makes it plain AdamW on LoRA.
+        adapter_name: Which adapter.
+    """
+    base = model.get_base_model()
+    groups: list[dict[str, Any]] = []
+    b_params = []
+    for b in bases:
+        layers = [base.get_submodule(name) for name in b.group.layers]
+        assert all(isinstance(layer, LoraLayer) for layer in layers)
+        a_params = [layer.lora_A[adapter_name].weight for layer in layers]  # type: ignore[union-attr,index]
+        b_params += [layer.lora_B[adapter_name].weight for layer in layers]  # type: ignore[union-attr,index]
+        group: dict[str, Any] = {"params": a_params, "lr": lr, "weight_decay": weight_decay}
+        if spectral:
+            gate = b.gate(lam, s_min)
+            group |= {"basis": b.scaled_basis(gate, step_scale), "gate": gate}
+        groups.append(group)
+    groups.append({"params": b_params, "lr": lr * lr_b_ratio, "weight_decay": weight_decay})
+    return groups
+
+
+def to_dataset(examples: Sequence[Example]) -> Dataset:
+    """Tokenized examples as a `datasets.Dataset` of ``input_ids`` and ``labels``."""
+    return Dataset.from_dict(
+        {"input_ids": [e.input_ids for e in examples], "labels": [e.labels for e in examples]}
+    )
+
+
+def _group_options(config: FoLoraConfig) -> dict[str, Any]:
+    spectrum, training = config.spectrum, config.training
+    return {
+        "lr": training.learning_rate,
+        "lr_b_ratio": training.lr_b_ratio,
+        "weight_decay": training.weight_decay,
+        "lam": spectrum.lam,
+        "s_min": spectrum.s_min,
+        "step_scale": spectrum.step_scale,
+        "spectral": training.optimizer == "sadam",
+    }

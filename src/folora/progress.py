@@ -1,0 +1,65 @@
+"""Progress of long work: a Rich bar with rate and time left, or plain log lines without a terminal."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+logger = logging.getLogger(__name__)
+
+LOG_SECONDS = 30.0
+
+
+class Tick(Protocol):
+    """Called with units of work done, and tokens handled if that is what the rate counts."""
+
+    def __call__(self, units: int = 1, tokens: int = 0) -> None: ...
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Tick]:
+    """Show the progress of `total` units of work on stderr while the block runs."""
+    console = Console(stderr=True)
+    started = time.monotonic()
+    done = tokens_done = 0
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[rate]}"),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    last_log = started
+
+    with bar:
+        task = bar.add_task(what, total=total, rate="")
+
+        def tick(units: int = 1, tokens: int = 0) -> None:
+            nonlocal done, tokens_done, last_log
+            done, tokens_done = done + units, tokens_done + tokens
+            now = time.monotonic()
+            rate = f"{tokens_done / max(now - started, 1e-9):.0f} tokens/s" if tokens_done else ""
+            bar.update(task, completed=done, rate=rate)
+            if not console.is_terminal and (now - last_log > LOG_SECONDS or done >= total):
+                left = (now - started) / max(done, 1) * max(total - done, 0)
+                logger.info("%s: %d of %d, %.0f s left %s", what, done, total, left, rate)
+                last_log = now
+
+        yield tick

@@ -1,0 +1,422 @@
+"""The proxy set: text that the pretrained model writes itself (paper 3.4, B.4).
+
+Every sequence has a number. Its decoding setting and its random draws are functions of that number
+and the seed alone, so the set is the same whatever the batch size, and an interrupted run goes on
+where it stopped. Sequences are judged in the order of their numbers until enough have passed.
+
+`Engine` is the seam for other engines: anything that turns sequence numbers into tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from folora.artifacts import (
+    json_fingerprint,
+    read_artifact,
+    read_json,
+    tokenizer_fingerprint,
+    tokens_fingerprint,
+    write_artifact,
+    write_json,
+)
+from folora.config import SamplingConfig
+from folora.errors import ArtifactError, DataError, NumericsError
+from folora.filtering import REASONS, rejection
+from folora.progress import progress
+
+logger = logging.getLogger(__name__)
+
+# Matrix products of fewer rows take other kernels, which round differently; measured on CPU.
+MIN_ROWS = 8
+ATTEMPTS_A_SEQUENCE = 10
+HOPELESS_AFTER = 256
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """One decoding setting and how often it is used (in tenths)."""
+
+    tenths: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+MIXTURE = (
+    Decoding(7),
+    Decoding(2, top_p=0.95),
+    Decoding(1, temperature=1.2, top_p=0.98, top_k=50),
+)
+_SCHEDULE = tuple(setting for setting in MIXTURE for _ in range(setting.tenths))
+
+
+def decoding_of(number: int) -> Decoding:
+    """Setting of a sequence: 7, 2 and 1 of every ten, spread out evenly."""
+    return _SCHEDULE[number * 3 % 10]
+
+
+@dataclass(frozen=True)
+class ProxySet:
+    """Sampled sequences, ready for the model.
+
+    Attributes:
+        calibration: Token ids with the start token in front, for C_pre.
+        held_out: The same, set aside for the meter.
+        rejected: How many sequences were rejected, by reason.
+    """
+
+    calibration: list[list[int]]
+    held_out: list[list[int]]
+    rejected: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all tokens."""
+        return tokens_fingerprint([*self.calibration, [], *self.held_out])
+
+
+class Engine(Protocol):
+    """Writes sequences by number; the only thing that another decoding engine has to offer."""
+
+    def __call__(self, numbers: Sequence[int]) -> list[list[int]]:
+        """Generated tokens of each sequence, without the start token, up to and with EOS."""
+        ...
+
+
+def start_token_id(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> int:
+    """The token that sampling starts from.
+
+    Args:
+        tokenizer: Of the model.
+        choice: None for the tokenizer's BOS, ``"eos"``, or the text of a token.
+
+    Raises:
+        DataError: The tokenizer has no BOS and nothing was chosen, or the token does not exist.
+    """
+    if choice is None:
+        if tokenizer.bos_token_id is None:
+            raise DataError(
+                "this tokenizer has no BOS token to start sampling from. Choose one: "
+                f"--sampling.start_token eos (which is {tokenizer.eos_token!r}), or the text of a "
+                "token that stood at the start of documents in pretraining."
+            )
+        return int(tokenizer.bos_token_id)
+    if choice == "eos":
+        if tokenizer.eos_token_id is None:
+            raise DataError("sampling.start_token is 'eos', but this tokenizer has no EOS token")
+        return int(tokenizer.eos_token_id)
+    vocabulary = tokenizer.get_vocab()
+    if choice not in vocabulary:
+        raise DataError(f"sampling.start_token {choice!r} is not a token of this tokenizer")
+    return int(vocabulary[choice])
+
+
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """All tokens that end a sequence, by the model's generation config or the tokenizer."""
+    generation = getattr(model, "generation_config", None)
+    found = getattr(generation, "eos_token_id", None)
+    if found is None:
+        found = tokenizer.eos_token_id
+    if found is None:
+        return []
+    return [int(i) for i in found] if isinstance(found, list | tuple) else [int(found)]
+
+
+def check_same_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, name: str
+) -> None:
+    """Refuse a sampler model whose tokenizer gives other ids. Raises DataError."""
+    if tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(other):
+        raise DataError(
+            f"the sampler model {name} has another tokenizer than the model ({len(other)} against "
+            f"{len(tokenizer)} tokens, or other ids), so its tokens mean nothing to the model. "
+            "Choose a sampler of the same family, or leave sampling.sampler_model out."
+        )
+
+
+class HuggingFaceEngine:
+    """`transformers` generate, with random draws that belong to the sequence, not to the batch."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        start_id: int,
+        eos_ids: Sequence[int],
+        config: SamplingConfig,
+    ) -> None:
+        self.model = model
+        self.start_id = start_id
+        self.eos_ids = list(eos_ids)
+        self.config = config
+
+    @torch.inference_mode()
+    def __call__(self, numbers: Sequence[int]) -> list[list[int]]:
+        """See `Engine`. Fewer than `MIN_ROWS` numbers are decoded beside copies of the last."""
+        config = self.config
+        wanted = list(numbers) + [numbers[-1]] * max(0, MIN_ROWS - len(numbers))
+        start = torch.full((len(wanted), 1), self.start_id, device=self.model.device)
+        pad = self.eos_ids[0] if self.eos_ids else 0
+        training = self.model.training
+        self.model.eval()
+        try:
+            output = self.model.generate(
+                input_ids=start,
+                attention_mask=torch.ones_like(start),
+                generation_config=GenerationConfig(
+                    do_sample=False,
+                    num_beams=1,
+                    use_cache=True,
+                    max_new_tokens=config.max_new_tokens,
+                    eos_token_id=self.eos_ids or None,
+                    pad_token_id=pad,
+                    repetition_penalty=1.0,
+                ),
+                logits_processor=LogitsProcessorList(
+                    [_SequenceDraws(wanted, self.eos_ids, config)]
+                ),
+            )
+        finally:
+            self.model.train(training)
+        rows = output[: len(numbers), 1:].tolist()
+        return [_until_eos(row, self.eos_ids) for row in rows]
+
+
+class _SequenceDraws(LogitsProcessor):
+    """Chooses each row's next token by inverting its CDF at a draw of the row's own stream.
+
+    Returns scores whose argmax is the choice, so that greedy search takes it.
+    """
+
+    def __init__(self, numbers: Sequence[int], eos_ids: list[int], config: SamplingConfig) -> None:
+        self.settings = [decoding_of(n) for n in numbers]
+        self.draws = torch.stack(
+            [_draws(config.seed, number, config.max_new_tokens) for number in numbers]
+        )
+        self.eos_ids = eos_ids
+        self.min_new_tokens = config.min_new_tokens
+        self.step = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.float()
+        if not torch.isfinite(scores).all():
+            raise NumericsError(
+                "the model's logits are not finite while sampling; its weights hold NaN or "
+                "overflow in this dtype. Check the weights, or load the model in bf16 or fp32."
+            )
+        if self.step < self.min_new_tokens and self.eos_ids:
+            scores[:, self.eos_ids] = -float("inf")
+        for setting in set(self.settings):
+            rows = [i for i, s in enumerate(self.settings) if s == setting]
+            scores[rows] = restrict(scores[rows], setting)
+        cdf = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
+        draw = self.draws[:, self.step].to(cdf.device)[:, None] * cdf[:, -1:]
+        choice = torch.searchsorted(cdf, draw, right=True).clamp_(max=scores.shape[1] - 1)
+        self.step += 1
+        return torch.full_like(scores, -1.0).scatter_(1, choice, 1.0)
+
+
+def restrict(scores: Tensor, setting: Decoding) -> Tensor:
+    """Apply temperature, top-k and top-p, in this order, to scores of shape (rows, vocabulary)."""
+    scores = scores / setting.temperature
+    if setting.top_k:
+        kth = scores.topk(min(setting.top_k, scores.shape[-1])).values[:, -1:]
+        scores = scores.masked_fill(scores < kth, -float("inf"))
+    if setting.top_p < 1.0:
+        ordered, order = scores.sort(descending=True)
+        probabilities = ordered.softmax(-1)
+        # Keep the smallest set that reaches top_p: drop what comes after it was reached.
+        beyond = probabilities.cumsum(-1) - probabilities >= setting.top_p
+        scores = scores.masked_fill(beyond.scatter(1, order, beyond), -float("inf"))
+    return scores
+
+
+def sample(
+    engine: Engine,
+    start_id: int,
+    eos_ids: Sequence[int],
+    config: SamplingConfig,
+    shards: Path | None = None,
+) -> ProxySet:
+    """Sample until enough sequences have passed the filter.
+
+    Args:
+        engine: Writes sequences by number.
+        start_id: Put in front of every sequence.
+        eos_ids: Ending tokens; not counted by the filter.
+        config: Counts, lengths, seed.
+        shards: Folder for one file a batch; what is already there is not sampled again.
+
+    Raises:
+        DataError: So many sequences are rejected that going on is hopeless; reasons are named.
+        ArtifactError: A shard is damaged.
+    """
+    seen: set[str] = set()
+    accepted: list[list[int]] = []
+    rejected: Counter[str] = Counter()
+    attempts = 0
+    with progress("sampling", config.num_sequences) as tick:
+        for batch in _batches(engine, config.batch_size, shards):
+            before = len(accepted)
+            for tokens in batch:
+                if len(accepted) == config.num_sequences:
+                    break
+                attempts += 1
+                body = tokens[:-1] if tokens and tokens[-1] in eos_ids else tokens
+                reason = rejection(body, seen)
+                if reason is None:
+                    accepted.append([start_id, *tokens])
+                else:
+                    rejected[reason] += 1
+            tick(len(accepted) - before, sum(map(len, batch)))
+            if len(accepted) == config.num_sequences:
+                break
+            hopeless = attempts >= HOPELESS_AFTER and not accepted
+            if hopeless or attempts >= ATTEMPTS_A_SEQUENCE * config.num_sequences:
+                raise DataError(
+                    f"of {attempts} sampled sequences only {len(accepted)} passed the filter "
+                    f"({dict(rejected)}). Does the model write text from this start token? "
+                    "Try another --sampling.start_token, or another --sampling.sampler_model."
+                )
+    counted = {reason: rejected[reason] for reason in REASONS}
+    cut = config.num_sequences - config.num_held_out
+    return ProxySet(accepted[:cut], accepted[cut:], counted)
+
+
+def sample_to_folder(
+    engine: Callable[[], Engine],
+    start_id: int,
+    eos_ids: Sequence[int],
+    config: SamplingConfig,
+    facts: dict[str, Any],
+    folder: Path,
+) -> ProxySet:
+    """Sample into a folder, going on where an earlier call stopped.
+
+    Args:
+        engine: Makes the engine; called only if something is left to sample.
+        start_id: As in `sample`.
+        eos_ids: As in `sample`.
+        config: As in `sample`.
+        facts: Fingerprints of what the set belongs to; a folder with other facts is refused.
+        folder: Receives ``request.json``, one shard a batch, and at the end ``set/``.
+
+    Raises:
+        ArtifactError: The folder holds the work of another request, or something damaged.
+    """
+    request = {
+        **facts,
+        "sampling": json_fingerprint(
+            {
+                "settings": [vars(setting) for setting in MIXTURE],
+                "start_id": start_id,
+                "eos_ids": list(eos_ids),
+                **{
+                    name: getattr(config, name)
+                    for name in ("min_new_tokens", "max_new_tokens", "seed")
+                },
+            }
+        ),
+    }
+    request_file = folder / "request.json"
+    if request_file.exists():
+        if read_json(request_file) != request:
+            raise ArtifactError(
+                f"{folder} holds samples of another model, start token, length or seed. Choose "
+                "another output folder, or move that one away."
+            )
+    else:
+        write_json(request_file, request)
+    complete = {**request, "sequences": [config.num_sequences, config.num_held_out]}
+    try:
+        return load_proxy_set(folder, complete)
+    except ArtifactError as error:
+        if (folder / "set").exists():
+            logger.info("sampling goes on: %s", error)
+    found = sample(_Lazy(engine), start_id, eos_ids, config, folder)
+    flat = [token for row in [*found.calibration, *found.held_out] for token in row]
+    lengths = [len(row) for row in [*found.calibration, *found.held_out]]
+    write_artifact(
+        folder / "set",
+        "samples",
+        {"tokens": torch.tensor(flat), "lengths": torch.tensor(lengths)},
+        {**complete, "rejected": found.rejected, "fingerprint": found.fingerprint},
+    )
+    return found
+
+
+def load_proxy_set(folder: Path, expected: dict[str, Any] | None = None) -> ProxySet:
+    """Read the finished set of a folder. Raises ArtifactError as `read_artifact`."""
+    artifact = read_artifact(folder / "set", "samples", expected)
+    lengths = artifact.tensors["lengths"].tolist()
+    rows = [row.tolist() for row in artifact.tensors["tokens"].split(lengths)]
+    held_out = artifact.manifest["sequences"][1]
+    cut = len(rows) - held_out
+    return ProxySet(rows[:cut], rows[cut:], artifact.manifest["rejected"])
+
+
+class _Lazy:
+    """An engine that is made on first use: finished shards need no model."""
+
+    def __init__(self, make: Callable[[], Engine]) -> None:
+        self.make = make
+        self.engine: Engine | None = None
+
+    def __call__(self, numbers: Sequence[int]) -> list[list[int]]:
+        if self.engine is None:
+            self.engine = self.make()
+        return self.engine(numbers)
+
+
+def _batches(engine: Engine, size: int, shards: Path | None) -> Iterator[list[list[int]]]:
+    """Endless batches in the order of sequence numbers, from shards as far as they go."""
+    number = 0
+    while True:
+        file = shards / f"shard-{number:06d}.json" if shards is not None else None
+        if file is not None and file.exists():
+            batch = read_json(file)
+            if not _is_batch(batch):
+                raise ArtifactError(f"{file} is damaged. Delete it; it will be sampled again.")
+        else:
+            batch = engine(range(number, number + size))
+            if file is not None:
+                write_json(file, batch)
+        yield batch
+        number += len(batch)
+
+
+def _is_batch(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(row, list) and all(isinstance(t, int) for t in row) for row in value)
+    )
+
+
+def _draws(seed: int, number: int, count: int) -> Tensor:
+    """The uniform draws of one sequence, shape (count,) float64 in [0, 1)."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + number * 0xBF58476D1CE4E5B9 + 1) % 2**63
+    generator = torch.Generator().manual_seed(mixed)
+    return torch.rand(count, generator=generator, dtype=torch.float64)
+
+
+def _until_eos(row: list[int], eos_ids: list[int]) -> list[int]:
+    for position, token in enumerate(row):
+        if token in eos_ids:
+            return row[: position + 1]
+    return row

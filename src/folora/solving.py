@@ -1,0 +1,133 @@
+"""From the statistics of all groups to their bases; what `adapter` and `optimizer groups` read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from folora.activations import InputGroup
+from folora.errors import ConfigError
+from folora.spectrum import (
+    generalized_eigenbasis,
+    smallest_eigenvectors,
+    spectral_gate,
+    step_scale,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class GroupBasis:
+    """The solved spectrum of one shared input, in float32.
+
+    Attributes:
+        group: The layers that read this input.
+        basis: T, shape (d_in, d_in).
+        gamma: Shape (d_in,), descending.
+        task_trace: trace(C_task).
+        null_basis: U_perp, shape (d_in, r); None if it was not asked for.
+    """
+
+    group: InputGroup
+    basis: Float[Tensor, "d d"]
+    gamma: Float[Tensor, " d"]
+    task_trace: float
+    null_basis: Float[Tensor, "d r"] | None = None
+
+    def gate(self, lam: float, s_min: float) -> Float[Tensor, " d"]:
+        """The spectral gate of this group's directions."""
+        return spectral_gate(self.gamma, lam, s_min)
+
+    def scaled_basis(self, gate: Float[Tensor, " d"], step_scaling: str) -> Float[Tensor, "d d"]:
+        """T times the number that makes learning rates carry over, or T itself for ``"paper"``."""
+        if step_scaling == "paper":
+            return self.basis
+        return self.basis * step_scale(self.gamma, gate, self.task_trace)
+
+
+def check_rank(groups: Sequence[InputGroup], r: int) -> None:
+    """Raise ConfigError if r exceeds the width of some layer's input."""
+    for group in groups:
+        if r > group.d_in:
+            raise ConfigError(
+                f"adapter.r is {r}, but {group.name} has d_in = {group.d_in}; r must lie in "
+                f"[1, {min(g.d_in for g in groups)}]"
+            )
+
+
+def solve(
+    groups: Sequence[InputGroup],
+    c_pre: Mapping[str, Tensor],
+    c_task: Mapping[str, Tensor],
+    *,
+    tau: float,
+    null_rank: int = 0,
+    on_group: Callable[[], None] = lambda: None,
+) -> list[GroupBasis]:
+    """Solve every group (Eq. 10-15).
+
+    Args:
+        groups: Which layers share an input.
+        c_pre: By group name, (d_in, d_in).
+        c_task: By group name, (d_in, d_in).
+        tau: Relative ridge.
+        null_rank: How many of C_pre's smallest eigenvectors are wanted; 0 for none.
+        on_group: Called after each group, for progress.
+
+    Raises:
+        NumericsError: See `generalized_eigenbasis`; the layer is named.
+        ConfigError: `null_rank` exceeds a width.
+    """
+    check_rank(groups, null_rank)
+    solved = []
+    for group in groups:
+        pre, task = c_pre[group.name], c_task[group.name]
+        spectrum = generalized_eigenbasis(pre, task, tau=tau, name=group.name)
+        null = smallest_eigenvectors(pre, null_rank, group.name).float() if null_rank else None
+        solved.append(
+            GroupBasis(
+                group, spectrum.basis.float(), spectrum.gamma.float(), spectrum.task_trace, null
+            )
+        )
+        on_group()
+    return solved
+
+
+def bases_to_tensors(bases: Sequence[GroupBasis]) -> tuple[dict[str, Tensor], list[dict[str, object]]]:
+    """Tensors and JSON facts of solved groups, for an artifact."""
+    tensors: dict[str, Tensor] = {}
+    facts: list[dict[str, object]] = []
+    for b in bases:
+        tensors[f"{b.group.name}/basis"] = b.basis
+        tensors[f"{b.group.name}/gamma"] = b.gamma
+        if b.null_basis is not None:
+            tensors[f"{b.group.name}/null_basis"] = b.null_basis
+        facts.append(
+            {"layers": b.group.layers, "d_in": b.group.d_in, "task_trace": b.task_trace}
+        )
+    return tensors, facts
+
+
+def bases_from_tensors(
+    tensors: Mapping[str, Tensor], facts: Sequence[Mapping[str, object]]
+) -> list[GroupBasis]:
+    """Inverse of `bases_to_tensors`."""
+    bases = []
+    for fact in facts:
+        group = InputGroup(tuple(fact["layers"]), int(fact["d_in"]))  # type: ignore[call-overload,arg-type]
+        bases.append(
+            GroupBasis(
+                group,
+                tensors[f"{group.name}/basis"],
+                tensors[f"{group.name}/gamma"],
+                float(fact["task_trace"]),  # type: ignore[arg-type]
+                tensors.get(f"{group.name}/null_basis"),
+            )
+        )
+    return bases

@@ -1,0 +1,310 @@
+"""The demo's data: the word problems are right, and the facts are well formed and well scored."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from demo import facts as facts_module
+from demo.facts import FACTS_PATH, Fact, load_facts, score_facts
+from demo.word_problems import TEMPLATES, Step, answer_of, generate, split
+
+STEP = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
+COMPLETION = re.compile(rf" {STEP.pattern}(; {STEP.pattern})*\. #### \d+")
+
+
+# Word problems
+
+
+def exact(left: int, operator: str, right: int) -> int:
+    """The value of one step, worked out apart from the generator's own code."""
+    if operator == "/":
+        assert left % right == 0, f"{left} / {right} is not exact"
+        return left // right
+    return {"+": left + right, "-": left - right, "*": left * right}[operator]
+
+
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_step_of_every_word_problem_is_right(seed: int) -> None:
+    for row in generate(2000, seed):
+        completion = row["completion"]
+        assert COMPLETION.fullmatch(completion), completion
+        steps = STEP.findall(completion)
+        for left, operator, right, result in steps:
+            assert int(result) == exact(int(left), operator, int(right)), completion
+        assert answer_of(completion) == steps[-1][-1]
+        assert all(0 < number <= 200 for number in numbers(row["prompt"] + completion)), row
+
+
+def test_word_problems_use_all_the_numbers_of_their_text_and_no_others() -> None:
+    for row in generate(2000, 2):
+        given = numbers(row["prompt"])
+        results: list[int] = []
+        uses: list[int] = []
+        for left, _, right, result in STEP.findall(row["completion"]):
+            for operand in (int(left), int(right)):
+                assert operand in given + results, row
+                uses.append(operand)
+            results.append(int(result))
+        assert set(given) <= set(uses), row
+        # No step is idle: every result but the answer is used again.
+        assert set(results[:-1]) <= set(uses), row
+
+
+def test_word_problems_come_from_many_templates() -> None:
+    assert len(TEMPLATES) >= 12
+    shapes = set()
+    for row in generate(2000, 3):
+        question = row["prompt"].removesuffix("\nSolution:").rpartition(". ")[2]
+        operators = "".join(operator for _, operator, _, _ in STEP.findall(row["completion"]))
+        shapes.add((question.split()[-1], operators))
+    assert len(shapes) >= 12
+
+
+def test_word_problems_have_the_promised_form() -> None:
+    for row in generate(500, 4):
+        assert set(row) == {"prompt", "completion"}
+        assert row["prompt"].startswith("Problem: ")
+        assert row["prompt"].endswith("?\nSolution:")
+
+
+def test_word_problems_depend_on_the_seed_only() -> None:
+    first, again, other = generate(2000, 5), generate(2000, 5), generate(2000, 6)
+    assert first == again
+    prompts = {row["prompt"] for row in first}
+    assert len(prompts) == 2000
+    # Chance may repeat a problem, but hardly ever does.
+    assert len(prompts & {row["prompt"] for row in other}) <= 2
+
+
+def test_split_keeps_test_prompts_out_of_train() -> None:
+    train, test = split(3000, 500, seed=7)
+    assert (len(train), len(test)) == (3000, 500)
+    assert len({row["prompt"] for row in train + test}) == 3500
+    assert (train, test) == split(3000, 500, seed=7)
+
+
+def test_inexact_division_is_refused() -> None:
+    with pytest.raises(ValueError, match="7 / 2"):
+        _ = Step(7, "/", 2).result
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        (" 3 * 12 = 36; 36 - 7 = 29. #### 29", "29"),
+        ("####  29 \n", "29"),
+        (" 29", None),
+        (" 3 * 4 = 12. ####", None),
+    ],
+)
+def test_answer_of(completion: str, answer: str | None) -> None:
+    assert answer_of(completion) == answer
+
+
+# Facts
+
+
+def test_facts_are_well_formed() -> None:
+    facts = load_facts()
+    assert 300 <= len(facts) <= 400
+    prompts = [fact.prompt for fact in facts]
+    assert len(set(prompts)) == len(prompts)
+    for fact in facts:
+        assert len(fact.others) == 3, fact
+        assert fact.answer not in fact.others, fact
+        assert len({choice.strip().lower() for choice in fact.choices}) == 4, fact
+        assert fact.prompt, fact
+        assert fact.prompt == fact.prompt.strip(), fact
+        for choice in fact.choices:
+            assert re.fullmatch(r" \S.*\S| \S", choice), fact
+            assert len(choice) <= 30, fact
+        # An ending that begins another is at least as likely, whatever the model knows.
+        for other in fact.others:
+            assert not other.startswith(fact.answer), fact
+            assert not fact.answer.startswith(other), fact
+
+
+def test_facts_have_at_least_six_kinds_of_some_size() -> None:
+    kinds = [fact.kind for fact in load_facts()]
+    assert len(set(kinds)) >= 6
+    assert all(kinds.count(kind) >= 20 for kind in set(kinds))
+
+
+def test_facts_file_has_one_fact_a_line() -> None:
+    lines = FACTS_PATH.read_text(encoding="utf-8").splitlines()
+    assert (lines[0], lines[-1]) == ("[", "]")
+    assert len(lines) == len(load_facts()) + 2
+
+
+# Scoring
+
+
+def character_tokenizer(facts: list[Fact], bos: bool = False) -> PreTrainedTokenizerFast:
+    """A tokenizer with one token for each character of the facts."""
+    text = "".join(fact.prompt + "".join(fact.choices) for fact in facts)
+    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", *sorted(set(text))])}
+    tokenizer = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Split(Regex(r"[\s\S]"), behavior="isolated")
+    if bos:
+        tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", vocab["<s>"])]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>")
+
+
+def tiny_llama(vocab_size: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,  # large enough that context matters to the output
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def reference_scores(
+    model: nn.Module, tokenizer: PreTrainedTokenizerFast, fact: Fact
+) -> list[float]:
+    """One plain forward pass for each choice: no batch, no padding, all logits."""
+    scores = []
+    start = len(tokenizer(fact.prompt)["input_ids"])
+    for choice in fact.choices:
+        ids = torch.tensor([tokenizer(fact.prompt + choice)["input_ids"]])
+        with torch.no_grad():
+            log_probs = model(input_ids=ids).logits[0].log_softmax(dim=-1)
+        tokens = range(start, ids.shape[1])
+        scores.append(sum(float(log_probs[at - 1, ids[0, at]]) for at in tokens))
+    return scores
+
+
+def some_facts() -> list[Fact]:
+    return load_facts()[::13]
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+def test_scores_equal_a_slow_reference(batch_size: int, bos: bool) -> None:
+    facts = some_facts()
+    tokenizer = character_tokenizer(facts, bos)
+    model = tiny_llama(len(tokenizer))
+    expected = [reference_scores(model, tokenizer, fact) for fact in facts]
+
+    scores = score_facts(model, tokenizer, facts, batch_size=batch_size)
+
+    mean = sum(row[0] for row in expected) / len(expected)
+    assert scores.log_probability == pytest.approx(mean, abs=1e-4)
+    assert scores.right == tuple(row[0] > max(row[1:]) for row in expected)
+    assert scores.accuracy == pytest.approx(sum(scores.right) / len(facts))
+    assert 0 < sum(scores.right) < len(facts)  # else the comparison would say little
+    for kind, (hits, total) in scores.by_kind.items():
+        of_kind = [right for f, right in zip(facts, scores.right, strict=True) if f.kind == kind]
+        assert (hits, total) == (sum(of_kind), len(of_kind))
+    assert sum(total for _, total in scores.by_kind.values()) == len(facts)
+
+
+def test_each_choice_equals_a_slow_reference() -> None:
+    facts = some_facts()
+    tokenizer = character_tokenizer(facts)
+    model = tiny_llama(len(tokenizer))
+    choices = [facts_module._encode(tokenizer, f.prompt, c) for f in facts for c in f.choices]
+    with torch.no_grad():
+        scores = facts_module._log_probabilities(model, choices, batch_size=7)
+    expected = [score for fact in facts for score in reference_scores(model, tokenizer, fact)]
+    torch.testing.assert_close(torch.tensor(scores), torch.tensor(expected), atol=1e-4, rtol=1e-5)
+
+
+def test_models_without_logits_to_keep_are_scored_alike() -> None:
+    class Plain(nn.Module):
+        def __init__(self, inner: LlamaForCausalLM) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(
+            self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool
+        ) -> SimpleNamespace:
+            output = self.inner(input_ids=input_ids, attention_mask=attention_mask)
+            return SimpleNamespace(logits=output.logits)
+
+    facts = some_facts()
+    tokenizer = character_tokenizer(facts)
+    model = tiny_llama(len(tokenizer))
+    plain, full = (score_facts(m, tokenizer, facts) for m in (Plain(model), model))
+    assert plain.log_probability == pytest.approx(full.log_probability, abs=1e-5)
+    assert plain.right == full.right
+
+
+def test_peft_models_are_scored_with_their_adapter() -> None:
+    peft = pytest.importorskip("peft")
+    facts = some_facts()
+    tokenizer = character_tokenizer(facts)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.5)
+    model = peft.get_peft_model(tiny_llama(len(tokenizer)), config)
+    before = score_facts(model, tokenizer, facts)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    after = score_facts(model, tokenizer, facts)
+    assert before == score_facts(tiny_llama(len(tokenizer)), tokenizer, facts)
+    expected = [reference_scores(model.eval(), tokenizer, fact)[0] for fact in facts]
+    assert after.log_probability == pytest.approx(sum(expected) / len(expected), abs=1e-4)
+    assert abs(after.log_probability - before.log_probability) > 0.01
+
+
+def test_scoring_puts_every_module_back_in_its_own_mode() -> None:
+    facts = some_facts()[:3]
+    tokenizer = character_tokenizer(facts)
+    model = tiny_llama(len(tokenizer)).train()
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    seen: list[bool] = []
+    hook = model.model.register_forward_pre_hook(
+        lambda module, _: seen.append(any(m.training for m in module.modules()))
+    )
+    score_facts(model, tokenizer, facts)
+    hook.remove()
+    assert seen
+    assert not any(seen)
+    assert [module.training for module in model.modules()] == before
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_endings_of_one_prompt_share_rows() -> None:
+    rows, row_of = facts_module._shared_rows([(1, 2), (1,), (1, 3), (1, 2), (2,), (1, 2, 4)])
+    assert sorted(rows) == [(1, 2, 4), (1, 3), (2,)]
+    shared = [(1, 2, 4), (1, 2, 4), (1, 3), (1, 2, 4), (2,), (1, 2, 4)]
+    # The context (1,) may go to either row that starts with it.
+    assert [rows[row] for row in row_of][2:] == shared[2:]
+    assert rows[row_of[1]][:1] == (1,)
+
+
+def test_endings_that_join_the_prompt_are_refused() -> None:
+    class Joining:
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": [1, 9] if text == "a" else [1, 2, 9]}  # 9 ends every text
+
+    with pytest.raises(ValueError, match="no proper prefix"):
+        score_facts(tiny_llama(10), Joining(), [Fact("kind", "a", " b", (" c", " d", " e"))])
+
+
+def test_no_facts_are_refused() -> None:
+    with pytest.raises(ValueError, match="no facts"):
+        score_facts(tiny_llama(10), character_tokenizer([]), [])
