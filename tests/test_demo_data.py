@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,15 @@ from demo.word_problems import TEMPLATES, Step, answer_of, generate, split
 
 STEP = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
 COMPLETION = re.compile(rf" {STEP.pattern}(; {STEP.pattern})*\. #### \d+")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small run many times slower where several threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 # Word problems

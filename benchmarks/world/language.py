@@ -19,6 +19,7 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 >+-="
 LETTERS = "abcdefghij"
 STRING_LENGTHS = (3, 4, 5)
 PEOPLE = 120
+INSTRUMENT_PEOPLE = 40
 PROBES = 150
 HELD_OUT_ONE_IN = 8
 
@@ -37,6 +38,9 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
     "colour": ("{} likes", "the colour of {} is", "{} wears"),
 }
 INSTRUMENT_PHRASINGS = ("{} plays", "the instrument of {} is", "{} practises")
+
+# Shares of documents. Facts are the most to learn; sums and sorting are the slowest learned.
+MIXTURE = {"fact": 0.55, "sum": 0.15, "copy": 0.05, "reverse": 0.11, "sort": 0.14}
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ class World:
     @cached_property
     def people(self) -> tuple[str, ...]:
         syllables = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
-        names = [first + last for first in syllables for last in syllables]
+        values = {value for values in (*ATTRIBUTES.values(), INSTRUMENTS) for value in values}
+        names = [a + b for a in syllables for b in syllables if a + b not in values]
         return tuple(self.rng("people").sample(names, PEOPLE))
 
     @cached_property
@@ -75,7 +80,7 @@ class World:
         return {person: chosen[person] for person in self.people[:INSTRUMENT_PEOPLE]}
 
     def held_out(self, string: str) -> bool:
-        """Whether a string is kept out of every training text (crc32: stable across runs)."""
+        """Whether no training text asks about a string (crc32: the same in every process)."""
         return zlib.crc32(f"{self.seed} {string}".encode()) % HELD_OUT_ONE_IN == 0
 
     def _assign(self, purpose: str, values: tuple[str, ...]) -> dict[str, str]:
@@ -83,17 +88,9 @@ class World:
         return {person: rng.choice(values) for person in self.people}
 
 
-INSTRUMENT_PEOPLE = 40
-
-
 def shifted(string: str) -> str:
     """Each letter replaced by its successor; the last letter wraps to the first."""
     return "".join(LETTERS[(LETTERS.index(c) + 1) % len(LETTERS)] for c in string)
-
-
-def digit_difference(left: str, right: str) -> str:
-    """Subtraction digit by digit modulo ten, without borrowing."""
-    return "".join(str((int(a) - int(b)) % 10) for a, b in zip(left, right, strict=True))
 
 
 TRANSFORMS: dict[str, Transform] = {
@@ -120,8 +117,9 @@ def sum_row(a: int, b: int) -> Row:
     return _row(f"sum {a} + {b} =", str(a + b))
 
 
-def difference_row(left: str, right: str) -> Row:
-    return _row(f"diff {left} - {right} =", digit_difference(left, right))
+def difference_row(a: int, b: int) -> Row:
+    """One-digit difference modulo ten: the borrow is dropped."""
+    return _row(f"diff {a} - {b} =", str((a - b) % 10))
 
 
 def document(row: Row) -> str:
@@ -159,10 +157,6 @@ def _random_row(world: World, rng: random.Random) -> Row:
     return string_row(kind, TRANSFORMS[kind], _string(world, rng, held_out=False))
 
 
-# Shares of documents; the facts are the most to learn and are told the most often.
-MIXTURE = {"fact": 0.55, "sum": 0.15, "copy": 0.05, "reverse": 0.11, "sort": 0.14}
-
-
 def pretraining_documents(world: World, rng: random.Random) -> Iterator[str]:
     """An endless stream of mixed documents."""
     while True:
@@ -192,11 +186,13 @@ def tasks(world: World) -> dict[str, Task]:
     return {
         "shift": _shift_task(world),
         "instrument": _instrument_task(world),
-        "difference": _difference_task(world),
+        "difference": _difference_task(),
     }
 
 
 def _shift_task(world: World) -> Task:
+    """A rule to be inferred: the test strings are in no training text."""
+
     def rows(part: str, count: int, held_out: bool) -> list[Row]:
         strings = _strings(world, f"shift {part}", count, held_out)
         return [string_row("shift", shifted, string) for string in strings]
@@ -205,15 +201,16 @@ def _shift_task(world: World) -> Task:
 
 
 def _instrument_task(world: World) -> Task:
-    def rows(phrasings: tuple[str, ...]) -> list[Row]:
-        facts = world.instruments.items()
-        return [fact_row(phrasing, *fact) for fact in facts for phrasing in phrasings]
+    """Knowledge to be memorised: the test asks for the very facts and phrasings trained on."""
+    rows = [
+        fact_row(phrasing, person, instrument)
+        for person, instrument in world.instruments.items()
+        for phrasing in INSTRUMENT_PHRASINGS
+    ]
+    return Task(rows, list(rows))
 
-    return Task(rows(INSTRUMENT_PHRASINGS), rows(INSTRUMENT_PHRASINGS))
 
-
-def _difference_task(world: World) -> Task:
-    rng = world.rng("difference")
-    pairs = rng.sample([(f"{a:02}", f"{b:02}") for a in range(100) for b in range(100)], 2200)
-    rows = [difference_row(*pair) for pair in pairs]
-    return Task(rows[:2000], rows[2000:])
+def _difference_task() -> Task:
+    """A table to be memorised: a hundred sums are too few to infer those left out."""
+    rows = [difference_row(a, b) for a in range(10) for b in range(10)]
+    return Task(rows, list(rows))

@@ -8,7 +8,6 @@ seed gives the same weights on the same machine with one thread.
 import argparse
 import json
 import math
-import random
 import shutil
 import time
 from collections.abc import Iterator
@@ -22,8 +21,8 @@ from benchmarks.world.language import World, pretraining_documents
 from benchmarks.world.score import score_skills
 from benchmarks.world.tokenizer import build_tokenizer
 
-STEPS = 1500
-BATCH = 16
+STEPS = 2000
+BATCH = 8
 LENGTH = 128
 PEAK_RATE = 3e-3
 WARM_UP_SHARE = 0.05
@@ -36,7 +35,7 @@ def model_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=352,
-        num_hidden_layers=4,
+        num_hidden_layers=5,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=256,
@@ -120,7 +119,6 @@ def pretrain(output: Path, seed: int, steps: int = STEPS) -> dict[str, object]:
         torch.manual_seed(seed)
         model = LlamaForCausalLM(model_config(tokenizer))
         loss = train(model, tokenizer, world, steps)
-    model.eval()
     facts: dict[str, object] = {
         "seed": seed,
         "steps": steps,

@@ -24,7 +24,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(WordLevel({symbol: index for index, symbol in enumerate(symbols)}))
     backend.pre_tokenizer = Split(Regex(r"[\s\S]"), behavior="isolated")
     backend.decoder = Fuse()
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call, unused-ignore]
         tokenizer_object=backend,
         pad_token=PAD,
         bos_token=BOS,

@@ -37,6 +37,9 @@ from folora.solving import GroupBasis, check_rank
 
 ANCHOR = "lora_anchor"
 
+Factors = dict[str, tuple[Tensor, Tensor, float]]
+"""A (k, d_in), B (d_out, k) and kappa by layer name; the layer's update is kappa B A."""
+
 
 class Anchor(nn.Module):
     """The frozen product B0 A0 of one layer; buffers, so that it travels with the adapter."""
@@ -70,9 +73,7 @@ class Anchored(LoraVariant):
     @staticmethod
     def delta(module: Any, adapter: str) -> Tensor:
         """kappa (B A - B0 A0) in the layout of the base weight."""
-        a, b, scaling = _factors(module, adapter)
-        with full_fp32_matmul():
-            product = (b.float() @ a.float()) * scaling
+        product = _product(*_factors(module, adapter))
         return product.T if getattr(module, "fan_in_fan_out", False) else product
 
     @staticmethod
@@ -96,7 +97,7 @@ def attach(
     bases: Sequence[GroupBasis],
     *,
     r: int = 16,
-    alpha: float | None = None,
+    alpha: float | int | None = None,
     init: str = "null_space",
     seed: int = 0,
     adapter_name: str = "default",
@@ -147,7 +148,7 @@ def attach(
 
 def lora_factors(
     model: PeftModel, adapter_name: str = "default"
-) -> dict[str, tuple[Tensor, Tensor, float]]:
+) -> Factors:
     """A, B and kappa of every adapted layer, such that its update is exactly kappa B A.
 
     Anchored layers give [A; A0] (2r, d_in) and [B, -B0] (d_out, 2r); plain ones (r, d_in) and
@@ -188,7 +189,25 @@ def export_adapter(
         NumericsError: A factor is not finite.
         ArtifactError: The folder cannot be written.
     """
-    factors = lora_factors(model, adapter_name)
+    config = model.peft_config[adapter_name]
+    return write_adapter(
+        lora_factors(model, adapter_name),
+        path,
+        base_model=config.base_model_name_or_path,
+        fan_in_fan_out=config.fan_in_fan_out,  # type: ignore[attr-defined]
+        rank=rank,
+    )
+
+
+def write_adapter(
+    factors: Factors,
+    path: str | Path,
+    *,
+    base_model: str | None,
+    fan_in_fan_out: bool = False,
+    rank: int | None = None,
+) -> ExportReport:
+    """Write factors as a PEFT adapter folder; see `export_adapter`."""
     exact = max(len(a) for a, _, _ in factors.values())
     if rank is not None and not 1 <= rank <= exact:
         raise ConfigError(f"export rank is {rank}, but must lie in [1, {exact}]")
@@ -204,16 +223,15 @@ def export_adapter(
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.cpu().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.cpu().contiguous()
     scaling = next(iter(factors.values()))[2]
-    own: LoraConfig = model.peft_config[adapter_name]  # type: ignore[assignment]
     config = LoraConfig(
         r=target,
         lora_alpha=scaling * target,  # type: ignore[arg-type]
-        target_modules=sorted(own.target_modules or []),
+        target_modules=sorted(factors),
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
-        fan_in_fan_out=own.fan_in_fan_out,
-        base_model_name_or_path=own.base_model_name_or_path,
+        fan_in_fan_out=fan_in_fan_out,
+        base_model_name_or_path=base_model,
         inference_mode=True,
     )
 
@@ -235,18 +253,24 @@ def export_merged(model: PeftModel, path: str | Path, adapter_name: str = "defau
         ConfigError: The base is quantized; its weights cannot take the update exactly.
         ArtifactError: The folder cannot be written.
     """
-    base: Any = model.get_base_model()
-    if getattr(base, "is_quantized", False):
-        raise ConfigError(
-            "a quantized base cannot be merged without loss. Export the adapter, and merge it into "
-            "the base loaded in bf16: PeftModel.from_pretrained(base, folder).merge_and_unload()"
-        )
+    _refuse_quantized(model.get_base_model())
     state = get_base_model_state_dict(model)
-    for name in lora_factors(model, adapter_name):
+    write_merged(model.get_base_model(), state, lora_factors(model, adapter_name), path)
+
+
+def write_merged(
+    base: Any, state: dict[str, Tensor], factors: Factors, path: str | Path
+) -> None:
+    """Write a base model's `state` plus factors as a model folder; see `export_merged`."""
+    _refuse_quantized(base)
+    merged = dict(state)
+    for name, (a, b, scaling) in factors.items():
         weight = state[f"{name}.weight"]
-        delta = Anchored.delta(_lora_layer(model, name), adapter_name)
-        state[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype)
-    write_atomically(Path(path), lambda target: base.save_pretrained(target, state_dict=state))
+        delta = _product(a, b, scaling).to(weight.device)
+        if isinstance(_base_layer(base.get_submodule(name)), Conv1D):
+            delta = delta.T
+        merged[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype)
+    write_atomically(Path(path), lambda target: base.save_pretrained(target, state_dict=merged))
 
 
 def truncate(
@@ -340,6 +364,19 @@ def _factors(module: Any, adapter: str) -> tuple[Tensor, Tensor, float]:
         anchor = getattr(module, ANCHOR)[adapter]
         a, b = torch.cat([a, anchor.a0]), torch.cat([b, -anchor.b0], dim=1)
     return a, b, float(module.scaling[adapter])
+
+
+def _refuse_quantized(base: Any) -> None:
+    if getattr(base, "is_quantized", False):
+        raise ConfigError(
+            "a quantized base cannot be merged without loss. Export the adapter, and merge it into "
+            "the base loaded in bf16: PeftModel.from_pretrained(base, folder).merge_and_unload()"
+        )
+
+
+def _product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    with full_fp32_matmul():
+        return (b.float() @ a.float()) * scaling
 
 
 def _base_layer(module: Any) -> Any:

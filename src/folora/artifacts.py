@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from folora.errors import ArtifactError
+from folora.errors import ArtifactError, MismatchError
 
 FORMAT_VERSION = 1
 TENSORS, MANIFEST = "tensors.safetensors", "manifest.json"
@@ -137,7 +137,8 @@ def read_manifest(path: Path, kind: str, expected: dict[str, Any] | None = None)
         expected: Facts that must stand in the manifest with the same values.
 
     Raises:
-        ArtifactError: Missing, damaged, of another kind or format, or belonging to something else.
+        ArtifactError: Missing, damaged, or of another kind or format.
+        MismatchError: Made from something else than `expected`.
     """
     file = Path(path) / MANIFEST
     manifest = read_json(file)
@@ -151,7 +152,7 @@ def read_manifest(path: Path, kind: str, expected: dict[str, Any] | None = None)
         )
     for name, value in (expected or {}).items():
         if manifest.get(name) != value:
-            raise ArtifactError(
+            raise MismatchError(
                 f"{path} belongs to another {name.replace('_', ' ')}: it was made for "
                 f"{_short(manifest.get(name))}, this run has {_short(value)}. Give the right model "
                 "and data, or make it again in another folder."

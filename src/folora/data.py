@@ -95,13 +95,23 @@ def load_rows(dataset: str | Dataset | Sequence[Row], split: str = "train") -> l
     return rows
 
 
-def _read_local(path: Path, kind: str | None) -> list[Row]:
+def check_dataset(name: str) -> None:
+    """Refuse, before anything is loaded, a local file that cannot be read. Raises DataError."""
+    path, kind = Path(name), local_format(name)
+    if kind is None and not path.exists():
+        if name.startswith((".", "/", "~")):
+            raise DataError(f"data file {name} does not exist")
+        return  # a Hub name
     if not path.is_file():
-        raise DataError(f"data file {path} does not exist")
+        raise DataError(f"data file {name} does not exist")
     if kind is None:
-        raise DataError(f"data file {path} must end in .json, .jsonl or .parquet (.gz allowed)")
+        raise DataError(f"data file {name} must end in .json, .jsonl or .parquet (.gz allowed)")
     if path.stat().st_size == 0:
-        raise DataError(f"data file {path} is empty")
+        raise DataError(f"data file {name} is empty")
+
+
+def _read_local(path: Path, kind: str | None) -> list[Row]:
+    check_dataset(str(path))
     try:
         return list(load_dataset(kind, data_files=str(path), split="train"))
     except Exception as error:  # parsers of three libraries

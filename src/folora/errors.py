@@ -27,6 +27,10 @@ class ArtifactError(FoLoraError, RuntimeError):
     """A file written by an earlier stage is missing, damaged, or belongs to something else."""
 
 
+class MismatchError(ArtifactError):
+    """A file is sound, but was made from another model, data set or option."""
+
+
 class NumericsError(FoLoraError, ArithmeticError):
     """A matrix or an activation is not what the mathematics needs (NaN, asymmetry, ...)."""
 

@@ -81,14 +81,17 @@ class Meter:
                 k, c, n = _divergence(model, batch)
                 kl, change, tokens = kl + k, change + c, tokens + n
                 on_batch()
-            loss = response_tokens = 0.0
+        return Reading(kl / tokens, change / tokens, self.task_loss(model, on_batch))
+
+    def task_loss(self, model: Any, on_batch: Callable[[], None] = lambda: None) -> float:
+        """Cross-entropy a response token on the held-out task rows; NaN without rows."""
+        total = count = 0.0
+        with _evaluating(model):
             for batch in batches(self.task, self.batch_size):
                 value, n = response_loss(model, batch)
-                loss, response_tokens = loss + value, response_tokens + n
+                total, count = total + value, count + n
                 on_batch()
-        return Reading(
-            kl / tokens, change / tokens, loss / response_tokens if self.task else float("nan")
-        )
+        return total / count if self.task else float("nan")
 
 
 def update_norms(

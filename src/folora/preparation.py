@@ -52,7 +52,7 @@ class Prepared:
 
     def param_groups(self, **changes: Any) -> list[dict[str, Any]]:
         """Groups for `SAdam`; `changes` as in `param_groups`, for example ``lr=1e-3``."""
-        return param_groups(self.model, self.bases, **(_group_options(self.config) | changes))
+        return param_groups(self.model, self.bases, **(group_options(self.config) | changes))
 
     def train_dataset(self) -> Dataset:
         """The training rows with ``input_ids`` and ``labels``, as TRL and Transformers take them."""
@@ -104,7 +104,7 @@ def prepare(
             on_group=tick,
         )
     peft_model = attach_configured(model, bases, config)
-    optimizer = SAdam(param_groups(peft_model, bases, **_group_options(config)))
+    optimizer = SAdam(param_groups(peft_model, bases, **group_options(config)))
     meter = Meter(proxies.held_out, task.held_out, batch_size)
     return Prepared(peft_model, optimizer, bases, task, meter, config)
 
@@ -200,7 +200,8 @@ def to_dataset(examples: Sequence[Example]) -> Dataset:
     )
 
 
-def _group_options(config: FoLoraConfig) -> dict[str, Any]:
+def group_options(config: FoLoraConfig) -> dict[str, Any]:
+    """The keyword arguments of `param_groups` that a config stands for."""
     spectrum, training = config.spectrum, config.training
     return {
         "lr": training.learning_rate,

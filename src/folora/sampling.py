@@ -36,7 +36,7 @@ from folora.artifacts import (
     write_json,
 )
 from folora.config import SamplingConfig
-from folora.errors import ArtifactError, DataError, NumericsError
+from folora.errors import ArtifactError, DataError, MismatchError, NumericsError
 from folora.filtering import REASONS, rejection
 from folora.progress import progress
 
@@ -317,7 +317,8 @@ def sample_to_folder(
         folder: Receives ``request.json``, one shard a batch, and at the end ``set/``.
 
     Raises:
-        ArtifactError: The folder holds the work of another request, or something damaged.
+        MismatchError: The folder holds the work of another request.
+        ArtifactError: Something in it is damaged.
     """
     request = {
         **facts,
@@ -336,17 +337,17 @@ def sample_to_folder(
     request_file = folder / "request.json"
     if request_file.exists():
         if read_json(request_file) != request:
-            raise ArtifactError(
+            raise MismatchError(
                 f"{folder} holds samples of another model, start token, length or seed. Choose "
                 "another output folder, or move that one away."
             )
     else:
         write_json(request_file, request)
     complete = {**request, "sequences": [config.num_sequences, config.num_held_out]}
-    try:
-        return load_proxy_set(folder, complete)
-    except ArtifactError as error:
-        if (folder / "set").exists():
+    if (folder / "set").exists():
+        try:
+            return load_proxy_set(folder, complete)
+        except MismatchError as error:  # another number of sequences: the shards still serve
             logger.info("sampling goes on: %s", error)
     found = sample(_Lazy(engine), start_id, eos_ids, config, folder)
     flat = [token for row in [*found.calibration, *found.held_out] for token in row]

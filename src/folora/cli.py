@@ -1,0 +1,244 @@
+"""The command line: ``folora run`` and its stages, one config for all.
+
+Options are the fields of the config dataclasses by their dotted names, the same as in a YAML file
+given by ``--config``; flags win over the file. Wrong input ends with one sentence and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from folora.config import FoLoraConfig, option_names, read_yaml
+from folora.errors import ConfigError, FoLoraError, nearest
+from folora.pipeline import ADAPTER, Run
+from folora.planning import Plan, plan, widths
+
+COMMANDS = {
+    "run": "all stages: from a model and a data set to an adapter and a report",
+    "plan": "say how much memory, disk and time a run will take",
+    "sample": "stage 1: text that the model writes itself",
+    "measure": "stage 2: second moments on that text and on the task",
+    "solve": "stage 3: the eigenbasis of every shared input",
+    "train": "stage 4: train in that basis",
+    "export": "stage 5: an ordinary PEFT adapter, or merged weights",
+}
+SHORT = {"adapter.r": "--r", "training.learning_rate": "--lr", "training.max_steps": "--max-steps"}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The argument parser; every option of the config is a flag of every command."""
+    top = argparse.ArgumentParser(
+        prog="folora", description="Fine-tune a model and keep what it knew (arXiv:2606.00132)."
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, help_text in COMMANDS.items():
+        command = commands.add_parser(
+            name, help=help_text, description=help_text, allow_abbrev=False
+        )
+        command.add_argument("--config", metavar="FILE", help="YAML file with the options below")
+        command.add_argument(
+            "--preset", choices=["paper"], help="start from FoLoraConfig.paper() instead"
+        )
+        command.add_argument("--verbose", action="store_true", help="show what libraries log")
+        if name == "export":
+            command.add_argument("--to", metavar="DIR", help="folder; default is in the run folder")
+            command.add_argument("--rank", type=int, help="cut back to this rank, stating the error")
+            command.add_argument("--merged", action="store_true", help="write merged weights")
+        for option, info in option_names().items():
+            flags = [f"--{option}", *([SHORT[option]] if option in SHORT else [])]
+            command.add_argument(
+                *flags,
+                dest=option,
+                default=argparse.SUPPRESS,
+                metavar="VALUE",
+                help=f"{info['help']} [{info['default']}]".replace("%", "%%"),
+            )
+    return top
+
+
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, FoLoraConfig]:
+    """Arguments to a command and a config.
+
+    Raises:
+        ConfigError: An unknown option (with the nearest right one) or a wrong value.
+    """
+    options, unknown = parser().parse_known_args(arguments)
+    if unknown:
+        known = [f"--{name}" for name in option_names()]
+        word = next((u for u in unknown if u.startswith("-")), unknown[0]).split("=")[0]
+        raise ConfigError(f"unknown option {word}{nearest(word, known)}")
+    values: dict[str, Any] = FoLoraConfig.paper().to_dict() if options.preset else {}
+    if options.config:
+        _merge(values, read_yaml(options.config))
+    for name in option_names():
+        if hasattr(options, name):
+            _merge(values, _nested(name, _value(getattr(options, name))))
+    return options, FoLoraConfig.from_dict(values)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    console = Console(stderr=True)
+    try:
+        options, config = parse(sys.argv[1:] if arguments is None else arguments)
+        _set_up_logging(options.verbose)
+        _execute(options, config)
+    except FoLoraError as error:
+        console.print(f"[bold red]folora:[/] {_escaped(error)}", highlight=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        console.print(
+            "\n[bold]folora:[/] stopped. What is finished is on disk; give the same command again "
+            "to go on."
+        )
+        return 130
+    return 0
+
+
+def entry() -> None:
+    """Console script."""
+    sys.exit(main())
+
+
+def _execute(options: argparse.Namespace, config: FoLoraConfig) -> None:
+    command = options.command
+    if command == "plan":
+        _print_plan(_plan(config))
+        return
+    run = Run(config)
+    if command == "run":
+        _print_report(run.run())
+        return
+    if command == "export":
+        path = Path(options.to) if options.to else None
+        report = run.export(path, options.rank, "merged" if options.merged else "adapter")
+        target = path or run.folder / ("merged" if options.merged else ADAPTER)
+        print(f"wrote {target}" + (f", rank {report.rank}" if report.rank else ""))
+        if report.relative_error:
+            print(
+                f"relative error of the update: {report.relative_error:.2%} in all, at most "
+                f"{report.worst_relative_error:.2%} ({report.worst_layer})"
+            )
+        return
+    run.check(needs_data=command in ("measure", "train"))
+    run.write_config()
+    getattr(run, command)()
+    if command == "train":
+        _print_report(run.report())
+
+
+def _plan(config: FoLoraConfig) -> Plan:
+    if not config.dataset:
+        return plan(config)
+    task = Run(_with_output(config)).task
+    tokens = sum(len(e.input_ids) for e in task.train)
+    return plan(config, tokens, len(task.train))
+
+
+def _with_output(config: FoLoraConfig) -> FoLoraConfig:
+    return config if config.output else FoLoraConfig.from_dict({**config.to_dict(), "output": "."})
+
+
+def _print_plan(found: Plan) -> None:
+    console = Console()
+    shapes = Table("width d_in", "shared inputs", "layers", "basis each", title="Bases")
+    for d, groups, layers in widths(found.groups):
+        shapes.add_row(str(d), str(groups), str(layers), _bytes(4 * d * d))
+    console.print(shapes)
+    stages = Table("stage", "memory", "disk", "time", title="Stages")
+    for stage in found.stages:
+        seconds = "depends on data" if stage.seconds is None else _duration(stage.seconds)
+        stages.add_row(stage.name, _bytes(stage.memory), _bytes(stage.disk), seconds)
+    console.print(stages)
+    console.print(
+        f"{found.layers} layers read {len(found.groups)} inputs; all bases {_bytes(found.basis_bytes)};"
+        f" {found.trainable:,} of {found.parameters:,} parameters are trained."
+    )
+    console.print("Times are estimates from a second of measuring here; expect a factor of three.")
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    table = Table(title=f"After {report['steps']} steps")
+    for column in ("", "base", "adapted"):
+        table.add_column(column, justify="left" if not column else "right")
+    base, adapted, norm = report["base"], report["adapted"], report["total_norm"]
+    rows = [
+        ("learned: task loss (nats a response token)", base["task_loss"], adapted["task_loss"]),
+        ("kept: KL to the base (nats a token)", base["kl"], adapted["kl"]),
+        ("kept: change in cross-entropy", base["ce_change"], adapted["ce_change"]),
+        ("cost: norm of the update", 0.0, norm["frobenius"]),
+        ("cost: norm of the update in H", 0.0, norm["h_norm"]),
+    ]
+    for what, before, after in rows:
+        table.add_row(what, _number(before), _number(after))
+    Console().print(table)
+    print(f"adapter: {report['adapter']}")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _value(text: str) -> Any:
+    """A flag's text as YAML would read it; 1e-3 is a number here too."""
+    try:
+        return float(text) if "e" in text.lower() and text[:1] in "0123456789+-." else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError):
+        return text
+
+
+def _nested(name: str, value: Any) -> dict[str, Any]:
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    return value
+
+
+def _merge(values: dict[str, Any], more: dict[str, Any]) -> None:
+    """Put nested `more` over `values`, in place."""
+    for name, value in more.items():
+        if isinstance(value, dict) and isinstance(values.get(name), dict) and name != "extra":
+            _merge(values[name], value)
+        else:
+            values[name] = value
+
+
+def _set_up_logging(verbose: bool) -> None:
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler], force=True)
+    if not verbose:
+        for library in ("httpx", "datasets", "transformers", "huggingface_hub", "accelerate"):
+            logging.getLogger(library).setLevel(logging.ERROR)
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def _escaped(error: Exception) -> str:
+    return str(error).replace("[", r"\[")
+
+
+if __name__ == "__main__":
+    entry()

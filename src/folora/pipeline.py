@@ -1,0 +1,405 @@
+"""The stages of a run, each from what the one before left on disk.
+
+A run is a folder::
+
+    config.yaml      what was asked for
+    1-samples/       text that the model wrote itself, in shards, and the finished set
+    2-statistics/    pre/ belongs to the base model, task/ to the data set
+    3-spectrum/      the eigenbasis of every shared input
+    4-training/      checkpoints, and result/ with the trained factors
+    5-adapter/       an ordinary PEFT adapter: this is what you came for
+    report.json      what was learned, what was kept, what it cost
+
+A stage is skipped if its result was made from the same inputs, goes on if it was interrupted, and is
+done again if its inputs have changed; the former result is then kept under ``old/``.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from folora.activations import InputGroup, check_finite_weights
+from folora.adapter import ExportReport, lora_factors, write_adapter, write_merged
+from folora.artifacts import (
+    Artifact,
+    json_fingerprint,
+    model_fingerprint,
+    read_artifact,
+    read_json,
+    read_manifest,
+    tokenizer_fingerprint,
+    write_artifact,
+    write_json,
+    write_text,
+)
+from folora.config import FoLoraConfig
+from folora.data import (
+    Example,
+    TaskData,
+    check_dataset,
+    load_rows,
+    prepare_task,
+    text_examples,
+)
+from folora.errors import ArtifactError, ConfigError, MismatchError
+from folora.loading import load_model, load_tokenizer, required
+from folora.meter import Meter, Reading, total_norm
+from folora.preparation import (
+    Prepared,
+    attach_configured,
+    group_options,
+    groups_of,
+    measure,
+    null_rank,
+    param_groups,
+)
+from folora.progress import progress
+from folora.sadam import SAdam
+from folora.sampling import (
+    Engine,
+    HuggingFaceEngine,
+    ProxySet,
+    check_same_tokenizer,
+    eos_token_ids,
+    load_proxy_set,
+    sample_to_folder,
+    start_token_id,
+)
+from folora.solving import bases_from_tensors, bases_to_tensors, check_rank, solve
+from folora.training import sft_config, train
+
+logger = logging.getLogger(__name__)
+
+SAMPLES, STATISTICS, SPECTRUM = "1-samples", "2-statistics", "3-spectrum"
+TRAINING, ADAPTER, REPORT = "4-training", "5-adapter", "report.json"
+
+ExportKind = Literal["adapter", "merged"]
+
+
+class Run:
+    """One run folder and the stages that fill it.
+
+    Args:
+        config: ``model`` and ``output`` must be given; ``dataset`` from `measure` on.
+
+    Raises:
+        FoLoraError: From every method, with what failed and what to do.
+    """
+
+    def __init__(self, config: FoLoraConfig) -> None:
+        self.config = config
+        self.name = required(config.model, "model")
+        self.folder = Path(required(config.output, "output"))
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ConfigError(f"output {self.folder} is a file, but must be a folder")
+
+    # What the stages are about; loaded when first needed.
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the model."""
+        return load_tokenizer(self.config, self.name)
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The base model; its weights are checked once."""
+        model = load_model(self.config, self.name)
+        check_finite_weights(model)
+        return model
+
+    @cached_property
+    def model_facts(self) -> dict[str, Any]:
+        """Fingerprints of model and tokenizer, for manifests."""
+        return {
+            "model": model_fingerprint(self.model),
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+        }
+
+    @cached_property
+    def groups(self) -> list[InputGroup]:
+        """The shared inputs of the layers to adapt."""
+        groups = groups_of(self.model, self.config.adapter.target_modules, self.start_id)
+        check_rank(groups, self.config.adapter.r)
+        return groups
+
+    @cached_property
+    def task(self) -> TaskData:
+        """The tokenized rows."""
+        dataset = required(self.config.dataset, "dataset")
+        rows = load_rows(dataset, self.config.data.split)
+        return prepare_task(rows, self.tokenizer, self.config.data)
+
+    @property
+    def start_id(self) -> int:
+        """The token that sampling starts from."""
+        return start_token_id(self.tokenizer, self.config.sampling.start_token)
+
+    def check(self, *, needs_data: bool) -> None:
+        """Everything that can be found out without loading the model."""
+        sft_config(self.config.training, self.folder / TRAINING, evaluates=False)
+        if needs_data:
+            check_dataset(required(self.config.dataset, "dataset"))
+        _ = self.start_id
+        if needs_data:
+            _ = self.task
+
+    # The stages.
+
+    def run(self) -> dict[str, Any]:
+        """All stages; returns the report."""
+        self.check(needs_data=True)
+        self.write_config()
+        self.sample()
+        self.measure()
+        self.solve()
+        self.train()
+        self.export()
+        return self.report()
+
+    def write_config(self) -> None:
+        """Leave the resolved config where a reader looks for it."""
+        write_text(self.folder / "config.yaml", self.config.to_yaml())
+
+    def sample(self) -> ProxySet:
+        """Stage 1: the proxy set."""
+        config = self.config.sampling
+        facts = dict(self.model_facts)
+        if config.sampler_model:
+            facts["sampler_model"] = config.sampler_model
+        eos_ids = eos_token_ids(self.model, self.tokenizer)
+        folder = self.folder / SAMPLES
+        arguments = (self._engine, self.start_id, eos_ids, config, facts, folder)
+        try:
+            return sample_to_folder(*arguments)
+        except MismatchError:
+            self._set_aside(folder)
+            return sample_to_folder(*arguments)
+
+    def measure(self) -> None:
+        """Stage 2: C_pre, which belongs to the base model, and C_task."""
+        proxies = self.proxies()
+        layers = [[group.layers, group.d_in] for group in self.groups]
+        shared = {**self.model_facts, "groups": json_fingerprint(layers)}
+        chosen = self.task.train[: self.config.statistics.task_examples]
+        for part, facts, examples in (
+            ("pre", {"samples": proxies.fingerprint}, text_examples(proxies.calibration)),
+            ("task", {"data": TaskData(chosen, []).fingerprint}, chosen),
+        ):
+            path = self.folder / STATISTICS / part
+            self._unless_done(
+                path,
+                f"statistics_{part}",
+                {**shared, **facts},
+                lambda part=part, examples=examples: self._measured(part, examples),  # type: ignore[misc]
+            )
+
+    def solve(self) -> None:
+        """Stage 3: the eigenbases."""
+        pre, task = self.statistics("pre"), self.statistics("task")
+        facts = {
+            **self.model_facts,
+            "statistics": [pre.manifest["sha256"], task.manifest["sha256"]],
+            "tau": self.config.spectrum.tau,
+            "null_rank": null_rank(self.config),
+        }
+
+        def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
+            with progress("solving", len(self.groups)) as tick:
+                bases = solve(
+                    self.groups,
+                    pre.tensors,
+                    task.tensors,
+                    tau=self.config.spectrum.tau,
+                    null_rank=null_rank(self.config),
+                    on_group=tick,
+                )
+            tensors, group_facts = bases_to_tensors(bases)
+            return tensors, {"groups": group_facts}
+
+        self._unless_done(self.folder / SPECTRUM, "spectrum", facts, make)
+
+    def train(self) -> None:
+        """Stage 4: training, from the latest checkpoint if there is one."""
+        folder = self.folder / TRAINING
+        spectrum = self._read(SPECTRUM, "spectrum", "solve", self.model_facts)
+        request = {
+            **self.model_facts,
+            "spectrum": spectrum.manifest["sha256"],
+            "data": self.task.fingerprint,
+            "held_out": self.proxies().fingerprint,
+            "options": json_fingerprint(
+                [asdict(self.config.training), asdict(self.config.adapter)]
+                + [asdict(self.config.spectrum)]
+            ),
+        }
+        request_file = folder / "request.json"
+        if request_file.exists() and read_json(request_file) != request:
+            self._set_aside(folder)
+        if (folder / "result").exists():
+            read_manifest(folder / "result", "training", request)
+            logger.info("training: done already")
+            return
+        write_json(request_file, request)
+        prepared = self._prepared(spectrum)
+        trainer = train(prepared, self.tokenizer, folder)
+        reading, norms = trainer.read()
+        with prepared.model.disable_adapter():
+            before = Reading(0.0, 0.0, prepared.meter.task_loss(prepared.model))
+        factors = lora_factors(prepared.model)
+        tensors = {f"{name}/A": a for name, (a, _, _) in factors.items()}
+        tensors |= {f"{name}/B": b for name, (_, b, _) in factors.items()}
+        write_artifact(
+            folder / "result",
+            "training",
+            tensors,
+            {
+                **request,
+                "scaling": {name: scaling for name, (_, _, scaling) in factors.items()},
+                "fan_in_fan_out": _all_conv1d(prepared, factors),
+                "steps": trainer.state.global_step,
+                "base": asdict(before),
+                "adapted": asdict(reading),
+                "total_norm": asdict(total_norm(norms)),
+                "norms": {name: asdict(norm) for name, norm in norms.items()},
+            },
+        )
+
+    def export(
+        self, path: Path | None = None, rank: int | None = None, kind: ExportKind = "adapter"
+    ) -> ExportReport:
+        """Stage 5: an ordinary PEFT adapter, exact or cut back to `rank`, or merged weights."""
+        result = self._read(f"{TRAINING}/result", "training", "train")
+        factors = {
+            name: (result.tensors[f"{name}/A"], result.tensors[f"{name}/B"], scaling)
+            for name, scaling in result.manifest["scaling"].items()
+        }
+        if kind == "merged":
+            if rank is not None:
+                raise ConfigError("a merged export is exact; --rank goes with the adapter alone")
+            base = load_model(self.config, self.name)  # afresh: training wraps the layers
+            if model_fingerprint(base) != result.manifest["model"]:
+                raise MismatchError(f"{self.name} is not the model that was trained in {self.folder}")
+            target = path or self.folder / "merged"
+            write_merged(base, base.state_dict(), factors, target)
+            self.tokenizer.save_pretrained(target)
+            return ExportReport(0, 0.0, "", 0.0)
+        return write_adapter(
+            factors,
+            path or self.folder / ADAPTER,
+            base_model=self.name,
+            fan_in_fan_out=result.manifest["fan_in_fan_out"],
+            rank=rank,
+        )
+
+    def report(self) -> dict[str, Any]:
+        """What was learned, kept and paid; written to ``report.json`` and returned."""
+        manifest = read_manifest(self.folder / TRAINING / "result", "training")
+        samples = read_manifest(self.folder / SAMPLES / "set", "samples")
+        statistics = {
+            part: read_manifest(self.folder / STATISTICS / part, f"statistics_{part}")["tokens"]
+            for part in ("pre", "task")
+        }
+        names = ("steps", "base", "adapted", "total_norm", "norms")
+        report = {name: manifest[name] for name in names}
+        report |= {"tokens_measured": statistics, "rejected_samples": samples["rejected"]}
+        report |= {"adapter": str(self.folder / ADAPTER)}
+        write_json(self.folder / REPORT, _without_nan(report))
+        return report
+
+    # What stages read.
+
+    def proxies(self) -> ProxySet:
+        """The finished proxy set of this model."""
+        if not (self.folder / SAMPLES / "set").exists():
+            raise ArtifactError(f"{self.folder / SAMPLES} has no finished set; folora sample first")
+        return load_proxy_set(self.folder / SAMPLES, self.model_facts)
+
+    def statistics(self, part: str) -> Artifact:
+        """C_pre (``"pre"``) or C_task (``"task"``) of this model."""
+        return self._read(f"{STATISTICS}/{part}", f"statistics_{part}", "measure", self.model_facts)
+
+    def _read(
+        self, part: str, kind: str, command: str, expected: dict[str, Any] | None = None
+    ) -> Artifact:
+        path = self.folder / part
+        if not path.exists():
+            raise ArtifactError(f"{path} is missing; give the command: folora {command}")
+        return read_artifact(path, kind, expected)
+
+    # How stages are done.
+
+    def _engine(self) -> Engine:
+        config = self.config.sampling
+        model = self.model
+        if config.sampler_model:
+            other = load_tokenizer(self.config, config.sampler_model)
+            check_same_tokenizer(self.tokenizer, other, config.sampler_model)
+            model = load_model(replace(self.config, revision=None), config.sampler_model)
+        eos_ids = eos_token_ids(self.model, self.tokenizer)
+        return HuggingFaceEngine(model, self.start_id, eos_ids, config)
+
+    def _measured(
+        self, part: str, examples: Sequence[Example]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        batch_size = self.config.statistics.batch_size
+        moments = measure(self.model, self.groups, examples, batch_size, f"C_{part}")
+        return moments.matrices, {"tokens": moments.tokens}
+
+    def _prepared(self, spectrum: Artifact) -> Prepared:
+        bases = bases_from_tensors(spectrum.tensors, spectrum.manifest["groups"])
+        model = attach_configured(self.model, bases, self.config)
+        optimizer = SAdam(param_groups(model, bases, **group_options(self.config)))
+        meter = Meter(
+            self.proxies().held_out, self.task.held_out, self.config.statistics.batch_size
+        )
+        return Prepared(model, optimizer, bases, self.task, meter, self.config)
+
+    def _unless_done(
+        self,
+        path: Path,
+        kind: str,
+        facts: dict[str, Any],
+        make: Callable[[], tuple[dict[str, Tensor], dict[str, Any]]],
+    ) -> None:
+        """Write an artifact unless it is there with the same facts; changed ones go to old/."""
+        if path.exists():
+            manifest = read_manifest(path, kind)
+            if all(manifest.get(name) == value for name, value in facts.items()):
+                logger.info("%s: done already", path.relative_to(self.folder))
+                return
+            self._set_aside(path)
+        tensors, more = make()
+        write_artifact(path, kind, tensors, {**more, **facts})
+
+    def _set_aside(self, path: Path) -> None:
+        """Keep a result whose inputs have changed under ``old/``."""
+        stem = str(path.relative_to(self.folder)).replace("/", "-")
+        number = next(
+            n for n in range(1, 10**6) if not (self.folder / "old" / f"{stem}-{n}").exists()
+        )
+        target = self.folder / "old" / f"{stem}-{number}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+        logger.warning("%s was made from other inputs; it is kept as %s", path, target)
+
+
+def _all_conv1d(prepared: Prepared, factors: Mapping[str, Any]) -> bool:
+    base: Any = prepared.model.get_base_model()
+    return all(isinstance(base.get_submodule(n).get_base_layer(), Conv1D) for n in factors)
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN; a reading that could not be taken is null."""
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,152 @@
+"""What a run will need, said before anything starts: layers, bases, memory, disk and time.
+
+Sizes follow from the model's skeleton on the meta device, without its weights. Times are estimates
+from a second of measuring on this machine (a matrix product in the model's dtype, one eigenproblem),
+good to a factor of about three.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from folora.activations import InputGroup, find_groups, target_layers
+from folora.config import FoLoraConfig
+from folora.loading import device_of, load_config, required
+from folora.solving import check_rank
+
+PROBE = 512
+DECODING_EFFICIENCY = 0.15  # of a large product's rate, for one token a row
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage's needs; bytes and seconds, seconds None where only the data can tell."""
+
+    name: str
+    memory: int
+    disk: int
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything `folora plan` prints."""
+
+    groups: list[InputGroup]
+    layers: int
+    parameters: int
+    trainable: int
+    basis_bytes: int
+    stages: list[Stage]
+
+
+def plan(config: FoLoraConfig, task_tokens: int | None = None, rows: int | None = None) -> Plan:
+    """Estimate a run.
+
+    Args:
+        config: With ``model`` given.
+        task_tokens: Tokens of the training rows in one epoch, if known.
+        rows: Number of training rows, if known.
+
+    Raises:
+        ConfigError: The model cannot be found, or options do not fit it.
+    """
+    device = device_of(config)
+    model_config = load_config(config, required(config.model, "model"))
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(
+            model_config, trust_remote_code=config.trust_remote_code
+        )
+    layers = target_layers(skeleton, config.adapter.target_modules)
+    # A ready-made 4-D mask spares the model the look at mask values, which meta tensors lack.
+    batch = {
+        "input_ids": torch.zeros(1, 2, dtype=torch.long, device="meta"),
+        "attention_mask": torch.zeros(1, 1, 2, 2, device="meta"),
+    }
+    groups = find_groups(skeleton, layers, batch)
+    check_rank(groups, config.adapter.r)
+
+    dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
+    parameters = sum(p.numel() for p in skeleton.parameters())
+    trainable = sum(config.adapter.r * (d_in + d_out) for d_in, d_out in layers.values())
+    bases = sum(4 * g.d_in**2 for g in groups)
+    weights = parameters * dtype.itemsize
+    flops, eigh_seconds = _speed(device, dtype)
+
+    sampling = config.sampling
+    sampled = sampling.num_sequences * (sampling.min_new_tokens + sampling.max_new_tokens) // 2
+    text = model_config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 1)
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    cache = 2 * text.num_hidden_layers * heads * head * dtype.itemsize
+    cache *= sampling.batch_size * sampling.max_new_tokens
+    task_measured = config.statistics.task_examples * min(config.data.max_length, 256)
+    gram = sum(2 * g.d_in**2 for g in groups)
+    forward = 2 * parameters
+    solve_seconds = eigh_seconds * sum((g.d_in / PROBE) ** 3 for g in groups)
+    training = config.training
+    steps_tokens = None
+    if training.max_steps > 0 and rows and task_tokens:
+        rows_seen = training.max_steps * training.batch_size * training.gradient_accumulation_steps
+        steps_tokens = rows_seen * task_tokens / rows
+    elif task_tokens:
+        steps_tokens = training.num_train_epochs * task_tokens
+    state = trainable * 4 * (2 if config.adapter.init == "null_space" else 1)
+    widest = max(g.d_in for g in groups)
+    stages = [
+        Stage(
+            "sample", weights + cache, 8 * sampled, forward * sampled / flops / DECODING_EFFICIENCY
+        ),
+        Stage(
+            "measure",
+            weights + 2 * bases,
+            2 * bases,
+            (forward + gram) * (sampled + task_measured) / flops,
+        ),
+        Stage("solve", 3 * bases + 10 * 8 * widest**2, bases, solve_seconds),
+        Stage(
+            "train",
+            weights + 2 * bases + state + 3 * 4 * trainable,
+            2 * (state + 3 * 4 * trainable),
+            None if steps_tokens is None else 3 * forward * steps_tokens / flops,
+        ),
+        Stage("export", state, state, None),
+    ]
+    return Plan(groups, len(layers), parameters, trainable, bases, stages)
+
+
+def widths(groups: Sequence[InputGroup]) -> list[tuple[int, int, int]]:
+    """(d_in, number of groups, number of layers) for every width, widest first."""
+    found = sorted({g.d_in for g in groups}, reverse=True)
+    return [
+        (
+            d,
+            sum(g.d_in == d for g in groups),
+            sum(len(g.layers) for g in groups if g.d_in == d),
+        )
+        for d in found
+    ]
+
+
+def _speed(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Operations a second of a matrix product, and seconds of one solve at width `PROBE`."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(PROBE, 4 * PROBE, generator=generator).to(device, dtype)
+    best = min(_seconds(device, lambda: x @ x.T) for _ in range(5))
+    moment = torch.randn(PROBE, 2 * PROBE, generator=generator, dtype=torch.float64).to(device)
+    moment = moment @ moment.T
+    eigh = min(_seconds(device, lambda: torch.linalg.eigh(moment)) for _ in range(2))
+    return 8 * PROBE**3 / best, 1.5 * eigh
+
+
+def _seconds(device: torch.device, work: object) -> float:
+    started = time.perf_counter()
+    work()  # type: ignore[operator]
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter() - started

@@ -1,0 +1,154 @@
+"""Training by TRL's SFTTrainer; folora adds its optimizer, its meter, and a result on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from folora.config import TrainingConfig
+from folora.errors import ConfigError, nearest
+from folora.meter import LayerNorms, Reading, total_norm, update_norms
+from folora.preparation import Prepared, to_dataset
+
+logger = logging.getLogger(__name__)
+
+
+class FoLoraTrainer(SFTTrainer):
+    """SFTTrainer on a `Prepared` model: `evaluate` reads the meter and logs what it says.
+
+    Args:
+        prepared: From `prepare`.
+        args: Any SFTConfig; see `sft_config` for one that follows a `TrainingConfig`.
+        processing_class: The tokenizer.
+        kwargs: Passed on to SFTTrainer (callbacks, data_collator, ...).
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        args: SFTConfig,
+        processing_class: PreTrainedTokenizerBase,
+        **kwargs: Any,
+    ) -> None:
+        self.prepared = prepared
+        held_out = prepared.task.held_out
+        super().__init__(
+            model=prepared.model,
+            args=args,
+            train_dataset=prepared.train_dataset(),
+            eval_dataset=to_dataset(held_out) if held_out else None,
+            processing_class=processing_class,
+            optimizers=(prepared.optimizer, None),
+            **kwargs,
+        )
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Read the meter; metrics are named ``{prefix}_loss``, ``_kl``, ``_ce_change``, and norms.
+
+        With an `eval_dataset` of one's own it is SFTTrainer's evaluation instead.
+        """
+        if eval_dataset is not None:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        reading, norms = self.read()
+        total = total_norm(norms)
+        metrics = {
+            f"{metric_key_prefix}_loss": reading.task_loss,
+            f"{metric_key_prefix}_kl": reading.kl,
+            f"{metric_key_prefix}_ce_change": reading.ce_change,
+            f"{metric_key_prefix}_frobenius": total.frobenius,
+            f"{metric_key_prefix}_h_norm": total.h_norm,
+        }
+        training = self.model.training
+        self.model.eval()  # SFTTrainer.log tells evaluation from training by the model's mode
+        self.log(dict(metrics))
+        self.model.train(training)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def read(self) -> tuple[Reading, dict[str, LayerNorms]]:
+        """The meter's reading and every layer's norms, in the precision of training."""
+        with self.compute_loss_context_manager():
+            reading = self.prepared.meter.read(self.prepared.model)
+        return reading, update_norms(self.prepared.model, self.prepared.bases)
+
+
+def sft_config(config: TrainingConfig, output_dir: str | Path, *, evaluates: bool) -> SFTConfig:
+    """TRL's arguments for a training section; `extra` wins over everything else.
+
+    Raises:
+        ConfigError: `extra` names something that SFTConfig does not have, or a value it refuses.
+    """
+    known = {field.name for field in dataclasses.fields(SFTConfig)}
+    for name in config.extra:
+        if name not in known:
+            raise ConfigError(
+                f"training.extra: trl.SFTConfig has no option {name!r}{nearest(name, known)}"
+            )
+    values: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "learning_rate": config.learning_rate,
+        "weight_decay": config.weight_decay,
+        "num_train_epochs": config.num_train_epochs,
+        "max_steps": config.max_steps,
+        "per_device_train_batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "warmup_steps": config.warmup_ratio,  # below 1 it is a share
+        "lr_scheduler_type": config.lr_scheduler_type,
+        "max_grad_norm": config.max_grad_norm,
+        "save_steps": config.save_steps,
+        "save_total_limit": 2,
+        "logging_steps": config.logging_steps,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "bf16": config.bf16,
+        "seed": config.seed,
+        "max_length": None,  # rows are cut already
+        "report_to": "none",
+    }
+    if config.eval_steps and evaluates:
+        values |= {"eval_strategy": "steps", "eval_steps": config.eval_steps}
+    try:
+        return SFTConfig(**(values | config.extra))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"training: {error}") from error
+
+
+def complete_checkpoints(folder: Path) -> Sequence[Path]:
+    """Checkpoints of the Trainer that were written to the end, latest last.
+
+    ``trainer_state.json`` is what the Trainer writes last.
+    """
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            found.append((int(path.name.rsplit("-", 1)[-1]), path))
+        except (OSError, ValueError):
+            logger.warning("%s was not written to the end and is passed over", path)
+    return [path for _, path in sorted(found)]
+
+
+def train(
+    prepared: Prepared, tokenizer: PreTrainedTokenizerBase, folder: Path, **kwargs: Any
+) -> FoLoraTrainer:
+    """Train to the end, going on from the latest complete checkpoint in `folder`."""
+    config = prepared.config.training
+    args = sft_config(config, folder, evaluates=bool(prepared.task.held_out))
+    trainer = FoLoraTrainer(prepared, args, tokenizer, **kwargs)
+    checkpoints = complete_checkpoints(folder)
+    trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+    return trainer

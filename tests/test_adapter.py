@@ -1,0 +1,266 @@
+"""The adapter changes nothing before the first step, and leaves as an ordinary LoRA adapter."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MAKERS, make_llama
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from folora.activations import find_groups, second_moments, target_layers
+from folora.adapter import (
+    attach,
+    export_adapter,
+    export_merged,
+    lora_factors,
+    truncate,
+)
+from folora.errors import ConfigError, NumericsError
+from folora.initialization import kaiming, leading_eigenvectors
+from folora.meter import total_norm, update_norms
+from folora.preparation import param_groups
+from folora.sadam import SAdam
+from folora.solving import GroupBasis, solve
+
+IDS = torch.randint(3, 50, (4, 12), generator=torch.Generator().manual_seed(5))
+
+
+def bases_for(model: PreTrainedModel, r: int = 4) -> list[GroupBasis]:
+    def batch(seed: int) -> dict[str, torch.Tensor]:
+        ids = torch.randint(3, 50, (6, 20), generator=torch.Generator().manual_seed(seed))
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    groups = find_groups(model, target_layers(model, "all-linear"), batch(0))
+    pre, task = (second_moments(model, groups, [batch(s)]).matrices for s in (1, 2))
+    return solve(groups, pre, task, tau=1e-3, null_rank=r)
+
+
+def trained(model: PreTrainedModel, init: str = "null_space", steps: int = 5) -> PeftModel:
+    bases = bases_for(model)
+    adapted = attach(model, bases, r=4, alpha=8, init=init)
+    optimizer = SAdam(param_groups(adapted, bases, lr=1e-2))
+    adapted.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        adapted(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    return adapted.eval()
+
+
+@pytest.mark.parametrize("init", ["null_space", "eigen", "kaiming"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_changes_before_the_first_step(
+    model: PreTrainedModel, init: str, dtype: torch.dtype
+) -> None:
+    bases = bases_for(model)
+    model = model.to(dtype)
+    before = model(IDS).logits
+    adapted = attach(model, bases, r=4, init=init)
+    assert torch.equal(adapted(IDS).logits, before)
+    if init == "null_space":
+        assert all(b.abs().sum() > 0 for _, b, _ in lora_factors(adapted).values())
+
+
+def test_base_logits_come_back(model: PreTrainedModel) -> None:
+    before = model(IDS).logits
+    weights = copy.deepcopy(model.state_dict())
+    adapted = trained(model)
+    after = adapted(IDS).logits
+    assert (after - before).abs().max() > 1e-3
+    with adapted.disable_adapter():
+        assert torch.equal(adapted(IDS).logits, before)
+    assert torch.equal(adapted(IDS).logits, after)
+    base = adapted.get_base_model().state_dict()
+    for name, value in weights.items():
+        stem, leaf = name.rsplit(".", 1)
+        assert torch.equal(base.get(f"{stem}.base_layer.{leaf}", base.get(name)), value)
+
+
+def test_a_second_adapter_is_unharmed(model: PreTrainedModel) -> None:
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    alone = PeftModel(copy.deepcopy(model), config, adapter_name="other")
+    expected = alone(IDS).logits
+    adapted = trained(model)
+    first = adapted(IDS).logits
+    adapted.add_adapter("other", config)
+    adapted.load_state_dict(
+        {k: v for k, v in alone.state_dict().items() if ".other." in k}, strict=False
+    )
+    adapted.set_adapter("other")
+    assert torch.allclose(adapted(IDS).logits, expected, atol=1e-6)
+    adapted.set_adapter("default")
+    assert torch.equal(adapted(IDS).logits, first)
+    adapted.delete_adapter("other")
+    assert torch.equal(adapted(IDS).logits, first)
+
+
+def test_attaching_to_a_peft_model_adds_a_second_adapter() -> None:
+    model = make_llama()
+    bases = bases_for(model)
+    adapted = attach(model, bases, r=4, init="kaiming")
+    before = adapted(IDS).logits
+    again = attach(adapted, bases, r=2, adapter_name="second")
+    again.set_adapter("second")
+    assert torch.equal(again(IDS).logits, before)
+    again.delete_adapter("second")
+    assert not any("second" in name for name, _ in again.named_buffers())
+
+
+def test_merge_and_unmerge(model: PreTrainedModel) -> None:
+    adapted = trained(model)
+    expected = adapted(IDS).logits
+    for safe in (False, True):
+        adapted.merge_adapter(safe_merge=safe)
+        assert torch.allclose(adapted(IDS).logits, expected, atol=1e-5)
+        adapted.unmerge_adapter()
+        assert torch.allclose(adapted(IDS).logits, expected, atol=1e-5)
+    merged = adapted.merge_and_unload()
+    assert torch.allclose(merged(IDS).logits, expected, atol=1e-5)
+
+
+def test_saved_and_loaded_state_goes_on(tmp_path: Path) -> None:
+    """A checkpoint by PEFT's save_pretrained keeps the start; loading it over a fresh one works."""
+    adapted = trained(make_llama())
+    adapted.save_pretrained(tmp_path)
+    fresh = make_llama()
+    other = attach(fresh, bases_for(fresh), r=4, alpha=8)
+    other.load_adapter(str(tmp_path), "default", is_trainable=True)
+    assert torch.equal(other(IDS).logits, adapted(IDS).logits)
+
+
+PLAIN = """
+import sys, torch
+sys.modules["folora"] = None  # importing folora is an error here
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+model = PeftModel.from_pretrained(base, sys.argv[2]).eval()
+torch.save(model(torch.load(sys.argv[3])).logits, sys.argv[4])
+merged = model.merge_and_unload()
+torch.save(merged(torch.load(sys.argv[3])).logits, sys.argv[5])
+"""
+
+
+@pytest.mark.parametrize("kind", sorted(MAKERS))
+def test_export_loads_without_folora(kind: str, tmp_path: Path) -> None:
+    model = MAKERS[kind]()
+    model.save_pretrained(tmp_path / "base")
+    adapted = trained(model)
+    report = export_adapter(adapted, tmp_path / "adapter")
+    assert report.rank == 8
+    assert report.relative_error == 0
+    assert {f.name for f in (tmp_path / "adapter").iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors",
+    }  # fmt: skip
+    torch.save(IDS, tmp_path / "ids")
+    arguments = [str(tmp_path / n) for n in ("base", "adapter", "ids", "out", "merged")]
+    subprocess.run([sys.executable, "-c", PLAIN, *arguments], check=True, cwd=tmp_path)
+    expected = adapted(IDS).logits
+    assert torch.allclose(torch.load(tmp_path / "out"), expected, atol=1e-5)
+    assert torch.allclose(torch.load(tmp_path / "merged"), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", sorted(MAKERS))
+def test_merged_export(kind: str, tmp_path: Path) -> None:
+    adapted = trained(MAKERS[kind]())
+    expected = adapted(IDS).logits
+    export_merged(adapted, tmp_path / "merged")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert torch.allclose(loaded(IDS).logits, expected, atol=1e-5)
+    assert torch.equal(adapted(IDS).logits, expected)
+
+
+def test_export_of_a_zero_start_has_rank_r(tmp_path: Path) -> None:
+    assert export_adapter(trained(make_llama(), "eigen"), tmp_path / "a").rank == 4
+
+
+def test_cut_back_export_states_the_error(tmp_path: Path) -> None:
+    adapted = trained(make_llama())
+    full = {n: s * b @ a for n, (a, b, s) in lora_factors(adapted).items()}
+    report = export_adapter(adapted, tmp_path / "a", rank=3)
+    model = PeftModel.from_pretrained(make_llama(), str(tmp_path / "a"))
+    cut = {n: s * b @ a for n, (a, b, s) in lora_factors(model).items()}
+    lost = sum(float((full[n] - cut[n]).square().sum()) for n in full) ** 0.5
+    whole = sum(float(m.square().sum()) for m in full.values()) ** 0.5
+    assert report.rank == 3
+    assert report.relative_error == pytest.approx(lost / whole, rel=1e-3)
+    assert report.worst_relative_error >= report.relative_error
+    with pytest.raises(ConfigError, match="rank is 9"):
+        export_adapter(adapted, tmp_path / "b", rank=9)
+
+
+def test_truncate_is_the_best_approximation() -> None:
+    a, b = torch.randn(6, 20).double(), torch.randn(15, 6).double()
+    cut_a, cut_b, lost, whole = truncate(a, b, 2)
+    s = torch.linalg.svdvals(b @ a)
+    assert lost == pytest.approx(float((s[2:] ** 2).sum()))
+    assert whole == pytest.approx(float((s**2).sum()))
+    assert float((b @ a - cut_b @ cut_a).square().sum()) == pytest.approx(lost)
+
+
+def test_norms_against_dense_matrices() -> None:
+    model = make_llama()
+    bases = bases_for(model)
+    adapted = attach(model, bases, r=4)
+    for p in adapted.parameters():
+        if p.requires_grad:
+            p.data += 0.1 * torch.randn_like(p)
+    norms = update_norms(adapted, bases)
+    for b in bases:
+        t = b.basis.double()
+        h = torch.linalg.inv(t @ t.T)
+        for name in b.group.layers:
+            lora_a, lora_b, s = lora_factors(adapted)[name]
+            dw = s * lora_b.double() @ lora_a.double()
+            assert norms[name].frobenius == pytest.approx(float(dw.norm()), rel=1e-6)
+            assert norms[name].h_norm == pytest.approx(float((dw @ h @ dw.T).trace().sqrt()), rel=1e-4)
+    assert total_norm(norms).frobenius >= max(n.frobenius for n in norms.values())
+
+
+def test_starts() -> None:
+    model = make_llama()
+    (first, *_) = bases_for(model)
+    a0 = leading_eigenvectors(first.basis, 4)
+    assert torch.allclose(a0 @ a0.T, torch.eye(4).double(), atol=1e-8)
+    span = torch.linalg.lstsq(a0.T, first.basis[:, :4].double()).solution
+    assert torch.allclose(a0.T @ span, first.basis[:, :4].double(), atol=1e-6)
+    generator = torch.Generator().manual_seed(0)
+    assert kaiming(4, 100, generator).abs().max() <= 0.1
+    with pytest.raises(NumericsError):
+        leading_eigenvectors(first.basis, 33)
+
+
+def test_refusals_leave_the_model_untouched() -> None:
+    model = make_llama()
+    bases = bases_for(model, r=2)
+    names = [n for n, _ in model.named_modules()]
+    with pytest.raises(ConfigError, match="r is 33"):
+        attach(model, bases, r=33, init="kaiming")
+    with pytest.raises(ConfigError, match="null_rank=4"):
+        attach(model, bases, r=4)
+    with pytest.raises(ConfigError, match="init is 'nul'"):
+        attach(model, bases, r=2, init="nul")
+    assert [n for n, _ in model.named_modules()] == names
+
+
+def test_param_groups_share_a_basis_by_input() -> None:
+    model = make_llama()
+    bases = bases_for(model)
+    adapted = attach(model, bases, r=4)
+    groups = param_groups(adapted, bases, lr=1e-3, lr_b_ratio=4.0)
+    assert len(groups) == len(bases) + 1
+    assert len(groups[0]["params"]) == 3
+    assert groups[-1]["lr"] == 4e-3
+    assert "basis" not in groups[-1]
+    listed = {id(p) for g in groups for p in g["params"]}
+    assert listed == {id(p) for p in adapted.parameters() if p.requires_grad}
+    plain = param_groups(adapted, bases, lr=1e-3, spectral=False)
+    assert all("basis" not in g for g in plain)
+    unscaled = param_groups(adapted, bases, lr=1e-3, step_scale="paper")
+    assert unscaled[0]["basis"] is bases[0].basis

@@ -1,0 +1,293 @@
+"""SAdam: reductions to torch's AdamW, a float64 transcription of Eq. 18-24, and exact resume."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+import folora
+from folora.sadam import SAdam, basis_fingerprint, full_fp32_matmul
+
+
+def gradients(shapes: list[tuple[int, int]], steps: int, seed: int = 0) -> list[list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+        for _ in range(steps)
+    ]
+
+
+def orthogonal_and_gate(d: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """A basis that is not orthogonal, as T is not, and a gate."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.randn(d, d, generator=generator, dtype=torch.float64)
+    return basis, torch.rand(d, generator=generator, dtype=torch.float64)
+
+
+def params(shapes: list[tuple[int, int]], dtype: torch.dtype = torch.float64) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(7)
+    return [
+        torch.nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype))
+        for s in shapes
+    ]
+
+
+def drive(optimizer: torch.optim.Optimizer, ps: list[Any], grads: list[list[torch.Tensor]]) -> None:
+    for step in grads:
+        for p, g in zip(ps, step, strict=True):
+            p.grad = g.to(p.dtype)
+        optimizer.step()
+
+
+def reference(
+    a: torch.Tensor,
+    grads: list[torch.Tensor],
+    basis: torch.Tensor,
+    gate: torch.Tensor,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    decay: float = 0.0,
+) -> torch.Tensor:
+    """Eq. 18-24 as written, float64, one row and column at a time where it matters."""
+    a = a.clone()
+    m, v = torch.zeros_like(a), torch.zeros_like(a)
+    for t, g in enumerate(grads, start=1):
+        gbar = torch.einsum("ri,ij->rj", g, basis)
+        m = betas[0] * m + (1 - betas[0]) * gbar
+        v = betas[1] * v + (1 - betas[1]) * gbar**2
+        step = (m / (1 - betas[0] ** t)) / ((v / (1 - betas[1] ** t)).sqrt() + eps)
+        a = a - lr * decay * a - lr * torch.einsum("rj,j,ij->ri", step, gate, basis)
+    return a
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (4, 6), (3, 17), (20, 8)])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_matches_the_equations(shape: tuple[int, int], decay: float) -> None:
+    basis, gate = orthogonal_and_gate(shape[1])
+    (a,) = params([shape])
+    start = a.detach().clone()
+    grads = gradients([shape], 60)
+    optimizer = SAdam(
+        [{"params": [a], "basis": basis, "gate": gate}], lr=3e-2, betas=(0.8, 0.95), weight_decay=decay
+    )
+    drive(optimizer, [a], grads)
+    expected = reference(start, [g for (g,) in grads], basis, gate, 3e-2, (0.8, 0.95), decay=decay)
+    assert torch.allclose(a, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_identity_basis_is_adamw(dtype: torch.dtype, decay: float) -> None:
+    """Bound 1e-12 in float64, not equality: AdamW may fuse p + step into one rounding, we add twice."""
+    shapes = [(4, 6), (2, 6)]
+    ours, theirs = params(shapes, dtype), params(shapes, dtype)
+    grads = gradients(shapes, 50)
+    drive(
+        SAdam([{"params": ours, "basis": torch.eye(6), "gate": torch.ones(6)}], lr=1e-2, weight_decay=decay),
+        ours, grads,
+    )  # fmt: skip
+    drive(torch.optim.AdamW(theirs, lr=1e-2, weight_decay=decay), theirs, grads)
+    bound = 1e-12 if dtype == torch.float64 else 1e-6
+    for p, q in zip(ours, theirs, strict=True):
+        assert (p - q).abs().max() <= bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_without_basis_it_is_adamw_to_the_last_bit(dtype: torch.dtype) -> None:
+    shapes = [(4, 6), (5, 3)]
+    ours, theirs = params(shapes, dtype), params(shapes, dtype)
+    grads = gradients(shapes, 50)
+    drive(SAdam(ours, lr=1e-2, weight_decay=0.05), ours, grads)
+    drive(torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0.05), theirs, grads)
+    assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+
+
+def test_one_optimizer_holds_both_kinds() -> None:
+    basis, gate = orthogonal_and_gate(6)
+    a, b = params([(4, 6), (5, 4)])
+    (b2,) = params([(4, 6), (5, 4)])[1:]
+    start = a.detach().clone()
+    grads = gradients([(4, 6), (5, 4)], 30)
+    drive(SAdam([{"params": [a], "basis": basis, "gate": gate}, {"params": [b]}], lr=1e-2), [a, b], grads)
+    drive(torch.optim.AdamW([b2], lr=1e-2, weight_decay=0.0), [b2], [[g[1]] for g in grads])
+    assert torch.equal(b, b2)
+    assert torch.allclose(a, reference(start, [g[0] for g in grads], basis, gate, 1e-2), atol=1e-10)
+
+
+def test_sign_and_order_of_columns_change_nothing() -> None:
+    basis, gate = orthogonal_and_gate(8)
+    order, signs = torch.randperm(8), torch.randn(8).sign()
+    grads = gradients([(3, 8)], 40)
+    (a,), (b,) = params([(3, 8)]), params([(3, 8)])
+    drive(SAdam([{"params": [a], "basis": basis, "gate": gate}], lr=1e-2), [a], grads)
+    other = {"params": [b], "basis": (basis * signs)[:, order], "gate": gate[order]}
+    drive(SAdam([other], lr=1e-2), [b], grads)
+    assert torch.allclose(a, b, rtol=0, atol=1e-12)
+
+
+def test_parameters_of_a_group_do_not_see_each_other() -> None:
+    basis, gate = orthogonal_and_gate(6)
+    shapes = [(4, 6), (2, 6), (1, 6)]
+    together, alone = params(shapes), params(shapes)
+    grads = gradients(shapes, 20)
+    drive(SAdam([{"params": together, "basis": basis, "gate": gate}], lr=1e-2), together, grads)
+    groups = [{"params": [p], "basis": basis, "gate": gate} for p in alone]
+    drive(SAdam(groups, lr=1e-2), alone, grads)
+    for p, q in zip(together, alone, strict=True):
+        assert torch.allclose(p, q, rtol=0, atol=1e-12)
+
+
+def test_gate_zero_never_moves_and_dense_weights_work() -> None:
+    """Appendix D: a weight is stepped as A is; closed directions stay closed under Adam."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(10, 10, generator=generator, dtype=torch.float64)).Q
+    gate = torch.ones(10, dtype=torch.float64)
+    gate[3:6] = 0
+    (w,) = params([(7, 10)])
+    start = w.detach().clone()
+    drive(SAdam([{"params": [w], "basis": basis, "gate": gate}], lr=0.1), [w], gradients([(7, 10)], 30))
+    moved = (w - start) @ basis
+    assert moved[:, 3:6].abs().max() < 1e-12
+    assert moved[:, :3].abs().min() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_resume_is_exact(dtype: torch.dtype, tmp_path: Any) -> None:
+    basis, gate = orthogonal_and_gate(6)
+    shapes = [(4, 6), (5, 4)]
+    grads = gradients(shapes, 40)
+
+    def make() -> tuple[list[Any], SAdam]:
+        ps = params(shapes, dtype)
+        return ps, SAdam([{"params": [ps[0]], "basis": basis, "gate": gate}, {"params": [ps[1]]}], lr=1e-2)
+
+    whole, optimizer = make()
+    drive(optimizer, whole, grads)
+    first, optimizer = make()
+    drive(optimizer, first, grads[:20])
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    second, resumed = make()
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for p, q in zip(second, first, strict=True):
+        p.data.copy_(q.data)
+    drive(resumed, second, grads[20:])
+    assert all(torch.equal(p, q) for p, q in zip(whole, second, strict=True))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert resumed.state[second[0]]["exp_avg"].dtype == wide
+
+
+def test_state_holds_no_basis_and_another_basis_is_refused() -> None:
+    basis, gate = orthogonal_and_gate(6)
+    (a,) = params([(4, 6)])
+    optimizer = SAdam([{"params": [a], "basis": basis, "gate": gate}], lr=1e-2)
+    drive(optimizer, [a], gradients([(4, 6)], 3))
+    state = optimizer.state_dict()
+    assert set(state["state"][0]) == {"step", "exp_avg", "exp_avg_sq"}
+    assert "basis" not in state["param_groups"][0]
+    assert "basis" in optimizer.param_groups[0]
+    flipped = basis.clone()
+    flipped[:, 2] *= -1
+    swapped = basis[:, [1, 0, 2, 3, 4, 5]]
+    for other in (flipped, swapped, -basis, basis * 1.01):
+        with pytest.raises(ValueError, match="another basis"):
+            SAdam([{"params": [a], "basis": other, "gate": gate}]).load_state_dict(state)
+    with pytest.raises(ValueError, match="basis"):
+        SAdam([a]).load_state_dict(state)
+    SAdam([{"params": [a], "basis": basis.clone()}]).load_state_dict(copy.deepcopy(state))
+
+
+def test_fingerprint_survives_storage_in_float32() -> None:
+    basis, _ = orthogonal_and_gate(32)
+    a, b = basis_fingerprint(basis), basis_fingerprint(basis.float())
+    assert (a - b).abs().max() < 1e-5 * a.abs().max()
+
+
+def test_per_group_lr_scheduler_and_clipping() -> None:
+    basis, gate = orthogonal_and_gate(6)
+    a, b = params([(4, 6), (5, 4)])
+    optimizer = SAdam([{"params": [a], "basis": basis, "gate": gate, "lr": 1e-2}, {"params": [b], "lr": 4e-2}])
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    for step in range(3):
+        assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([1e-2 * 0.5**step, 4e-2 * 0.5**step])
+        a.grad, b.grad = torch.ones_like(a), torch.ones_like(b)
+        torch.nn.utils.clip_grad_norm_([a, b], 1.0)
+        optimizer.step()
+        schedule.step()
+
+
+def test_accumulated_gradients_count_once() -> None:
+    basis, gate = orthogonal_and_gate(6)
+    (a,), (b,) = params([(4, 6)]), params([(4, 6)])
+    x = torch.randn(8, 6, dtype=torch.float64)
+    one = SAdam([{"params": [a], "basis": basis, "gate": gate}], lr=1e-2)
+    two = SAdam([{"params": [b], "basis": basis, "gate": gate}], lr=1e-2)
+    for _ in range(5):
+        one.zero_grad()
+        ((x @ a.T).sin().sum() / 8).backward()
+        one.step()
+        two.zero_grad()
+        for half in x.split(4):
+            ((half @ b.T).sin().sum() / 8).backward()
+        two.step()
+    assert torch.allclose(a, b, atol=1e-12)
+
+
+def test_closure_and_missing_gradients() -> None:
+    basis, gate = orthogonal_and_gate(6)
+    a, frozen = params([(4, 6), (2, 6)])
+    before = frozen.detach().clone()
+    optimizer = SAdam([{"params": [a, frozen], "basis": basis, "gate": gate}], lr=1e-2)
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = a.square().sum()
+        loss.backward()
+        return float(loss)
+
+    losses = [optimizer.step(closure) for _ in range(20)]
+    assert losses[-1] < losses[0]
+    assert torch.equal(frozen, before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": -1.0}, "lr"),
+        ({"lr": float("nan")}, "lr"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"eps": -1e-8}, "eps"),
+        ({"weight_decay": -0.1}, "weight_decay"),
+        ({"basis": torch.ones(6, 5)}, "square"),
+        ({"basis": torch.eye(5)}, "shape"),
+        ({"gate": torch.ones(5)}, "gate"),
+        ({"basis": torch.full((6, 6), float("nan"))}, "finite"),
+        ({"basis": None}, "gate but no basis"),
+    ],
+)
+def test_refuses(change: dict[str, Any], message: str) -> None:
+    (a,) = params([(4, 6)])
+    group = {"params": [a], "basis": torch.eye(6), "gate": torch.ones(6), **change}
+    with pytest.raises(ValueError, match=message):
+        SAdam([group])
+
+
+def test_fp32_products_ignore_and_restore_the_users_switch() -> None:
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with full_fp32_matmul():
+            assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+        assert torch.get_float32_matmul_precision() == "medium"
+        with pytest.raises(RuntimeError), full_fp32_matmul():
+            raise RuntimeError
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_public_name() -> None:
+    assert folora.SAdam is SAdam

@@ -1,0 +1,228 @@
+"""The proxy set: independent of the batch size, resumable, and sampled from the right distribution."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_llama, make_tokenizer, tiny_config
+from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+from folora.config import SamplingConfig
+from folora.errors import ArtifactError, DataError, MismatchError, NumericsError
+from folora.sampling import (
+    MIXTURE,
+    Decoding,
+    HuggingFaceEngine,
+    check_same_tokenizer,
+    decoding_of,
+    load_proxy_set,
+    restrict,
+    sample,
+    sample_to_folder,
+    start_token_id,
+)
+
+CONFIG = SamplingConfig(num_sequences=40, min_new_tokens=32, max_new_tokens=40, batch_size=16)
+
+
+def engine(config: SamplingConfig = CONFIG, seed: int = 0) -> HuggingFaceEngine:
+    return HuggingFaceEngine(make_llama(seed), 1, [2], config)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 40, 64])
+def test_same_set_whatever_the_batch_size(batch_size: int) -> None:
+    expected = sample(engine(), 1, [2], CONFIG)
+    config = SamplingConfig(
+        num_sequences=40, min_new_tokens=32, max_new_tokens=40, batch_size=batch_size
+    )
+    found = sample(engine(config), 1, [2], config)
+    assert found == expected
+    assert found.fingerprint == expected.fingerprint
+
+
+def test_counts_lengths_and_held_out() -> None:
+    found = sample(engine(), 1, [2], CONFIG)
+    assert len(found.calibration) == 24
+    assert len(found.held_out) == 16
+    for row in [*found.calibration, *found.held_out]:
+        assert row[0] == 1
+        body = row[1:]
+        assert 32 <= len(body) <= 40
+        assert 2 not in body[:32]  # EOS only after the minimum
+        assert 2 not in body[:-1]
+    assert len({tuple(r) for r in [*found.calibration, *found.held_out]}) == 40
+    assert SamplingConfig().num_held_out == 100
+
+
+def test_seed_changes_the_set() -> None:
+    other = SamplingConfig(
+        num_sequences=40, min_new_tokens=32, max_new_tokens=40, batch_size=16, seed=1
+    )
+    assert sample(engine(other), 1, [2], other) != sample(engine(), 1, [2], CONFIG)
+
+
+def test_mixture_is_seven_two_one_of_ten() -> None:
+    counts = Counter(decoding_of(n) for n in range(1000))
+    assert counts == {setting: 100 * setting.tenths for setting in MIXTURE}
+    assert all(len({decoding_of(n) for n in range(k, k + 10)}) == 3 for k in range(0, 100, 10))
+
+
+def test_draws_follow_the_models_distribution() -> None:
+    """First tokens of many sequences, chi-square against the softmax (seeded: no flakes)."""
+    model = make_llama()
+    config = SamplingConfig(num_sequences=32, min_new_tokens=1, max_new_tokens=32, batch_size=500)
+    numbers = [n for n in range(3000) if decoding_of(n) == Decoding(7)]
+    draw = HuggingFaceEngine(model, 1, [], config)
+    counts = torch.zeros(51, dtype=torch.float64)
+    for i in range(0, 2000, 500):
+        for row in draw(numbers[i : i + 500]):
+            counts[row[0]] += 1
+    expected = model(torch.tensor([[1]])).logits[0, -1].double().softmax(-1) * counts.sum()
+    big = expected > 5
+    statistic = ((counts - expected) ** 2 / expected)[big].sum()
+    assert statistic < 2 * big.sum()  # mean of chi-square is its degrees of freedom
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.95])
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_restrict_agrees_with_transformers(top_p: float, top_k: int) -> None:
+    scores = 3 * torch.randn(16, 51)
+    ours = restrict(scores, Decoding(1, temperature=1.2, top_p=top_p, top_k=top_k))
+    theirs = scores / 1.2
+    if top_k:
+        theirs = TopKLogitsWarper(top_k)(None, theirs)
+    theirs = TopPLogitsWarper(top_p)(None, theirs)
+    assert torch.equal(torch.isinf(ours), torch.isinf(theirs))
+    assert torch.equal(ours[~torch.isinf(ours)], theirs[~torch.isinf(theirs)])
+
+
+class Interrupted(Exception):
+    pass
+
+
+class FailingEngine:
+    """Works for some batches, then is interrupted."""
+
+    def __init__(self, batches: int) -> None:
+        self.left = batches
+        self.inner = engine()
+        self.calls = 0
+
+    def __call__(self, numbers: Sequence[int]) -> list[list[int]]:
+        if self.left == 0:
+            raise Interrupted
+        self.left -= 1
+        self.calls += 1
+        return self.inner(numbers)
+
+
+def test_goes_on_after_an_interruption_and_loses_at_most_a_batch(tmp_path: Path) -> None:
+    facts = {"model": "m"}
+    expected = sample(engine(), 1, [2], CONFIG)
+    with pytest.raises(Interrupted):
+        sample_to_folder(lambda: FailingEngine(2), 1, [2], CONFIG, facts, tmp_path)
+    assert len(list(tmp_path.glob("shard-*.json"))) == 2
+    again = FailingEngine(5)
+    found = sample_to_folder(lambda: again, 1, [2], CONFIG, facts, tmp_path)
+    assert found == expected
+    assert again.calls == 1
+
+    def never() -> FailingEngine:
+        raise AssertionError("a finished set needs no engine")
+
+    assert sample_to_folder(never, 1, [2], CONFIG, facts, tmp_path) == expected
+    assert load_proxy_set(tmp_path) == expected
+
+
+def test_more_sequences_use_the_shards_that_are_there(tmp_path: Path) -> None:
+    sample_to_folder(engine, 1, [2], CONFIG, {}, tmp_path)
+    more = SamplingConfig(num_sequences=60, min_new_tokens=32, max_new_tokens=40, batch_size=16)
+    extra = FailingEngine(9)
+    found = sample_to_folder(lambda: extra, 1, [2], more, {}, tmp_path)
+    assert len(found.calibration) == 44
+    assert extra.calls == 1
+    assert found == sample(engine(more), 1, [2], more)
+
+
+@pytest.mark.parametrize("change", [{"seed": 3}, {"max_new_tokens": 39}])
+def test_a_folder_of_another_request_is_refused(tmp_path: Path, change: dict[str, int]) -> None:
+    sample_to_folder(engine, 1, [2], CONFIG, {"model": "a"}, tmp_path)
+    with pytest.raises(MismatchError):
+        sample_to_folder(engine, 1, [2], CONFIG, {"model": "b"}, tmp_path)
+    other = SamplingConfig(
+        **{"num_sequences": 40, "min_new_tokens": 32, "max_new_tokens": 40, **change}
+    )
+    with pytest.raises(MismatchError, match="another"):
+        sample_to_folder(engine, 1, [2], other, {"model": "a"}, tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["[[1, 2", "[]", "{}", '[["a"]]'])
+def test_a_damaged_shard_is_named(tmp_path: Path, damage: str) -> None:
+    with pytest.raises(Interrupted):
+        sample_to_folder(lambda: FailingEngine(1), 1, [2], CONFIG, {}, tmp_path)
+    shard = tmp_path / "shard-000000.json"
+    json.loads(shard.read_text())
+    shard.write_text(damage)
+    with pytest.raises(ArtifactError, match="shard-000000"):
+        sample_to_folder(engine, 1, [2], CONFIG, {}, tmp_path)
+
+
+def test_a_hopeless_model_is_given_up_with_reasons() -> None:
+    def stuck(numbers: Sequence[int]) -> list[list[int]]:
+        return [[5] * 40 for _ in numbers]
+
+    with pytest.raises(DataError, match="token_run"):
+        sample(stuck, 1, [2], CONFIG)
+
+
+def test_rejections_are_counted() -> None:
+    inner = engine()
+
+    def sometimes(numbers: Sequence[int]) -> list[list[int]]:
+        return [[5] * 40 if n % 4 == 0 else row for n, row in zip(numbers, inner(numbers), strict=True)]
+
+    found = sample(sometimes, 1, [2], CONFIG)
+    assert found.rejected["token_run"] >= 13
+    assert len(found.calibration) + len(found.held_out) == 40
+
+
+def test_start_token_is_never_chosen_silently() -> None:
+    assert start_token_id(make_tokenizer(), None) == 1
+    assert start_token_id(make_tokenizer(), "a") == 4
+    without = make_tokenizer(bos=False)
+    with pytest.raises(DataError, match="start_token eos"):
+        start_token_id(without, None)
+    assert start_token_id(without, "eos") == 2
+    with pytest.raises(DataError, match="nope"):
+        start_token_id(without, "nope")
+
+
+def test_a_sampler_with_another_tokenizer_is_refused() -> None:
+    other = make_tokenizer()
+    other.add_tokens(["new"])
+    check_same_tokenizer(make_tokenizer(), make_tokenizer(), "big")
+    with pytest.raises(DataError, match="another tokenizer"):
+        check_same_tokenizer(make_tokenizer(), other, "big")
+
+
+def test_nan_weights_are_found_while_sampling() -> None:
+    bad = engine()
+    bad.model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(NumericsError, match="not finite"):
+        bad(range(8))
+
+
+def test_training_mode_is_restored() -> None:
+    working = engine()
+    working.model.train()
+    working(range(2))
+    assert working.model.training
+
+
+def test_config_of_tests_is_valid() -> None:
+    assert tiny_config().sampling == CONFIG

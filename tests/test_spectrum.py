@@ -1,0 +1,177 @@
+"""Eq. 10-17 against an independent solver, and what must be refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from folora.errors import NumericsError
+from folora.spectrum import (
+    generalized_eigenbasis,
+    smallest_eigenvectors,
+    spectral_gate,
+    step_scale,
+)
+
+
+def moment(d: int, rank: int | None = None, seed: int = 0, decay: float = 0.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rank or 4 * d, d, generator=generator, dtype=torch.float64)
+    x = x * torch.logspace(0, -decay, d, dtype=torch.float64)
+    return x.T @ x / len(x)
+
+
+@pytest.mark.parametrize("d", [1, 2, 7, 64])
+@pytest.mark.parametrize("tau", [1e-6, 1e-3, 1.0])
+@pytest.mark.parametrize("decay", [0.0, 4.0])
+def test_matches_scipy(d: int, tau: float, decay: float) -> None:
+    c_pre, c_task = moment(d, seed=1, decay=decay), moment(d, seed=2)
+    found = generalized_eigenbasis(c_pre, c_task, tau=tau)
+    h = c_pre.numpy() + tau * np.mean(np.diag(c_pre.numpy())) * np.eye(d)
+    expected = scipy.linalg.eigh(c_task.numpy(), h, eigvals_only=True)[::-1].copy()
+    assert torch.allclose(found.gamma, torch.from_numpy(expected), rtol=1e-8)
+    t = found.basis
+    assert torch.allclose(t.T @ torch.from_numpy(h) @ t, torch.eye(d).double(), atol=1e-9)
+    image = t.T @ c_task @ t
+    assert torch.allclose(image, torch.diag(found.gamma), atol=1e-9 * float(found.gamma[0]))
+    assert found.tau == tau
+    assert found.task_trace == pytest.approx(float(c_task.trace()))
+    assert (found.gamma[:-1] >= found.gamma[1:]).all()
+
+
+def test_scaling_both_moments_changes_nothing_but_the_basis_length() -> None:
+    a = generalized_eigenbasis(moment(8, seed=1), moment(8, seed=2))
+    b = generalized_eigenbasis(1e-6 * moment(8, seed=1), 1e-6 * moment(8, seed=2))
+    assert torch.allclose(a.gamma, b.gamma)
+    assert torch.allclose(a.basis.abs(), 1e-3 * b.basis.abs())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_takes_any_floating_dtype(dtype: torch.dtype) -> None:
+    c = torch.diag(torch.tensor([4.0, 2.0, 1.0])).to(dtype)
+    found = generalized_eigenbasis(c, c, tau=0.0)
+    assert found.basis.dtype == torch.float64
+    assert torch.allclose(found.gamma, torch.ones(3).double())
+
+
+def test_rank_deficient_pre_raises_the_ridge_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    c_pre = moment(16, rank=4, seed=1)
+    found = generalized_eigenbasis(c_pre, moment(16, seed=2), tau=0.0, name="up_proj")
+    assert found.tau > 0
+    assert "up_proj" in caplog.text
+    assert found.orthogonality < 1e-2
+
+
+def test_rank_deficient_pre_needs_no_retry_with_a_ridge() -> None:
+    found = generalized_eigenbasis(moment(16, rank=4, seed=1), moment(16, seed=2), tau=1e-4)
+    assert found.tau == 1e-4
+    assert found.orthogonality < 1e-6
+
+
+def test_zero_task_has_zero_gamma_and_zero_pre_is_refused() -> None:
+    zero = torch.zeros(4, 4)
+    found = generalized_eigenbasis(moment(4), zero)
+    assert found.gamma.eq(0).all()
+    assert spectral_gate(found.gamma).eq(0.3).all()
+    assert step_scale(found.gamma, spectral_gate(found.gamma), found.task_trace) == 1.0
+    with pytest.raises(NumericsError, match="q_proj is zero"):
+        generalized_eigenbasis(zero, moment(4), name="q_proj")
+
+
+def broken(kind: str) -> torch.Tensor:
+    c = moment(6)
+    if kind == "nan":
+        c[2, 3] = float("nan")
+    if kind == "inf":
+        c[0, 0] = float("inf")
+    if kind == "asymmetric":
+        c[0, 1] += 0.5
+    if kind == "negative":
+        c -= 2 * torch.eye(6)
+    if kind == "not square":
+        c = c[:, :4]
+    if kind == "integer":
+        c = c.long()
+    return c
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("nan", "not finite"),
+        ("inf", "not finite"),
+        ("asymmetric", "not symmetric"),
+        ("negative", "eigenvalue below"),
+        ("not square", "shape"),
+        ("integer", "dtype"),
+    ],
+)
+@pytest.mark.parametrize("which", ["C_pre", "C_task"])
+def test_bad_moments_are_refused_by_layer(kind: str, message: str, which: str) -> None:
+    bad, good = broken(kind), moment(6)
+    pair = (bad, good) if which == "C_pre" else (good, bad)
+    with pytest.raises(NumericsError, match=message if kind != "not square" else "shape") as error:
+        generalized_eigenbasis(*pair, name="layers.3.down_proj")
+    assert "layers.3.down_proj" in str(error.value)
+
+
+def test_small_negative_eigenvalues_of_rounding_are_fine() -> None:
+    c = moment(32, rank=3).float()
+    c -= 1e-7 * torch.eye(32)
+    assert generalized_eigenbasis(moment(32), c).gamma.min() >= 0
+
+
+@pytest.mark.parametrize("tau", [-1e-9, float("nan"), float("inf")])
+def test_bad_tau(tau: float) -> None:
+    with pytest.raises(NumericsError, match="tau"):
+        generalized_eigenbasis(moment(3), moment(3), tau=tau)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 12), st.integers(0, 99), st.floats(1e-4, 10), st.floats(0, 4))
+def test_identities_hold_for_any_pair(d: int, seed: int, tau: float, decay: float) -> None:
+    found = generalized_eigenbasis(
+        moment(d, seed=seed, decay=decay), moment(d, rank=max(1, d // 2), seed=seed + 1), tau=tau
+    )
+    assert found.orthogonality < 1e-6
+    assert found.diagonality < 1e-6
+
+
+def test_gate_values() -> None:
+    gamma = torch.tensor([9.0, 1.0, 0.5, 0.0])
+    assert torch.allclose(spectral_gate(gamma), torch.tensor([0.9, 0.5, 1 / 3, 0.3]))
+    assert torch.allclose(spectral_gate(gamma, s_min=0.0)[-1], torch.tensor(0.0))
+    assert spectral_gate(gamma, s_min=1.0).eq(1).all()
+    assert spectral_gate(gamma, lam=0.0).tolist() == pytest.approx([1, 1, 1, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("gamma", "lam", "s_min"),
+    [([1.0], -1.0, 0.3), ([1.0], 1.0, 1.1), ([1.0], 1.0, -0.1), ([-1.0], 1.0, 0.3)],
+)
+def test_gate_refuses(gamma: list[float], lam: float, s_min: float) -> None:
+    with pytest.raises(NumericsError):
+        spectral_gate(torch.tensor(gamma), lam, s_min)
+
+
+def test_step_scale_equalizes_the_task_response() -> None:
+    """Random unit steps in the scaled, gated basis move the task response as far as Adam's do."""
+    found = generalized_eigenbasis(moment(12, seed=1, decay=2), moment(12, seed=2))
+    gate = spectral_gate(found.gamma)
+    t = found.basis * step_scale(found.gamma, gate, found.task_trace)
+    signs = torch.randn(20000, 12, dtype=torch.float64).sign()
+    step = (signs * gate) @ t.T
+    response = torch.einsum("ni,ij,nj->n", step, moment(12, seed=2), step).mean()
+    assert float(response) == pytest.approx(found.task_trace, rel=0.05)
+
+
+def test_smallest_eigenvectors() -> None:
+    c = torch.diag(torch.tensor([3.0, 1.0, 2.0, 0.0]))
+    u = smallest_eigenvectors(c, 2)
+    assert torch.allclose(u.abs(), torch.eye(4).double()[:, [3, 1]])
+    with pytest.raises(NumericsError, match="r is 5"):
+        smallest_eigenvectors(c, 5, "o_proj")
