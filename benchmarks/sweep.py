@@ -25,8 +25,8 @@ from folora.data import load_rows, pad_batch, prepare_task, text_examples
 from folora.meter import Meter, total_norm, update_norms
 from folora.preparation import (
     attach_configured,
-    groups_of,
     group_options,
+    groups_of,
     measure,
     param_groups,
 )
@@ -83,7 +83,11 @@ def main() -> None:
     base = merged(FoLoraConfig(), plan["base"])
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    done = {json.loads(line)["name"] for line in output.read_text().splitlines()} if output.exists() else set()
+    done = (
+        {json.loads(line)["name"] for line in output.read_text().splitlines()}
+        if output.exists()
+        else set()
+    )
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     task = prepare_task(load_rows(args.rows), tokenizer, base.data)
@@ -99,7 +103,9 @@ def main() -> None:
         start = start_token_id(tokenizer, base.sampling.start_token)
         eos = eos_token_ids(model, tokenizer)
         began = time.time()
-        proxies = sample(HuggingFaceEngine(model, start, eos, base.sampling), start, eos, base.sampling)
+        proxies = sample(
+            HuggingFaceEngine(model, start, eos, base.sampling), start, eos, base.sampling
+        )
         print("sampled", time.time() - began, proxies.rejected, flush=True)
         groups = groups_of(model, base.adapter.target_modules, start)
         pre = measure(model, groups, text_examples(proxies.calibration), 8, "C_pre").matrices
@@ -129,10 +135,21 @@ def main() -> None:
                 norm = total_norm(update_norms(model, solved[key]))
                 readings.append({"step": step, **asdict(meter.read(model)), **asdict(norm)})
                 model.train()
-        line = {"name": arm["name"], "arm": arm, "readings": readings, "solve_s": solving, "train_s": time.time() - began}
+        line = {
+            "name": arm["name"],
+            "arm": arm,
+            "readings": readings,
+            "solve_s": solving,
+            "train_s": time.time() - began,
+        }
         with output.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        print(arm["name"], [(r["step"], round(r["task_loss"], 4), round(r["kl"], 5)) for r in readings], round(time.time() - began), flush=True)
+        print(
+            arm["name"],
+            [(r["step"], round(r["task_loss"], 4), round(r["kl"], 5)) for r in readings],
+            round(time.time() - began),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

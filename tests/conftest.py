@@ -12,7 +12,13 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 from jaxtyping import install_import_hook
 
 with install_import_hook(
-    ["folora.spectrum", "folora.solving", "folora.initialization", "folora.adapter", "folora.meter"],
+    [
+        "folora.spectrum",
+        "folora.solving",
+        "folora.initialization",
+        "folora.adapter",
+        "folora.meter",
+    ],
     "beartype.beartype",
 ):
     import folora
@@ -69,14 +75,14 @@ def make_tokenizer(bos: bool = True, chat: bool = False) -> PreTrainedTokenizerF
 
 def make_llama(seed: int = 0, vocab: int = 51, **changes: int) -> PreTrainedModel:
     torch.manual_seed(seed)
-    shape = dict(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-    )
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+    }
     config = LlamaConfig(
         vocab_size=vocab, bos_token_id=1, eos_token_id=2, pad_token_id=0,
         tie_word_embeddings=True, initializer_range=0.3, **{**shape, **changes},
@@ -125,9 +131,7 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows() -> list[dict[str, str]]:
-    return [
-        {"prompt": f"{a}+{b}=", "completion": f"{a + b}."} for a in range(8) for b in range(5)
-    ]
+    return [{"prompt": f"{a}+{b}=", "completion": f"{a + b}."} for a in range(8) for b in range(5)]
 
 
 def json_rows() -> list[str]:

@@ -111,7 +111,7 @@ class Inplace(nn.Module):
 
 def test_a_tensor_changed_in_place_is_not_shared() -> None:
     model = Inplace()
-    layers = {name: (4, 4) for name in "abc"}
+    layers = dict.fromkeys("abc", (4, 4))
     found = find_groups(model, layers, {"input_ids": torch.tensor([[1, 2]])})  # type: ignore[arg-type]
     assert [g.layers for g in found] == [("a",), ("b", "c")]
 

@@ -105,7 +105,7 @@ def test_attaching_to_a_peft_model_adds_a_second_adapter() -> None:
     bases = bases_for(model)
     adapted = attach(model, bases, r=4, init="kaiming")
     before = adapted(IDS).logits
-    again = attach(adapted, bases, r=2, adapter_name="second")
+    again = attach(adapted, bases, r=2, init="null_space", adapter_name="second")
     again.set_adapter("second")
     assert torch.equal(again(IDS).logits, before)
     again.delete_adapter("second")
@@ -129,7 +129,7 @@ def test_saved_and_loaded_state_goes_on(tmp_path: Path) -> None:
     adapted = trained(make_llama())
     adapted.save_pretrained(tmp_path)
     fresh = make_llama()
-    other = attach(fresh, bases_for(fresh), r=4, alpha=8)
+    other = attach(fresh, bases_for(fresh), r=4, alpha=8, init="null_space")
     other.load_adapter(str(tmp_path), "default", is_trainable=True)
     assert torch.equal(other(IDS).logits, adapted(IDS).logits)
 
@@ -207,7 +207,7 @@ def test_truncate_is_the_best_approximation() -> None:
 def test_norms_against_dense_matrices() -> None:
     model = make_llama()
     bases = bases_for(model)
-    adapted = attach(model, bases, r=4)
+    adapted = attach(model, bases, r=4, init="null_space")
     for p in adapted.parameters():
         if p.requires_grad:
             p.data += 0.1 * torch.randn_like(p)
@@ -219,7 +219,9 @@ def test_norms_against_dense_matrices() -> None:
             lora_a, lora_b, s = lora_factors(adapted)[name]
             dw = s * lora_b.double() @ lora_a.double()
             assert norms[name].frobenius == pytest.approx(float(dw.norm()), rel=1e-6)
-            assert norms[name].h_norm == pytest.approx(float((dw @ h @ dw.T).trace().sqrt()), rel=1e-4)
+            assert norms[name].h_norm == pytest.approx(
+                float((dw @ h @ dw.T).trace().sqrt()), rel=1e-4
+            )
     assert total_norm(norms).frobenius >= max(n.frobenius for n in norms.values())
 
 
@@ -243,7 +245,7 @@ def test_refusals_leave_the_model_untouched() -> None:
     with pytest.raises(ConfigError, match="r is 33"):
         attach(model, bases, r=33, init="kaiming")
     with pytest.raises(ConfigError, match="null_rank=4"):
-        attach(model, bases, r=4)
+        attach(model, bases, r=4, init="null_space")
     with pytest.raises(ConfigError, match="init is 'nul'"):
         attach(model, bases, r=2, init="nul")
     assert [n for n, _ in model.named_modules()] == names
@@ -252,7 +254,7 @@ def test_refusals_leave_the_model_untouched() -> None:
 def test_param_groups_share_a_basis_by_input() -> None:
     model = make_llama()
     bases = bases_for(model)
-    adapted = attach(model, bases, r=4)
+    adapted = attach(model, bases, r=4, init="null_space")
     groups = param_groups(adapted, bases, lr=1e-3, lr_b_ratio=4.0)
     assert len(groups) == len(bases) + 1
     assert len(groups[0]["params"]) == 3

@@ -27,7 +27,9 @@ def orthogonal_and_gate(d: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tens
     return basis, torch.rand(d, generator=generator, dtype=torch.float64)
 
 
-def params(shapes: list[tuple[int, int]], dtype: torch.dtype = torch.float64) -> list[torch.nn.Parameter]:
+def params(
+    shapes: list[tuple[int, int]], dtype: torch.dtype = torch.float64
+) -> list[torch.nn.Parameter]:
     generator = torch.Generator().manual_seed(7)
     return [
         torch.nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype))
@@ -72,7 +74,10 @@ def test_matches_the_equations(shape: tuple[int, int], decay: float) -> None:
     start = a.detach().clone()
     grads = gradients([shape], 60)
     optimizer = SAdam(
-        [{"params": [a], "basis": basis, "gate": gate}], lr=3e-2, betas=(0.8, 0.95), weight_decay=decay
+        [{"params": [a], "basis": basis, "gate": gate}],
+        lr=3e-2,
+        betas=(0.8, 0.95),
+        weight_decay=decay,
     )
     drive(optimizer, [a], grads)
     expected = reference(start, [g for (g,) in grads], basis, gate, 3e-2, (0.8, 0.95), decay=decay)
@@ -112,7 +117,11 @@ def test_one_optimizer_holds_both_kinds() -> None:
     (b2,) = params([(4, 6), (5, 4)])[1:]
     start = a.detach().clone()
     grads = gradients([(4, 6), (5, 4)], 30)
-    drive(SAdam([{"params": [a], "basis": basis, "gate": gate}, {"params": [b]}], lr=1e-2), [a, b], grads)
+    drive(
+        SAdam([{"params": [a], "basis": basis, "gate": gate}, {"params": [b]}], lr=1e-2),
+        [a, b],
+        grads,
+    )
     drive(torch.optim.AdamW([b2], lr=1e-2, weight_decay=0.0), [b2], [[g[1]] for g in grads])
     assert torch.equal(b, b2)
     assert torch.allclose(a, reference(start, [g[0] for g in grads], basis, gate, 1e-2), atol=1e-10)
@@ -149,7 +158,11 @@ def test_gate_zero_never_moves_and_dense_weights_work() -> None:
     gate[3:6] = 0
     (w,) = params([(7, 10)])
     start = w.detach().clone()
-    drive(SAdam([{"params": [w], "basis": basis, "gate": gate}], lr=0.1), [w], gradients([(7, 10)], 30))
+    drive(
+        SAdam([{"params": [w], "basis": basis, "gate": gate}], lr=0.1),
+        [w],
+        gradients([(7, 10)], 30),
+    )
     moved = (w - start) @ basis
     assert moved[:, 3:6].abs().max() < 1e-12
     assert moved[:, :3].abs().min() > 0
@@ -163,7 +176,9 @@ def test_resume_is_exact(dtype: torch.dtype, tmp_path: Any) -> None:
 
     def make() -> tuple[list[Any], SAdam]:
         ps = params(shapes, dtype)
-        return ps, SAdam([{"params": [ps[0]], "basis": basis, "gate": gate}, {"params": [ps[1]]}], lr=1e-2)
+        return ps, SAdam(
+            [{"params": [ps[0]], "basis": basis, "gate": gate}, {"params": [ps[1]]}], lr=1e-2
+        )
 
     whole, optimizer = make()
     drive(optimizer, whole, grads)
@@ -209,10 +224,14 @@ def test_fingerprint_survives_storage_in_float32() -> None:
 def test_per_group_lr_scheduler_and_clipping() -> None:
     basis, gate = orthogonal_and_gate(6)
     a, b = params([(4, 6), (5, 4)])
-    optimizer = SAdam([{"params": [a], "basis": basis, "gate": gate, "lr": 1e-2}, {"params": [b], "lr": 4e-2}])
+    optimizer = SAdam(
+        [{"params": [a], "basis": basis, "gate": gate, "lr": 1e-2}, {"params": [b], "lr": 4e-2}]
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
     for step in range(3):
-        assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([1e-2 * 0.5**step, 4e-2 * 0.5**step])
+        assert [g["lr"] for g in optimizer.param_groups] == pytest.approx(
+            [1e-2 * 0.5**step, 4e-2 * 0.5**step]
+        )
         a.grad, b.grad = torch.ones_like(a), torch.ones_like(b)
         torch.nn.utils.clip_grad_norm_([a, b], 1.0)
         optimizer.step()

@@ -184,7 +184,9 @@ def test_rejections_are_counted() -> None:
     inner = engine()
 
     def sometimes(numbers: Sequence[int]) -> list[list[int]]:
-        return [[5] * 40 if n % 4 == 0 else row for n, row in zip(numbers, inner(numbers), strict=True)]
+        return [
+            [5] * 40 if n % 4 == 0 else row for n, row in zip(numbers, inner(numbers), strict=True)
+        ]
 
     found = sample(sometimes, 1, [2], CONFIG)
     assert found.rejected["token_run"] >= 13

@@ -63,6 +63,7 @@ class World:
 
     @cached_property
     def people(self) -> tuple[str, ...]:
+        """Made-up names, none of which is also a value."""
         syllables = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
         values = {value for values in (*ATTRIBUTES.values(), INSTRUMENTS) for value in values}
         names = [a + b for a in syllables for b in syllables if a + b not in values]
@@ -106,14 +107,17 @@ def _row(prompt: str, value: str) -> Row:
 
 
 def fact_row(phrasing: str, person: str, value: str) -> Row:
+    """A fact, cut before its value."""
     return _row(phrasing.format(person), value)
 
 
 def string_row(word: str, transform: Transform, string: str) -> Row:
+    """A string and what the word makes of it."""
     return _row(f"{word} {string} >", transform(string))
 
 
 def sum_row(a: int, b: int) -> Row:
+    """One-digit sum, carry and all."""
     return _row(f"sum {a} + {b} =", str(a + b))
 
 
@@ -123,6 +127,7 @@ def difference_row(a: int, b: int) -> Row:
 
 
 def document(row: Row) -> str:
+    """The text that a row was cut from."""
     return row["prompt"] + row["completion"]
 
 

@@ -56,7 +56,7 @@ def linear_dims(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.Linear):  # bitsandbytes' and torchao's layers derive from it
         return module.in_features, module.out_features
     if hasattr(module, "qweight") and hasattr(module, "in_features"):  # GPTQ, AWQ
-        return int(module.in_features), int(module.out_features)
+        return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
     return None
 
 
@@ -85,10 +85,10 @@ def target_layers(
     else:
         for target in target_modules:
             if not any(_is_or_ends_with(n, target) for n in linear):
-                ends = {n.rsplit(".", 1)[-1] for n in linear}
+                ends = sorted({n.rsplit(".", 1)[-1] for n in linear})
                 raise ConfigError(
                     f"adapter.target_modules: {target!r} matches no linear layer"
-                    f"{nearest(target, ends)}; there are {sorted(ends)}"
+                    f"{nearest(target, ends)}; there are {ends}"
                 )
         names = [n for n in linear if any(_is_or_ends_with(n, t) for t in target_modules)]
     if not names:

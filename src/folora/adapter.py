@@ -98,7 +98,7 @@ def attach(
     *,
     r: int = 16,
     alpha: float | int | None = None,
-    init: str = "null_space",
+    init: str = "eigen",
     seed: int = 0,
     adapter_name: str = "default",
 ) -> PeftModel:
@@ -112,8 +112,8 @@ def attach(
         bases: From `solve`.
         r: Rank.
         alpha: PEFT's lora_alpha; kappa = alpha / r. Default r.
-        init: ``"null_space"`` (needs `null_basis` of at least r columns), ``"eigen"`` (A0 spans the
-            leading eigenvectors, B0 = 0) or ``"kaiming"`` (LoRA's own).
+        init: ``"eigen"`` (A0 spans the leading eigenvectors, B0 = 0), ``"null_space"`` (the paper's;
+            needs `null_basis` of at least r columns) or ``"kaiming"`` (LoRA's own).
         seed: For ``"kaiming"``.
         adapter_name: Name in PEFT.
 
@@ -146,9 +146,7 @@ def attach(
     return peft_model
 
 
-def lora_factors(
-    model: PeftModel, adapter_name: str = "default"
-) -> Factors:
+def lora_factors(model: PeftModel, adapter_name: str = "default") -> Factors:
     """A, B and kappa of every adapted layer, such that its update is exactly kappa B A.
 
     Anchored layers give [A; A0] (2r, d_in) and [B, -B0] (d_out, 2r); plain ones (r, d_in) and
@@ -258,9 +256,7 @@ def export_merged(model: PeftModel, path: str | Path, adapter_name: str = "defau
     write_merged(model.get_base_model(), state, lora_factors(model, adapter_name), path)
 
 
-def write_merged(
-    base: Any, state: dict[str, Tensor], factors: Factors, path: str | Path
-) -> None:
+def write_merged(base: Any, state: dict[str, Tensor], factors: Factors, path: str | Path) -> None:
     """Write a base model's `state` plus factors as a model folder; see `export_merged`."""
     _refuse_quantized(base)
     merged = dict(state)

@@ -53,7 +53,9 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--verbose", action="store_true", help="show what libraries log")
         if name == "export":
             command.add_argument("--to", metavar="DIR", help="folder; default is in the run folder")
-            command.add_argument("--rank", type=int, help="cut back to this rank, stating the error")
+            command.add_argument(
+                "--rank", type=int, help="cut back to this rank, stating the error"
+            )
             command.add_argument("--merged", action="store_true", help="write merged weights")
         for option, info in option_names().items():
             flags = [f"--{option}", *([SHORT[option]] if option in SHORT else [])]
@@ -207,7 +209,11 @@ def _duration(seconds: float) -> str:
 def _value(text: str) -> Any:
     """A flag's text as YAML would read it; 1e-3 is a number here too."""
     try:
-        return float(text) if "e" in text.lower() and text[:1] in "0123456789+-." else yaml.safe_load(text)
+        return (
+            float(text)
+            if "e" in text.lower() and text[:1] in "0123456789+-."
+            else yaml.safe_load(text)
+        )
     except (ValueError, yaml.YAMLError):
         return text
 

@@ -43,7 +43,9 @@ class SamplingConfig:
     num_sequences: int = _option(2000, "sequences that pass the filter, held-out ones included")
     min_new_tokens: int = _option(128, "end-of-sequence is allowed only after so many tokens")
     max_new_tokens: int = _option(512, "a sequence is cut here")
-    batch_size: int = _option(64, "sequences decoded at once; the sampled set does not depend on it")
+    batch_size: int = _option(
+        64, "sequences decoded at once; the sampled set does not depend on it"
+    )
     seed: int = _option(0, "seed of the random draws; each sequence has its own stream")
     start_token: str | None = _option(
         None, "token to start from: 'eos' or a token's text; default is the tokenizer's BOS"
@@ -55,7 +57,9 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         _require(self.num_sequences >= 32, "sampling.num_sequences", self.num_sequences, "be >= 32")
-        _require(self.min_new_tokens >= 1, "sampling.min_new_tokens", self.min_new_tokens, "be >= 1")
+        _require(
+            self.min_new_tokens >= 1, "sampling.min_new_tokens", self.min_new_tokens, "be >= 1"
+        )
         _require(
             self.max_new_tokens >= self.min_new_tokens,
             "sampling.max_new_tokens",
@@ -108,9 +112,7 @@ class StatisticsConfig:
     batch_size: int = _option(8, "sequences a forward pass")
 
     def __post_init__(self) -> None:
-        _require(
-            self.task_examples >= 1, "statistics.task_examples", self.task_examples, "be >= 1"
-        )
+        _require(self.task_examples >= 1, "statistics.task_examples", self.task_examples, "be >= 1")
         _require(self.batch_size >= 1, "statistics.batch_size", self.batch_size, "be >= 1")
 
 
@@ -143,15 +145,17 @@ class AdapterConfig:
         "all-linear", "'all-linear', a list of module names, or a regular expression"
     )
     init: Init = _option(
-        "null_space",
-        "'null_space' (the paper's), 'eigen' (leading eigenvectors, B = 0) or 'kaiming' (LoRA's)",
+        "eigen",
+        "'eigen' (leading eigenvectors, B = 0), 'null_space' (the paper's) or 'kaiming' (LoRA's)",
     )
 
     def __post_init__(self) -> None:
         _require(self.r >= 1, "adapter.r", self.r, "be >= 1")
         if self.alpha is not None:
             _require(0 < self.alpha < float("inf"), "adapter.alpha", self.alpha, "be > 0")
-        _require(bool(self.target_modules), "adapter.target_modules", self.target_modules, "not be empty")
+        _require(
+            bool(self.target_modules), "adapter.target_modules", self.target_modules, "not be empty"
+        )
 
     @property
     def scaling(self) -> float:
@@ -279,7 +283,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def option_names(cls: type = FoLoraConfig, prefix: str = "") -> dict[str, dict[str, Any]]:
+def option_names(cls: Any = FoLoraConfig, prefix: str = "") -> dict[str, dict[str, Any]]:
     """All options by dotted name, each with its help text and default."""
     names: dict[str, dict[str, Any]] = {}
     hints = get_type_hints(cls)

@@ -148,9 +148,9 @@ class Formatter:
         return Example(example.input_ids[:end], example.labels[:end])
 
     def _example(self, row: Row) -> Example:
-        if self.columns == ("messages", None):
-            return self._chat(row["messages"])
         prompt_name, response_name = self.columns
+        if response_name is None:
+            return self._chat(row[prompt_name])
         prompt, response = row[prompt_name], row[response_name]
         if isinstance(prompt, list) and isinstance(response, list):
             return self._chat([*prompt, *response], first=len(prompt))

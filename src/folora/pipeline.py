@@ -76,7 +76,7 @@ from folora.sampling import (
     start_token_id,
 )
 from folora.solving import bases_from_tensors, bases_to_tensors, check_rank, solve
-from folora.training import sft_config, train
+from folora.training import FoLoraTrainer, sft_config, train
 
 logger = logging.getLogger(__name__)
 
@@ -228,18 +228,25 @@ class Run:
 
         self._unless_done(self.folder / SPECTRUM, "spectrum", facts, make)
 
-    def train(self) -> None:
-        """Stage 4: training, from the latest checkpoint if there is one."""
+    def train(self, source: Run | None = None) -> None:
+        """Stage 4: training, from the latest checkpoint if there is one.
+
+        Args:
+            source: Another run of the same model and data whose samples and spectrum are used, for
+                comparing methods without doing the first stages again. Default: this one.
+        """
+        source = source or self
         folder = self.folder / TRAINING
-        spectrum = self._read(SPECTRUM, "spectrum", "solve", self.model_facts)
+        spectrum = source._read(SPECTRUM, "spectrum", "solve", self.model_facts)
+        proxies = source.proxies()
+        config = self.config
         request = {
             **self.model_facts,
             "spectrum": spectrum.manifest["sha256"],
             "data": self.task.fingerprint,
-            "held_out": self.proxies().fingerprint,
+            "held_out": proxies.fingerprint,
             "options": json_fingerprint(
-                [asdict(self.config.training), asdict(self.config.adapter)]
-                + [asdict(self.config.spectrum)]
+                [asdict(section) for section in (config.training, config.adapter, config.spectrum)]
             ),
         }
         request_file = folder / "request.json"
@@ -250,8 +257,18 @@ class Run:
             logger.info("training: done already")
             return
         write_json(request_file, request)
-        prepared = self._prepared(spectrum)
+        bases = bases_from_tensors(spectrum.tensors, spectrum.manifest["groups"])
+        model = attach_configured(self.model, bases, config)
+        optimizer = SAdam(param_groups(model, bases, **group_options(config)))
+        meter = Meter(proxies.held_out, self.task.held_out, config.statistics.batch_size)
+        prepared = Prepared(model, optimizer, bases, self.task, meter, config)
         trainer = train(prepared, self.tokenizer, folder)
+        self._write_result(prepared, trainer, request)
+
+    def _write_result(
+        self, prepared: Prepared, trainer: FoLoraTrainer, request: dict[str, Any]
+    ) -> None:
+        """Leave the trained factors and the last reading where export and report look."""
         reading, norms = trainer.read()
         with prepared.model.disable_adapter():
             before = Reading(0.0, 0.0, prepared.meter.task_loss(prepared.model))
@@ -259,7 +276,7 @@ class Run:
         tensors = {f"{name}/A": a for name, (a, _, _) in factors.items()}
         tensors |= {f"{name}/B": b for name, (_, b, _) in factors.items()}
         write_artifact(
-            folder / "result",
+            self.folder / TRAINING / "result",
             "training",
             tensors,
             {
@@ -267,8 +284,8 @@ class Run:
                 "scaling": {name: scaling for name, (_, _, scaling) in factors.items()},
                 "fan_in_fan_out": _all_conv1d(prepared, factors),
                 "steps": trainer.state.global_step,
-                "base": asdict(before),
-                "adapted": asdict(reading),
+                "base": _without_nan(asdict(before)),
+                "adapted": _without_nan(asdict(reading)),
                 "total_norm": asdict(total_norm(norms)),
                 "norms": {name: asdict(norm) for name, norm in norms.items()},
             },
@@ -288,7 +305,9 @@ class Run:
                 raise ConfigError("a merged export is exact; --rank goes with the adapter alone")
             base = load_model(self.config, self.name)  # afresh: training wraps the layers
             if model_fingerprint(base) != result.manifest["model"]:
-                raise MismatchError(f"{self.name} is not the model that was trained in {self.folder}")
+                raise MismatchError(
+                    f"{self.name} is not the model that was trained in {self.folder}"
+                )
             target = path or self.folder / "merged"
             write_merged(base, base.state_dict(), factors, target)
             self.tokenizer.save_pretrained(target)
@@ -313,7 +332,7 @@ class Run:
         report = {name: manifest[name] for name in names}
         report |= {"tokens_measured": statistics, "rejected_samples": samples["rejected"]}
         report |= {"adapter": str(self.folder / ADAPTER)}
-        write_json(self.folder / REPORT, _without_nan(report))
+        write_json(self.folder / REPORT, report)
         return report
 
     # What stages read.
@@ -354,15 +373,6 @@ class Run:
         batch_size = self.config.statistics.batch_size
         moments = measure(self.model, self.groups, examples, batch_size, f"C_{part}")
         return moments.matrices, {"tokens": moments.tokens}
-
-    def _prepared(self, spectrum: Artifact) -> Prepared:
-        bases = bases_from_tensors(spectrum.tensors, spectrum.manifest["groups"])
-        model = attach_configured(self.model, bases, self.config)
-        optimizer = SAdam(param_groups(model, bases, **group_options(self.config)))
-        meter = Meter(
-            self.proxies().held_out, self.task.held_out, self.config.statistics.batch_size
-        )
-        return Prepared(model, optimizer, bases, self.task, meter, self.config)
 
     def _unless_done(
         self,

@@ -32,7 +32,7 @@ BASIS_KEYS = ("basis", "gate")
 @contextmanager
 def full_fp32_matmul() -> Iterator[None]:
     """Run fp32 matrix products in full fp32, whatever TF32 or bf16 switch the user has set."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
@@ -90,9 +90,7 @@ class SAdam(Optimizer):
                 _prepare_basis(group)
         except ValueError as error:
             self.param_groups.pop()
-            raise ValueError(
-                f"SAdam, parameter group {len(self.param_groups)}: {error}"
-            ) from error
+            raise ValueError(f"SAdam, parameter group {len(self.param_groups)}: {error}") from error
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -124,7 +122,7 @@ class SAdam(Optimizer):
         basis, gate = _on_device(group, params[0].device)
         rows = [len(p) for p in params]
         with full_fp32_matmul():
-            stacked = torch.cat([p.grad.to(basis.dtype) for p in params])
+            stacked = torch.cat([p.grad.to(basis.dtype) for p in params])  # type: ignore[union-attr]
             gbar = stacked @ basis
             # AdamW on a zero parameter leaves -lr * m_hat / (sqrt(v_hat) + eps) in it.
             step = torch.zeros_like(gbar)

@@ -160,7 +160,7 @@ class HuggingFaceEngine:
         eos_ids: Sequence[int],
         config: SamplingConfig,
     ) -> None:
-        self.model = model
+        self.model: Any = model
         self.start_id = start_id
         self.eos_ids = list(eos_ids)
         self.config = config

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -99,7 +98,9 @@ def solve(
     return solved
 
 
-def bases_to_tensors(bases: Sequence[GroupBasis]) -> tuple[dict[str, Tensor], list[dict[str, object]]]:
+def bases_to_tensors(
+    bases: Sequence[GroupBasis],
+) -> tuple[dict[str, Tensor], list[dict[str, object]]]:
     """Tensors and JSON facts of solved groups, for an artifact."""
     tensors: dict[str, Tensor] = {}
     facts: list[dict[str, object]] = []
@@ -108,9 +109,7 @@ def bases_to_tensors(bases: Sequence[GroupBasis]) -> tuple[dict[str, Tensor], li
         tensors[f"{b.group.name}/gamma"] = b.gamma
         if b.null_basis is not None:
             tensors[f"{b.group.name}/null_basis"] = b.null_basis
-        facts.append(
-            {"layers": b.group.layers, "d_in": b.group.d_in, "task_trace": b.task_trace}
-        )
+        facts.append({"layers": b.group.layers, "d_in": b.group.d_in, "task_trace": b.task_trace})
     return tensors, facts
 
 

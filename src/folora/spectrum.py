@@ -195,9 +195,7 @@ def spectral_gate(
     return gate.clamp(min=s_min)
 
 
-def step_scale(
-    gamma: Float[Tensor, " d"], gate: Float[Tensor, " d"], task_trace: float
-) -> float:
+def step_scale(gamma: Float[Tensor, " d"], gate: Float[Tensor, " d"], task_trace: float) -> float:
     """The number c by which T is multiplied so that learning rates carry over from Adam.
 
     A unit step of random signs moves the task response by trace(C_task) in plain Adam and by
@@ -207,9 +205,7 @@ def step_scale(
     return (task_trace / moved) ** 0.5 if moved > 0 else 1.0
 
 
-def smallest_eigenvectors(
-    c_pre: Tensor, r: int, name: str = "layer"
-) -> Float64[Tensor, "d r"]:
+def smallest_eigenvectors(c_pre: Tensor, r: int, name: str = "layer") -> Float64[Tensor, "d r"]:
     """U_perp: the `r` eigenvectors of C_pre with the smallest eigenvalues, smallest first (B.3).
 
     Raises:

