@@ -20,6 +20,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.world.language import World
+from benchmarks.world.score import score_skills
 from folora.config import FoLoraConfig
 from folora.data import load_rows, pad_batch, prepare_task, text_examples
 from folora.meter import Meter, total_norm, update_norms
@@ -92,6 +94,9 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     task = prepare_task(load_rows(args.rows), tokenizer, base.data)
 
+    world_file = Path(args.model) / "world.json"
+    world = World(json.loads(world_file.read_text())["seed"]) if world_file.exists() else None
+
     def load() -> Any:
         return AutoModelForCausalLM.from_pretrained(args.model, dtype=base.dtype).eval()
 
@@ -101,7 +106,8 @@ def main() -> None:
     else:
         model = load()
         start = start_token_id(tokenizer, base.sampling.start_token)
-        eos = eos_token_ids(model, tokenizer)
+        # Documents of the world are shorter than a sample may be, so samples run through many.
+        eos = [] if world else eos_token_ids(model, tokenizer)
         began = time.time()
         proxies = sample(
             HuggingFaceEngine(model, start, eos, base.sampling), start, eos, base.sampling
@@ -133,7 +139,10 @@ def main() -> None:
         for step in train(model, optimizer, task.train, config):
             if step in plan["read_at"]:
                 norm = total_norm(update_norms(model, solved[key]))
-                readings.append({"step": step, **asdict(meter.read(model)), **asdict(norm)})
+                kept = score_skills(model, tokenizer, world) if world else {}
+                readings.append(
+                    {"step": step, **asdict(meter.read(model)), **asdict(norm), "kept": kept}
+                )
                 model.train()
         line = {
             "name": arm["name"],

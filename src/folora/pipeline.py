@@ -52,7 +52,7 @@ from folora.data import (
     text_examples,
 )
 from folora.errors import ArtifactError, ConfigError, MismatchError
-from folora.loading import load_model, load_tokenizer, required
+from folora.loading import device_of, load_model, load_tokenizer, required
 from folora.meter import Meter, Reading, total_norm
 from folora.preparation import (
     Prepared,
@@ -146,7 +146,8 @@ class Run:
 
     def check(self, *, needs_data: bool) -> None:
         """Everything that can be found out without loading the model."""
-        sft_config(self.config.training, self.folder / TRAINING, evaluates=False)
+        on_cpu = device_of(self.config).type == "cpu"
+        sft_config(self.config.training, self.folder / TRAINING, evaluates=False, on_cpu=on_cpu)
         if needs_data:
             check_dataset(required(self.config.dataset, "dataset"))
         _ = self.start_id
@@ -158,6 +159,7 @@ class Run:
     def run(self) -> dict[str, Any]:
         """All stages; returns the report."""
         self.check(needs_data=True)
+        _ = self.groups  # the rank must fit the layers before hours of sampling
         self.write_config()
         self.sample()
         self.measure()

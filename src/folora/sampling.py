@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 # Matrix products of fewer rows take other kernels, which round differently; measured on CPU.
 MIN_ROWS = 8
+NO_TOKEN = -1  # None would make generate fall back on the model's own EOS
 ATTEMPTS_A_SEQUENCE = 10
 HOPELESS_AFTER = 256
 
@@ -183,7 +184,7 @@ class HuggingFaceEngine:
                     num_beams=1,
                     use_cache=True,
                     max_new_tokens=config.max_new_tokens,
-                    eos_token_id=self.eos_ids or None,
+                    eos_token_id=self.eos_ids or NO_TOKEN,
                     pad_token_id=pad,
                     repetition_penalty=1.0,
                 ),

@@ -89,8 +89,16 @@ class FoLoraTrainer(SFTTrainer):
         return reading, update_norms(self.prepared.model, self.prepared.bases)
 
 
-def sft_config(config: TrainingConfig, output_dir: str | Path, *, evaluates: bool) -> SFTConfig:
+def sft_config(
+    config: TrainingConfig, output_dir: str | Path, *, evaluates: bool, on_cpu: bool
+) -> SFTConfig:
     """TRL's arguments for a training section; `extra` wins over everything else.
+
+    Args:
+        config: The section.
+        output_dir: For checkpoints.
+        evaluates: Whether there are held-out rows, so that the meter can run along.
+        on_cpu: Train on the CPU even if there is an accelerator.
 
     Raises:
         ConfigError: `extra` names something that SFTConfig does not have, or a value it refuses.
@@ -120,6 +128,8 @@ def sft_config(config: TrainingConfig, output_dir: str | Path, *, evaluates: boo
         "seed": config.seed,
         "max_length": None,  # rows are cut already
         "report_to": "none",
+        "use_cpu": on_cpu,
+        "dataloader_pin_memory": not on_cpu,
     }
     if config.eval_steps and evaluates:
         values |= {"eval_strategy": "steps", "eval_steps": config.eval_steps}
@@ -149,7 +159,8 @@ def train(
 ) -> FoLoraTrainer:
     """Train to the end, going on from the latest complete checkpoint in `folder`."""
     config = prepared.config.training
-    args = sft_config(config, folder, evaluates=bool(prepared.task.held_out))
+    on_cpu = prepared.model.device.type == "cpu"
+    args = sft_config(config, folder, evaluates=bool(prepared.task.held_out), on_cpu=on_cpu)
     trainer = FoLoraTrainer(prepared, args, tokenizer, **kwargs)
     checkpoints = complete_checkpoints(folder)
     trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)

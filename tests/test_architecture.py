@@ -1,0 +1,61 @@
+"""One direction of imports; the optimizer stands alone; the library knows no benchmark."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "folora"
+
+# From data to adapter and on; a file may import from files before it, never from later ones.
+ORDER = [
+    "errors", "sadam", "spectrum", "config", "artifacts", "filtering", "progress", "sampling",
+    "data", "activations", "solving", "initialization", "adapter", "meter", "preparation",
+    "training", "loading", "pipeline", "planning", "cli",
+]  # fmt: skip
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+def test_every_file_has_its_place() -> None:
+    assert sorted(p.stem for p in SOURCE.glob("*.py") if p.stem != "__init__") == sorted(ORDER)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_imports_go_one_way(name: str) -> None:
+    allowed = {f"folora.{n}" for n in ORDER[: ORDER.index(name)]}
+    own = {i for i in imports(SOURCE / f"{name}.py") if i.split(".")[0] == "folora"}
+    assert own <= allowed
+    assert not {i.split(".")[0] for i in imports(SOURCE / f"{name}.py")} & {"demo", "benchmarks"}
+
+
+def test_sadam_needs_torch_alone() -> None:
+    outside = {i.split(".")[0] for i in imports(SOURCE / "sadam.py")} - set(sys.stdlib_module_names)
+    assert outside == {"torch"}
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.glob("*.py")), ids=lambda p: p.stem)
+def test_no_import_hides_in_a_function(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+    hidden = [
+        n for f in functions for n in ast.walk(f) if isinstance(n, ast.Import | ast.ImportFrom)
+    ]
+    assert not hidden
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.glob("*.py")), ids=lambda p: p.stem)
+def test_no_pickle(path: Path) -> None:
+    assert "pickle" not in imports(path)
+    assert "torch.load(" not in path.read_text()

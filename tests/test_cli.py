@@ -1,0 +1,110 @@
+"""The command line: wrong input ends with one sentence, exit code 2, and an untouched disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import make_llama, make_tokenizer
+
+from folora.cli import main
+
+
+@pytest.fixture
+def nan_model(tmp_path: Path) -> Path:
+    model = make_llama()
+    model.model.layers[0].mlp.down_proj.weight.data[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    make_tokenizer().save_pretrained(tmp_path / "nan")
+    return tmp_path / "nan"
+
+
+def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return " ".join(captured.err.split())
+
+
+def test_wrong_input_of_every_kind(
+    model_folder: Path, rows_file: Path, nan_model: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "broken.jsonl").write_text('{"prompt": ')
+    (tmp_path / "nothing").mkdir()
+    good = {"model": str(model_folder), "dataset": str(rows_file), "output": str(out)}
+
+    def run(extra: list[str] | None = None, **changes: str | None) -> str:
+        values = {k: v for k, v in {**good, **changes}.items() if v is not None}
+        flags = [part for k, v in values.items() for part in (f"--{k}", v)]
+        return fails(["run", *flags, "--device", "cpu", *(extra or [])], capsys)
+
+    assert "--model is needed" in run(model=None)
+    assert "--output is needed" in run(output=None)
+    assert "--dataset is needed" in run(dataset=None)
+    assert "does not exist" in run(dataset=str(tmp_path / "no.jsonl"))
+    assert "is empty" in run(dataset=str(tmp_path / "empty.jsonl"))
+    assert "cannot be read" in run(dataset=str(tmp_path / "broken.jsonl"))
+    assert "does not exist" in run(model=str(tmp_path / "no" / "model"))
+    assert "config.json is missing" in run(model=str(tmp_path / "nothing"))
+    assert "cannot be loaded" in run(model="nobody/nothing-of-this-name")
+    assert "did you mean '--adapter.r'" in run(["--adapter.rr", "4"])
+    assert "did you mean '--spectrum.tau'" in run(["--spectrum.tua=4"])
+    assert "spectrum.s_min is 2" in run(["--spectrum.s_min", "2"])
+    assert "no option 'pakcing'" in run(["--training.extra", "{pakcing: true}"])
+    column = ["--data.prompt_column", "promt", "--data.response_column", "completion"]
+    assert "did you mean 'prompt'" in run(column)
+    assert "not a token" in run(["--sampling.start_token", "nonsense"])
+    assert "device is 'cuda:77'" in run(["--device", "cuda:77"])
+    assert not out.exists()  # nothing was begun
+
+    assert "r is 999" in run(["--r", "999"])
+    assert "down_proj" in run(model=str(nan_model))
+    assert not list(out.rglob("shard-*"))
+
+
+def test_stage_without_its_input(
+    model_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", str(model_folder), "--dataset", str(rows_file), "--output", str(tmp_path)]
+    assert "folora sample" in fails(["measure", *flags, "--device", "cpu"], capsys)
+
+
+def test_plan(model_folder: Path, rows_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "plan",
+        "--model",
+        str(model_folder),
+        "--dataset",
+        str(rows_file),
+        "--device",
+        "cpu",
+    ]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "14 layers read 8 inputs" in text
+    assert "48" in text
+    for stage in ("sample", "measure", "solve", "train", "export"):
+        assert stage in text
+
+
+def test_stages_one_by_one(
+    model_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    flags = [
+        "--model", str(model_folder), "--dataset", str(rows_file), "--output", str(out),
+        "--device", "cpu", "--dtype", "float32", "--sampling.num_sequences", "32",
+        "--sampling.min_new_tokens", "32", "--sampling.max_new_tokens", "36",
+        "--sampling.batch_size", "32", "--r", "2", "--max-steps", "2", "--lr", "1e-3",
+    ]  # fmt: skip
+    for command in ("sample", "measure", "solve", "train", "export"):
+        assert main([command, *flags]) == 0, command
+    assert main(["export", *flags, "--rank", "1", "--to", str(tmp_path / "small")]) == 0
+    text = capsys.readouterr().out
+    assert "learned: task loss" in text
+    assert "relative error of the update" in text
+    assert (out / "5-adapter" / "adapter_config.json").exists()
+    assert (tmp_path / "small" / "adapter_model.safetensors").exists()

@@ -1,0 +1,271 @@
+"""A whole run on a tiny model: order on disk, skipping, going on after SIGKILL, and refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_gpt2, make_llama, make_tokenizer, tiny_config
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from folora.artifacts import read_artifact, write_artifact
+from folora.config import FoLoraConfig
+from folora.errors import ArtifactError, ConfigError, DataError, MismatchError
+from folora.pipeline import Run
+
+
+def run_config(model: Path, rows: Path, output: Path, **changes: Any) -> FoLoraConfig:
+    return tiny_config(model=str(model), dataset=str(rows), output=str(output), **changes)
+
+
+@pytest.fixture(scope="module")
+def finished(
+    model_folder: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> FoLoraConfig:
+    """An uninterrupted run, with the paper's start, to compare with and to copy from."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    config = run_config(model_folder, rows_file, output, adapter={"init": "null_space"})
+    Run(config).run()
+    return config
+
+
+def copy_of(config: FoLoraConfig, target: Path) -> FoLoraConfig:
+    import shutil
+    from dataclasses import replace
+
+    shutil.copytree(str(config.output), target)
+    return replace(config, output=str(target))
+
+
+def adapter_bytes(folder: Path) -> bytes:
+    return (folder / "5-adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    return {
+        str(p.relative_to(folder)): p.stat().st_mtime_ns
+        for p in folder.rglob("*.safetensors")
+        if "5-adapter" not in str(p)
+    }
+
+
+def test_the_folder_explains_itself(finished: FoLoraConfig) -> None:
+    folder = Path(str(finished.output))
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "1-samples", "2-statistics", "3-spectrum", "4-training", "5-adapter",
+        "config.yaml", "report.json",
+    ]  # fmt: skip
+    report = json.loads((folder / "report.json").read_text())
+    assert report["adapted"]["kl"] > 0
+    assert report["base"]["kl"] == 0
+    assert report["steps"] == 6
+    assert len(report["norms"]) == 14
+    assert FoLoraConfig.from_yaml(folder / "config.yaml") == finished
+    manifest = json.loads((folder / "2-statistics" / "pre" / "manifest.json").read_text())
+    assert {"model", "tokenizer", "samples", "tokens", "sha256", "versions"} <= set(manifest)
+    assert not list(folder.rglob(".*"))  # nothing temporary is left
+
+
+def test_the_adapter_reproduces_the_reading(finished: FoLoraConfig) -> None:
+    folder = Path(str(finished.output))
+    run = Run(finished)
+    base = AutoModelForCausalLM.from_pretrained(str(finished.model))
+    model = PeftModel.from_pretrained(base, str(folder / "5-adapter"))
+    from folora.meter import Meter
+
+    reading = Meter(run.proxies().held_out, run.task.held_out).read(model)
+    report = json.loads((folder / "report.json").read_text())
+    assert reading.kl == pytest.approx(report["adapted"]["kl"], rel=1e-3)
+    assert reading.task_loss == pytest.approx(report["adapted"]["task_loss"], rel=1e-4)
+
+
+def test_a_second_call_does_nothing_again(finished: FoLoraConfig, tmp_path: Path) -> None:
+    config = copy_of(finished, tmp_path / "run")
+    before = stamps(tmp_path / "run")
+    Run(config).run()
+    assert stamps(tmp_path / "run") == before
+
+
+def test_only_what_depends_on_a_change_is_done_again(
+    finished: FoLoraConfig, tmp_path: Path
+) -> None:
+    from dataclasses import replace
+
+    config = copy_of(finished, tmp_path / "run")
+    before = stamps(tmp_path / "run")
+    config = replace(config, spectrum=replace(config.spectrum, tau=0.1))
+    Run(config).run()
+    after = stamps(tmp_path / "run")
+    for part in ("1-samples", "2-statistics"):
+        assert all(after[k] == v for k, v in before.items() if k.startswith(part))
+    assert after["3-spectrum/tensors.safetensors"] != before["3-spectrum/tensors.safetensors"]
+    assert (tmp_path / "run" / "old" / "3-spectrum-1" / "manifest.json").exists()
+    assert (tmp_path / "run" / "old" / "4-training-1" / "result").exists()
+    assert adapter_bytes(tmp_path / "run") != adapter_bytes(Path(str(finished.output)))
+
+
+def test_a_second_data_set_keeps_the_bases_statistics(
+    finished: FoLoraConfig, tmp_path: Path
+) -> None:
+    from dataclasses import replace
+
+    config = copy_of(finished, tmp_path / "run")
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "say", "completion": "hello"}\n' * 20)
+    before = stamps(tmp_path / "run")
+    run = Run(replace(config, dataset=str(other)))
+    run.sample()
+    run.measure()
+    after = stamps(tmp_path / "run")
+    pre, task = (f"2-statistics/{part}/tensors.safetensors" for part in ("pre", "task"))
+    assert after[pre] == before[pre]
+    assert after[task] != before[task]
+
+
+def wait_and_kill(command: list[str], marker: Path, env: dict[str, str]) -> None:
+    """Start a command and SIGKILL it as soon as the marker is there."""
+    process = subprocess.Popen(
+        command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not marker.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() in (-signal.SIGKILL, 0)
+    assert marker.exists()
+
+
+def test_sigkill_in_every_stage_loses_nothing(
+    finished: FoLoraConfig, model_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    config = run_config(model_folder, rows_file, folder, adapter={"init": "null_space"})
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    command = [sys.executable, "-m", "folora.cli", "run", "--config", str(tmp_path / "config.yaml")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    for marker in (
+        "1-samples/shard-000000.json",
+        "2-statistics/pre",
+        "3-spectrum",
+        "4-training/checkpoint-2/optimizer.pt",
+    ):
+        wait_and_kill(command, folder / marker, env)
+        assert not (folder / "report.json").exists()
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "kept" in done.stdout
+    assert adapter_bytes(folder) == adapter_bytes(Path(str(finished.output)))
+
+
+def test_another_models_statistics_are_refused(finished: FoLoraConfig, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    config = copy_of(finished, tmp_path / "run")
+    make_llama(seed=1).save_pretrained(tmp_path / "other")
+    make_tokenizer().save_pretrained(tmp_path / "other")
+    run = Run(replace(config, model=str(tmp_path / "other")))
+    for stage in (run.measure, run.solve, run.train):
+        with pytest.raises(MismatchError, match="another model"):
+            stage()
+
+
+@pytest.mark.parametrize(
+    "part", ["1-samples/set", "2-statistics/task", "3-spectrum", "4-training/result"]
+)
+@pytest.mark.parametrize("damage", ["cut", "flip", "manifest"])
+def test_damaged_files_are_named(
+    finished: FoLoraConfig, tmp_path: Path, part: str, damage: str
+) -> None:
+    config = copy_of(finished, tmp_path / "run")
+    folder = tmp_path / "run" / part
+    file = folder / ("manifest.json" if damage == "manifest" else "tensors.safetensors")
+    content = bytearray(file.read_bytes())
+    if damage == "flip":
+        content[-7] ^= 4
+    file.write_bytes(content if damage == "flip" else content[: len(content) // 2])
+    run = Run(config)
+    stages = {"1": run.measure, "2": run.solve, "3": run.train, "4": run.export}
+    with pytest.raises(ArtifactError) as error:
+        stages[part[0]]()
+    assert str(file) in str(error.value)
+
+
+def test_missing_stages_name_the_command(
+    model_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    run = Run(run_config(model_folder, rows_file, tmp_path / "run"))
+    with pytest.raises(ArtifactError, match="folora sample"):
+        run.measure()
+    with pytest.raises(ArtifactError, match="folora measure"):
+        run.solve()
+    with pytest.raises(ArtifactError, match="folora solve"):
+        run.train()
+    with pytest.raises(ArtifactError, match="folora train"):
+        run.export()
+
+
+def test_merged_and_cut_back_exports(finished: FoLoraConfig, tmp_path: Path) -> None:
+    run = Run(finished)
+    run.export(tmp_path / "merged", kind="merged")
+    report = run.export(tmp_path / "cut", rank=2)
+    assert 0 < report.relative_error < 1
+    ids = torch.randint(3, 50, (2, 9))
+    base = AutoModelForCausalLM.from_pretrained(str(finished.model)).eval()
+    exact = PeftModel.from_pretrained(base, str(Path(str(finished.output)) / "5-adapter")).eval()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert torch.allclose(merged(ids).logits, exact(ids).logits, atol=1e-5)
+
+
+def test_a_gpt2_style_model_runs(rows_file: Path, tmp_path: Path) -> None:
+    make_gpt2().save_pretrained(tmp_path / "gpt2")
+    make_tokenizer().save_pretrained(tmp_path / "gpt2")
+    report = Run(run_config(tmp_path / "gpt2", rows_file, tmp_path / "run")).run()
+    assert report["adapted"]["kl"] > 0
+
+
+def test_a_larger_sampler_with_the_same_tokenizer(
+    model_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    make_llama(seed=3, hidden_size=64).save_pretrained(tmp_path / "big")
+    make_tokenizer().save_pretrained(tmp_path / "big")
+    make_llama(seed=3).save_pretrained(tmp_path / "alien")
+    alien = make_tokenizer()
+    alien.add_tokens(["x9"])
+    alien.save_pretrained(tmp_path / "alien")
+
+    def sampled(name: str, sampler: str | None) -> Any:
+        config = run_config(
+            model_folder, rows_file, tmp_path / name, sampling={"sampler_model": sampler}
+        )
+        return Run(config).sample()
+
+    assert sampled("a", None) != sampled("b", str(tmp_path / "big"))
+    with pytest.raises(DataError, match="another tokenizer"):
+        sampled("c", str(tmp_path / "alien"))
+
+
+def test_a_full_or_forbidden_disk_is_named(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(ArtifactError, match="cannot write"):
+        write_artifact(blocked / "x", "samples", {"a": torch.ones(2)}, {})
+    write_artifact(tmp_path / "good", "samples", {"a": torch.ones(2)}, {"model": "m"})
+    with pytest.raises(ArtifactError, match="'samples'"):
+        read_artifact(tmp_path / "good", "spectrum")
+    with pytest.raises(MismatchError, match="another model"):
+        read_artifact(tmp_path / "good", "samples", {"model": "n"})
+
+
+def test_output_must_be_a_folder(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        Run(run_config(model_folder, rows_file, tmp_path / "file"))

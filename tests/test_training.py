@@ -1,0 +1,174 @@
+"""TRL trains: response loss, meter in the logs, exact resume, and settings that pass through."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_gpt2, make_llama, make_tokenizer, rows, tiny_config
+from transformers import TrainerCallback
+
+import folora
+from folora.adapter import lora_factors
+from folora.config import TrainingConfig
+from folora.errors import ConfigError, NumericsError
+from folora.training import complete_checkpoints, sft_config, train
+
+
+def prepared(**changes: Any) -> folora.Prepared:
+    return folora.prepare(make_llama(), make_tokenizer(), rows(), tiny_config(**changes))
+
+
+def flat(p: folora.Prepared) -> torch.Tensor:
+    return torch.cat([t.flatten() for a, b, _ in lora_factors(p.model).values() for t in (a, b)])
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("init", ["eigen", "null_space"])
+def test_resumed_equals_uninterrupted_to_the_last_bit(tmp_path: Path, init: str) -> None:
+    whole = prepared(adapter={"init": init})
+    train(whole, make_tokenizer(), tmp_path / "whole")
+    cut = prepared(adapter={"init": init})
+    with pytest.raises(KeyboardInterrupt):
+        train(cut, make_tokenizer(), tmp_path / "cut", callbacks=[StopAt(5)])
+    (found,) = [p.name for p in complete_checkpoints(tmp_path / "cut")][-1:]
+    assert found == "checkpoint-4"
+    # A checkpoint that was cut off while being written is passed over.
+    (tmp_path / "cut" / "checkpoint-5").mkdir()
+    (tmp_path / "cut" / "checkpoint-5" / "trainer_state.json").write_text("{")
+    again = prepared(adapter={"init": init})
+    trainer = train(again, make_tokenizer(), tmp_path / "cut")
+    assert torch.equal(flat(again), flat(whole))
+    a, b = whole.optimizer.state_dict(), again.optimizer.state_dict()
+    for key, state in a["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, b["state"][key][name])
+    assert trainer.state.global_step == 6
+
+
+def test_the_first_loss_is_the_bases_loss_on_responses(tmp_path: Path) -> None:
+    start = prepared(training={"max_steps": 1, "learning_rate": 1e-9, "logging_steps": 1})
+    trainer = train(start, make_tokenizer(), tmp_path)
+    logged = trainer.state.log_history[0]["loss"]
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert 0 < (batch["labels"] != -100).sum() < batch["attention_mask"].sum()
+    base = make_llama()
+    with torch.no_grad():
+        expected = base(
+            **{k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "labels")}
+        )
+    assert logged == pytest.approx(float(expected.loss), rel=1e-4)
+
+
+def test_it_learns_and_the_meter_is_logged(tmp_path: Path) -> None:
+    one = prepared(
+        training={"max_steps": 30, "eval_steps": 10, "learning_rate": 3e-2, "save_steps": 30}
+    )
+    before = one.meter.read(one.model)
+    trainer = train(one, make_tokenizer(), tmp_path)
+    after = one.meter.read(one.model)
+    assert before.kl == 0
+    assert after.kl > 0
+    assert after.task_loss < before.task_loss - 0.3
+    evaluations = [line for line in trainer.state.log_history if "eval_kl" in line]
+    assert [line["step"] for line in evaluations] == [10, 20, 30]
+    assert {"eval_loss", "eval_ce_change", "eval_frobenius", "eval_h_norm"} <= set(evaluations[0])
+    assert evaluations[-1]["eval_kl"] == pytest.approx(after.kl)
+
+
+def test_other_options_pass_through(tmp_path: Path) -> None:
+    config = TrainingConfig(
+        gradient_accumulation_steps=2,
+        gradient_checkpointing=True,
+        extra={"adam_beta2": 0.95, "lr_scheduler_type": "linear"},
+    )
+    args = sft_config(config, tmp_path, evaluates=True, on_cpu=True)
+    assert args.lr_scheduler_type == "linear"
+    assert args.adam_beta2 == 0.95
+    with pytest.raises(ConfigError, match="did you mean 'packing'"):
+        sft_config(TrainingConfig(extra={"pakcing": True}), tmp_path, evaluates=True, on_cpu=True)
+    with pytest.raises(ConfigError, match="training"):
+        sft_config(TrainingConfig(lr_scheduler_type="wavy"), tmp_path, evaluates=True, on_cpu=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bf16": True},
+        {"gradient_checkpointing": True},
+        {"gradient_accumulation_steps": 2, "batch_size": 4},
+        {"weight_decay": 0.1, "lr_b_ratio": 4.0},
+        {"optimizer": "adamw"},
+    ],
+)
+def test_usual_ways_of_training_work(tmp_path: Path, options: dict[str, Any]) -> None:
+    one = prepared(training={"max_steps": 2, **options})
+    before = flat(one).clone()
+    train(one, make_tokenizer(), tmp_path)
+    assert torch.isfinite(flat(one)).all()
+    assert not torch.equal(flat(one), before)
+
+
+def test_accumulation_equals_a_larger_batch(tmp_path: Path) -> None:
+    a = prepared(training={"max_steps": 3, "batch_size": 8})
+    b = prepared(training={"max_steps": 3, "batch_size": 4, "gradient_accumulation_steps": 2})
+    train(a, make_tokenizer(), tmp_path / "a")
+    train(b, make_tokenizer(), tmp_path / "b")
+    assert torch.allclose(flat(a), flat(b), atol=2e-3)
+
+
+def test_prepare_serves_a_loop_of_ones_own(tmp_path: Path) -> None:
+    one = folora.prepare(make_gpt2(), make_tokenizer(), rows(), tiny_config())
+    batch = torch.utils.data.default_collate(
+        [{"input_ids": torch.tensor(one.task.train[0].input_ids)}]
+    )
+    ids = batch["input_ids"]
+    first = None
+    for _ in range(10):
+        loss = one.model(ids, labels=ids).loss
+        first = float(loss.detach()) if first is None else first
+        one.optimizer.zero_grad()
+        loss.backward()
+        one.optimizer.step()
+    assert float(loss) < first - 0.1
+    assert one.export(tmp_path / "adapter").rank == 4
+    assert one.train_dataset().column_names == ["input_ids", "labels"]
+    assert one.param_groups(lr=0.5)[0]["lr"] == 0.5
+
+
+def test_another_bases_state_is_refused_on_resume(tmp_path: Path) -> None:
+    first = prepared()
+    with pytest.raises(KeyboardInterrupt):
+        train(first, make_tokenizer(), tmp_path, callbacks=[StopAt(3)])
+    with pytest.raises(ValueError, match="another basis"):
+        train(prepared(spectrum={"tau": 0.5}), make_tokenizer(), tmp_path)
+
+
+def test_weights_with_nan_are_refused_before_sampling() -> None:
+    model = make_llama()
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(NumericsError, match="up_proj"):
+        folora.prepare(model, make_tokenizer(), rows(), tiny_config())
+
+
+def test_rank_larger_than_a_width_is_refused_before_sampling() -> None:
+    with pytest.raises(ConfigError, match="r is 33"):
+        prepared(adapter={"r": 33})
+
+
+def test_configs_are_frozen() -> None:
+    config = tiny_config()
+    assert replace(config, model="x").model == "x"
+    with pytest.raises(AttributeError):
+        config.model = "y"  # type: ignore[misc]
