@@ -1,0 +1,1 @@
+"""Measurements of folora; nothing in the library imports them."""

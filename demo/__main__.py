@@ -13,6 +13,7 @@ import gc
 import json
 import logging
 import time
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from folora.meter import Meter
 from folora.pipeline import Run
 
 ROOT = Path(__file__).parent
-TRAIN_ROWS, TEST_ROWS = 240, 48
+TRAIN_ROWS, TEST_ROWS = 240, 40
 ANSWER_TOKENS = 44
 
 
@@ -167,6 +168,7 @@ def main() -> None:
     output: Path = arguments.output
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("folora").setLevel(logging.INFO)
+    warnings.simplefilter("ignore")  # of the libraries below; what matters to the demo is an error
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     console = Console()

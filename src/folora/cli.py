@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import yaml
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
+from transformers.utils import logging as transformers_logging
 
 from folora.config import FoLoraConfig, option_names, read_yaml
 from folora.errors import ConfigError, FoLoraError, nearest
@@ -236,10 +237,12 @@ def _merge(values: dict[str, Any], more: dict[str, Any]) -> None:
 def _set_up_logging(verbose: bool) -> None:
     handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler], force=True)
+    transformers_logging.disable_progress_bar()
     if not verbose:
         for library in ("httpx", "datasets", "transformers", "huggingface_hub", "accelerate"):
             logging.getLogger(library).setLevel(logging.ERROR)
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        transformers_logging.set_verbosity_error()
+        warnings.simplefilter("ignore", FutureWarning)
 
 
 def _escaped(error: Exception) -> str:

@@ -223,6 +223,7 @@ class Run:
                     task.tensors,
                     tau=self.config.spectrum.tau,
                     null_rank=null_rank(self.config),
+                    device=self.model.device,
                     on_group=tick,
                 )
             tensors, group_facts = bases_to_tensors(bases)

@@ -26,7 +26,9 @@ LOG_SECONDS = 30.0
 class Tick(Protocol):
     """Called with units of work done, and tokens handled if that is what the rate counts."""
 
-    def __call__(self, units: int = 1, tokens: int = 0) -> None: ...
+    def __call__(self, units: int = 1, tokens: int = 0) -> None:
+        """Count `units` as done."""
+        ...
 
 
 @contextmanager

@@ -1,11 +1,11 @@
-"""From the statistics of all groups to their bases; what `adapter` and `optimizer groups` read."""
+"""From the statistics of all groups to their bases: what the adapter and the optimizer read."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -17,8 +17,6 @@ from folora.spectrum import (
     spectral_gate,
     step_scale,
 )
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,7 @@ def solve(
     *,
     tau: float,
     null_rank: int = 0,
+    device: torch.device | None = None,
     on_group: Callable[[], None] = lambda: None,
 ) -> list[GroupBasis]:
     """Solve every group (Eq. 10-15).
@@ -77,6 +76,7 @@ def solve(
         c_task: By group name, (d_in, d_in).
         tau: Relative ridge.
         null_rank: How many of C_pre's smallest eigenvectors are wanted; 0 for none.
+        device: Where to compute; default is where each C_pre lies. Results lie with C_pre.
         on_group: Called after each group, for progress.
 
     Raises:
@@ -86,12 +86,18 @@ def solve(
     check_rank(groups, null_rank)
     solved = []
     for group in groups:
-        pre, task = c_pre[group.name], c_task[group.name]
+        home = c_pre[group.name].device
+        pre = c_pre[group.name].to(device or home)
+        task = c_task[group.name].to(device or home)
         spectrum = generalized_eigenbasis(pre, task, tau=tau, name=group.name)
-        null = smallest_eigenvectors(pre, null_rank, group.name).float() if null_rank else None
+        null = smallest_eigenvectors(pre, null_rank, group.name) if null_rank else None
         solved.append(
             GroupBasis(
-                group, spectrum.basis.float(), spectrum.gamma.float(), spectrum.task_trace, null
+                group,
+                spectrum.basis.float().to(home),
+                spectrum.gamma.float().to(home),
+                spectrum.task_trace,
+                None if null is None else null.float().to(home),
             )
         )
         on_group()
