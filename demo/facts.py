@@ -11,14 +11,15 @@ The facts in ``facts.json`` were written by hand for this project, one a line.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from folora.modes import evaluating
 
 FACTS_PATH = Path(__file__).with_name("facts.json")
 
@@ -83,7 +84,7 @@ def score_facts(
     if not facts:
         raise ValueError("there are no facts to score")
     choices = [_encode(tokenizer, f.prompt, ending) for f in facts for ending in f.choices]
-    with _eval_mode(model), torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         scores = iter(_log_probabilities(model, choices, batch_size))
     return _summarize(facts, [[next(scores) for _ in fact.choices] for fact in facts])
 
@@ -175,18 +176,6 @@ def _logits_from(model: nn.Module, rows: Sequence[tuple[int, ...]], first: int) 
     output = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
     logits: Tensor = output.logits
     return logits[:, first:]
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode, and every module of it back in its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _summarize(facts: Sequence[Fact], scores: Sequence[Sequence[float]]) -> FactScores:

@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "folora"
 
 # From data to adapter and on; a file may import from files before it, never from later ones.
 ORDER = [
-    "errors", "sadam", "spectrum", "config", "artifacts", "filtering", "progress", "sampling",
+    "errors", "sadam", "spectrum", "config", "artifacts", "filtering", "modes", "progress", "sampling",
     "data", "activations", "solving", "initialization", "adapter", "meter", "preparation",
     "training", "loading", "pipeline", "planning", "cli",
 ]  # fmt: skip

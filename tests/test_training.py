@@ -110,6 +110,7 @@ def test_other_options_pass_through(tmp_path: Path) -> None:
         {"gradient_accumulation_steps": 2, "batch_size": 4},
         {"weight_decay": 0.1, "lr_b_ratio": 4.0},
         {"optimizer": "adamw"},
+        {"extra": {"packing": True, "packing_strategy": "wrapped", "max_length": 48}},
     ],
 )
 def test_usual_ways_of_training_work(tmp_path: Path, options: dict[str, Any]) -> None:

@@ -5,28 +5,16 @@ input, each completion token and the closing <eos> is the most likely next token
 to be generated.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.world.language import Row, World, skills
+from folora.modes import evaluating
 
 IGNORED = -100
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every module gets its own mode back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[list[int], int]:

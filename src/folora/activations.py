@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from folora.errors import ConfigError, DataError, NumericsError, nearest
+from folora.modes import evaluating
 from folora.sadam import full_fp32_matmul
 
 logger = logging.getLogger(__name__)
@@ -171,20 +172,20 @@ def second_moments(
         else:
             sums[name] = gram
 
-    training = model.training
-    model.eval()
-    try:
-        with _watching(model, leaders, accumulate), torch.no_grad(), full_fp32_matmul():
-            for batch in batches:
-                inputs = {k: v.to(model.device) for k, v in batch.items() if k != "labels"}
-                given = inputs.get("attention_mask")
-                mask = None if given is None else given.bool()
-                count = int(inputs["input_ids"].numel() if mask is None else mask.sum())
-                model(**inputs, use_cache=False)
-                tokens += count
-                on_batch(count)
-    finally:
-        model.train(training)
+    with (
+        evaluating(model),
+        _watching(model, leaders, accumulate),
+        torch.no_grad(),
+        full_fp32_matmul(),
+    ):
+        for batch in batches:
+            inputs = {k: v.to(model.device) for k, v in batch.items() if k != "labels"}
+            given = inputs.get("attention_mask")
+            mask = None if given is None else given.bool()
+            count = int(inputs["input_ids"].numel() if mask is None else mask.sum())
+            model(**inputs, use_cache=False)
+            tokens += count
+            on_batch(count)
     if tokens == 0:
         raise DataError("no tokens to measure: every batch is empty or fully masked")
     for name in leaders:

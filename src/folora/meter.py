@@ -8,8 +8,7 @@ own text (plus the ridge).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor
 from folora.adapter import lora_factors
 from folora.data import IGNORE, Example, batches, text_examples
 from folora.errors import DataError
+from folora.modes import evaluating
 from folora.solving import GroupBasis
 
 ROWS_AT_ONCE = 256  # of (tokens, vocabulary) log-probabilities in float32
@@ -75,7 +75,7 @@ class Meter:
 
     def read(self, model: PeftModel, on_batch: Callable[[], None] = lambda: None) -> Reading:
         """Take a reading; the model's mode and adapter are as before afterwards."""
-        with _evaluating(model):
+        with evaluating(model):
             kl = change = tokens = 0.0
             for batch in batches(self.samples, self.batch_size):
                 k, c, n = _divergence(model, batch)
@@ -86,7 +86,7 @@ class Meter:
     def task_loss(self, model: Any, on_batch: Callable[[], None] = lambda: None) -> float:
         """Cross-entropy a response token on the held-out task rows; NaN without rows."""
         total = count = 0.0
-        with _evaluating(model):
+        with evaluating(model):
             for batch in batches(self.task, self.batch_size):
                 value, n = response_loss(model, batch)
                 total, count = total + value, count + n
@@ -166,13 +166,3 @@ def _logits_at(
 def _norm_of_product(gram: Tensor, a: Tensor) -> float:
     """||B A||_F from B'B (k, k) and A (k, d)."""
     return max(float((gram * (a @ a.T)).sum()), 0.0) ** 0.5
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -38,6 +38,7 @@ from folora.artifacts import (
 from folora.config import SamplingConfig
 from folora.errors import ArtifactError, DataError, MismatchError, NumericsError
 from folora.filtering import REASONS, rejection
+from folora.modes import evaluating
 from folora.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -173,9 +174,7 @@ class HuggingFaceEngine:
         wanted = list(numbers) + [numbers[-1]] * max(0, MIN_ROWS - len(numbers))
         start = torch.full((len(wanted), 1), self.start_id, device=self.model.device)
         pad = self.eos_ids[0] if self.eos_ids else 0
-        training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             output = self.model.generate(
                 input_ids=start,
                 attention_mask=torch.ones_like(start),
@@ -192,8 +191,6 @@ class HuggingFaceEngine:
                     [_SequenceDraws(wanted, self.eos_ids, config)]
                 ),
             )
-        finally:
-            self.model.train(training)
         rows = output[: len(numbers), 1:].tolist()
         return [_until_eos(row, self.eos_ids) for row in rows]
 

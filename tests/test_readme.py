@@ -1,0 +1,50 @@
+"""What the README shows runs, and its numbers are the demo's."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import json_rows, tiny_config
+
+import folora
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_python_example_runs(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    (example,) = [b for b in re.findall(r"```python\n(.*?)```", README, re.S) if "prepare" in b]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("\n".join(json_rows()))
+    small = tiny_config()
+    monkeypatch.setattr(folora, "FoLoraConfig", lambda: small)
+    ids = torch.randint(3, 50, (2, 12))
+    loader = [{"input_ids": ids, "labels": ids}] * 3
+    exec(example, {"name": str(model_folder), "loader": loader})
+    assert "kl=" in capsys.readouterr().out
+    assert (tmp_path / "adapter" / "adapter_config.json").exists()
+
+
+def test_the_table_is_what_the_demo_wrote() -> None:
+    result = json.loads((ROOT / "docs" / "demo.json").read_text())
+    styles = {"task_loss": "{:.3f}", "task_accuracy": "{:.1%}", "facts_accuracy": "{:.1%}",
+              "facts_log_probability": "{:.2f}", "kl": "{:.4f}"}  # fmt: skip
+    for name, style in styles.items():
+        cells = [style.format(result["scores"][arm][name]) for arm in ("base", "LoRA", "folora")]
+        assert re.search(r"\|\s*" + r"\s*\|\s*".join(map(re.escape, cells)) + r"\s*\|", README), (
+            name
+        )
+
+
+def test_every_option_and_file_that_is_named_exists() -> None:
+    for target in re.findall(r"\]\(((?:docs|src)/[^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+    for flag in re.findall(r"--([a-z]+\.[a-z_]+)", README):
+        assert flag in folora.config.option_names()
