@@ -163,6 +163,7 @@ def test_sigkill_in_every_stage_loses_nothing(
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "kept" in done.stdout
+    assert not [p for p in folder.rglob(".*") if "checkpoint" not in str(p)]
     assert adapter_bytes(folder) == adapter_bytes(Path(str(finished.output)))
 
 
