@@ -72,7 +72,7 @@ def config(model: Path, rows: Path, output: Path) -> FoLoraConfig:
         statistics=StatisticsConfig(task_examples=96, batch_size=16),
         adapter=AdapterConfig(r=16),
         training=TrainingConfig(
-            learning_rate=1e-3, max_steps=20, batch_size=8, logging_steps=5, save_steps=100
+            learning_rate=1e-3, max_steps=16, batch_size=8, logging_steps=4, save_steps=100
         ),
     )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -84,24 +85,43 @@ def solve(
         ConfigError: `null_rank` exceeds a width.
     """
     check_rank(groups, null_rank)
-    solved = []
-    for group in groups:
+
+    def one(group: InputGroup) -> GroupBasis:
         home = c_pre[group.name].device
         pre = c_pre[group.name].to(device or home)
         task = c_task[group.name].to(device or home)
         spectrum = generalized_eigenbasis(pre, task, tau=tau, name=group.name)
         null = smallest_eigenvectors(pre, null_rank, group.name) if null_rank else None
-        solved.append(
-            GroupBasis(
-                group,
-                spectrum.basis.float().to(home),
-                spectrum.gamma.float().to(home),
-                spectrum.task_trace,
-                None if null is None else null.float().to(home),
-            )
+        return GroupBasis(
+            group,
+            spectrum.basis.float().to(home),
+            spectrum.gamma.float().to(home),
+            spectrum.task_trace,
+            None if null is None else null.float().to(home),
         )
+
+    solved = []
+    for basis in _one_thread_each(one, groups):
+        solved.append(basis)
         on_group()
     return solved
+
+
+def _one_thread_each(
+    work: Callable[[InputGroup], GroupBasis], groups: Sequence[InputGroup]
+) -> Iterator[GroupBasis]:
+    """Work on as many groups at once as torch has threads, in order.
+
+    An eigenproblem gains little from a second thread, so each gets one; that also makes the result
+    independent of the number of threads.
+    """
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield from pool.map(work, groups)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # part of the setting is shared by all threads
 
 
 def bases_to_tensors(
