@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from folora.artifacts import read_artifact, write_artifact
 from folora.config import FoLoraConfig
 from folora.errors import ArtifactError, ConfigError, DataError, MismatchError
+from folora.meter import Meter
 from folora.pipeline import Run
 
 
@@ -39,9 +42,6 @@ def finished(
 
 
 def copy_of(config: FoLoraConfig, target: Path) -> FoLoraConfig:
-    import shutil
-    from dataclasses import replace
-
     shutil.copytree(str(config.output), target)
     return replace(config, output=str(target))
 
@@ -80,8 +80,6 @@ def test_the_adapter_reproduces_the_reading(finished: FoLoraConfig) -> None:
     run = Run(finished)
     base = AutoModelForCausalLM.from_pretrained(str(finished.model))
     model = PeftModel.from_pretrained(base, str(folder / "5-adapter"))
-    from folora.meter import Meter
-
     reading = Meter(run.proxies().held_out, run.task.held_out).read(model)
     report = json.loads((folder / "report.json").read_text())
     assert reading.kl == pytest.approx(report["adapted"]["kl"], rel=1e-3)
@@ -98,8 +96,6 @@ def test_a_second_call_does_nothing_again(finished: FoLoraConfig, tmp_path: Path
 def test_only_what_depends_on_a_change_is_done_again(
     finished: FoLoraConfig, tmp_path: Path
 ) -> None:
-    from dataclasses import replace
-
     config = copy_of(finished, tmp_path / "run")
     before = stamps(tmp_path / "run")
     config = replace(config, spectrum=replace(config.spectrum, tau=0.1))
@@ -116,8 +112,6 @@ def test_only_what_depends_on_a_change_is_done_again(
 def test_a_second_data_set_keeps_the_bases_statistics(
     finished: FoLoraConfig, tmp_path: Path
 ) -> None:
-    from dataclasses import replace
-
     config = copy_of(finished, tmp_path / "run")
     other = tmp_path / "other.jsonl"
     other.write_text('{"prompt": "say", "completion": "hello"}\n' * 20)
@@ -168,8 +162,6 @@ def test_sigkill_in_every_stage_loses_nothing(
 
 
 def test_another_models_statistics_are_refused(finished: FoLoraConfig, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     config = copy_of(finished, tmp_path / "run")
     make_llama(seed=1).save_pretrained(tmp_path / "other")
     make_tokenizer().save_pretrained(tmp_path / "other")

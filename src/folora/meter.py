@@ -102,11 +102,12 @@ def update_norms(
     norms: dict[str, LayerNorms] = {}
     for b in bases:
         basis = b.basis.double()
+        factored = torch.linalg.lu_factor(basis)
         for name in b.group.layers:
             a, bb, scaling = factors[name]
             # H = T^-T T^-1, so an H-norm is a plain norm after solving with T.
             a64 = a.double().to(basis.device)
-            in_h = torch.linalg.solve(basis, a64.T).T
+            in_h = torch.linalg.lu_solve(*factored, a64.T).T
             outer = bb.double().to(basis.device)
             gram = outer.T @ outer
             norms[name] = LayerNorms(

@@ -53,18 +53,15 @@ from folora.data import (
 )
 from folora.errors import ArtifactError, ConfigError, MismatchError
 from folora.loading import device_of, load_model, load_tokenizer, required
-from folora.meter import Meter, Reading, total_norm
+from folora.meter import Reading, total_norm
 from folora.preparation import (
     Prepared,
-    attach_configured,
-    group_options,
+    assemble,
     groups_of,
     measure,
     null_rank,
-    param_groups,
 )
 from folora.progress import progress
-from folora.sadam import SAdam
 from folora.sampling import (
     Engine,
     HuggingFaceEngine,
@@ -261,10 +258,7 @@ class Run:
             return
         write_json(request_file, request)
         bases = bases_from_tensors(spectrum.tensors, spectrum.manifest["groups"])
-        model = attach_configured(self.model, bases, config)
-        optimizer = SAdam(param_groups(model, bases, **group_options(config)))
-        meter = Meter(proxies.held_out, self.task.held_out, config.statistics.batch_size)
-        prepared = Prepared(model, optimizer, bases, self.task, meter, config)
+        prepared = assemble(self.model, bases, self.task, proxies.held_out, config)
         trainer = train(prepared, self.tokenizer, folder)
         self._write_result(prepared, trainer, request)
 

@@ -103,9 +103,20 @@ def prepare(
             null_rank=null_rank(config),
             on_group=tick,
         )
+    return assemble(model, bases, task, proxies.held_out, config)
+
+
+def assemble(
+    model: PreTrainedModel,
+    bases: list[GroupBasis],
+    task: TaskData,
+    held_out_samples: Sequence[list[int]],
+    config: FoLoraConfig,
+) -> Prepared:
+    """Adapter, optimizer and meter from what the first three stages found."""
     peft_model = attach_configured(model, bases, config)
     optimizer = SAdam(param_groups(peft_model, bases, **group_options(config)))
-    meter = Meter(proxies.held_out, task.held_out, batch_size)
+    meter = Meter(held_out_samples, task.held_out, config.statistics.batch_size)
     return Prepared(peft_model, optimizer, bases, task, meter, config)
 
 
