@@ -2,18 +2,19 @@
 
 The null-space start A0 = U_perp', B0 = W0 U_perp / kappa is not zero, so its product has to be taken
 off again for the model to compute W0 x before the first step. Folding it into W0 would change the
-base; instead the adapter carries it: `Anchored`, a variant in PEFT's sense, computes
+base; instead the adapter carries it: `Framed`, a variant in PEFT's sense, computes
 
-    W0 x + kappa (B A x - B0 A0 x),
+    W0 x + kappa P_L (B A - B0 A0) P_R x,
 
-which is W0 x to the last bit as long as A = A0 and B = B0. Disabling, switching, merging, saving
-and quantized bases are PEFT's and stay as they are. Export writes the two products as one ordinary
-adapter of rank 2r, [B, -B0] [A; A0].
+which is W0 x to the last bit as long as A = A0 and B = B0. The projections are OPLoRA's, identities
+unless asked for: on the update itself, so that no optimizer can leave their subspace. Disabling,
+switching, merging, saving and quantized bases are PEFT's and stay as they are. Export writes one
+ordinary adapter, of rank 2r if there is an anchor: P_L [B, -B0] [A; A0] P_R.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,65 +32,94 @@ from transformers.pytorch_utils import Conv1D
 
 from folora.artifacts import write_atomically
 from folora.errors import ConfigError, NumericsError
-from folora.initialization import kaiming, leading_eigenvectors, null_space
+from folora.initialization import STARTS, Site, Start, leading_singular_spaces
 from folora.sadam import full_fp32_matmul
 from folora.solving import GroupBasis, check_rank
 
-ANCHOR = "lora_anchor"
+FRAME = "lora_frame"
 
 Factors = dict[str, tuple[Tensor, Tensor, float]]
 """A (k, d_in), B (d_out, k) and kappa by layer name; the layer's update is kappa B A."""
 
 
-class Anchor(nn.Module):
-    """The frozen product B0 A0 of one layer; buffers, so that it travels with the adapter."""
+class Frame(nn.Module):
+    """The frozen parts of one layer's update; buffers, so that they travel with the adapter.
 
-    a0: Tensor
-    b0: Tensor
+    Args:
+        anchor: A0 (r, d_in) and B0 (d_out, r), or None for an update that starts at zero.
+        protected: U_k (d_out, k) and V_k (d_in, k) with orthonormal columns, or None.
+    """
 
-    def __init__(self, a0: Float[Tensor, "r d_in"], b0: Float[Tensor, "d_out r"]) -> None:
+    a0: Tensor | None
+    b0: Tensor | None
+    left: Tensor | None
+    right: Tensor | None
+
+    def __init__(
+        self, anchor: tuple[Tensor, Tensor] | None, protected: tuple[Tensor, Tensor] | None
+    ) -> None:
         super().__init__()
-        self.register_buffer("a0", a0)
-        self.register_buffer("b0", b0)
+        for name, tensor in zip(("a0", "b0"), anchor or (None, None), strict=True):
+            self.register_buffer(name, tensor)
+        for name, tensor in zip(("left", "right"), protected or (None, None), strict=True):
+            self.register_buffer(name, tensor)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """B0 (A0 x), shape (..., d_out)."""
-        return nn.functional.linear(nn.functional.linear(x, self.a0), self.b0)
+    def forward(self, x: Tensor, a: nn.Module, b: nn.Module) -> Tensor:
+        """P_L (B A - B0 A0) P_R x, shape (..., d_out)."""
+        if self.right is not None:
+            x = x - (x @ self.right) @ self.right.T
+        moved: Tensor = b(a(x))
+        if self.a0 is not None and self.b0 is not None:
+            moved = moved - nn.functional.linear(nn.functional.linear(x, self.a0), self.b0)
+        if self.left is not None:
+            moved = moved - (moved @ self.left) @ self.left.T
+        return moved
+
+    def factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """The same update as the product of two factors."""
+        if self.a0 is not None and self.b0 is not None:
+            a, b = torch.cat([a, self.a0]), torch.cat([b, -self.b0], dim=1)
+        with full_fp32_matmul():
+            if self.right is not None:
+                a = a - (a @ self.right) @ self.right.T
+            if self.left is not None:
+                b = b - self.left @ (self.left.T @ b)
+        return a, b
 
 
-class Anchored(LoraVariant):
-    """LoRA that measures its product from where it started."""
+class Framed(LoraVariant):
+    """LoRA whose update goes through a `Frame`."""
 
     @staticmethod
     def forward(
         module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
-        """Result of the base layer plus kappa (B A x - B0 A0 x)."""
+        """Result of the base layer plus kappa times the framed update."""
         x = module.lora_dropout[active_adapter](x)
-        moved = module.lora_B[active_adapter](module.lora_A[active_adapter](x))
-        anchor = getattr(module, ANCHOR)[active_adapter](x)
-        return result + (moved - anchor) * module.scaling[active_adapter]
+        frame = getattr(module, FRAME)[active_adapter]
+        moved = frame(x, module.lora_A[active_adapter], module.lora_B[active_adapter])
+        return result + moved * module.scaling[active_adapter]
 
     @staticmethod
     def delta(module: Any, adapter: str) -> Tensor:
-        """kappa (B A - B0 A0) in the layout of the base weight."""
+        """The update in the layout of the base weight."""
         product = _product(*_factors(module, adapter))
         return product.T if getattr(module, "fan_in_fan_out", False) else product
 
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """The merged weight, as a new tensor."""
-        return orig_weight + Anchored.delta(module, active_adapter).to(orig_weight.dtype)
+        return orig_weight + Framed.delta(module, active_adapter).to(orig_weight.dtype)
 
     @staticmethod
     def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
         """Merge in place."""
-        orig_weight.data += Anchored.delta(module, active_adapter).to(orig_weight.dtype)
+        orig_weight.data += Framed.delta(module, active_adapter).to(orig_weight.dtype)
 
     @staticmethod
     def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """The weight without the adapter, as a new tensor."""
-        return orig_weight - Anchored.delta(module, active_adapter).to(orig_weight.dtype)
+        return orig_weight - Framed.delta(module, active_adapter).to(orig_weight.dtype)
 
 
 def attach(
@@ -99,6 +129,7 @@ def attach(
     r: int = 16,
     alpha: float | int | None = None,
     init: str = "eigen",
+    protect: int = 0,
     seed: int = 0,
     adapter_name: str = "default",
 ) -> PeftModel:
@@ -112,19 +143,26 @@ def attach(
         bases: From `solve`.
         r: Rank.
         alpha: PEFT's lora_alpha; kappa = alpha / r. Default r.
-        init: ``"eigen"`` (A0 spans the leading eigenvectors, B0 = 0), ``"null_space"`` (the paper's;
-            needs `null_basis` of at least r columns) or ``"kaiming"`` (LoRA's own).
+        init: One of `initialization.STARTS`: ``"eigen"`` (A0 spans the leading eigenvectors,
+            B0 = 0), ``"null_space"`` (the paper's; needs `null_basis` of at least r columns),
+            ``"kaiming"`` (LoRA's own), and those of other methods.
+        protect: OPLoRA's k: how many leading singular directions of each weight the update leaves
+            alone, on both sides. 0 for none.
         seed: For ``"kaiming"``.
         adapter_name: Name in PEFT.
 
     Raises:
-        ConfigError: r is larger than a layer's d_in, or the bases lack the null space.
+        ConfigError: r is larger than a layer's d_in, `init` is unknown, or the bases lack the null
+            space.
         NumericsError: A layer kind ignores the start, so that its output would change.
     """
     check_rank([b.group for b in bases], r)
-    starts = list(_starts(bases, r, init, seed))  # before anything is touched
+    if init not in STARTS:
+        raise ConfigError(f"init is {init!r}, but must be one of {', '.join(STARTS)}")
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    names = [name for name, _ in starts]
+    # Everything that can fail comes before anything is touched.
+    frozen = _frozen_parts(base, bases, r, STARTS[init], protect, seed)
+    names = list(frozen)
     config = LoraConfig(
         r=r,
         lora_alpha=r if alpha is None else alpha,  # type: ignore[arg-type]
@@ -139,9 +177,9 @@ def attach(
         peft_model = model
     else:
         peft_model = get_peft_model(model, config, adapter_name=adapter_name)  # type: ignore[assignment]
-    for name, a0 in starts:
+    for name, (start, protected) in frozen.items():
         layer = _lora_layer(peft_model, name)
-        _start_layer(layer, adapter_name, a0, anchored=init == "null_space")
+        _start_layer(layer, adapter_name, start, protected)
         _check_unchanged(layer, adapter_name, name)
     return peft_model
 
@@ -149,8 +187,8 @@ def attach(
 def lora_factors(model: PeftModel, adapter_name: str = "default") -> Factors:
     """A, B and kappa of every adapted layer, such that its update is exactly kappa B A.
 
-    Anchored layers give [A; A0] (2r, d_in) and [B, -B0] (d_out, 2r); plain ones (r, d_in) and
-    (d_out, r). Detached views or copies in the adapter's dtype.
+    Layers with an anchor give [A; A0] (2r, d_in) and [B, -B0] (d_out, 2r), projected if so framed;
+    plain ones (r, d_in) and (d_out, r). Detached views or copies in the adapter's dtype.
     """
     base = model.get_base_model()
     return {
@@ -286,49 +324,65 @@ def truncate(
     return cut_a.to(a.dtype), cut_b.to(b.dtype), lost, float((s**2).sum())
 
 
-def _starts(
-    bases: Sequence[GroupBasis], r: int, init: str, seed: int
-) -> Iterator[tuple[str, Tensor]]:
-    """Layer name and A0 (r, d_in) for every adapted layer."""
+@torch.no_grad()
+def _frozen_parts(
+    model: Any,
+    bases: Sequence[GroupBasis],
+    r: int,
+    start: Callable[[Site], Start],
+    protect: int,
+    seed: int,
+) -> dict[str, tuple[Start, tuple[Tensor, Tensor] | None]]:
+    """Start and protected spaces of every adapted layer, by its name."""
     generator = torch.Generator().manual_seed(seed)
+    parts: dict[str, tuple[Start, tuple[Tensor, Tensor] | None]] = {}
     for b in bases:
-        if init == "null_space":
-            if b.null_basis is None or b.null_basis.shape[1] < r:
-                have = 0 if b.null_basis is None else b.null_basis.shape[1]
-                raise ConfigError(
-                    f"{b.group.name}: the null-space start needs {r} of C_pre's smallest "
-                    f"eigenvectors, the solved spectrum has {have}. Solve with null_rank={r}."
-                )
-            shared = null_space(b.null_basis[:, :r])
-        elif init == "eigen":
-            shared = leading_eigenvectors(b.basis, r)
-        elif init != "kaiming":
-            raise ConfigError(f"init is {init!r}, but must be null_space, eigen or kaiming")
         for name in b.group.layers:
-            yield name, kaiming(r, b.group.d_in, generator) if init == "kaiming" else shared
+            site = Site(b, _image_of(_base_layer(model.get_submodule(name))), r, generator)
+            try:
+                spaces = leading_singular_spaces(site.weight(), protect) if protect else None
+                parts[name] = (start(site), spaces)
+            except NumericsError as error:
+                raise NumericsError(f"{name}: {error}") from error
+    return parts
+
+
+def _image_of(base: Any) -> Callable[[Tensor], Tensor]:
+    """x -> W0 x for rows of x, whatever the layer's kind and dtype."""
+    weight, bias = base.weight, getattr(base, "bias", None)
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+
+    def image(x: Tensor) -> Tensor:
+        with full_fp32_matmul():
+            out = base(x.to(weight.device, dtype))
+        return out if bias is None else out - bias
+
+    return image
 
 
 @torch.no_grad()
-def _start_layer(layer: Any, adapter: str, a0: Tensor, anchored: bool) -> None:
-    """Set A and B of one layer; anchored: B0 = W0 A0' / kappa, and remember the product."""
+def _start_layer(
+    layer: Any, adapter: str, start: Start, protected: tuple[Tensor, Tensor] | None
+) -> None:
+    """Set A and B of one layer, and frame the update if it has an anchor or protected spaces."""
     a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    a0, image = start
     a.copy_(a0)
-    if not anchored:
+    anchor = None
+    if image is None:
         b.zero_()
+    else:
+        b.copy_(image.to(b.dtype) / layer.scaling[adapter])
+        anchor = (a.detach().clone(), b.detach().clone())
+    if anchor is None and protected is None:
         return
-    base = _base_layer(layer)
-    bias = getattr(base, "bias", None)
-    dtype = base.weight.dtype if base.weight.is_floating_point() else torch.float32
-    with full_fp32_matmul():
-        image = base(a.to(dtype))
-    image = image if bias is None else image - bias
-    b.copy_(image.T.to(b.dtype) / layer.scaling[adapter])
-    if not hasattr(layer, ANCHOR):
-        setattr(layer, ANCHOR, nn.ModuleDict())
+    if not hasattr(layer, FRAME):
+        setattr(layer, FRAME, nn.ModuleDict())
         # PEFT deletes and moves what is named here together with the adapter.
-        layer.adapter_layer_names = (*layer.adapter_layer_names, ANCHOR)
-    getattr(layer, ANCHOR)[adapter] = Anchor(a.detach().clone(), b.detach().clone())
-    layer.lora_variant[adapter] = Anchored()
+        layer.adapter_layer_names = (*layer.adapter_layer_names, FRAME)
+    spaces = None if protected is None else tuple(space.to(a) for space in protected)
+    getattr(layer, FRAME)[adapter] = Frame(anchor, spaces)  # type: ignore[arg-type]
+    layer.lora_variant[adapter] = Framed()
 
 
 @torch.no_grad()
@@ -356,9 +410,8 @@ def _check_unchanged(layer: Any, adapter: str, name: str) -> None:
 def _factors(module: Any, adapter: str) -> tuple[Tensor, Tensor, float]:
     a = module.lora_A[adapter].weight.detach()
     b = module.lora_B[adapter].weight.detach()
-    if adapter in getattr(module, ANCHOR, {}):
-        anchor = getattr(module, ANCHOR)[adapter]
-        a, b = torch.cat([a, anchor.a0]), torch.cat([b, -anchor.b0], dim=1)
+    if adapter in getattr(module, FRAME, {}):
+        a, b = getattr(module, FRAME)[adapter].factors(a, b)
     return a, b, float(module.scaling[adapter])
 
 

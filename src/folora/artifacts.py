@@ -8,11 +8,12 @@ compares both before anything is trusted.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -60,26 +61,35 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         ArtifactError: The disk or the folder does not allow it; the message names the path.
     """
     path = Path(path)
-    temporary: Path | None = None
+    # Beside the target and not in a folder of its own: killed after the rename, nothing is left.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    replaced = temporary.with_name(f"{temporary.name}.replaced")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for stale in path.parent.glob(f".{path.name}.*"):  # of a writer that was killed
-            shutil.rmtree(stale, ignore_errors=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        target = temporary / path.name
-        write(target)
-        for file in [target] if target.is_file() else sorted(target.rglob("*")):
+            _remove(stale)
+        write(temporary)
+        for file in [temporary] if temporary.is_file() else sorted(temporary.rglob("*")):
             if file.is_file():
                 _sync(file)
         if path.is_dir():
-            path.rename(temporary / "replaced")
-        os.replace(target, path)
+            path.rename(replaced)
+        os.replace(temporary, path)
         _sync(path.parent)
     except OSError as error:
         raise ArtifactError(f"cannot write {path}: {error}") from error
     finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
+        _remove(replaced)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder if it is there and can be."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

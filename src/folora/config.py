@@ -18,7 +18,10 @@ from folora.errors import ConfigError, nearest
 from folora.spectrum import LAMBDA, S_MIN, TAU
 
 StepScale = Literal["task", "paper"]
-Init = Literal["null_space", "eigen", "kaiming"]
+Basis = Literal["generalized", "pretraining", "whitening"]
+Init = Literal[
+    "eigen", "null_space", "null_space_zero", "kaiming", "minor_singular", "corda", "lora_null"
+]
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -124,6 +127,10 @@ class SpectrumConfig:
     tau: float = _option(TAU, "ridge, relative to the mean of C_pre's diagonal")
     lam: float = _option(LAMBDA, "lambda: the gamma at which a step is halved")
     s_min: float = _option(S_MIN, "floor of the gate")
+    basis: Basis = _option(
+        "generalized",
+        "'generalized', or for ablation 'pretraining' (C_pre's own) or 'whitening' (H^(-1/2))",
+    )
     step_scale: StepScale = _option(
         "task", "'task': learning rates carry over from LoRA; 'paper': the basis as it is"
     )
@@ -146,11 +153,17 @@ class AdapterConfig:
     )
     init: Init = _option(
         "eigen",
-        "'eigen' (leading eigenvectors, B = 0), 'null_space' (the paper's) or 'kaiming' (LoRA's)",
+        "'eigen' (leading eigenvectors, B = 0), 'null_space' (the paper's), 'kaiming' (LoRA's), "
+        "'null_space_zero', 'minor_singular' (MiLoRA), 'corda' or 'lora_null'",
     )
+    protect: int = _option(
+        0, "OPLoRA's k: leading singular directions of each weight that the update leaves alone"
+    )
+    freeze_a: bool = _option(False, "train B alone")
 
     def __post_init__(self) -> None:
         _require(self.r >= 1, "adapter.r", self.r, "be >= 1")
+        _require(self.protect >= 0, "adapter.protect", self.protect, "be >= 0")
         if self.alpha is not None:
             _require(0 < self.alpha < float("inf"), "adapter.alpha", self.alpha, "be > 0")
         _require(
@@ -185,13 +198,23 @@ class TrainingConfig:
     gradient_checkpointing: bool = _option(False, "trade compute for memory")
     bf16: bool = _option(False, "bf16 autocast around the forward pass")
     seed: int = _option(0, "seed of initialization and data order")
+    replay: float = _option(0.0, "share of the training rows that are self-samples")
+    kl_weight: float = _option(
+        0.0, "weight of the KL to the base on self-samples, added to the loss"
+    )
+    masked_kl_weight: float = _option(
+        0.0, "weight of the KL to the base on the task without the target token (Mask-the-Target)"
+    )
     extra: dict[str, Any] = _option({}, "any other option of trl.SFTConfig, by its name")
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "lr_b_ratio"):
             value = getattr(self, name)
             _require(0 < value < float("inf"), f"training.{name}", value, "be finite and > 0")
-        _require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, "be >= 0")
+        for name in ("weight_decay", "kl_weight", "masked_kl_weight"):
+            value = getattr(self, name)
+            _require(0 <= value < float("inf"), f"training.{name}", value, "be finite and >= 0")
+        _require(0 <= self.replay < 1, "training.replay", self.replay, "lie in [0, 1)")
         _require(
             self.max_steps > 0 or self.num_train_epochs > 0,
             "training.num_train_epochs",

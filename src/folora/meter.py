@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor
 
 from folora.adapter import lora_factors
-from folora.data import IGNORE, Example, batches, text_examples
+from folora.data import Example, batches, text_examples
+from folora.divergence import kl, labelled_logits
 from folora.errors import DataError
-from folora.modes import evaluating
+from folora.modes import evaluating, without_adapter
 from folora.solving import GroupBasis
 
 ROWS_AT_ONCE = 256  # of (tokens, vocabulary) log-probabilities in float32
@@ -76,12 +76,12 @@ class Meter:
     def read(self, model: PeftModel, on_batch: Callable[[], None] = lambda: None) -> Reading:
         """Take a reading; the model's mode and adapter are as before afterwards."""
         with evaluating(model):
-            kl = change = tokens = 0.0
+            total = change = tokens = 0.0
             for batch in batches(self.samples, self.batch_size):
                 k, c, n = _divergence(model, batch)
-                kl, change, tokens = kl + k, change + c, tokens + n
+                total, change, tokens = total + k, change + c, tokens + n
                 on_batch()
-        return Reading(kl / tokens, change / tokens, self.task_loss(model, on_batch))
+        return Reading(total / tokens, change / tokens, self.task_loss(model, on_batch))
 
     def task_loss(self, model: Any, on_batch: Callable[[], None] = lambda: None) -> float:
         """Cross-entropy a response token on the held-out task rows; NaN without rows."""
@@ -119,10 +119,8 @@ def update_norms(
 @torch.no_grad()
 def response_loss(model: Any, batch: dict[str, Tensor]) -> tuple[float, int]:
     """Summed cross-entropy of the labelled tokens, and their number."""
-    logits, labels = _logits_at(model, batch, _inputs(model, batch))
-    log_probs = torch.log_softmax(logits.float(), -1)
-    picked = log_probs.gather(1, labels[:, None])
-    return -float(picked.double().sum()), len(labels)
+    logits, labels = labelled_logits(model, batch)
+    return float(_cross_entropy(logits.float(), labels)), len(labels)
 
 
 def total_norm(norms: dict[str, LayerNorms]) -> LayerNorms:
@@ -136,32 +134,21 @@ def total_norm(norms: dict[str, LayerNorms]) -> LayerNorms:
 @torch.no_grad()
 def _divergence(model: PeftModel, batch: dict[str, Tensor]) -> tuple[float, float, int]:
     """Summed KL(base || adapted), summed change in cross-entropy, and the number of tokens."""
-    inputs = _inputs(model, batch)
-    adapted, labels = _logits_at(model, batch, inputs)
-    with model.disable_adapter():
-        base, _ = _logits_at(model, batch, inputs)
-    kl = change = 0.0
+    adapted, labels = labelled_logits(model, batch)
+    with without_adapter(model):
+        base, _ = labelled_logits(model, batch)
+    total = change = 0.0
     for start in range(0, len(labels), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
-        p = torch.log_softmax(base[rows].float(), -1)
-        q = torch.log_softmax(adapted[rows].float(), -1)
-        kl += float((p.exp() * (p - q)).sum(-1).double().sum())
-        change += float((p - q).gather(1, labels[rows, None]).double().sum())
-    return kl, change, len(labels)
+        total += float(kl(base[rows], adapted[rows]).double().sum())
+        losses = [_cross_entropy(x[rows].float(), labels[rows]) for x in (adapted, base)]
+        change += float(losses[0] - losses[1])
+    return total, change, len(labels)
 
 
-def _inputs(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {k: v.to(model.device) for k, v in batch.items() if k != "labels"}
-
-
-def _logits_at(
-    model: Any, batch: dict[str, Tensor], inputs: dict[str, Tensor]
-) -> tuple[Float[Tensor, "n vocab"], Tensor]:
-    """Logits that predict a labelled token, and those labels, flattened over the batch."""
-    labels = batch["labels"][:, 1:].to(model.device)
-    wanted = labels != IGNORE
-    logits = model(**inputs, use_cache=False).logits[:, :-1]
-    return logits[wanted], labels[wanted]
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Summed over positions, as a float64 scalar."""
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="none").double().sum()
 
 
 def _norm_of_product(gram: Tensor, a: Tensor) -> float:

@@ -54,6 +54,7 @@ from folora.data import (
 from folora.errors import ArtifactError, ConfigError, MismatchError
 from folora.loading import device_of, load_model, load_tokenizer, required
 from folora.meter import Reading, total_norm
+from folora.modes import without_adapter
 from folora.preparation import (
     Prepared,
     assemble,
@@ -73,6 +74,7 @@ from folora.sampling import (
     start_token_id,
 )
 from folora.solving import bases_from_tensors, bases_to_tensors, check_rank, solve
+from folora.spectrum import BASES
 from folora.training import FoLoraTrainer, sft_config, train
 
 logger = logging.getLogger(__name__)
@@ -209,6 +211,7 @@ class Run:
             **self.model_facts,
             "statistics": [pre.manifest["sha256"], task.manifest["sha256"]],
             "tau": self.config.spectrum.tau,
+            "basis": self.config.spectrum.basis,
             "null_rank": null_rank(self.config),
         }
 
@@ -220,6 +223,7 @@ class Run:
                     task.tensors,
                     tau=self.config.spectrum.tau,
                     null_rank=null_rank(self.config),
+                    eigenbasis=BASES[self.config.spectrum.basis],
                     device=self.model.device,
                     on_group=tick,
                 )
@@ -258,7 +262,7 @@ class Run:
             return
         write_json(request_file, request)
         bases = bases_from_tensors(spectrum.tensors, spectrum.manifest["groups"])
-        prepared = assemble(self.model, bases, self.task, proxies.held_out, config)
+        prepared = assemble(self.model, bases, self.task, proxies, config)
         trainer = train(prepared, self.tokenizer, folder)
         self._write_result(prepared, trainer, request)
 
@@ -267,7 +271,7 @@ class Run:
     ) -> None:
         """Leave the trained factors and the last reading where export and report look."""
         reading, norms = trainer.read()
-        with prepared.model.disable_adapter():
+        with without_adapter(prepared.model):
             before = Reading(0.0, 0.0, prepared.meter.task_loss(prepared.model))
         factors = lora_factors(prepared.model)
         tensors = {f"{name}/A": a for name, (a, _, _) in factors.items()}

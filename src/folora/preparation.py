@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ from folora.activations import (
 from folora.adapter import ExportReport, attach, export_adapter
 from folora.config import FoLoraConfig
 from folora.data import Example, Row, TaskData, batches, load_rows, prepare_task, text_examples
+from folora.initialization import NEED_NULL_BASIS
 from folora.meter import Meter
 from folora.progress import progress
 from folora.sadam import SAdam
-from folora.sampling import HuggingFaceEngine, eos_token_ids, sample, start_token_id
+from folora.sampling import HuggingFaceEngine, ProxySet, eos_token_ids, sample, start_token_id
 from folora.solving import GroupBasis, check_rank, solve
+from folora.spectrum import BASES
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Prepared:
         optimizer: `SAdam` over A (in the basis) and B (plain AdamW).
         bases: The solved spectrum of every shared input.
         task: The tokenized rows: ``task.train`` and ``task.held_out``.
+        samples: What the base model wrote: ``samples.calibration`` and ``samples.held_out``.
         meter: Reads what is learned and kept.
         config: What it was prepared with.
     """
@@ -47,6 +51,7 @@ class Prepared:
     optimizer: SAdam
     bases: list[GroupBasis]
     task: TaskData
+    samples: ProxySet
     meter: Meter
     config: FoLoraConfig
 
@@ -55,8 +60,14 @@ class Prepared:
         return param_groups(self.model, self.bases, **(group_options(self.config) | changes))
 
     def train_dataset(self) -> Dataset:
-        """The training rows with ``input_ids`` and ``labels``, as TRL and Transformers take them."""
-        return to_dataset(self.task.train)
+        """Rows to train on, ``input_ids`` and ``labels``, as TRL and Transformers take them.
+
+        With ``training.replay`` that share of them are self-samples, taken in turn.
+        """
+        share = self.config.training.replay
+        texts = text_examples(self.samples.calibration)
+        replayed = round(share / (1 - share) * len(self.task.train))
+        return to_dataset([*self.task.train, *islice(cycle(texts), replayed)])
 
     def export(self, path: str | Path, rank: int | None = None) -> ExportReport:
         """Write an ordinary LoRA adapter; see `export_adapter`."""
@@ -101,23 +112,24 @@ def prepare(
             on_task.matrices,
             tau=config.spectrum.tau,
             null_rank=null_rank(config),
+            eigenbasis=BASES[config.spectrum.basis],
             on_group=tick,
         )
-    return assemble(model, bases, task, proxies.held_out, config)
+    return assemble(model, bases, task, proxies, config)
 
 
 def assemble(
     model: PreTrainedModel,
     bases: list[GroupBasis],
     task: TaskData,
-    held_out_samples: Sequence[list[int]],
+    samples: ProxySet,
     config: FoLoraConfig,
 ) -> Prepared:
     """Adapter, optimizer and meter from what the first three stages found."""
     peft_model = attach_configured(model, bases, config)
     optimizer = SAdam(param_groups(peft_model, bases, **group_options(config)))
-    meter = Meter(held_out_samples, task.held_out, config.statistics.batch_size)
-    return Prepared(peft_model, optimizer, bases, task, meter, config)
+    meter = Meter(samples.held_out, task.held_out, config.statistics.batch_size)
+    return Prepared(peft_model, optimizer, bases, task, samples, meter, config)
 
 
 def groups_of(
@@ -150,14 +162,26 @@ def attach_configured(
 ) -> PeftModel:
     """`attach` with the adapter section of a config."""
     adapter = config.adapter
-    return attach(
-        model, bases, r=adapter.r, alpha=adapter.alpha, init=adapter.init, seed=config.training.seed
+    peft_model = attach(
+        model,
+        bases,
+        r=adapter.r,
+        alpha=adapter.alpha,
+        init=adapter.init,
+        protect=adapter.protect,
+        seed=config.training.seed,
     )
+    if adapter.freeze_a:
+        for b in bases:
+            for name in b.group.layers:
+                layer: Any = peft_model.get_base_model().get_submodule(name)
+                layer.lora_A.requires_grad_(False)
+    return peft_model
 
 
 def null_rank(config: FoLoraConfig) -> int:
     """How many of C_pre's smallest eigenvectors the chosen start needs."""
-    return config.adapter.r if config.adapter.init == "null_space" else 0
+    return config.adapter.r if config.adapter.init in NEED_NULL_BASIS else 0
 
 
 def param_groups(
@@ -195,6 +219,8 @@ def param_groups(
         assert all(isinstance(layer, LoraLayer) for layer in layers)
         a_params = [layer.lora_A[adapter_name].weight for layer in layers]  # type: ignore[union-attr,index]
         b_params += [layer.lora_B[adapter_name].weight for layer in layers]  # type: ignore[union-attr,index]
+        if not a_params[0].requires_grad:
+            continue
         group: dict[str, Any] = {"params": a_params, "lr": lr, "weight_decay": weight_decay}
         if spectral:
             gate = b.gate(lam, s_min)

@@ -13,6 +13,7 @@ from torch import Tensor
 from folora.activations import InputGroup
 from folora.errors import ConfigError
 from folora.spectrum import (
+    Eigenbasis,
     generalized_eigenbasis,
     smallest_eigenvectors,
     spectral_gate,
@@ -66,6 +67,7 @@ def solve(
     *,
     tau: float,
     null_rank: int = 0,
+    eigenbasis: Eigenbasis = generalized_eigenbasis,
     device: torch.device | None = None,
     on_group: Callable[[], None] = lambda: None,
 ) -> list[GroupBasis]:
@@ -77,6 +79,7 @@ def solve(
         c_task: By group name, (d_in, d_in).
         tau: Relative ridge.
         null_rank: How many of C_pre's smallest eigenvectors are wanted; 0 for none.
+        eigenbasis: Which basis; see `spectrum.BASES`.
         device: Where to compute; default is where each C_pre lies. Results lie with C_pre.
         on_group: Called after each group, for progress.
 
@@ -90,7 +93,7 @@ def solve(
         home = c_pre[group.name].device
         pre = c_pre[group.name].to(device or home)
         task = c_task[group.name].to(device or home)
-        spectrum = generalized_eigenbasis(pre, task, tau=tau, name=group.name)
+        spectrum = eigenbasis(pre, task, tau=tau, name=group.name)
         null = smallest_eigenvectors(pre, null_rank, group.name) if null_rank else None
         return GroupBasis(
             group,

@@ -13,6 +13,7 @@ T' H T = I and T' C_task T = diag(gamma). Directions with a small gamma get a sm
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -118,24 +119,9 @@ def generalized_eigenbasis(
         NumericsError: See `checked_moment`; also unequal shapes, a zero C_pre, a negative `tau`, or
             a pair for which no ridge within bounds works.
     """
-    if not 0.0 <= tau < float("inf"):
-        raise NumericsError(f"tau is {tau}, but must be finite and >= 0")
-    if c_pre.shape != c_task.shape:
-        raise NumericsError(
-            f"{name}: C_pre has shape {tuple(c_pre.shape)} and C_task {tuple(c_task.shape)}; "
-            "they must be measured on the same layer"
-        )
-    pre = checked_moment(c_pre, f"C_pre of {name}")
-    task = checked_moment(c_task, f"C_task of {name}").to(pre.device)
-    mean_power = float(pre.diagonal().mean())
-    if mean_power <= 0.0:
-        raise NumericsError(
-            f"C_pre of {name} is zero: the layer saw no input on the model's own text, so nothing "
-            "says what an update there would disturb. Leave the layer out of target_modules."
-        )
-    # Unit mean power makes every constant below relative.
-    h, lower, used = _factor(pre / mean_power, tau, name)
-    half = torch.linalg.solve_triangular(lower, task / mean_power, upper=False)
+    pre, task, mean_power = _checked_pair(c_pre, c_task, tau, name)
+    h, lower, used = _factor(pre, tau, name)
+    half = torch.linalg.solve_triangular(lower, task, upper=False)
     reduced = torch.linalg.solve_triangular(lower, half.T, upper=False)
     gamma, rotation = _eigh((reduced + reduced.T) / 2, name)
     gamma, rotation = gamma.flip(0), rotation.flip(1)
@@ -143,7 +129,7 @@ def generalized_eigenbasis(
 
     identity = torch.eye(len(gamma), dtype=gamma.dtype, device=gamma.device)
     orthogonality = float((basis.T @ h @ basis - identity).abs().max())
-    image = basis.T @ (task / mean_power) @ basis
+    image = basis.T @ task @ basis
     scale = max(float(gamma.abs().max()), torch.finfo(torch.float64).tiny)
     diagonality = float((image - torch.diag(gamma)).abs().max()) / scale
     if not (orthogonality < 1e-2 and diagonality < 1e-2):
@@ -161,10 +147,41 @@ def generalized_eigenbasis(
         basis=basis / mean_power**0.5,
         gamma=gamma.clamp(min=0.0),
         tau=used,
-        task_trace=float(task.diagonal().sum()),
+        task_trace=float(task.diagonal().sum()) * mean_power,
         orthogonality=orthogonality,
         diagonality=diagonality,
     )
+
+
+def pretraining_eigenbasis(
+    c_pre: Tensor, c_task: Tensor, *, tau: float = TAU, name: str = "layer"
+) -> Spectrum:
+    """Ablation: T = V Lambda^(-1/2) with H = V Lambda V', a basis that knows C_pre alone.
+
+    Every column is scored by its own quotient, gamma_i = t_i' C_task t_i, so that only the basis
+    differs from `generalized_eigenbasis`; `Spectrum.diagonality` tells how far it is from
+    diagonalizing C_task. Arguments and errors as there.
+    """
+    return _whitened(c_pre, c_task, tau, name, symmetric=False)
+
+
+def symmetric_whitening(
+    c_pre: Tensor, c_task: Tensor, *, tau: float = TAU, name: str = "layer"
+) -> Spectrum:
+    """Ablation: T = H^(-1/2), the metric of the penalty without a rotation towards the task.
+
+    Columns are scored as in `pretraining_eigenbasis`. Arguments and errors as there.
+    """
+    return _whitened(c_pre, c_task, tau, name, symmetric=True)
+
+
+Eigenbasis = Callable[..., Spectrum]
+
+BASES: dict[str, Eigenbasis] = {
+    "generalized": generalized_eigenbasis,
+    "pretraining": pretraining_eigenbasis,
+    "whitening": symmetric_whitening,
+}
 
 
 def spectral_gate(
@@ -215,6 +232,57 @@ def smallest_eigenvectors(c_pre: Tensor, r: int, name: str = "layer") -> Float64
     if not 1 <= r <= len(pre):
         raise NumericsError(f"{name}: r is {r}, but must lie in [1, {len(pre)}] (its d_in)")
     return _eigh(pre, name)[1][:, :r].contiguous()
+
+
+def _checked_pair(
+    c_pre: Tensor, c_task: Tensor, tau: float, name: str
+) -> tuple[Tensor, Tensor, float]:
+    """Both moments in float64, divided by C_pre's mean power so that constants are relative, and it."""
+    if not 0.0 <= tau < float("inf"):
+        raise NumericsError(f"tau is {tau}, but must be finite and >= 0")
+    if c_pre.shape != c_task.shape:
+        raise NumericsError(
+            f"{name}: C_pre has shape {tuple(c_pre.shape)} and C_task {tuple(c_task.shape)}; "
+            "they must be measured on the same layer"
+        )
+    pre = checked_moment(c_pre, f"C_pre of {name}")
+    task = checked_moment(c_task, f"C_task of {name}").to(pre.device)
+    mean_power = float(pre.diagonal().mean())
+    if mean_power <= 0.0:
+        raise NumericsError(
+            f"C_pre of {name} is zero: the layer saw no input on the model's own text, so nothing "
+            "says what an update there would disturb. Leave the layer out of target_modules."
+        )
+    return pre / mean_power, task / mean_power, mean_power
+
+
+def _whitened(c_pre: Tensor, c_task: Tensor, tau: float, name: str, *, symmetric: bool) -> Spectrum:
+    """H's own eigenvectors over the roots of its eigenvalues, turned back by V' if symmetric."""
+    pre, task, mean_power = _checked_pair(c_pre, c_task, tau, name)
+    values, vectors = _eigh(pre, name)
+    values = values + tau
+    if float(values[0]) <= 0.0:
+        raise NumericsError(
+            f"{name}: C_pre + tau mean(diag) I has the eigenvalue {float(values[0]):.3g} at tau = "
+            f"{tau:g}, but must be positive definite. Give a larger tau."
+        )
+    basis = vectors / values.sqrt()
+    if symmetric:
+        basis = basis @ vectors.T
+    image = basis.T @ task @ basis
+    gamma, order = image.diagonal().clamp(min=0.0).sort(descending=True)
+    basis, image = basis[:, order], image[order][:, order]
+    h = pre + tau * torch.eye(len(pre), dtype=pre.dtype, device=pre.device)
+    error = basis.T @ h @ basis - torch.eye(len(pre), dtype=pre.dtype, device=pre.device)
+    scale = max(float(gamma[0]), torch.finfo(torch.float64).tiny)
+    return Spectrum(
+        basis=basis / mean_power**0.5,
+        gamma=gamma,
+        tau=tau,
+        task_trace=float(task.diagonal().sum()) * mean_power,
+        orthogonality=float(error.abs().max()),
+        diagonality=float((image - torch.diag(gamma)).abs().max()) / scale,
+    )
 
 
 def _factor(pre: Tensor, tau: float, name: str) -> tuple[Tensor, Tensor, float]:

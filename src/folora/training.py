@@ -9,14 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from folora.config import TrainingConfig
+from folora.data import pad_batch, text_examples
+from folora.divergence import kl, labelled_logits, masked_target_kl
 from folora.errors import ConfigError, nearest
 from folora.meter import LayerNorms, Reading, total_norm, update_norms
+from folora.modes import without_adapter
 from folora.preparation import Prepared, to_dataset
 
 logger = logging.getLogger(__name__)
@@ -50,6 +55,46 @@ class FoLoraTrainer(SFTTrainer):
             optimizers=(prepared.optimizer, None),
             **kwargs,
         )
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """SFTTrainer's loss, plus the complements that the config asks for."""
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        penalty = self._penalty(model, inputs) if model.training else None
+        if penalty is None:
+            return result
+        # With a token count SFTTrainer leaves averaging over micro-batches to the loss.
+        if num_items_in_batch is not None:
+            penalty = penalty / self.current_gradient_accumulation_steps
+        return (result[0] + penalty, result[1]) if return_outputs else result + penalty
+
+    def _penalty(self, model: Any, inputs: dict[str, Any]) -> Tensor | None:
+        """Weighted divergence from the base on self-samples and on the task; None if unweighted."""
+        config = self.prepared.config.training
+        terms = []
+        if config.kl_weight:
+            texts = self.prepared.samples.calibration
+            # The global generator: the Trainer saves and restores it with a checkpoint.
+            chosen = torch.randint(len(texts), (self.args.per_device_train_batch_size,)).tolist()
+            batch = pad_batch(text_examples([texts[i] for i in chosen]), 0)
+            adapted, base, _ = self._both(model, batch)
+            terms.append(config.kl_weight * kl(base, adapted).mean())
+        if config.masked_kl_weight:
+            adapted, base, targets = self._both(model, inputs)
+            terms.append(config.masked_kl_weight * masked_target_kl(base, adapted, targets).mean())
+        return sum(terms[1:], terms[0]) if terms else None
+
+    def _both(self, model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of the adapted and of the base model at labelled positions, and the labels."""
+        adapted, labels = labelled_logits(model, batch)
+        with torch.no_grad(), without_adapter(self.prepared.model):
+            base, _ = labelled_logits(model, batch)
+        return adapted, base, labels
 
     def evaluate(
         self,

@@ -1,0 +1,191 @@
+"""Pictures that compare methods on one task: the frontier, and what is kept against the norm.
+
+Each method has one colour and one marker in all pictures of the same methods. Thin: readings of
+single arms. Bold: the mean over seeds, drawn only where every seed of the method has a value, so a
+curve never moves because a seed drops out.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from folora.errors import FoLoraError
+from folora.frontier import Point, at_norm, kept_at, pareto
+from folora.results import Result, Scores, by_method, grouped, of_task, point_sets, scores_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Norm = Literal["frobenius", "h_norm"]
+
+NORMS: dict[Norm, str] = {
+    "frobenius": "‖ΔW‖ (Frobenius)",
+    "h_norm": "‖ΔW‖ (metric of H)",
+}
+# Okabe and Ito's colours, distinct also to colour-blind readers; yellow is too pale on white.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+THIN: dict[str, Any] = {"markersize": 2.5, "markeredgewidth": 0, "linewidth": 0.5, "alpha": 0.3}
+BOLD: dict[str, Any] = {"markersize": 6, "linewidth": 2.2, "markevery": 0.15}
+GRID = 150  # points of a mean curve
+DPI = 120
+SHADES = 64  # colours in a file: a picture of thousands of points stays below 100 kB
+
+
+def frontier_picture(
+    results: Iterable[Result], task: str, path: str | Path, methods: Sequence[str] | None = None
+) -> None:
+    """Write a PNG of kept score against task score, one mean staircase a method.
+
+    Args:
+        results: Results of any tasks.
+        task: Task to show.
+        path: File to write; its folder is made.
+        methods: Methods to show, in this order. By default all.
+
+    Raises:
+        DataError: There are no such results, or they cannot be compared with each other.
+        FoLoraError: Matplotlib is not installed.
+    """
+    chosen = of_task(results, task, methods)
+    scores, sets = scores_of(chosen), by_method(point_sets(chosen))
+    figure = _figure(8.0)
+    axis = figure.subplots()
+    titles, lowest = _titles(chosen), math.inf
+    for (method, seeds), style in zip(sets.items(), _styles(len(sets)), strict=True):
+        points = [p for of_seed in seeds.values() for p in of_seed]
+        task_scores, kept_scores = [p.task for p in points], [p.kept for p in points]
+        axis.plot(task_scores, kept_scores, **style, **{**THIN, "linestyle": "none"})
+        levels, kept = mean_staircase(seeds)
+        axis.plot(levels, kept, drawstyle="steps-pre", label=titles[method], **style, **BOLD)
+        lowest = min([lowest, *kept[np.isfinite(kept)]])
+    if not scores.task_scored:  # a diverged arm would press all the others into a corner
+        axis.set_xlim(left=min(scores.point(r.base).task for r in chosen))
+    axis.set_xlabel("task score" if scores.task_scored else "−task loss (nats a token)")
+    _finish(figure, [axis], scores, lowest, task)
+    _save(figure, path)
+
+
+def norm_picture(
+    results: Iterable[Result], task: str, path: str | Path, methods: Sequence[str] | None = None
+) -> None:
+    """Write a PNG of kept score against the size of the update, in both norms.
+
+    Args:
+        results: Results of any tasks.
+        task: Task to show.
+        path: File to write; its folder is made.
+        methods: Methods to show, in this order. By default all.
+
+    Raises:
+        DataError: There are no such results, or they cannot be compared with each other.
+        FoLoraError: Matplotlib is not installed.
+    """
+    chosen = of_task(results, task, methods)
+    scores, arms = scores_of(chosen), by_method(grouped(chosen))
+    figure = _figure(10.0)
+    axes = list(figure.subplots(1, 2, sharey=True))
+    titles, lowest = _titles(chosen), math.inf
+    for (method, seeds), style in zip(arms.items(), _styles(len(arms)), strict=True):
+        paths = {seed: [arm.points(scores) for arm in group] for seed, group in seeds.items()}
+        for axis, which in zip(axes, NORMS, strict=True):
+            for arm in (arm for of_seed in paths.values() for arm in of_seed):
+                norms = [
+                    getattr(p, which) or math.nan for p in arm
+                ]  # the base has no place in a log
+                axis.plot(norms, [p.kept for p in arm], **style, **THIN)
+            norms_at, kept = mean_at_norm(paths, which)
+            axis.plot(norms_at, kept, label=titles[method], **style, **BOLD)
+            lowest = min([lowest, *kept[np.isfinite(kept)]])
+    for axis, (_, label) in zip(axes, NORMS.items(), strict=True):
+        axis.set_xscale("log")
+        axis.set_xlabel(label)
+    _finish(figure, axes, scores, lowest, task)
+    _save(figure, path)
+
+
+def mean_staircase(seeds: Mapping[int, Sequence[Point]]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over seeds of `kept_at`, on a grid of task levels.
+
+    Args:
+        seeds: Points by seed.
+
+    Returns:
+        Levels and means, both of shape (GRID,); NaN where a seed does not reach the level.
+    """
+    fronts = [pareto(points) for points in seeds.values()]
+    scores = [p.task for points in seeds.values() for p in points if math.isfinite(p.task)]
+    levels = np.linspace(min(scores, default=0.0), max(scores, default=0.0), GRID)
+    kept = [[kept_at(front, float(level)) for level in levels] for front in fronts]
+    return levels, np.mean(kept, axis=0)
+
+
+def mean_at_norm(
+    paths: Mapping[int, Sequence[Sequence[Point]]], which: Norm
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over seeds of `at_norm`, on a grid of norms.
+
+    Args:
+        paths: By seed, for each arm its points in order of step.
+        which: Norm that measures the size.
+
+    Returns:
+        Norms and means, both of shape (GRID,); NaN where no arm of some seed has that norm.
+    """
+    sizes = [getattr(p, which) for arms in paths.values() for arm in arms for p in arm]
+    sizes = [size for size in sizes if math.isfinite(size) and size > 0] or [1.0]
+    norms = np.geomspace(min(sizes), max(sizes), GRID)
+    kept = [[at_norm(arms, float(norm), which) for norm in norms] for arms in paths.values()]
+    return norms, np.mean(kept, axis=0)
+
+
+def _figure(width: float) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise FoLoraError("pictures need Matplotlib: pip install 'folora[plots]'") from error
+    # Without pyplot there is no state to restore and no window; a PNG is drawn by Agg.
+    return Figure(figsize=(width, 4.5), dpi=DPI, layout="constrained")
+
+
+def _styles(count: int) -> list[dict[str, Any]]:
+    """Colours and markers; 7 and 8 of them make 56 pairs."""
+    return [
+        {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
+        for i in range(count)
+    ]
+
+
+def _titles(results: Iterable[Result]) -> dict[str, str]:
+    return {r.method: r.title for r in results}
+
+
+def _finish(
+    figure: Figure, axes: Sequence[Axes], scores: Scores, lowest: float, title: str
+) -> None:
+    axes[0].set_ylabel("kept score" if scores.kept_scored else "−KL to the base (nats a token)")
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.2)
+        if not scores.kept_scored and lowest < 0:  # as on the other axis, for diverged arms
+            axis.set_ylim(1.1 * lowest, -0.05 * lowest)
+    figure.suptitle(title, fontsize=10)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    """Write the figure as a PNG with a small palette."""
+    from PIL import Image  # comes with Matplotlib
+
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.open(drawn).convert("RGB").quantize(SHADES).save(path, format="png", optimize=True)
