@@ -13,8 +13,9 @@ SOURCE = Path(__file__).parents[1] / "src" / "folora"
 # From data to adapter and on; a file may import from files before it, never from later ones.
 ORDER = [
     "errors", "sadam", "spectrum", "config", "artifacts", "filtering", "modes", "progress", "sampling",
-    "data", "activations", "solving", "initialization", "adapter", "meter", "preparation",
-    "training", "loading", "pipeline", "planning", "cli",
+    "data", "activations", "divergence", "solving", "initialization", "adapter", "meter",
+    "preparation", "training", "loading", "pipeline", "methods", "comparison", "frontier", "results",
+    "pictures", "report", "planning", "cli",
 ]  # fmt: skip
 
 

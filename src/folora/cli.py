@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -20,10 +21,17 @@ from rich.logging import RichHandler
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from folora.artifacts import write_text
+from folora.comparison import Comparison, arms
 from folora.config import FoLoraConfig, option_names, read_yaml
 from folora.errors import ConfigError, FoLoraError, nearest
-from folora.pipeline import ADAPTER, Run
+from folora.loading import required
+from folora.methods import METHODS
+from folora.pictures import frontier_picture, norm_picture
+from folora.pipeline import ADAPTER, COMPARISON, Run
 from folora.planning import Plan, plan, widths
+from folora.report import comparison_table
+from folora.results import load_results
 
 COMMANDS = {
     "run": "all stages: from a model and a data set to an adapter and a report",
@@ -33,6 +41,7 @@ COMMANDS = {
     "solve": "stage 3: the eigenbasis of every shared input",
     "train": "stage 4: train in that basis",
     "export": "stage 5: an ordinary PEFT adapter, or merged weights",
+    "compare": "train other methods too, and draw what each learned against what it kept",
 }
 SHORT = {"adapter.r": "--r", "training.learning_rate": "--lr", "training.max_steps": "--max-steps"}
 
@@ -58,6 +67,12 @@ def parser() -> argparse.ArgumentParser:
                 "--rank", type=int, help="cut back to this rank, stating the error"
             )
             command.add_argument("--merged", action="store_true", help="write merged weights")
+        if name == "compare":
+            command.add_argument(
+                "--methods", default="folora,lora", help=f"of {', '.join(METHODS)} [%(default)s]"
+            )
+            command.add_argument("--learning-rates", default="1e-4,3e-4,1e-3", help="[%(default)s]")
+            command.add_argument("--seeds", default="0", help="[%(default)s]")
         for option, info in option_names().items():
             flags = [f"--{option}", *([SHORT[option]] if option in SHORT else [])]
             command.add_argument(
@@ -120,6 +135,9 @@ def _execute(options: argparse.Namespace, config: FoLoraConfig) -> None:
         _print_plan(_plan(config))
         return
     run = Run(config)
+    if command == "compare":
+        _compare(run, options)
+        return
     if command == "run":
         _print_report(run.run())
         return
@@ -139,6 +157,40 @@ def _execute(options: argparse.Namespace, config: FoLoraConfig) -> None:
     getattr(run, command)()
     if command == "train":
         _print_report(run.report())
+
+
+def _compare(run: Run, options: argparse.Namespace) -> None:
+    """All arms, then a table and two pictures beside their files."""
+    chosen = arms(
+        options.methods.split(","),
+        _numbers(options.learning_rates, "--learning-rates", float),
+        **{"training.seed": _numbers(options.seeds, "--seeds", int)},
+    )
+    folder = run.folder / COMPARISON
+    task = Path(required(run.config.dataset, "dataset")).name.split(".")[0]
+    comparison = Comparison(
+        run, folder, stage=run.name, task=task, command=shlex.join(["folora", *sys.argv[1:]])
+    )
+    for arm in chosen:
+        comparison.config(arm)  # a wrong one is found before the model is loaded
+    run.check(needs_data=True)
+    run.write_config()
+    for _ in comparison.run_all(chosen):
+        pass
+    results = [r for r in load_results(folder) if r.task == task and r.stage == run.name]
+    table = comparison_table(results, task)
+    write_text(folder / "comparison.md", table.markdown())
+    frontier_picture(results, task, folder / "frontier.png")
+    norm_picture(results, task, folder / "norms.png")
+    Console().print(table.rich())
+    print(f"wrote {folder}: one .json an arm, comparison.md, frontier.png, norms.png")
+
+
+def _numbers(text: str, flag: str, kind: type) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"{flag} is {text!r}, but must be numbers with commas between") from error
 
 
 def _plan(config: FoLoraConfig) -> Plan:

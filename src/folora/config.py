@@ -7,7 +7,9 @@ functions there take plain numbers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -52,6 +54,9 @@ class SamplingConfig:
     seed: int = _option(0, "seed of the random draws; each sequence has its own stream")
     start_token: str | None = _option(
         None, "token to start from: 'eos' or a token's text; default is the tokenizer's BOS"
+    )
+    ignore_eos: bool = _option(
+        False, "let a sequence run through the end of a document; for models of short documents"
     )
     held_out: float = _option(0.05, "share set aside for the meter (at least 16 sequences)")
     sampler_model: str | None = _option(
@@ -156,19 +161,26 @@ class AdapterConfig:
         "'eigen' (leading eigenvectors, B = 0), 'null_space' (the paper's), 'kaiming' (LoRA's), "
         "'null_space_zero', 'minor_singular' (MiLoRA), 'corda' or 'lora_null'",
     )
-    protect: int = _option(
-        0, "OPLoRA's k: leading singular directions of each weight that the update leaves alone"
+    constraint: Literal["none", "oplora"] = _option(
+        "none", "'oplora' keeps the update off each weight's leading singular directions"
     )
+    protect: int | None = _option(None, "how many directions OPLoRA protects; default: r")
     freeze_a: bool = _option(False, "train B alone")
 
     def __post_init__(self) -> None:
         _require(self.r >= 1, "adapter.r", self.r, "be >= 1")
-        _require(self.protect >= 0, "adapter.protect", self.protect, "be >= 0")
+        if self.protect is not None:
+            _require(self.protect >= 1, "adapter.protect", self.protect, "be >= 1")
         if self.alpha is not None:
             _require(0 < self.alpha < float("inf"), "adapter.alpha", self.alpha, "be > 0")
         _require(
             bool(self.target_modules), "adapter.target_modules", self.target_modules, "not be empty"
         )
+
+    @property
+    def protected(self) -> int:
+        """OPLoRA's k, or 0 without the constraint."""
+        return 0 if self.constraint == "none" else self.protect or self.r
 
     @property
     def scaling(self) -> float:
@@ -280,6 +292,27 @@ class FoLoraConfig:
     def from_yaml(cls, path: str | Path) -> FoLoraConfig:
         """Read a config file. Raises ConfigError as `from_dict`, or if it is no YAML mapping."""
         return cls.from_dict(read_yaml(path))
+
+    def changed(self, changes: Mapping[str, Any]) -> FoLoraConfig:
+        """This config with options changed, by dotted name, and checked again.
+
+        Raises:
+            ConfigError: As `from_dict`.
+        """
+        values = self.to_dict()
+        for name, value in changes.items():
+            *sections, last = name.split(".")
+            target = values
+            for section in sections:
+                target = target.setdefault(section, {})
+            target[last] = value
+        return FoLoraConfig.from_dict(values)
+
+    def differences(self) -> dict[str, Any]:
+        """The options that differ from their defaults, by dotted name; `changed` takes them back."""
+        defaults = {name: info["default"] for name, info in option_names().items()}
+        values = {name: attrgetter(name)(self) for name in defaults}
+        return {name: value for name, value in values.items() if value != defaults[name]}
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dicts of plain values, for YAML and JSON."""

@@ -11,17 +11,15 @@ import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure  # without pyplot there is no state and no window
+from PIL import Image
 
-from folora.errors import FoLoraError
-from folora.frontier import Point, at_norm, kept_at, pareto
+from folora.frontier import Point, at_norm, kept_at, pareto, task_at
 from folora.results import Result, Scores, by_method, grouped, of_task, point_sets, scores_of
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Norm = Literal["frobenius", "h_norm"]
 
@@ -32,11 +30,13 @@ NORMS: dict[Norm, str] = {
 # Okabe and Ito's colours, distinct also to colour-blind readers; yellow is too pale on white.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-THIN: dict[str, Any] = {"markersize": 2.5, "markeredgewidth": 0, "linewidth": 0.5, "alpha": 0.3}
-BOLD: dict[str, Any] = {"markersize": 6, "linewidth": 2.2, "markevery": 0.15}
+THIN: dict[str, Any] = {"markersize": 3.5, "markeredgewidth": 0, "linewidth": 0.5, "alpha": 0.35}
+BOLD: dict[str, Any] = {"markersize": 6, "linewidth": 2.2, "markevery": 15}
 GRID = 150  # points of a mean curve
-DPI = 120
-SHADES = 64  # colours in a file: a picture of thousands of points stays below 100 kB
+RESOLUTIONS = (120, 96, 72)  # dots an inch, tried in turn
+MOST_BYTES = 100_000
+LEAST_KL = 1e-4  # nats a token; on a log axis the base's 0 needs a place
+SHADES = 128  # colours in a file, a third of its size in full colour
 
 
 def frontier_picture(
@@ -52,24 +52,26 @@ def frontier_picture(
 
     Raises:
         DataError: There are no such results, or they cannot be compared with each other.
-        FoLoraError: Matplotlib is not installed.
     """
     chosen = of_task(results, task, methods)
     scores, sets = scores_of(chosen), by_method(point_sets(chosen))
     figure = _figure(8.0)
     axis = figure.subplots()
-    titles, lowest = _titles(chosen), math.inf
+    titles = _titles(chosen)
     for (method, seeds), style in zip(sets.items(), _styles(len(sets)), strict=True):
         points = [p for of_seed in seeds.values() for p in of_seed]
-        task_scores, kept_scores = [p.task for p in points], [p.kept for p in points]
-        axis.plot(task_scores, kept_scores, **style, **{**THIN, "linestyle": "none"})
-        levels, kept = mean_staircase(seeds)
-        axis.plot(levels, kept, drawstyle="steps-pre", label=titles[method], **style, **BOLD)
-        lowest = min([lowest, *kept[np.isfinite(kept)]])
+        kept = _shown([p.kept for p in points], scores)
+        axis.plot([p.task for p in points], kept, **{**style, **THIN, "linestyle": "none"})
+        levels, mean = mean_staircase(seeds)
+        line = {**style, **BOLD, "drawstyle": "steps-pre", "label": titles[method]}
+        axis.plot(levels, _shown(mean, scores), **line)
     if not scores.task_scored:  # a diverged arm would press all the others into a corner
-        axis.set_xlim(left=min(scores.point(r.base).task for r in chosen))
+        everyone = [p for seeds in sets.values() for points in seeds.values() for p in points]
+        low, high = min(scores.point(r.base).task for r in chosen), task_at(everyone, -math.inf)
+        margin = 0.03 * (high - low) or 0.1
+        axis.set_xlim(low - margin, high + margin)
     axis.set_xlabel("task score" if scores.task_scored else "−task loss (nats a token)")
-    _finish(figure, [axis], scores, lowest, task)
+    _finish(figure, [axis], scores, task)
     _save(figure, path)
 
 
@@ -86,13 +88,12 @@ def norm_picture(
 
     Raises:
         DataError: There are no such results, or they cannot be compared with each other.
-        FoLoraError: Matplotlib is not installed.
     """
     chosen = of_task(results, task, methods)
     scores, arms = scores_of(chosen), by_method(grouped(chosen))
     figure = _figure(10.0)
     axes = list(figure.subplots(1, 2, sharey=True))
-    titles, lowest = _titles(chosen), math.inf
+    titles = _titles(chosen)
     for (method, seeds), style in zip(arms.items(), _styles(len(arms)), strict=True):
         paths = {seed: [arm.points(scores) for arm in group] for seed, group in seeds.items()}
         for axis, which in zip(axes, NORMS, strict=True):
@@ -100,14 +101,13 @@ def norm_picture(
                 norms = [
                     getattr(p, which) or math.nan for p in arm
                 ]  # the base has no place in a log
-                axis.plot(norms, [p.kept for p in arm], **style, **THIN)
-            norms_at, kept = mean_at_norm(paths, which)
-            axis.plot(norms_at, kept, label=titles[method], **style, **BOLD)
-            lowest = min([lowest, *kept[np.isfinite(kept)]])
+                axis.plot(norms, _shown([p.kept for p in arm], scores), **{**style, **THIN})
+            grid, mean = mean_at_norm(paths, which)
+            axis.plot(grid, _shown(mean, scores), label=titles[method], **{**style, **BOLD})
     for axis, (_, label) in zip(axes, NORMS.items(), strict=True):
         axis.set_xscale("log")
         axis.set_xlabel(label)
-    _finish(figure, axes, scores, lowest, task)
+    _finish(figure, axes, scores, task)
     _save(figure, path)
 
 
@@ -121,8 +121,8 @@ def mean_staircase(seeds: Mapping[int, Sequence[Point]]) -> tuple[np.ndarray, np
         Levels and means, both of shape (GRID,); NaN where a seed does not reach the level.
     """
     fronts = [pareto(points) for points in seeds.values()]
-    scores = [p.task for points in seeds.values() for p in points if math.isfinite(p.task)]
-    levels = np.linspace(min(scores, default=0.0), max(scores, default=0.0), GRID)
+    scores = [p.task for front in fronts for p in front] or [0.0]
+    levels = np.linspace(min(scores), max(scores), GRID)
     kept = [[kept_at(front, float(level)) for level in levels] for front in fronts]
     return levels, np.mean(kept, axis=0)
 
@@ -147,45 +147,53 @@ def mean_at_norm(
 
 
 def _figure(width: float) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise FoLoraError("pictures need Matplotlib: pip install 'folora[plots]'") from error
-    # Without pyplot there is no state to restore and no window; a PNG is drawn by Agg.
-    return Figure(figsize=(width, 4.5), dpi=DPI, layout="constrained")
+    return Figure(figsize=(width, 4.5), layout="constrained")
 
 
 def _styles(count: int) -> list[dict[str, Any]]:
-    """Colours and markers; 7 and 8 of them make 56 pairs."""
+    """Colour, marker and, from the second round of colours on, dashes."""
     return [
-        {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
+        {
+            "color": COLORS[i % len(COLORS)],
+            "marker": MARKERS[i % len(MARKERS)],
+            "linestyle": "--" if i >= len(COLORS) else "-",
+        }
         for i in range(count)
     ]
+
+
+def _shown(kept: Sequence[float] | np.ndarray, scores: Scores) -> np.ndarray:
+    """Kept scores as drawn: without scorers the KL itself, which spans decades."""
+    values = np.asarray(kept, dtype=float)
+    return values if scores.kept_scored else np.maximum(-values, LEAST_KL)
 
 
 def _titles(results: Iterable[Result]) -> dict[str, str]:
     return {r.method: r.title for r in results}
 
 
-def _finish(
-    figure: Figure, axes: Sequence[Axes], scores: Scores, lowest: float, title: str
-) -> None:
-    axes[0].set_ylabel("kept score" if scores.kept_scored else "−KL to the base (nats a token)")
+def _finish(figure: Figure, axes: Sequence[Axes], scores: Scores, title: str) -> None:
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.2)
-        if not scores.kept_scored and lowest < 0:  # as on the other axis, for diverged arms
-            axis.set_ylim(1.1 * lowest, -0.05 * lowest)
-    figure.suptitle(title, fontsize=10)
+    if scores.kept_scored:
+        axes[0].set_ylabel("kept score")
+    else:  # panels share the axis; up is better, as with scores
+        axes[0].set_ylabel(f"KL to the base (nats a token, ≥ {LEAST_KL:g})")
+        axes[0].set_yscale("log")
+        axes[0].invert_yaxis()
+    axes[0].set_title(title, fontsize=10, loc="left")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
 
 
 def _save(figure: Figure, path: str | Path) -> None:
-    """Write the figure as a PNG with a small palette."""
-    from PIL import Image  # comes with Matplotlib
-
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png")
+    """Write the figure as a PNG with a palette, in a lower resolution if it would be too large."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.open(drawn).convert("RGB").quantize(SHADES).save(path, format="png", optimize=True)
+    for dpi in RESOLUTIONS:
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="png", dpi=dpi)
+        image = Image.open(drawn).convert("RGB").quantize(SHADES)
+        image.save(path, format="png", optimize=True)
+        if path.stat().st_size <= MOST_BYTES:
+            return

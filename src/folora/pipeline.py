@@ -9,6 +9,7 @@ A run is a folder::
     4-training/      checkpoints, and result/ with the trained factors
     5-adapter/       an ordinary PEFT adapter: this is what you came for
     report.json      what was learned, what was kept, what it cost
+    compare/         other methods on the same samples and statistics, if asked for
 
 A stage is skipped if its result was made from the same inputs, goes on if it was interrupted, and is
 done again if its inputs have changed; the former result is then kept under ``old/``.
@@ -68,7 +69,7 @@ from folora.sampling import (
     HuggingFaceEngine,
     ProxySet,
     check_same_tokenizer,
-    eos_token_ids,
+    ending_ids,
     load_proxy_set,
     sample_to_folder,
     start_token_id,
@@ -81,6 +82,7 @@ logger = logging.getLogger(__name__)
 
 SAMPLES, STATISTICS, SPECTRUM = "1-samples", "2-statistics", "3-spectrum"
 TRAINING, ADAPTER, REPORT = "4-training", "5-adapter", "report.json"
+COMPARISON = "compare"
 
 ExportKind = Literal["adapter", "merged"]
 
@@ -177,7 +179,7 @@ class Run:
         facts = dict(self.model_facts)
         if config.sampler_model:
             facts["sampler_model"] = config.sampler_model
-        eos_ids = eos_token_ids(self.model, self.tokenizer)
+        eos_ids = ending_ids(self.model, self.tokenizer, config)
         folder = self.folder / SAMPLES
         arguments = (self._engine, self.start_id, eos_ids, config, facts, folder)
         try:
@@ -365,7 +367,7 @@ class Run:
             other = load_tokenizer(self.config, config.sampler_model)
             check_same_tokenizer(self.tokenizer, other, config.sampler_model)
             model = load_model(replace(self.config, revision=None), config.sampler_model)
-        eos_ids = eos_token_ids(self.model, self.tokenizer)
+        eos_ids = ending_ids(self.model, self.tokenizer, config)
         return HuggingFaceEngine(model, self.start_id, eos_ids, config)
 
     def _measured(

@@ -28,7 +28,7 @@ from folora.initialization import NEED_NULL_BASIS
 from folora.meter import Meter
 from folora.progress import progress
 from folora.sadam import SAdam
-from folora.sampling import HuggingFaceEngine, ProxySet, eos_token_ids, sample, start_token_id
+from folora.sampling import HuggingFaceEngine, ProxySet, ending_ids, sample, start_token_id
 from folora.solving import GroupBasis, check_rank, solve
 from folora.spectrum import BASES
 
@@ -98,7 +98,7 @@ def prepare(
     check_rank(groups, config.adapter.r)
     check_finite_weights(model)
 
-    eos_ids = eos_token_ids(model, tokenizer)
+    eos_ids = ending_ids(model, tokenizer, config.sampling)
     engine = HuggingFaceEngine(model, start_id, eos_ids, config.sampling)
     proxies = sample(engine, start_id, eos_ids, config.sampling)
     batch_size = config.statistics.batch_size
@@ -168,7 +168,7 @@ def attach_configured(
         r=adapter.r,
         alpha=adapter.alpha,
         init=adapter.init,
-        protect=adapter.protect,
+        protect=adapter.protected,
         seed=config.training.seed,
     )
     if adapter.freeze_a:

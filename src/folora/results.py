@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -84,6 +84,7 @@ class Result:
         readings: Readings along training, by step.
         diverged: Whether training ended in numbers that are not finite.
         path: The file.
+        calibration: What C_pre was measured on, if not on the run's own samples.
     """
 
     stage: str
@@ -100,6 +101,7 @@ class Result:
     readings: tuple[Mapping[str, Any], ...]
     diverged: bool
     path: Path
+    calibration: Mapping[str, Any] = field(default_factory=dict)
 
     def points(self, scores: Scores) -> list[Point]:
         """The base and all readings, by step."""
@@ -154,17 +156,23 @@ def scores_of(results: Iterable[Result]) -> Scores:
     """Whether results of one task have scorers, judged by their bases.
 
     Raises:
-        DataError: Some have scorers and some have not; such points cannot be compared.
+        DataError: Some have scorers and some have not, so their points cannot be compared; or a
+            base lacks a number, so there is nothing to compare with.
     """
     results = list(results)
     answers = []
-    for field in ("task", "kept"):
-        scored = {bool(r.base[field]) for r in results}
+    for kind in ("task", "kept"):
+        scored = {bool(r.base[kind]) for r in results}
         if len(scored) > 1:
-            without = next(r.path for r in results if not r.base[field])
-            raise DataError(f"{without} has no scores of {field!r}, but other results have")
+            without = next(r.path for r in results if not r.base[kind])
+            raise DataError(f"{without} has no scores of {kind!r}, but other results have")
         answers.append(scored.pop() if scored else False)
-    return Scores(*answers)
+    scores = Scores(*answers)
+    for result in results:
+        point = scores.point(result.base)
+        if not (math.isfinite(point.task) and math.isfinite(point.kept)):
+            raise DataError(f"the base of {result.path} has no task score or no kept score")
+    return scores
 
 
 def grouped(results: Iterable[Result]) -> dict[Group, list[Result]]:
@@ -231,7 +239,7 @@ def _result(values: dict[str, Any], path: Path) -> Result:
     fields = {name: values[name] for name in TYPES}
     fields["base"] = _reading(values["base"], path)
     fields["readings"] = tuple(sorted(readings, key=lambda reading: reading["step"]))
-    return Result(**fields, path=path)
+    return Result(**fields, path=path, calibration=values.get("calibration") or {})
 
 
 def _reading(values: Any, path: Path) -> dict[str, Any]:

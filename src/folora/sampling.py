@@ -129,6 +129,13 @@ def start_token_id(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> in
     return int(vocabulary[choice])
 
 
+def ending_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: SamplingConfig
+) -> list[int]:
+    """The tokens that end a sampled sequence: none if EOS is to be ignored."""
+    return [] if config.ignore_eos else eos_token_ids(model, tokenizer)
+
+
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """All tokens that end a sequence, by the model's generation config or the tokenizer."""
     generation = getattr(model, "generation_config", None)

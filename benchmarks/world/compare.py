@@ -1,0 +1,188 @@
+"""Compare methods on worlds: ``python -m benchmarks.world.compare --plan PLAN.yaml``.
+
+For every seed a world is pretrained if it is not there yet, and for every task the arms of the plan
+are run that have no result yet. Nothing is shared between seeds, so they can be given to as many
+processes as there are cores. A task of one's own is two files of rows, ``prompt`` and ``completion``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from peft import PeftModel
+
+from benchmarks.world.language import Row, Task, World, pretraining_documents, tasks
+from benchmarks.world.pretrain import STEPS, pretrain
+from benchmarks.world.score import score_rows, score_skills
+from folora.comparison import Arm, Comparison, Score, Scores, arms
+from folora.config import FoLoraConfig
+from folora.data import text_examples
+from folora.pipeline import SAMPLES, STATISTICS, Run
+from folora.preparation import measure
+
+FEWEST_ROWS = 300  # of a task that is memorised; fewer would leave nothing to hold out
+EVERY = 3  # of the probes of kept skills; scoring all would cost as much as training
+NARROW = "sum"  # the one skill that a narrow calibration set asks about
+
+
+def scorer(run: Run, world: World, task: Task) -> Score:
+    """Exact match on the task's test rows and on every kept skill."""
+
+    def score(model: PeftModel) -> Scores:
+        return {
+            "task": {"accuracy": score_rows(model, run.tokenizer, task.test)[0]},
+            "kept": score_skills(model, run.tokenizer, world, EVERY),
+        }
+
+    return score
+
+
+def prepared_run(
+    base: FoLoraConfig, model: Path, folder: Path, task: Task, donor: Path | None, seed: int
+) -> Run:
+    """A run on a world's task; what belongs to the base model is taken over from another task's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = folder / "rows.jsonl"
+    repeats = max(1, FEWEST_ROWS // len(task.train))
+    lines = [json.dumps({**r, "prompt": "<bos>" + r["prompt"]}) for r in task.train * repeats]
+    rows.write_text("\n".join(lines) + "\n")
+    for part in (SAMPLES, f"{STATISTICS}/pre"):
+        if donor and (donor / part).exists() and not (folder / part).exists():
+            shutil.copytree(donor / part, folder / part)
+    return Run(
+        base.changed(
+            {
+                "model": str(model),
+                "dataset": str(rows),
+                "output": str(folder),
+                "training.seed": seed,
+            }
+        )
+    )
+
+
+def calibration_texts(run: Run, world: World, source: str, count: int) -> list[list[int]]:
+    """Token ids to measure C_pre on.
+
+    Args:
+        run: For its tokenizer and self-samples.
+        world: For its pretraining text.
+        source: ``"self"``, ``"pretraining"`` (the true text) or ``"narrow"`` (sums alone).
+        count: Sequences; texts that are no self-samples are packed to a similar length.
+    """
+    if source == "self":
+        return run.proxies().calibration[:count]
+    documents = pretraining_documents(world, world.rng(f"calibration {source}"))
+    length = run.config.sampling.max_new_tokens
+    bos, eos = run.tokenizer.bos_token, run.tokenizer.eos_token
+    texts: list[list[int]] = []
+    while len(texts) < count:
+        ids: list[int] = []
+        while len(ids) < length:
+            text = next(documents)
+            if source == "pretraining" or text.startswith(NARROW):
+                ids += run.tokenizer(f"{bos}{text}{eos}")["input_ids"]
+        texts.append(ids[:length])
+    return texts
+
+
+def planned(plan: dict[str, Any]) -> list[Arm]:
+    """The arms of a plan's sweeps."""
+    found: list[Arm] = []
+    for sweep in plan["sweeps"]:
+        knobs = sweep.get("knobs", {})
+        found += arms(sweep["methods"], sweep["learning_rates"], **knobs)
+    return found
+
+
+def compare_world(
+    plan: dict[str, Any],
+    seed: int,
+    chosen: dict[str, Task] | None,
+    models: Path,
+    runs: Path,
+    output: Path,
+    command: str,
+) -> None:
+    """Every task and arm of the plan for one seed.
+
+    Args:
+        plan: ``base`` config by dotted name, ``tasks``, ``sweeps``, perhaps ``calibration``.
+        seed: Of world, weights and training.
+        chosen: Tasks instead of the plan's.
+        models: Folder of pretrained worlds.
+        runs: Folder for samples and statistics.
+        output: Folder for results.
+        command: For the record.
+    """
+    world, model = World(seed), models / str(seed)
+    if not model.exists():
+        pretrain(model, seed, STEPS)
+    base = FoLoraConfig().changed(plan["base"])
+    found = chosen or {name: tasks(world)[name] for name in plan["tasks"]}
+    folder = runs / plan["runs"] / str(seed)
+    donor: Path | None = None
+    for name, task in found.items():
+        run = prepared_run(base, model, folder / name, task, donor, seed)
+        donor = folder / name
+        score = scorer(run, world, task)
+        shared = {"stage": f"world-{seed}", "task": name, "command": command, "score": score}
+        for calibration in plan.get("calibration", [None]):
+            results = output / name / str(seed)
+            comparison = Comparison(run, results, **shared)  # type: ignore[arg-type]
+            if calibration:
+                run.sample()
+                texts = calibration_texts(run, world, **calibration)
+                pre = measure(run.model, run.groups, text_examples(texts), 8, "C_pre").matrices
+                comparison = comparison.calibrated(calibration, pre)
+            for result in comparison.run_all(planned(plan)):
+                last = result["readings"][-1]
+                kept = last["kept"].values()
+                shown = f"{sum(kept) / len(kept):.3f}" if kept else "-"
+                reached = last["task"].get("accuracy", float("nan"))
+                print(
+                    f"{seed} {name} {result['name']}: task {reached:.3f}, kept {shown}, "
+                    f"KL {last['kl']}, {result['seconds']} s",
+                    flush=True,
+                )
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a .jsonl file."""
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    parser = argparse.ArgumentParser(description="Compare methods on synthetic worlds.")
+    parser.add_argument("--plan", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: the plan's")
+    parser.add_argument("--models", type=Path, default=Path("models/world"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/world"))
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/PLAN")
+    parser.add_argument("--train", type=Path, help="rows of a task of one's own")
+    parser.add_argument("--test", type=Path, help="its test rows")
+    options = parser.parse_args(given)
+    torch.set_num_threads(1)
+    plan = yaml.safe_load(options.plan.read_text())
+    chosen = None
+    if options.train:
+        chosen = {options.train.stem: Task(read_rows(options.train), read_rows(options.test))}
+    output = options.output or Path("benchmarks/results") / options.plan.stem
+    command = f"python -m benchmarks.world.compare {shlex.join(given)}"
+    for seed in options.seeds or plan["seeds"]:
+        compare_world(plan, seed, chosen, options.models, options.runs, output, command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""Many methods on one model and task, from the same samples and statistics; one small JSON an arm.
+
+An arm is a method with a learning rate, a seed and perhaps other changes. It is trained by the same
+Trainer as any run, read on the way (every reading is a point of a frontier), and leaves its file when
+it is done; arms that have one are skipped, so that a comparison can be stopped and given again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from folora.artifacts import read_json, software_versions, write_text
+from folora.config import FoLoraConfig
+from folora.errors import ArtifactError, ConfigError, DataError
+from folora.meter import total_norm
+from folora.methods import configured, method
+from folora.pipeline import Run
+from folora.preparation import Prepared, assemble, null_rank
+from folora.progress import progress
+from folora.solving import GroupBasis, check_rank, solve
+from folora.spectrum import BASES
+from folora.training import FoLoraTrainer, sft_config
+
+FORMAT = 1
+READ_AT = (1 / 4, 1 / 2, 3 / 4, 1.0)
+
+Scores = dict[str, dict[str, float]]
+"""``{"task": {name: score}, "kept": {name: score}}``, every score in [0, 1]."""
+
+Score = Callable[[PeftModel], Scores]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method and what is changed on top of it, by dotted option name."""
+
+    method: str
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """A file's name: the method and every change."""
+        parts = [f"{key.rsplit('.', 1)[-1]}={value}" for key, value in self.changes.items()]
+        return "--".join([self.method, *parts]).replace("/", "_")
+
+
+def arms(
+    methods: Sequence[str],
+    learning_rates: Sequence[float],
+    **knobs: Sequence[Any],
+) -> list[Arm]:
+    """Every combination of methods, learning rates and further options.
+
+    Args:
+        methods: Names in `methods.METHODS`.
+        learning_rates: Peak learning rates.
+        knobs: Dotted option names (as ``**{"training.seed": (0, 1)}``) and their values.
+    """
+    names = ("training.learning_rate", *knobs)
+    values = list(product(learning_rates, *knobs.values()))
+    return [Arm(name, dict(zip(names, v, strict=True))) for name in methods for v in values]
+
+
+class Comparison:
+    """One model and task, with the samples and statistics that all arms share.
+
+    Args:
+        run: The run whose first two stages are used (and done, where they are missing). Its config
+            is the base of every arm's.
+        folder: For the arms' files.
+        stage: What model this is, for tables; its seed too, if models differ by seed.
+        task: What task this is.
+        command: What was typed, for the record.
+        score: Task and kept scores of a model; without it there are the meter's readings alone.
+        read_at: Shares of the training after which a reading is taken.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        folder: Path,
+        *,
+        stage: str,
+        task: str,
+        command: str,
+        score: Score = lambda _: {"task": {}, "kept": {}},
+        read_at: Sequence[float] = READ_AT,
+    ) -> None:
+        self.run, self.folder, self.stage, self.task = run, folder, stage, task
+        self.command, self.score, self.read_at = command, score, tuple(read_at)
+        self.calibration: dict[str, Any] = {}
+        self._pre: Mapping[str, Tensor] | None = None
+        self._base: dict[str, Any] = {}
+        self._solved: tuple[Any, list[GroupBasis]] = (None, [])
+
+    def calibrated(self, calibration: dict[str, Any], pre: Mapping[str, Tensor]) -> Comparison:
+        """The same comparison with another C_pre.
+
+        Args:
+            calibration: What it was measured on, for file names and tables.
+            pre: C_pre by group name, (d_in, d_in).
+        """
+        other = copy(self)
+        other.calibration, other._pre, other._solved = calibration, pre, (None, [])
+        return other
+
+    def run_all(self, chosen: Sequence[Arm]) -> Iterator[dict[str, Any]]:
+        """Run the arms that have no file yet, and yield every arm's result in turn.
+
+        Raises:
+            ConfigError: Some arm is not possible; found before the first one starts.
+        """
+        configs = [self.config(arm) for arm in chosen]
+        self._prepare(configs)
+        with progress("arms", len(chosen)) as tick:
+            for arm, config in zip(chosen, configs, strict=True):
+                path = self.path(arm)
+                if not path.exists():
+                    write_text(path, json.dumps(self._result(arm, config)) + "\n")
+                yield self._read(path, arm)
+                tick()
+
+    def config(self, arm: Arm) -> FoLoraConfig:
+        """The arm's whole config. Raises ConfigError."""
+        return configured(self.run.config, arm.method, arm.changes)
+
+    def path(self, arm: Arm) -> Path:
+        """Where the arm leaves its result."""
+        return self.folder / f"{self.name(arm)}.json"
+
+    def name(self, arm: Arm) -> str:
+        """The arm's name, with the calibration if it is not the run's own."""
+        return "--".join([arm.name, *(f"{k}={v}" for k, v in self.calibration.items())])
+
+    def bases(self, config: FoLoraConfig) -> list[GroupBasis]:
+        """The spectrum of a config, solved from the shared statistics; the last one is kept."""
+        key = (config.spectrum.tau, config.spectrum.basis, null_rank(config))
+        if self._solved[0] != key:
+            solved = solve(
+                self.run.groups,
+                self._pre or self.run.statistics("pre").tensors,
+                self.run.statistics("task").tensors,
+                tau=config.spectrum.tau,
+                null_rank=null_rank(config),
+                eigenbasis=BASES[config.spectrum.basis],
+                device=self.run.model.device,
+            )
+            self._solved = (key, solved)
+        return self._solved[1]
+
+    def _prepare(self, configs: Sequence[FoLoraConfig]) -> None:
+        on_cpu = self.run.model.device.type == "cpu"
+        for config in configs:
+            if config.adapter.target_modules != self.run.config.adapter.target_modules:
+                raise ConfigError("arms share statistics, so adapter.target_modules cannot differ")
+            sft_config(config.training, self.folder, evaluates=False, on_cpu=on_cpu)
+            check_rank(self.run.groups, config.adapter.r)
+        if not self.run.task.held_out:
+            raise DataError(
+                "a comparison needs held-out rows for the task loss, and a tenth of the rows is "
+                f"none: {len(self.run.task.train)} rows. Give at least 10, and data.eval_rows > 0."
+            )
+        self.run.sample()
+        self.run.measure()
+
+    def _result(self, arm: Arm, config: FoLoraConfig) -> dict[str, Any]:
+        began = time.monotonic()
+        prepared = assemble(
+            self.run.model, self.bases(config), self.run.task, self.run.proxies(), config
+        )
+        try:
+            readings = self._trained(prepared, config)
+        finally:
+            self.run.model = prepared.model.unload()  # type: ignore[assignment]
+        return {
+            "format": FORMAT,
+            "stage": self.stage,
+            "task": self.task,
+            "seed": config.training.seed,
+            "name": self.name(arm),
+            "method": arm.method,
+            "title": method(arm.method).title,
+            "changes": arm.changes,
+            "calibration": self.calibration,
+            "command": self.command,
+            "config": config.differences(),
+            "versions": software_versions(),
+            "seconds": round(time.monotonic() - began, 1),
+            "base": self._base,
+            "readings": readings,
+            "diverged": any(r["kl"] is None for r in readings),
+        }
+
+    def _trained(self, prepared: Prepared, config: FoLoraConfig) -> list[dict[str, Any]]:
+        """Readings during and after training, which ends early when they are not finite."""
+        extra = {**config.training.extra, "save_strategy": "no", "disable_tqdm": True}
+        on_cpu = prepared.model.device.type == "cpu"
+        training = config.changed({"training.extra": extra}).training
+        args = sft_config(training, self.folder, evaluates=False, on_cpu=on_cpu)
+        readings: list[dict[str, Any]] = []
+        trainer = FoLoraTrainer(prepared, args, self.run.tokenizer)
+
+        def read(step: int) -> dict[str, Any]:
+            reading, norms = trainer.read()
+            found = {"step": step, **asdict(reading), **asdict(total_norm(norms))}
+            finite = math.isfinite(reading.kl)
+            scores = self.score(prepared.model) if finite else {"task": {}, "kept": {}}
+            return _rounded({**found, **scores})
+
+        def on_the_way(step: int) -> bool:
+            readings.append(read(step))
+            return readings[-1]["kl"] is not None
+
+        if not self._base:  # the same for every arm: before its first step a model is its base
+            self._base = {**read(0), "frobenius": 0.0, "h_norm": 0.0}
+        trainer.add_callback(_ReadOnTheWay(self.read_at, on_the_way))
+        trainer.train()
+        return readings
+
+    def _read(self, path: Path, arm: Arm) -> dict[str, Any]:
+        result = read_json(path)
+        if result.get("format") != FORMAT or result.get("changes") != arm.changes:
+            raise ArtifactError(f"{path} is not the result of {arm}; move it away")
+        return result
+
+
+class _ReadOnTheWay(TrainerCallback):
+    """Takes a reading after given shares of the training, and stops it when one is not finite."""
+
+    def __init__(self, shares: Sequence[float], read: Callable[[int], bool]) -> None:
+        self.shares, self.read = shares, read
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Called by the Trainer after every step."""
+        steps = {max(1, round(share * state.max_steps)) for share in self.shares}
+        if state.global_step in steps and not self.read(state.global_step):
+            control.should_training_stop = True
+
+
+def _rounded(value: Any) -> Any:
+    """Six significant digits are more than a reading has; what is not finite becomes null."""
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
