@@ -181,7 +181,7 @@ class Comparison:
             self.run.model, self.bases(config), self.run.task, self.run.proxies(), config
         )
         try:
-            readings = self._trained(prepared, config)
+            readings, diverged = self._trained(prepared, config)
         finally:
             self.run.model = prepared.model.unload()  # type: ignore[assignment]
         return {
@@ -200,11 +200,13 @@ class Comparison:
             "seconds": round(time.monotonic() - began, 1),
             "base": self._base,
             "readings": readings,
-            "diverged": any(r["kl"] is None for r in readings),
+            "diverged": diverged,
         }
 
-    def _trained(self, prepared: Prepared, config: FoLoraConfig) -> list[dict[str, Any]]:
-        """Readings during and after training, which ends early when they are not finite."""
+    def _trained(
+        self, prepared: Prepared, config: FoLoraConfig
+    ) -> tuple[list[dict[str, Any]], bool]:
+        """Readings during and after training, and whether it ended with nothing of the model left."""
         extra = {**config.training.extra, "save_strategy": "no", "disable_tqdm": True}
         on_cpu = prepared.model.device.type == "cpu"
         training = config.changed({"training.extra": extra}).training
@@ -219,15 +221,22 @@ class Comparison:
             scores = self.score(prepared.model) if finite else {"task": {}, "kept": {}}
             return _rounded({**found, **scores})
 
+        # Beyond log(vocabulary) a uniform guess would be nearer to the base.
+        uniform = math.log(prepared.model.get_input_embeddings().num_embeddings)
+
+        def lost() -> bool:
+            kl = readings[-1]["kl"]
+            return kl is None or kl > uniform
+
         def on_the_way(step: int) -> bool:
             readings.append(read(step))
-            return readings[-1]["kl"] is not None
+            return not lost()
 
         if not self._base:  # the same for every arm: before its first step a model is its base
             self._base = {**read(0), "frobenius": 0.0, "h_norm": 0.0}
         trainer.add_callback(_ReadOnTheWay(self.read_at, on_the_way))
         trainer.train()
-        return readings
+        return readings, lost()
 
     def _read(self, path: Path, arm: Arm) -> dict[str, Any]:
         result = read_json(path)
@@ -237,7 +246,7 @@ class Comparison:
 
 
 class _ReadOnTheWay(TrainerCallback):
-    """Takes a reading after given shares of the training, and stops it when one is not finite."""
+    """Takes a reading after given shares of the training, and ends it when one says that it is lost."""
 
     def __init__(self, shares: Sequence[float], read: Callable[[int], bool]) -> None:
         self.shares, self.read = shares, read

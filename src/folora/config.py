@@ -22,7 +22,13 @@ from folora.spectrum import LAMBDA, S_MIN, TAU
 StepScale = Literal["task", "paper"]
 Basis = Literal["generalized", "pretraining", "whitening"]
 Init = Literal[
-    "eigen", "null_space", "null_space_zero", "kaiming", "minor_singular", "corda", "lora_null"
+    "eigen",
+    "null_space",
+    "null_space_zero",
+    "kaiming",
+    "minor_singular",
+    "corda",
+    "lora_null",
 ]
 
 _STRICT = ConfigDict(extra="forbid")
@@ -132,6 +138,9 @@ class SpectrumConfig:
     tau: float = _option(TAU, "ridge, relative to the mean of C_pre's diagonal")
     lam: float = _option(LAMBDA, "lambda: the gamma at which a step is halved")
     s_min: float = _option(S_MIN, "floor of the gate")
+    directions: int | None = _option(
+        None, "only so many leading directions of each basis are open to A; default: all"
+    )
     basis: Basis = _option(
         "generalized",
         "'generalized', or for ablation 'pretraining' (C_pre's own) or 'whitening' (H^(-1/2))",
@@ -144,6 +153,8 @@ class SpectrumConfig:
         _require(0 <= self.tau < float("inf"), "spectrum.tau", self.tau, "be finite and >= 0")
         _require(0 <= self.lam < float("inf"), "spectrum.lam", self.lam, "be finite and >= 0")
         _require(0 <= self.s_min <= 1, "spectrum.s_min", self.s_min, "lie in [0, 1]")
+        if self.directions is not None:
+            _require(self.directions >= 1, "spectrum.directions", self.directions, "be >= 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,10 +81,18 @@ METHODS: dict[str, Method] = {
     "basis-whitening": Method(
         "folora, T = H^(-1/2)", "no rotation", {"spectrum.basis": "whitening"}
     ),
+    "lora-fa": Method(
+        "LoRA-FA", "arXiv:2308.03303: A frozen where it starts", {**_LORA, "adapter.freeze_a": True}
+    ),
     "eigen-frozen": Method(
         "eigen start, A frozen",
         "only B is trained, so that the update reads r chosen directions and no others",
         {**_ADAMW, "adapter.freeze_a": True},
+    ),
+    "null-frozen": Method(
+        "null space, A frozen",
+        "A0 on C_pre's smallest eigenvectors and left there, B0 = 0",
+        {**_ADAMW, "adapter.init": "null_space_zero", "adapter.freeze_a": True},
     ),
     "lora-kl": Method("LoRA + KL", "KL to the base", {**_LORA, "training.kl_weight": 1.0}),
     "lora-masked-kl": Method(

@@ -55,10 +55,10 @@ def frontier_picture(
     """
     chosen = of_task(results, task, methods)
     scores, sets = scores_of(chosen), by_method(point_sets(chosen))
-    figure = _figure(8.0)
+    figure = new_figure(8.0)
     axis = figure.subplots()
     titles = _titles(chosen)
-    for (method, seeds), style in zip(sets.items(), _styles(len(sets)), strict=True):
+    for (method, seeds), style in zip(sets.items(), styles(len(sets)), strict=True):
         points = [p for of_seed in seeds.values() for p in of_seed]
         kept = _shown([p.kept for p in points], scores)
         axis.plot([p.task for p in points], kept, **{**style, **THIN, "linestyle": "none"})
@@ -72,7 +72,7 @@ def frontier_picture(
         axis.set_xlim(low - margin, high + margin)
     axis.set_xlabel("task score" if scores.task_scored else "−task loss (nats a token)")
     _finish(figure, [axis], scores, task)
-    _save(figure, path)
+    save_picture(figure, path)
 
 
 def norm_picture(
@@ -91,10 +91,10 @@ def norm_picture(
     """
     chosen = of_task(results, task, methods)
     scores, arms = scores_of(chosen), by_method(grouped(chosen))
-    figure = _figure(10.0)
+    figure = new_figure(10.0)
     axes = list(figure.subplots(1, 2, sharey=True))
     titles = _titles(chosen)
-    for (method, seeds), style in zip(arms.items(), _styles(len(arms)), strict=True):
+    for (method, seeds), style in zip(arms.items(), styles(len(arms)), strict=True):
         paths = {seed: [arm.points(scores) for arm in group] for seed, group in seeds.items()}
         for axis, which in zip(axes, NORMS, strict=True):
             for arm in (arm for of_seed in paths.values() for arm in of_seed):
@@ -108,7 +108,7 @@ def norm_picture(
         axis.set_xscale("log")
         axis.set_xlabel(label)
     _finish(figure, axes, scores, task)
-    _save(figure, path)
+    save_picture(figure, path)
 
 
 def mean_staircase(seeds: Mapping[int, Sequence[Point]]) -> tuple[np.ndarray, np.ndarray]:
@@ -146,12 +146,13 @@ def mean_at_norm(
     return norms, np.mean(kept, axis=0)
 
 
-def _figure(width: float) -> Figure:
-    return Figure(figsize=(width, 4.5), layout="constrained")
+def new_figure(width: float, height: float = 4.5) -> Figure:
+    """An empty figure of a size in inches; its layout makes room for what is drawn."""
+    return Figure(figsize=(width, height), layout="constrained")
 
 
-def _styles(count: int) -> list[dict[str, Any]]:
-    """Colour, marker and, from the second round of colours on, dashes."""
+def styles(count: int) -> list[dict[str, Any]]:
+    """Colour, marker and, from the second round of colours on, dashes, of each of `count` lines."""
     return [
         {
             "color": COLORS[i % len(COLORS)],
@@ -160,6 +161,12 @@ def _styles(count: int) -> list[dict[str, Any]]:
         }
         for i in range(count)
     ]
+
+
+def tidy(axis: Axes) -> None:
+    """Give a panel the look that all of them share: two spines and a faint grid."""
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.2)
 
 
 def _shown(kept: Sequence[float] | np.ndarray, scores: Scores) -> np.ndarray:
@@ -174,8 +181,7 @@ def _titles(results: Iterable[Result]) -> dict[str, str]:
 
 def _finish(figure: Figure, axes: Sequence[Axes], scores: Scores, title: str) -> None:
     for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.2)
+        tidy(axis)
     if scores.kept_scored:
         axes[0].set_ylabel("kept score")
     else:  # panels share the axis; up is better, as with scores
@@ -186,7 +192,7 @@ def _finish(figure: Figure, axes: Sequence[Axes], scores: Scores, title: str) ->
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def save_picture(figure: Figure, path: str | Path) -> None:
     """Write the figure as a PNG with a palette, in a lower resolution if it would be too large."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -193,6 +193,7 @@ def param_groups(
     weight_decay: float = 0.0,
     lam: float = 1.0,
     s_min: float = 0.3,
+    directions: int | None = None,
     step_scale: str = "task",
     spectral: bool = True,
     adapter_name: str = "default",
@@ -207,6 +208,7 @@ def param_groups(
         weight_decay: For both.
         lam: Gate's lambda.
         s_min: Gate's floor.
+        directions: Only so many leading directions are open; None for all.
         step_scale: ``"task"`` or ``"paper"``.
         spectral: False leaves bases out, which makes it plain AdamW on LoRA.
         adapter_name: Which adapter.
@@ -223,7 +225,7 @@ def param_groups(
             continue
         group: dict[str, Any] = {"params": a_params, "lr": lr, "weight_decay": weight_decay}
         if spectral:
-            gate = b.gate(lam, s_min)
+            gate = b.gate(lam, s_min, directions)
             group |= {"basis": b.scaled_basis(gate, step_scale), "gate": gate}
         groups.append(group)
     groups.append({"params": b_params, "lr": lr * lr_b_ratio, "weight_decay": weight_decay})
@@ -246,6 +248,7 @@ def group_options(config: FoLoraConfig) -> dict[str, Any]:
         "weight_decay": training.weight_decay,
         "lam": spectrum.lam,
         "s_min": spectrum.s_min,
+        "directions": spectrum.directions,
         "step_scale": spectrum.step_scale,
         "spectral": training.optimizer == "sadam",
     }

@@ -39,9 +39,9 @@ class GroupBasis:
     task_trace: float
     null_basis: Float[Tensor, "d r"] | None = None
 
-    def gate(self, lam: float, s_min: float) -> Float[Tensor, " d"]:
+    def gate(self, lam: float, s_min: float, directions: int | None = None) -> Float[Tensor, " d"]:
         """The spectral gate of this group's directions."""
-        return spectral_gate(self.gamma, lam, s_min)
+        return spectral_gate(self.gamma, lam, s_min, directions)
 
     def scaled_basis(self, gate: Float[Tensor, " d"], step_scaling: str) -> Float[Tensor, "d d"]:
         """T times the number that makes learning rates carry over, or T itself for ``"paper"``."""

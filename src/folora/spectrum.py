@@ -185,18 +185,23 @@ BASES: dict[str, Eigenbasis] = {
 
 
 def spectral_gate(
-    gamma: Float[Tensor, " d"], lam: float = LAMBDA, s_min: float = S_MIN
+    gamma: Float[Tensor, " d"],
+    lam: float = LAMBDA,
+    s_min: float = S_MIN,
+    directions: int | None = None,
 ) -> Float[Tensor, " d"]:
     """Share of Adam's step that each direction keeps: max(gamma / (gamma + lam), s_min) (Eq. 16-17).
 
     Args:
-        gamma: Shape (d,), >= 0, any floating dtype.
+        gamma: Shape (d,), >= 0, descending, any floating dtype.
         lam: The gamma at which the step is halved, >= 0. With means over tokens, gamma = 1 reads
             "as useful to the task as it is used by the pretrained model".
         s_min: Floor of the gate, in [0, 1].
+        directions: Only so many leading directions are open, the others get 0; None for all. Not
+            in the paper.
 
     Returns:
-        The gate, shape (d,), values in [s_min, 1], same dtype and device.
+        The gate, shape (d,), values in [s_min, 1] where open, same dtype and device.
 
     Raises:
         NumericsError: A value is outside of its interval, or gamma is negative or not finite.
@@ -205,11 +210,16 @@ def spectral_gate(
         raise NumericsError(f"lambda is {lam}, but must be finite and >= 0")
     if not 0.0 <= s_min <= 1.0:
         raise NumericsError(f"s_min is {s_min}, but must lie in [0, 1]")
+    if directions is not None and directions < 1:
+        raise NumericsError(f"directions is {directions}, but must be >= 1")
     if not torch.isfinite(gamma).all() or bool((gamma < 0).any()):
         raise NumericsError("gamma has negative values or values that are not finite")
     # With lam = 0 a direction of no use keeps the limit of gamma / (gamma + lam) at gamma = 0.
     gate = torch.where(gamma > 0, gamma / (gamma + lam), torch.zeros_like(gamma))
-    return gate.clamp(min=s_min)
+    gate = gate.clamp(min=s_min)
+    if directions is not None:
+        gate[directions:] = 0.0
+    return gate
 
 
 def step_scale(gamma: Float[Tensor, " d"], gate: Float[Tensor, " d"], task_trace: float) -> float:
@@ -232,6 +242,23 @@ def smallest_eigenvectors(c_pre: Tensor, r: int, name: str = "layer") -> Float64
     if not 1 <= r <= len(pre):
         raise NumericsError(f"{name}: r is {r}, but must lie in [1, {len(pre)}] (its d_in)")
     return _eigh(pre, name)[1][:, :r].contiguous()
+
+
+def off_diagonal_mass(c_pre: Tensor, c_task: Tensor, name: str = "layer") -> float:
+    """How far C_pre and C_task are from one eigenbasis, in [0, 1] (figure 1a).
+
+    With V the eigenvectors of C_pre: sum over i != j of (V' C_task V)_ij^2, over ||C_task||_F^2.
+    Zero if V diagonalizes C_task as well, so that C_pre alone would give the joint basis; zero also
+    for a zero C_task.
+
+    Raises:
+        NumericsError: See `checked_moment`; also unequal shapes or a zero C_pre.
+    """
+    pre, task, _ = _checked_pair(c_pre, c_task, 0.0, name)
+    vectors = _eigh(pre, name)[1]
+    squares = (vectors.T @ task @ vectors) ** 2
+    total = float(squares.sum())
+    return float((squares - torch.diag(squares.diagonal())).sum()) / total if total > 0 else 0.0
 
 
 def _checked_pair(
