@@ -208,6 +208,21 @@ def test_frozen_a_does_not_move_and_b_does(name: str) -> None:
         assert not torch.equal(b, fresh[layer_name][1])
 
 
+def test_closed_directions_stay_closed() -> None:
+    """With k open directions A never leaves the span of T's first k columns, whatever Adam does."""
+    model = make_llama()
+    bases = solved(model)
+    config = configured(tiny_config(), "folora", {"spectrum.directions": 6})
+    prepared = stepped(model, bases, config, 20)
+    fresh = lora_factors(stepped(make_llama(), bases, config, 0).model)
+    by_layer = {name: b.basis.double()[:, :6] for b in bases for name in b.group.layers}
+    for name, (a, _, _) in lora_factors(prepared.model).items():
+        q = torch.linalg.qr(torch.nn.functional.normalize(by_layer[name], dim=0)).Q
+        outside = a.double() - (a.double() @ q) @ q.T
+        assert (a - fresh[name][0]).norm() > 1e-3
+        assert outside.norm() < 1e-4 * a.norm()
+
+
 def test_weight_decay_shrinks_by_rate_times_decay() -> None:
     model = make_llama()
     bases = solved(model)

@@ -26,7 +26,8 @@ ROOT = Path(__file__).parents[1]
 RATES = (1e-3, 3e-3, 1e-2)
 # What a method keeps in the end, at seed 0 and all rates but the highest.
 KEPT = {
-    "folora": 0.8, "folora-null": 0.7, "lora": 0.3, "milora": 0.2, "gate-off": 0.6, "lora-kl": 0.5,
+    "folora": 0.8, "folora-null": 0.7, "lora": 0.3, "milora": 0.2, "gate-off": 0.6, "eigen-frozen": 0.4,
+    "lora-kl": 0.5,
 }  # fmt: skip
 PLANS: dict[str, dict[str, Any]] = {
     "world_methods": {
@@ -35,7 +36,12 @@ PLANS: dict[str, dict[str, Any]] = {
             {"methods": ["folora", "folora-null", "lora", "milora"], "learning_rates": RATES}
         ],
     },
-    "world_ablation": {"sweeps": [{"methods": ["gate-off"], "learning_rates": RATES[:2]}]},
+    "world_ablation": {
+        "sweeps": [
+            {"methods": ["gate-off"], "learning_rates": RATES[:2]},
+            {"methods": ["eigen-frozen"], "learning_rates": RATES[1:]},
+        ]
+    },
     "world_complements": {"sweeps": [{"methods": ["lora-kl"], "learning_rates": RATES[:2]}]},
     "world_knobs": {
         "sweeps": [
@@ -142,6 +148,8 @@ def write_results(folder: Path) -> None:
             for rate in RATES:
                 write_arm(folder, "world_methods", method, seed, rate)
     for seed in range(2):
+        for rate in RATES[1:]:
+            write_arm(folder, "world_ablation", "eigen-frozen", seed, rate)
         for rate in RATES[:2]:
             write_arm(folder, "world_ablation", "gate-off", seed, rate)
             write_arm(folder, "world_complements", "lora-kl", seed, rate)
@@ -266,9 +274,11 @@ def test_norms(made: Path) -> None:
 def test_variants_stand_beside_arms_of_their_rates_and_seeds(
     made: Path, plan: str, method: str
 ) -> None:
-    (table,) = tables(page(made, f"variants {plan} shift"))
+    text = page(made, f"variants {plan} shift")
+    assert "at the same seeds and learning rates 0.001, 0.003: folora, lora, folora-null." in text
+    (table,) = tables(text)
     title = METHODS[method].title
-    assert list(table) == ["folora", "LoRA", "folora, null-space start", title]
+    assert list(table)[:4] == ["folora", "LoRA", "folora, null-space start", title]
     folora = [final("folora", seed, 3e-3) for seed in range(2)]
     variant = [final(method, seed, 3e-3) for seed in range(2)]
     assert table["folora"]["kept at matched task"] == stated(folora)
@@ -371,7 +381,7 @@ def test_what_is_missing_is_said(made: Path) -> None:
     assert page(made, "variants world_ablation shift") == (
         "*No results of `world_ablation` `shift` yet.*\n"
     )
-    assert tables(page(made, "runs"))[0]["world_ablation"]["arms"] == "0 of 4"
+    assert tables(page(made, "runs"))[0]["world_ablation"]["arms"] == "0 of 8"
     (results / "world_methods/shift/2/lora--training.learning_rate=0.001.json").unlink()
     text = page(made, "methods shift")
     assert "*Incomplete: 1 of 36 arms of `world_methods` have no result yet (of seed 2).*" in text
@@ -385,7 +395,7 @@ def test_what_is_missing_is_said(made: Path) -> None:
 def test_variants_without_references_and_knobs_without_defaults(made: Path) -> None:
     (made / "results/world_methods").rename(made / "aside")
     text = page(made, "variants world_ablation shift")
-    assert list(tables(text)[0]) == [METHODS["gate-off"].title]
+    assert list(tables(text)[0]) == [METHODS[name].title for name in ("gate-off", "eigen-frozen")]
     assert "*No arms of folora, lora, folora-null to compare with yet.*" in text
     assert page(made, "knobs folora").startswith("*No results of `world_methods` `folora`")
 

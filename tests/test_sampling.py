@@ -20,6 +20,7 @@ from folora.sampling import (
     HuggingFaceEngine,
     check_same_tokenizer,
     decoding_of,
+    ending_ids,
     load_proxy_set,
     restrict,
     sample,
@@ -178,6 +179,18 @@ def test_a_hopeless_model_is_given_up_with_reasons() -> None:
 
     with pytest.raises(DataError, match="token_run"):
         sample(stuck, 1, [2], CONFIG)
+
+
+def test_text_can_run_through_the_end_of_a_document() -> None:
+    """Without endings EOS is a token like any other: it occurs, also before the minimum length."""
+    model, tokenizer = make_llama(), make_tokenizer()
+    config = tiny_config(sampling={"ignore_eos": True}).sampling
+    assert ending_ids(model, tokenizer, config) == []
+    assert ending_ids(model, tokenizer, tiny_config().sampling) == [2]
+    found = sample(HuggingFaceEngine(model, 1, [], config), 1, [], config)
+    rows = [row[1:] for row in [*found.calibration, *found.held_out]]
+    assert {len(row) for row in rows} == {config.max_new_tokens}
+    assert any(2 in row[: config.min_new_tokens - 1] for row in rows)
 
 
 def test_rejections_are_counted() -> None:
