@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. Both set up .venv by themselves.
+# `make demo`, `make test`, and `make results` for docs/results.md. All set up .venv by themselves.
 PYTHON ?= python3.11
 ifeq (,$(shell command -v $(PYTHON) 2>/dev/null))
 PYTHON := python3
@@ -10,13 +10,16 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test lint format clean
+.PHONY: demo test results lint format clean
 
 demo: $(VENV)/ready
 	$(RUN) -m demo --output demo/output
 
 test: $(VENV)/ready
 	$(RUN) -m pytest
+
+results: $(VENV)/ready
+	$(RUN) -m benchmarks.report
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

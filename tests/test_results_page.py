@@ -15,7 +15,8 @@ import torch
 import yaml
 from scipy import stats
 
-from benchmarks.report import Source, main, render
+from benchmarks.report import main, render
+from benchmarks.source import Source
 from benchmarks.spectra import main as spectra_main
 from folora.artifacts import write_artifact
 from folora.errors import ConfigError, NumericsError
@@ -362,7 +363,7 @@ def test_a_page_has_its_text_and_small_pictures(made: Path) -> None:
         ("{{ methods }}", "missing a required argument: 'task'"),
         ("{{ runs shift }}", "too many positional arguments"),
         ("{{ variants world_knobs shift }}", "unknown plan of variants 'world_knobs'"),
-        ("{{ knobs lora }}", "unknown method 'lora'"),
+        ("{{ knobs loar }}", "unknown method 'loar' (did you mean 'lora'?)"),
         ("{{ }}", "unknown block ''"),
         ("see {{ runs }}", "a line of its own"),
     ],
@@ -382,6 +383,7 @@ def test_what_is_missing_is_said(made: Path) -> None:
         "*No results of `world_ablation` `shift` yet.*\n"
     )
     assert tables(page(made, "runs"))[0]["world_ablation"]["arms"] == "0 of 8"
+    assert page(made, "knobs lora") == "*No results of `world_knobs` `lora`; none are planned.*\n"
     (results / "world_methods/shift/2/lora--training.learning_rate=0.001.json").unlink()
     text = page(made, "methods shift")
     assert "*Incomplete: 1 of 36 arms of `world_methods` have no result yet (of seed 2).*" in text

@@ -100,6 +100,19 @@ class Column:
     digits: int
     values: Mapping[str, Mapping[int, float]]
 
+    def cell(self, method: str) -> str:
+        """Mean and half-width over the seeds of a method."""
+        values = self.values[method]
+        return _stated(interval(values.values()), len(values), self.digits)
+
+    def difference(self, method: str, reference: str) -> str:
+        """Method minus reference by seed, with a star if the interval excludes zero."""
+        if method == reference:
+            return NONE
+        found = paired(self.values[method], self.values[reference])
+        star = " *" if found.excludes_zero else ""
+        return _stated(found, len(self.values[method]), self.digits, "+") + star
+
 
 def comparison_table(
     results: Iterable[Result],
@@ -140,15 +153,13 @@ def comparison_table(
     rows = []
     for method, seeds in arms.items():
         row = [titles[method]]
-        row += [_cell(column.values[method], column.digits) for column in columns]
+        row += [column.cell(method) for column in columns]
         row += [_count([arm for group in seeds.values() for arm in group]), str(len(seeds))]
         rows.append(row)
     if reference in arms:
         header.insert(2, f"minus {titles[reference]}")
         for method, row in zip(arms, rows, strict=True):
-            row.insert(
-                2, NONE if method == reference else _difference(columns[0], method, reference)
-            )
+            row.insert(2, columns[0].difference(method, reference))
     caption = [
         f"{task}: mean ± half-width of the 95 % interval over seeds; all arms of a method are pooled.",
         _levels_in_words(levels, scores, level is None, kept_level is None),
@@ -265,17 +276,6 @@ def best_average(arms: Sequence[Result]) -> Averages:
     ]
     nothing = Averages(math.nan, math.nan, math.nan, math.nan)
     return max((a for a in found if math.isfinite(a.gm)), key=lambda a: a.gm, default=nothing)
-
-
-def _cell(values: Mapping[int, float], digits: int) -> str:
-    return _stated(interval(values.values()), len(values), digits)
-
-
-def _difference(column: Column, method: str, reference: str) -> str:
-    """Method minus reference by seed, with a star if the interval excludes zero."""
-    found = paired(column.values[method], column.values[reference])
-    star = " *" if found.excludes_zero else ""
-    return _stated(found, len(column.values[method]), column.digits, "+") + star
 
 
 def _stated(found: Interval, seeds: int, digits: int, sign: str = "-") -> str:

@@ -1,0 +1,384 @@
+"""From result files to docs/results.md: ``python -m benchmarks.report``, or ``make results``.
+
+The template is written by hand. A line ``{{ name argument ... }}`` in it stands for a block, tables
+and pictures made by the function of that name in `BLOCKS`; what has no result yet is said there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from operator import attrgetter
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from benchmarks.charts import (
+    Matched,
+    Panel,
+    at_matched_task,
+    calibration_picture,
+    knob_picture,
+    spectra_picture,
+)
+from benchmarks.source import MAIN, RATE, NoResultsError, Source, check_word, rate_of
+from folora.artifacts import write_text
+from folora.config import FoLoraConfig
+from folora.errors import ConfigError, DataError, FoLoraError
+from folora.frontier import at_norm
+from folora.pictures import NORMS, Norm, frontier_picture, norm_picture
+from folora.report import NONE, Column, Table, comparison_table
+from folora.results import Result, by_method, grouped, scores_of
+
+KNOBS, CALIBRATION = "world_knobs", "world_calibration"
+VARIANTS = ("world_ablation", "world_complements")
+REFERENCE = "folora"
+REFERENCES = (REFERENCE, "lora", "folora-null")
+PICTURED = (
+    "folora", "folora-null", "lora", "milora", "corda", "lora-null", "lora-null-v2", "oplora",
+    "null-frozen",
+)  # fmt: skip
+NAMES = {
+    "spectrum.tau": "tau",
+    "spectrum.lam": "lambda",
+    "spectrum.s_min": "s_min",
+    "spectrum.directions": "directions",
+    "training.lr_b_ratio": "lr of B / lr of A",
+    "adapter.r": "r",
+}
+SELF, COUNT = "self", 256  # calibration: the model's own text, and the number to compare sources at
+DEFAULTS = "defaults"
+PICTURES = "pictures"  # folder beside the page
+
+CALL = re.compile(r"\s*\{\{(.*)\}\}\s*")
+SEEDS = re.compile(r"\s+--seeds(?:[ =]\d+)+")
+
+Drawing = Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class Block:
+    """What stands for a line of the template: its text, and pictures by file name."""
+
+    text: str
+    pictures: Mapping[str, Drawing] = field(default_factory=dict)
+
+
+# Blocks: each takes the source and the words that follow its name.
+
+
+def runs(source: Source) -> Block:
+    """What was run: how much of each plan, for how long, by which commands and versions."""
+    rows, commands, versions = [], dict[str, None](), dict[str, None]()
+    for plan in dict.fromkeys([*source.plans, *source.results]):
+        results, expected = source.results.get(plan, []), source.expected(plan)
+        arms = f"{len(results)} of {len(expected)}" if expected else str(len(results))
+        tasks = ", ".join(dict.fromkeys(r.task for r in results)) or NONE
+        seeds = ", ".join(map(str, sorted({r.seed for r in results}))) or NONE
+        hours = sum(r.seconds or 0.0 for r in results) / 3600
+        rows.append((plan, tasks, seeds, arms, f"{hours:.1f}"))
+        commands |= dict.fromkeys(SEEDS.sub("", r.command) for r in results)
+        versions |= dict.fromkeys(
+            ", ".join(f"{name} {number}" for name, number in r.versions.items()) for r in results
+        )
+    caption = "Arms: those with a result, of those planned. Hours: of one core, for these arms."
+    table = Table(("plan", "tasks", "seeds", "arms", "hours"), tuple(rows), caption)
+    typed = "\n".join(["```", *commands, "```"]) if commands else ""
+    made = f"Versions: {'; '.join(versions)}." if versions else ""
+    return Block(_paragraphs(table.markdown(), typed, made))
+
+
+def methods(source: Source, task: str) -> Block:
+    """All methods on one task, with the frontier and the norm of some of them."""
+    results = source.chosen(MAIN, task)
+    shown = _present(results, PICTURED)
+    frontier, norm = f"methods_{task}.png", f"norms_{task}.png"
+    text = _paragraphs(
+        comparison_table(results, task, reference=REFERENCE).markdown(),
+        source.missing(MAIN, task),
+        _image(frontier, f"kept against task score, {task}"),
+        _image(norm, f"kept against the size of the update, {task}"),
+    )
+    return Block(
+        text,
+        {
+            frontier: partial(frontier_picture, results, task, methods=shown),
+            norm: partial(norm_picture, results, task, methods=shown),
+        },
+    )
+
+
+def norms(source: Source, task: str) -> Block:
+    """What methods keep at an equal size of the update: one table a norm."""
+    results = source.chosen(MAIN, task)
+    tables = [norm_table(results, which).markdown() for which in NORMS]
+    return Block(_paragraphs(*tables, source.missing(MAIN, task)))
+
+
+def variants(source: Source, plan: str, task: str) -> Block:
+    """Variants of folora, beside methods of the main plan with the same learning rates and seeds."""
+    check_word(plan, VARIANTS, "plan of variants")
+    results = source.chosen(plan, task)
+    rates = source.main_rates(plan)
+    beside = source.beside([r for r in results if not rates or rate_of(r) in rates], REFERENCES)
+    absent = [name for name in REFERENCES if name not in _present(beside, REFERENCES)]
+    lacking = f"*No arms of {', '.join(absent)} to compare with yet.*" if absent else ""
+    used = ", ".join(f"{rate:g}" for rate in sorted({rate_of(r) for r in beside}))
+    there = ", ".join(_present(beside, REFERENCES))
+    same = f"From `{MAIN}`, at the same seeds and learning rates {used}: {there}."
+    table = comparison_table([*beside, *results], task, reference=REFERENCE)
+    return Block(
+        _paragraphs(table.markdown(), same if beside else "", lacking, source.missing(plan, task))
+    )
+
+
+def knobs(source: Source, method: str) -> Block:
+    """Each value of a knob as a method of its own, beside the defaults; a panel for each knob."""
+    results = source.chosen(KNOBS, method=method)
+    task = _only_task(results)
+    defaults = [_relabelled(r, DEFAULTS) for r in source.beside(results, [method])]
+    if not defaults:
+        raise NoResultsError(f"No results of `{MAIN}` `{method}` to compare the knobs with yet.")
+    turned = sorted(results, key=lambda r: [(_place(k), r.changes[k]) for k in _knobs(r)])
+    together = [*defaults, *(_relabelled(r, _setting(r)) for r in turned)]
+    picture = f"knobs_{method}.png"
+    text = _paragraphs(
+        comparison_table(together, task, reference=DEFAULTS).markdown(),
+        source.missing(KNOBS, method=method),
+        _image(picture, f"knobs of {method}"),
+    )
+    panels = knob_panels(turned, defaults, at_matched_task(together, task)[1])
+    return Block(text, {picture: partial(knob_picture, panels, f"{method}, {task}")})
+
+
+def calibration(source: Source) -> Block:
+    """What C_pre was measured on: its source, and how many sequences; a table for each method."""
+    results = source.chosen(CALIBRATION)
+    task = _only_task(results)
+    ordered = sorted(results, key=lambda r: (_source(r) != SELF, _source(r), _count(r)))
+    level, matched = at_matched_task([_relabelled(r, _calibrated(r)) for r in ordered], task)
+    tables = []
+    for title in dict.fromkeys(r.title for r in ordered):
+        rows = [_relabelled(r, _calibrated(r)) for r in ordered if r.title == title]
+        reference = f"{title}, {SELF} {COUNT}"
+        tables.append(comparison_table(rows, task, level, reference=reference).markdown())
+    shared = "The tables share their level: 90 % of the way from the base to the best row of all."
+    kept = {(r.title, _source(r), _count(r)): matched[_calibrated(r)].kept for r in ordered}
+    image = _image("calibration.png", "kept by source and number of sequences")
+    text = _paragraphs(*tables, shared, source.missing(CALIBRATION), image)
+    return Block(text, {"calibration.png": partial(calibration_picture, kept, COUNT)})
+
+
+def spectra(source: Source) -> Block:
+    """How far C_task is from C_pre's eigenbasis, and how few directions carry the task."""
+    if not source.spectra:
+        raise NoResultsError("No results of `benchmarks.spectra` yet.")
+    header = (
+        "model", "task", "groups", "off-diagonal mass", "gate above its floor", "half of gamma",
+    )  # fmt: skip
+    rows = []
+    for found in source.spectra:
+        groups = found["groups"]
+        mass, gate, half = ([g[name] for g in groups] for name in ("off_diagonal", "open", "half"))
+        rows.append(
+            (
+                found["model"], found["task"], str(len(groups)), _range(mass, ".3f"),
+                _range(gate, ".0%"), _range(half, "g"),
+            )
+        )  # fmt: skip
+    caption = (
+        "Median (range) over the groups, that is the shared inputs. Off-diagonal mass: share of "
+        "||C_task||_F^2 off the diagonal in the eigenbasis of C_pre. Gate above its floor: share of "
+        "the directions. Half of gamma: directions that carry half of the sum. At the default tau, "
+        "lambda and s_min."
+    )
+    table = Table(header, tuple(rows), caption)
+    image = _image("spectra.png", "off-diagonal mass, gamma and gate")
+    text = _paragraphs(table.markdown(), image)
+    return Block(text, {"spectra.png": partial(spectra_picture, source.spectra)})
+
+
+BLOCKS: dict[str, Callable[..., Block]] = {
+    "runs": runs,
+    "methods": methods,
+    "norms": norms,
+    "variants": variants,
+    "knobs": knobs,
+    "calibration": calibration,
+    "spectra": spectra,
+}
+
+
+def norm_table(results: Sequence[Result], which: Norm) -> Table:
+    """Kept at three sizes of the update in one norm, and the difference from folora."""
+    scores, arms = scores_of(results), by_method(grouped(results))
+    titles = {r.method: r.title for r in results}
+    paths = {
+        method: {seed: [arm.points(scores) for arm in group] for seed, group in seeds.items()}
+        for method, seeds in arms.items()
+    }
+    points = [p for arm in results for p in arm.points(scores) if math.isfinite(p.task)]
+    half = max(p.task for p in points) / 2
+    sizes = [size for p in points if p.task >= half and 0 < (size := getattr(p, which)) < math.inf]
+    if not sizes:
+        raise NoResultsError("No arm has learned half of what the best has.")
+    quartiles = [float(f"{q:.2g}") for q in np.quantile(sizes, (0.25, 0.5, 0.75))]
+    header, rows = ["method"], {method: [titles[method]] for method in arms}
+    for size in dict.fromkeys(quartiles):
+        values = {
+            method: {seed: at_norm(found, size, which) for seed, found in seeds.items()}
+            for method, seeds in paths.items()
+        }
+        column = Column(f"{which[0].upper()} = {size:g}", 3, values)
+        header.append(column.title)
+        for method, row in rows.items():
+            row.append(column.cell(method))
+        if REFERENCE in arms:
+            header.append(f"minus {titles[REFERENCE]}")
+            for method, row in rows.items():
+                row.append(column.difference(method, REFERENCE))
+    caption = (
+        f"{results[0].task}: kept score at equal {which[0].upper()} = {NORMS[which]}, interpolated along each arm, mean over the "
+        "arms of a method that get there, then mean ± half-width of the 95 % interval over seeds. "
+        "Sizes: rounded quartiles among the readings, of all methods, with at least half of the best "
+        f"task score. *: the interval of the differences by seed excludes zero. {NONE}: no arm gets "
+        "there."
+    )
+    return Table(tuple(header), tuple(map(tuple, rows.values())), caption)
+
+
+def knob_panels(
+    turned: Sequence[Result], defaults: Sequence[Result], matched: Mapping[str, Matched]
+) -> list[Panel]:
+    """One panel for each knob that was turned alone."""
+    panels = []
+    for knob in dict.fromkeys(knob for r in turned for knob in _knobs(r)):
+        alone = [r for r in turned if _knobs(r) == [knob]]
+        values = {float(r.changes[knob]): matched[_setting(r)] for r in alone}
+        default = defaults[0].config.get(knob, attrgetter(knob)(FoLoraConfig()))
+        if default is not None:
+            values[float(default)] = matched[DEFAULTS]
+        panels.append(Panel(_name(knob), values, default, matched[DEFAULTS]))
+    return panels
+
+
+def render(template: str, source: Source, name: str = "the template") -> Block:
+    """The whole page: the template with its blocks filled in, and all pictures.
+
+    Raises:
+        ConfigError: A block is unknown, or its arguments or results are wrong; the line is named.
+    """
+    lines: list[str] = []
+    pictures: dict[str, Drawing] = {}
+    for number, line in enumerate(template.splitlines(), 1):
+        if "{{" not in line:
+            lines.append(line)
+            continue
+        try:
+            block = _called(line, source)
+        except NoResultsError as nothing:
+            block = Block(f"*{nothing}*")
+        except FoLoraError as error:
+            raise ConfigError(f"{name}, line {number}, {line.strip()!r}: {error}") from error
+        lines.append(block.text.strip())
+        pictures |= block.pictures
+    return Block("\n".join([*lines, ""]), pictures)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Write docs/results.md from the result files.")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--plans", type=Path, default=Path("benchmarks/plans"))
+    parser.add_argument("--template", type=Path, default=Path("benchmarks/results.template.md"))
+    parser.add_argument("--output", type=Path, default=Path("docs/results.md"))
+    options = parser.parse_args(arguments)
+    source = Source.load(options.results, options.plans)
+    page = render(options.template.read_text(encoding="utf-8"), source, str(options.template))
+    for name, draw in page.pictures.items():
+        draw(options.output.parent / PICTURES / name)
+    write_text(options.output, page.text)
+    print(f"{options.output} and {len(page.pictures)} pictures")
+
+
+def _called(line: str, source: Source) -> Block:
+    """The block that a line of the template calls for."""
+    call = CALL.fullmatch(line)
+    if not call:
+        raise ConfigError("a block {{ name argument ... }} needs a line of its own")
+    name, *arguments = call[1].split() or [""]
+    check_word(name, BLOCKS, "block")
+    try:
+        inspect.signature(BLOCKS[name]).bind(source, *arguments)
+    except TypeError as error:
+        raise ConfigError(f"wrong arguments, {error}") from error
+    return BLOCKS[name](source, *arguments)
+
+
+def _present(results: Iterable[Result], wanted: Iterable[str]) -> list[str]:
+    there = {r.method for r in results}
+    return [method for method in wanted if method in there]
+
+
+def _only_task(results: Iterable[Result]) -> str:
+    task, *others = dict.fromkeys(r.task for r in results)
+    if others:
+        raise DataError(
+            f"results of one task are needed, but there are {task}, {', '.join(others)}"
+        )
+    return task
+
+
+def _relabelled(result: Result, name: str) -> Result:
+    return replace(result, method=name, title=name)
+
+
+def _knobs(result: Result) -> list[str]:
+    return [name for name in result.changes if name != RATE]
+
+
+def _name(knob: str) -> str:
+    return NAMES.get(knob, knob.rsplit(".", 1)[-1])
+
+
+def _place(knob: str) -> tuple[int, str]:
+    """Order of knobs: as in NAMES, then all others."""
+    return (list(NAMES).index(knob) if knob in NAMES else len(NAMES), knob)
+
+
+def _setting(result: Result) -> str:
+    return ", ".join(f"{_name(knob)} = {result.changes[knob]:g}" for knob in _knobs(result))
+
+
+def _source(result: Result) -> str:
+    return str(result.calibration["source"])
+
+
+def _count(result: Result) -> int:
+    return int(result.calibration["count"])
+
+
+def _calibrated(result: Result) -> str:
+    return f"{result.title}, {_source(result)} {_count(result)}"
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    return f"{median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def _image(name: str, about: str) -> str:
+    return f"![{about}]({PICTURES}/{name})"
+
+
+def _paragraphs(*parts: str) -> str:
+    return "\n\n".join(part.strip() for part in parts if part)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Plans and results of the comparisons on worlds: what was to be run, what was, and what is missing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.spectra import FORMAT as SPECTRA
+from benchmarks.world.compare import planned
+from folora.artifacts import read_json
+from folora.config import read_yaml
+from folora.errors import ConfigError, DataError, nearest
+from folora.methods import METHODS
+from folora.results import Result, load_results
+
+MAIN = "world_methods"
+RATE = "training.learning_rate"
+
+Identity = tuple[str, int, str, str, str]  # task, seed, method, changes, calibration
+
+
+class NoResultsError(DataError):
+    """There are no results yet of something that is planned."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What blocks are made from.
+
+    Attributes:
+        plans: Plans by name, as their files have them.
+        results: Results by plan.
+        spectra: What `benchmarks.spectra` wrote.
+    """
+
+    plans: Mapping[str, Mapping[str, Any]]
+    results: Mapping[str, Sequence[Result]]
+    spectra: Sequence[Mapping[str, Any]]
+
+    @classmethod
+    def load(cls, results: Path, plans: Path) -> Source:
+        """Read the plans, and the results in a folder named after each plan."""
+        found: dict[str, list[Result]] = {}
+        for result in load_results(results):
+            found.setdefault(result.path.relative_to(results).parts[0], []).append(result)
+        spectra = [read_json(path) for path in sorted((results / "spectra").glob("*.json"))]
+        return cls(
+            {path.stem: read_yaml(path) for path in sorted(plans.glob("*.yaml"))},
+            found,
+            [values for values in spectra if values.get("format") == SPECTRA],
+        )
+
+    def tasks(self) -> list[str]:
+        """Tasks of all plans and results."""
+        planned_tasks = [task for plan in self.plans.values() for task in plan.get("tasks", [])]
+        return planned_tasks + [r.task for results in self.results.values() for r in results]
+
+    def expected(self, plan: str) -> list[Identity]:
+        """The arms of a plan, in its order; none of a plan that is not there."""
+        values = self.plans.get(plan, {})
+        arms = planned(dict(values)) if "sweeps" in values else []
+        return [
+            (task, seed, arm.method, _text(arm.changes), _text(calibration or {}))
+            for task in values.get("tasks", [])
+            for seed in values.get("seeds", [])
+            for calibration in values.get("calibration", [None])
+            for arm in arms
+        ]
+
+    def chosen(self, plan: str, task: str = "", method: str = "") -> list[Result]:
+        """Results of a plan, of one task and one method if given, methods in the plan's order.
+
+        Raises:
+            ConfigError: No plan has such a task, or there is no such method.
+            NoResultsError: There are no such results, since they are missing or not planned.
+        """
+        results, expected = self.results.get(plan, []), self.expected(plan)
+        if task:
+            check_word(task, self.tasks(), "task")
+        if method:
+            check_word(method, METHODS, "method")
+        found = [r for r in results if task in ("", r.task) and method in ("", r.method)]
+        if not found:
+            what = " ".join(f"`{word}`" for word in (plan, task, method) if word)
+            due = any(task in ("", a[0]) and method in ("", a[2]) for a in expected)
+            raise NoResultsError(f"No results of {what}{' yet' if due else '; none are planned'}.")
+        order = list(dict.fromkeys([*(arm[2] for arm in expected), *(r.method for r in results)]))
+        return sorted(found, key=lambda r: order.index(r.method))
+
+    def missing(self, plan: str, task: str = "", method: str = "") -> str:
+        """A sentence on the arms of a plan that have no result yet, or nothing."""
+        expected = [a for a in self.expected(plan) if task in ("", a[0]) and method in ("", a[2])]
+        done = {_identity(result) for result in self.results.get(plan, [])}
+        left = [arm for arm in expected if arm not in done]
+        if not left:
+            return ""
+        seeds = ", ".join(map(str, sorted({arm[1] for arm in left})))
+        return (
+            f"*Incomplete: {len(left)} of {len(expected)} arms of `{plan}` have no result yet "
+            f"(of seed {seeds}).*"
+        )
+
+    def main_rates(self, plan: str) -> list[float]:
+        """Learning rates of a plan's first sweep, which most of its methods share."""
+        return [
+            r
+            for sweep in self.plans.get(plan, {}).get("sweeps", [])[:1]
+            for r in sweep["learning_rates"]
+        ]
+
+    def beside(self, results: Iterable[Result], methods: Iterable[str]) -> list[Result]:
+        """Arms of the main plan with a task, a seed and a learning rate that occur in `results`."""
+        results = list(results)
+        tasks, seeds = {r.task for r in results}, {r.seed for r in results}
+        rates = {rate_of(r) for r in results}
+        candidates = [
+            r
+            for r in self.results.get(MAIN, [])
+            if r.task in tasks and r.seed in seeds and rate_of(r) in rates
+        ]
+        return [r for method in methods for r in candidates if r.method == method]
+
+
+def check_word(word: str, known: Iterable[str], what: str) -> None:
+    """Raise ConfigError, with the nearest right word, if a word is not known."""
+    known = list(dict.fromkeys(known))
+    if word not in known:
+        raise ConfigError(
+            f"unknown {what} {word!r}{nearest(word, known)}; known: {', '.join(known)}"
+        )
+
+
+def rate_of(result: Result) -> float:
+    """The arm's learning rate."""
+    return float(result.changes[RATE])
+
+
+def _identity(result: Result) -> Identity:
+    changes, calibration = _text(result.changes), _text(result.calibration)
+    return (result.task, result.seed, result.method, changes, calibration)
+
+
+def _text(values: Mapping[str, Any]) -> str:
+    return json.dumps(dict(values), sort_keys=True)

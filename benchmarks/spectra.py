@@ -1,0 +1,95 @@
+"""How far task and foundation are from one eigenbasis, layer by layer: ``python -m benchmarks.spectra``.
+
+Reads the statistics that a run left behind and keeps a few numbers of each shared input, so that
+figures 1a and 2a need no model and no matrices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from folora.artifacts import read_artifact, software_versions, write_text
+from folora.pipeline import STATISTICS
+from folora.spectrum import (
+    LAMBDA,
+    S_MIN,
+    TAU,
+    generalized_eigenbasis,
+    off_diagonal_mass,
+    spectral_gate,
+)
+
+FORMAT = "spectra/1"
+QUANTILES = 33
+
+
+def group_spectrum(name: str, c_pre: Tensor, c_task: Tensor) -> dict[str, Any]:
+    """Numbers of one shared input, at the default tau, lambda and s_min.
+
+    Returns:
+        ``off_diagonal``: see `off_diagonal_mass`; ``gamma``: quantiles, descending; ``open``: share
+        of the directions whose gate is above its floor; ``half``: how many leading directions carry
+        half of the sum of gamma.
+    """
+    gamma = generalized_eigenbasis(c_pre, c_task, name=name).gamma
+    gate = spectral_gate(gamma, LAMBDA, S_MIN)
+    quantiles = torch.quantile(gamma, torch.linspace(1, 0, QUANTILES, dtype=gamma.dtype))
+    return {
+        "name": name,
+        "d": len(gamma),
+        "off_diagonal": _rounded(off_diagonal_mass(c_pre, c_task, name)),
+        "gamma": [_rounded(float(value)) for value in quantiles],
+        "open": _rounded(float((gate > S_MIN).double().mean())),
+        "half": int((gamma.cumsum(0) < gamma.sum() / 2).sum()) + 1,
+    }
+
+
+def run_spectra(folder: Path, model: str, task: str, command: str) -> dict[str, Any]:
+    """What the file of a run holds. Raises ArtifactError if its statistics are not there."""
+    pre, on_task = (
+        read_artifact(folder / STATISTICS / part, f"statistics_{part}").tensors
+        for part in ("pre", "task")
+    )
+    return {
+        "format": FORMAT,
+        "model": model,
+        "task": task,
+        "command": command,
+        "versions": software_versions(),
+        "tau": TAU,
+        "lambda": LAMBDA,
+        "s_min": S_MIN,
+        "groups": [group_spectrum(name, pre[name], on_task[name]) for name in sorted(pre)],
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    parser = argparse.ArgumentParser(description="Keep a few numbers of every layer's spectrum.")
+    parser.add_argument("--run", type=Path, required=True, help="folder of a folora run")
+    parser.add_argument("--model", required=True, help="name of the model in tables")
+    parser.add_argument("--task", required=True, help="name of the task in tables")
+    parser.add_argument("--output", type=Path, required=True, help="the .json to write")
+    options = parser.parse_args(given)
+    torch.set_num_threads(1)
+    command = f"python -m benchmarks.spectra {shlex.join(given)}"
+    found = run_spectra(options.run, options.model, options.task, command)
+    write_text(options.output, json.dumps(found) + "\n")
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+if __name__ == "__main__":
+    main()
