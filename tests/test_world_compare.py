@@ -1,0 +1,117 @@
+"""The comparison on worlds runs from a plan, on its own tasks and on those of a stranger."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from benchmarks.world.compare import main, planned
+from benchmarks.world.pretrain import pretrain
+from folora.results import load_results
+
+PLANS = sorted((Path(__file__).parents[1] / "benchmarks" / "plans").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A world that was hardly pretrained."""
+    folder = tmp_path_factory.mktemp("worlds")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("benchmarks.world.pretrain.BATCH", 2)
+        pretrain(folder / "7", seed=7, steps=60)
+    return folder
+
+
+def plan_file(folder: Path, **changes: object) -> Path:
+    plan = {
+        "runs": "tiny",
+        "tasks": ["difference", "instrument"],
+        "seeds": [7],
+        "base": {
+            "dtype": "float32",
+            "device": "cpu",
+            "sampling.num_sequences": 36,
+            "sampling.min_new_tokens": 32,
+            "sampling.max_new_tokens": 32,
+            "sampling.ignore_eos": True,
+            "statistics.task_examples": 8,
+            "training.max_steps": 4,
+            "training.batch_size": 2,
+            "adapter.r": 2,
+        },
+        "sweeps": [{"methods": ["folora", "null-frozen"], "learning_rates": [1e-3]}],
+        **changes,
+    }
+    path = folder / "plan.yaml"
+    path.write_text(yaml.safe_dump(plan))
+    return path
+
+
+def run(folder: Path, models: Path, plan: Path, *more: str) -> None:
+    places = [
+        "--models",
+        str(models),
+        "--runs",
+        str(folder / "runs"),
+        "--output",
+        str(folder / "out"),
+    ]
+    main(["--plan", str(plan), *places, *more])
+
+
+def test_a_plan_leaves_an_arm_a_file_and_shares_what_belongs_to_the_base(
+    tmp_path: Path, models: Path
+) -> None:
+    run(tmp_path, models, plan_file(tmp_path))
+    results = load_results(tmp_path / "out")
+    found = {(r.task, r.method, r.seed, r.stage) for r in results}
+    assert found == {
+        (task, method, 7, "world-7")
+        for task in ("difference", "instrument")
+        for method in ("folora", "null-frozen")
+    }
+    for result in results:
+        assert len(result.base["kept"]) == 8
+        assert set(result.base["task"]) == {"accuracy"}
+        assert [r["step"] for r in result.readings] == [1, 2, 3, 4]
+        assert "--plan" in result.command
+        assert result.config["training.seed"] == 7
+    pre = [
+        (tmp_path / "runs" / "tiny" / "7" / task / "2-statistics" / "pre" / "tensors.safetensors")
+        for task in ("difference", "instrument")
+    ]
+    assert pre[0].read_bytes() == pre[1].read_bytes()
+
+    stamps = {r.path: r.path.stat().st_mtime_ns for r in results}
+    run(tmp_path, models, plan_file(tmp_path))
+    assert stamps == {p: p.stat().st_mtime_ns for p in stamps}
+
+
+def test_a_task_of_ones_own_and_other_calibrations(tmp_path: Path, models: Path) -> None:
+    rows = [
+        {"prompt": f"swap {a}{b} >", "completion": f" {b}{a}"} for a in "abcdef" for b in "ghij"
+    ]
+    for name in ("swap", "swap_test"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    plan = plan_file(
+        tmp_path,
+        calibration=[
+            {"source": source, "count": 4} for source in ("self", "pretraining", "narrow")
+        ],
+        sweeps=[{"methods": ["folora"], "learning_rates": [1e-2]}],
+    )
+    own = ["--train", str(tmp_path / "swap.jsonl"), "--test", str(tmp_path / "swap_test.jsonl")]
+    run(tmp_path, models, plan, *own, "--seeds", "7")
+    results = load_results(tmp_path / "out")
+    assert {r.task for r in results} == {"swap"}
+    assert {r.calibration["source"] for r in results} == {"self", "pretraining", "narrow"}
+    assert len({r.readings[-1]["kl"] for r in results}) == 3
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda p: p.stem)
+def test_committed_plans_are_possible_and_name_every_arm_once(path: Path) -> None:
+    arms = planned(yaml.safe_load(path.read_text()))
+    assert len({arm.name for arm in arms}) == len(arms) > 0
