@@ -10,7 +10,7 @@ import pytest
 import scipy.linalg
 import torch
 from conftest import make_gpt2, make_llama, make_tokenizer, rows, tiny_config
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, OSFConfig, get_peft_model
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from transformers import PreTrainedModel
@@ -183,6 +183,29 @@ def test_oplora_stays_off_the_leading_singular_spaces_under_adamw(model: PreTrai
     with torch.no_grad():
         again = prepared.model.merge_and_unload()(IDS).logits
     assert torch.allclose(merged, again, atol=1e-4)
+
+
+def test_pefts_osf_leaves_under_adam_the_space_that_oplora_stays_in() -> None:
+    """OSF projects gradients; Adam then rescales them out of the subspace. Ours projects the update."""
+    model = make_llama()
+    layers = target_layers(model, "all-linear")
+    base = {name: model.get_submodule(name).weight.detach().clone().double() for name in layers}
+    osf = get_peft_model(model, OSFConfig(target_modules=list(layers), effective_rank=4))
+    trained = [p for p in osf.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
+    for _ in range(20):
+        optimizer.zero_grad()
+        osf(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    leaks = []
+    for name, weight in base.items():
+        delta = osf.get_base_model().get_submodule(name).get_delta_weight("default").detach()
+        u, _, vh = torch.linalg.svd(weight)
+        touched = torch.cat([(u[:, :4].T @ delta.double()).flatten(),
+                             (delta.double() @ vh[:4].T).flatten()])  # fmt: skip
+        leaks.append(float(touched.norm() / delta.norm()))
+    assert min(leaks) > 0.02
+    assert 0.05 < sum(leaks) / len(leaks) < 0.6
 
 
 def test_oplora_refuses_more_directions_than_there_are() -> None:

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import rich.table
 from rich.text import Text
 
@@ -131,7 +130,8 @@ def comparison_table(
         results: Results of any tasks.
         task: Task to compare on.
         level: Matched task score. By default, with scorers, 90 % of the way from the base's to the
-            best that a method reaches (mean over seeds); without, the median of the methods' best.
+            best that a method reaches (mean over seeds); without, what every method reaches that gets
+            halfway there.
         kept_level: Matched kept score. By default 90 % of the base's; without scorers, KL 0.05.
         reference: Method that the others are compared with by seed; no such column if it is absent.
         methods: Methods to show, in this order. By default all.
@@ -189,7 +189,7 @@ def matched_levels(
     elif task is None and scores.task_scored:
         task = start + SHARE * (max(reached) - start)
     elif task is None:
-        task = float(np.median(reached))
+        task = min(value for value in reached if value >= (start + max(reached)) / 2)
     if kept is None:
         kept = SHARE * _mean(p.kept for p in bases.values()) if scores.kept_scored else -KL_LEVEL
     if scores.task_scored:
@@ -204,7 +204,7 @@ def _levels_in_words(levels: Levels, scores: Scores, task_found: bool, kept_foun
         why = "90 % of the way from the base to the best method"
     else:
         task = f"loss of at most {-levels.task:.3f} nats a token"
-        why = "median of the methods' best"
+        why = "reached by every method that gets halfway to the best"
     if scores.kept_scored:
         kept = f"score of at least {levels.kept:.3f}" + (" (90 % of the base's)" * kept_found)
     else:
