@@ -52,6 +52,13 @@ NAMES = {
     "training.lr_b_ratio": "lr of B / lr of A",
     "adapter.r": "r",
 }
+DEMO = (
+    ("learned: task loss (nats a token)", "task_loss", "{:.3f}"),
+    ("learned: problems solved (of 40)", "task_accuracy", "{:.1%}"),
+    ("kept: facts known (of 400; base is the mark)", "facts_accuracy", "{:.1%}"),
+    ("kept: log-probability of a fact", "facts_log_probability", "{:.2f}"),
+    ("forgot: KL to the base (nats a token)", "kl", "{:.4f}"),
+)
 SELF, COUNT = "self", 256  # calibration: the model's own text, and the number to compare sources at
 DEFAULTS = "defaults"
 PICTURES = "pictures"  # folder beside the page
@@ -175,6 +182,28 @@ def calibration(source: Source) -> Block:
     return Block(text, {"calibration.png": partial(calibration_picture, kept, COUNT)})
 
 
+def compared(source: Source, plan: str, task: str) -> Block:
+    """What one ``folora compare`` found, by the meter alone."""
+    results = source.chosen(plan, task)
+    picture = f"{plan}_{task}.png"
+    text = _paragraphs(
+        comparison_table(results, task, reference=REFERENCE).markdown(),
+        _image(picture, f"KL against task loss, {plan}"),
+    )
+    return Block(text, {picture: partial(frontier_picture, results, task)})
+
+
+def demo(source: Source) -> Block:
+    """What ``make demo`` wrote: one seed of LoRA and folora at the same rate and steps."""
+    if not source.demo:
+        raise NoResultsError("No result of `make demo` yet.")
+    scores = source.demo["scores"]
+    rows = [
+        (title, *[style.format(arm[key]) for arm in scores.values()]) for title, key, style in DEMO
+    ]
+    return Block(Table(("", *scores), tuple(rows), "One seed; `make demo`.").markdown())
+
+
 def spectra(source: Source) -> Block:
     """How far C_task is from C_pre's eigenbasis, and how few directions carry the task."""
     if not source.spectra:
@@ -212,6 +241,8 @@ BLOCKS: dict[str, Callable[..., Block]] = {
     "knobs": knobs,
     "calibration": calibration,
     "spectra": spectra,
+    "compared": compared,
+    "demo": demo,
 }
 
 
@@ -296,10 +327,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write docs/results.md from the result files.")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--plans", type=Path, default=Path("benchmarks/plans"))
+    parser.add_argument("--demo", type=Path, default=Path("docs/demo.json"))
     parser.add_argument("--template", type=Path, default=Path("benchmarks/results.template.md"))
     parser.add_argument("--output", type=Path, default=Path("docs/results.md"))
     options = parser.parse_args(arguments)
-    source = Source.load(options.results, options.plans)
+    source = Source.load(options.results, options.plans, options.demo)
     page = render(options.template.read_text(encoding="utf-8"), source, str(options.template))
     for name, draw in page.pictures.items():
         draw(options.output.parent / PICTURES / name)

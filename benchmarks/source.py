@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,17 @@ class Source:
         plans: Plans by name, as their files have them.
         results: Results by plan.
         spectra: What `benchmarks.spectra` wrote.
+        demo: What `make demo` wrote; empty if it is not there.
     """
 
     plans: Mapping[str, Mapping[str, Any]]
     results: Mapping[str, Sequence[Result]]
     spectra: Sequence[Mapping[str, Any]]
+    demo: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, results: Path, plans: Path) -> Source:
-        """Read the plans, and the results in a folder named after each plan."""
+    def load(cls, results: Path, plans: Path, demo: Path) -> Source:
+        """Read the plans, the results in a folder named after each plan, and the demo's."""
         found: dict[str, list[Result]] = {}
         for result in load_results(results):
             found.setdefault(result.path.relative_to(results).parts[0], []).append(result)
@@ -51,6 +53,7 @@ class Source:
             {path.stem: read_yaml(path) for path in sorted(plans.glob("*.yaml"))},
             found,
             [values for values in spectra if values.get("format") == SPECTRA],
+            read_json(demo) if demo.exists() else {},
         )
 
     def tasks(self) -> list[str]:

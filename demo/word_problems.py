@@ -9,6 +9,7 @@ All draws come from one seeded generator, so equal arguments give equal rows.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -350,3 +351,8 @@ def split(train: int, test: int, seed: int) -> tuple[list[dict[str, str]], list[
 def answer_of(completion: str) -> str | None:
     """The answer that a completion states after "####", or None where it states none."""
     return completion.partition(SEPARATOR)[2].strip() or None
+
+
+if __name__ == "__main__":
+    for row in split(600, 64, seed=0)[0]:
+        print(json.dumps(row))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +186,7 @@ def made(tmp_path: Path) -> Path:
 
 
 def source(folder: Path) -> Source:
-    return Source.load(folder / "results", folder / "plans")
+    return Source.load(folder / "results", folder / "plans", folder / "demo.json")
 
 
 def tables(text: str) -> list[dict[str, dict[str, str]]]:
@@ -402,9 +403,38 @@ def test_variants_without_references_and_knobs_without_defaults(made: Path) -> N
     assert page(made, "knobs folora").startswith("*No results of `world_methods` `folora`")
 
 
+def test_a_comparison_without_a_plan_and_the_demo_have_blocks_too(made: Path) -> None:
+    assert page(made, "demo") == "*No result of `make demo` yet.*\n"
+    (made / "demo.json").write_text((ROOT / "docs/demo.json").read_text())
+    scores = json.loads((made / "demo.json").read_text())["scores"]
+    assert f"| {scores['base']['task_loss']:.3f} | {scores['LoRA']['task_loss']:.3f} |" in page(
+        made, "demo"
+    )
+    shutil.copytree(made / "results/world_methods/shift", made / "results/elsewhere")
+    found = render("{{ compared elsewhere shift }}", source(made))
+    assert set(found.pictures) == {"elsewhere_shift.png"}
+    (there,) = tables(found.text)
+    (main_table, *_) = tables(page(made, "methods shift"))
+    assert there == main_table
+
+
+def test_numbers_in_the_answers_stand_in_the_tables() -> None:
+    """The answers are written by hand; what they quote must be on the page that the JSONs make."""
+    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    answers = text.split("## Answers")[1].split("## Methods on frontiers")[0]
+    rest = text.replace(answers, "")
+    stated = set(re.findall(r"(?<![\w.])\d*\.\d{2,}(?![\w])", answers))
+    assert [number for number in sorted(stated) if number.lstrip("0") not in rest] == []
+
+
 def test_the_committed_page_is_what_the_results_give() -> None:
     template = (ROOT / "benchmarks/results.template.md").read_text(encoding="utf-8")
-    found = render(template, Source.load(ROOT / "benchmarks/results", ROOT / "benchmarks/plans"))
+    found = render(
+        template,
+        Source.load(
+            ROOT / "benchmarks/results", ROOT / "benchmarks/plans", ROOT / "docs/demo.json"
+        ),
+    )
     committed = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     assert committed == found.text, "results, plans or template have changed: run `make results`"
     assert [n for n in found.pictures if not (ROOT / "docs/pictures" / n).is_file()] == []
