@@ -32,11 +32,12 @@ from folora.artifacts import write_text
 from folora.config import FoLoraConfig
 from folora.errors import ConfigError, DataError, FoLoraError
 from folora.frontier import at_norm
+from folora.methods import METHODS
 from folora.pictures import NORMS, Norm, frontier_picture, norm_picture
 from folora.report import NONE, Column, Table, comparison_table
 from folora.results import Result, by_method, grouped, scores_of
 
-KNOBS, CALIBRATION = "world_knobs", "world_calibration"
+STRENGTH, KNOBS, CALIBRATION = "world_strength", "world_knobs", "world_calibration"
 VARIANTS = ("world_ablation", "world_complements")
 REFERENCE = "folora"
 REFERENCES = (REFERENCE, "lora", "folora-null")
@@ -103,12 +104,13 @@ def runs(source: Source) -> Block:
 
 def methods(source: Source, task: str) -> Block:
     """All methods on one task, with the frontier and the norm of some of them."""
-    results = source.chosen(MAIN, task)
+    results = [*source.chosen(MAIN, task), *source.maybe(STRENGTH, task)]
     shown = _present(results, PICTURED)
     frontier, norm = f"methods_{task}.png", f"norms_{task}.png"
     text = _paragraphs(
         comparison_table(results, task, reference=REFERENCE).markdown(),
         source.missing(MAIN, task),
+        source.missing(STRENGTH, task),
         _image(frontier, f"kept against task score, {task}"),
         _image(norm, f"kept against the size of the update, {task}"),
     )
@@ -123,7 +125,7 @@ def methods(source: Source, task: str) -> Block:
 
 def norms(source: Source, task: str) -> Block:
     """What methods keep at an equal size of the update: one table a norm."""
-    results = source.chosen(MAIN, task)
+    results = [*source.chosen(MAIN, task), *source.maybe(STRENGTH, task)]
     tables = [norm_table(results, which).markdown() for which in NORMS]
     return Block(_paragraphs(*tables, source.missing(MAIN, task)))
 
@@ -182,6 +184,19 @@ def calibration(source: Source) -> Block:
     return Block(text, {"calibration.png": partial(calibration_picture, kept, COUNT)})
 
 
+def catalogue(source: Source) -> Block:
+    """All methods: what each changes, and what it is."""
+    del source
+    rows = [
+        (name, m.title, ", ".join(f"{k} = {v}" for k, v in m.changes.items()) or "nothing", m.about)
+        for name, m in METHODS.items()
+    ]
+    caption = "Names are those of `folora compare --methods`; options those of `folora run`."
+    return Block(
+        Table(("name", "method", "changes", "what it is"), tuple(rows), caption).markdown()
+    )
+
+
 def compared(source: Source, plan: str, task: str) -> Block:
     """What one ``folora compare`` found, by the meter alone."""
     results = source.chosen(plan, task)
@@ -235,6 +250,7 @@ def spectra(source: Source) -> Block:
 
 BLOCKS: dict[str, Callable[..., Block]] = {
     "runs": runs,
+    "catalogue": catalogue,
     "methods": methods,
     "norms": norms,
     "variants": variants,

@@ -93,6 +93,10 @@ class Source:
         order = list(dict.fromkeys([*(arm[2] for arm in expected), *(r.method for r in results)]))
         return sorted(found, key=lambda r: order.index(r.method))
 
+    def maybe(self, plan: str, task: str) -> list[Result]:
+        """Results of a plan and task, or none."""
+        return [r for r in self.results.get(plan, []) if r.task == task]
+
     def missing(self, plan: str, task: str = "", method: str = "") -> str:
         """A sentence on the arms of a plan that have no result yet, or nothing."""
         expected = [a for a in self.expected(plan) if task in ("", a[0]) and method in ("", a[2])]

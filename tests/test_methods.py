@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from folora.sadam import SAdam
 from folora.sampling import ProxySet
 from folora.solving import GroupBasis, solve
 from folora.spectrum import BASES, generalized_eigenbasis
-from folora.training import train
+from folora.training import sft_config, train
 
 R, ALPHA = 4, 8  # kappa = 2, so that a forgotten factor shows
 IDS = torch.randint(3, 50, (4, 12), generator=torch.Generator().manual_seed(5))
@@ -339,22 +340,37 @@ def test_a_penalty_holds_the_model_to_its_base(tmp_path: Any, name: str) -> None
     assert all(np.isfinite(losses))
 
 
-def test_a_penalty_counts_once_whatever_the_accumulation(tmp_path: Any) -> None:
-    """Two micro-batches of one batch's rows give the gradient of one."""
-    config = {"masked_kl_weight": 1.0, "max_steps": 1, "learning_rate": 1e-2}
-    one = whole("lora", **config, batch_size=8)
-    two = whole("lora", **config, batch_size=4, gradient_accumulation_steps=2)
-    for i, p in enumerate((one, two)):
-        torch.manual_seed(0)
-        for layer in p.model.modules():
-            if hasattr(layer, "lora_B"):
-                torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.05)
-        train(p, make_tokenizer(), tmp_path / str(i))
-    for (a, b, _), (c, d, _) in zip(
-        lora_factors(one.model).values(), lora_factors(two.model).values(), strict=True
-    ):
-        assert torch.allclose(a, c, atol=2e-3)
-        assert torch.allclose(b, d, atol=2e-3)
+def test_a_penalty_is_added_once_a_step_whatever_the_accumulation(tmp_path: Any) -> None:
+    p = whole("lora-masked-kl", masked_kl_weight=0.7)
+    for layer in p.model.modules():
+        if hasattr(layer, "lora_B"):
+            torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.05)
+    args = sft_config(p.config.training, tmp_path, evaluates=False, on_cpu=True)
+    trainer = folora.FoLoraTrainer(p, args, make_tokenizer())
+    batch = next(iter(trainer.get_train_dataloader()))
+    tokens = (batch["labels"] != -100).sum()
+
+    def loss(steps: int, weight: float) -> float:
+        trainer.current_gradient_accumulation_steps = steps
+        trainer.prepared = replace(
+            p, config=p.config.changed({"training.masked_kl_weight": weight})
+        )
+        return float(trainer.compute_loss(p.model, dict(batch), num_items_in_batch=tokens))
+
+    p.model.train()
+    plain = loss(1, 0.0)
+    logits = p.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    with p.model.disable_adapter():
+        base = p.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    wanted = batch["labels"][:, 1:] != -100
+    divergence = masked_target_kl(
+        base[:, :-1][wanted], logits[:, :-1][wanted], batch["labels"][:, 1:][wanted]
+    ).mean()
+    assert float(divergence) > 1e-3
+    for steps in (1, 4):
+        assert loss(steps, 0.7) - plain == pytest.approx(0.7 * float(divergence) / steps, rel=1e-3)
+    p.model.eval()
+    assert loss(1, 0.7) == pytest.approx(plain)  # an evaluation's loss is the task's alone
 
 
 def test_replay_gives_its_share_of_the_rows() -> None:
