@@ -270,11 +270,18 @@ def norm_table(results: Sequence[Result], which: Norm) -> Table:
         method: {seed: [arm.points(scores) for arm in group] for seed, group in seeds.items()}
         for method, seeds in arms.items()
     }
+    mine = REFERENCE if REFERENCE in arms else next(iter(arms))
     points = [p for arm in results for p in arm.points(scores) if math.isfinite(p.task)]
     half = max(p.task for p in points) / 2
-    sizes = [size for p in points if p.task >= half and 0 < (size := getattr(p, which)) < math.inf]
+    sizes = [
+        size
+        for found in paths[mine].values()
+        for path in found
+        for p in path
+        if p.task >= half and 0 < (size := getattr(p, which)) < math.inf
+    ]
     if not sizes:
-        raise NoResultsError("No arm has learned half of what the best has.")
+        raise NoResultsError(f"No arm of `{mine}` has learned half of what the best has.")
     quartiles = [float(f"{q:.2g}") for q in np.quantile(sizes, (0.25, 0.5, 0.75))]
     header, rows = ["method"], {method: [titles[method]] for method in arms}
     for size in dict.fromkeys(quartiles):
@@ -293,8 +300,8 @@ def norm_table(results: Sequence[Result], which: Norm) -> Table:
     caption = (
         f"{results[0].task}: kept score at equal {which[0].upper()} = {NORMS[which]}, interpolated along each arm, mean over the "
         "arms of a method that get there, then mean ± half-width of the 95 % interval over seeds. "
-        "Sizes: rounded quartiles among the readings, of all methods, with at least half of the best "
-        f"task score. *: the interval of the differences by seed excludes zero. {NONE}: no arm gets "
+        f"Sizes: rounded quartiles among those readings of {titles[mine]} that have learned at least "
+        f"half of the best. *: the interval of the differences by seed excludes zero. {NONE}: no arm gets "
         "there."
     )
     return Table(tuple(header), tuple(map(tuple, rows.values())), caption)
