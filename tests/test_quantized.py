@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from folora.adapter import attach, export_adapter, export_merged
 from folora.errors import ConfigError
+from folora.initialization import STARTS
 
 pytest.importorskip("bitsandbytes")
 
@@ -42,10 +43,14 @@ def logits(model: PreTrainedModel | PeftModel) -> torch.Tensor:
     return model(IDS).logits
 
 
-def test_nothing_changes_before_the_first_step(load: Callable[[], PreTrainedModel]) -> None:
+@pytest.mark.parametrize("init", sorted(STARTS))
+def test_nothing_changes_before_the_first_step(
+    load: Callable[[], PreTrainedModel], init: str
+) -> None:
     model = load()
     before = logits(model)
-    assert torch.equal(logits(attach(model, bases_for(model), r=4, init="null_space")), before)
+    adapted = attach(model, bases_for(model), r=4, init=init, protect=4)
+    assert torch.equal(logits(adapted), before)
 
 
 def test_training_and_export(load: Callable[[], PreTrainedModel], tmp_path: Path) -> None:

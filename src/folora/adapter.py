@@ -1,15 +1,9 @@
 """A PEFT model out, an ordinary LoRA adapter back.
 
-The null-space start A0 = U_perp', B0 = W0 U_perp / kappa is not zero, so its product has to be taken
-off again for the model to compute W0 x before the first step. Folding it into W0 would change the
-base; instead the adapter carries it: `Framed`, a variant in PEFT's sense, computes
-
-    W0 x + kappa P_L (B A - B0 A0) P_R x,
-
-which is W0 x to the last bit as long as A = A0 and B = B0. The projections are OPLoRA's, identities
-unless asked for: on the update itself, so that no optimizer can leave their subspace. Disabling,
-switching, merging, saving and quantized bases are PEFT's and stay as they are. Export writes one
-ordinary adapter, of rank 2r if there is an anchor: P_L [B, -B0] [A; A0] P_R.
+Every start leaves the model as it was before the first step; where A0 and B0 are not zero, or the update
+is constrained, a frame (`frames`) sees to that. The base is never changed. Disabling, switching,
+merging, saving and quantized bases are PEFT's and stay as they are. Export writes one ordinary
+adapter, of rank 2r if there is an anchor: P_L [B, -B0] [A; A0] P_R.
 """
 
 from __future__ import annotations
@@ -23,7 +17,6 @@ import torch
 from jaxtyping import Float
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import LoraVariant
 from peft.utils.save_and_load import get_base_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -32,94 +25,13 @@ from transformers.pytorch_utils import Conv1D
 
 from folora.artifacts import write_atomically
 from folora.errors import ConfigError, NumericsError
+from folora.frames import FRAME, Frame, Framed, layer_factors, product
 from folora.initialization import STARTS, Site, Start, leading_singular_spaces
 from folora.sadam import full_fp32_matmul
 from folora.solving import GroupBasis, check_rank
 
-FRAME = "lora_frame"
-
 Factors = dict[str, tuple[Tensor, Tensor, float]]
 """A (k, d_in), B (d_out, k) and kappa by layer name; the layer's update is kappa B A."""
-
-
-class Frame(nn.Module):
-    """The frozen parts of one layer's update; buffers, so that they travel with the adapter.
-
-    Args:
-        anchor: A0 (r, d_in) and B0 (d_out, r), or None for an update that starts at zero.
-        protected: U_k (d_out, k) and V_k (d_in, k) with orthonormal columns, or None.
-    """
-
-    a0: Tensor | None
-    b0: Tensor | None
-    left: Tensor | None
-    right: Tensor | None
-
-    def __init__(
-        self, anchor: tuple[Tensor, Tensor] | None, protected: tuple[Tensor, Tensor] | None
-    ) -> None:
-        super().__init__()
-        for name, tensor in zip(("a0", "b0"), anchor or (None, None), strict=True):
-            self.register_buffer(name, tensor)
-        for name, tensor in zip(("left", "right"), protected or (None, None), strict=True):
-            self.register_buffer(name, tensor)
-
-    def forward(self, x: Tensor, a: nn.Module, b: nn.Module) -> Tensor:
-        """P_L (B A - B0 A0) P_R x, shape (..., d_out)."""
-        if self.right is not None:
-            x = x - (x @ self.right) @ self.right.T
-        moved: Tensor = b(a(x))
-        if self.a0 is not None and self.b0 is not None:
-            moved = moved - nn.functional.linear(nn.functional.linear(x, self.a0), self.b0)
-        if self.left is not None:
-            moved = moved - (moved @ self.left) @ self.left.T
-        return moved
-
-    def factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """The same update as the product of two factors."""
-        if self.a0 is not None and self.b0 is not None:
-            a, b = torch.cat([a, self.a0]), torch.cat([b, -self.b0], dim=1)
-        with full_fp32_matmul():
-            if self.right is not None:
-                a = a - (a @ self.right) @ self.right.T
-            if self.left is not None:
-                b = b - self.left @ (self.left.T @ b)
-        return a, b
-
-
-class Framed(LoraVariant):
-    """LoRA whose update goes through a `Frame`."""
-
-    @staticmethod
-    def forward(
-        module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
-    ) -> Tensor:
-        """Result of the base layer plus kappa times the framed update."""
-        x = module.lora_dropout[active_adapter](x)
-        frame = getattr(module, FRAME)[active_adapter]
-        moved = frame(x, module.lora_A[active_adapter], module.lora_B[active_adapter])
-        return result + moved * module.scaling[active_adapter]
-
-    @staticmethod
-    def delta(module: Any, adapter: str) -> Tensor:
-        """The update in the layout of the base weight."""
-        product = _product(*_factors(module, adapter))
-        return product.T if getattr(module, "fan_in_fan_out", False) else product
-
-    @staticmethod
-    def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """The merged weight, as a new tensor."""
-        return orig_weight + Framed.delta(module, active_adapter).to(orig_weight.dtype)
-
-    @staticmethod
-    def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
-        """Merge in place."""
-        orig_weight.data += Framed.delta(module, active_adapter).to(orig_weight.dtype)
-
-    @staticmethod
-    def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """The weight without the adapter, as a new tensor."""
-        return orig_weight - Framed.delta(module, active_adapter).to(orig_weight.dtype)
 
 
 def attach(
@@ -192,7 +104,7 @@ def lora_factors(model: PeftModel, adapter_name: str = "default") -> Factors:
     """
     base = model.get_base_model()
     return {
-        name: _factors(module, adapter_name)
+        name: layer_factors(module, adapter_name)
         for name, module in base.named_modules()
         if isinstance(module, LoraLayer) and adapter_name in module.lora_A
     }
@@ -300,7 +212,7 @@ def write_merged(base: Any, state: dict[str, Tensor], factors: Factors, path: st
     merged = dict(state)
     for name, (a, b, scaling) in factors.items():
         weight = state[f"{name}.weight"]
-        delta = _product(a, b, scaling).to(weight.device)
+        delta = product(a, b, scaling).to(weight.device)
         if isinstance(_base_layer(base.get_submodule(name)), Conv1D):
             delta = delta.T
         merged[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype)
@@ -399,20 +311,26 @@ def _check_unchanged(layer: Any, adapter: str, name: str) -> None:
         same = torch.equal(layer(x), base(x))
     finally:
         layer.set_adapter(active)
-    if not same:
+    if not (same and _keeps_off(layer, adapter, x, base)):
         raise NumericsError(
             f"{name} ({type(layer).__name__}) does not give the base layer's output before the "
-            "first step, because this kind of layer ignores PEFT's LoRA variants. Use "
-            "adapter.init = 'eigen', which needs none."
+            "first step, or leaves the spaces that are protected, because this kind of layer ignores "
+            "PEFT's LoRA variants. Use adapter.init = 'eigen' and no constraint; they need none."
         )
 
 
-def _factors(module: Any, adapter: str) -> tuple[Tensor, Tensor, float]:
-    a = module.lora_A[adapter].weight.detach()
-    b = module.lora_B[adapter].weight.detach()
-    if adapter in getattr(module, FRAME, {}):
-        a, b = getattr(module, FRAME)[adapter].factors(a, b)
-    return a, b, float(module.scaling[adapter])
+def _keeps_off(layer: Any, adapter: str, x: Tensor, base: Any) -> bool:
+    """Whether an update of any size stays off the protected output directions."""
+    frames = getattr(layer, FRAME, {})
+    if adapter not in frames or frames[adapter].left is None:
+        return True
+    left = frames[adapter].left
+    weight = layer.lora_B[adapter].weight
+    before = weight.clone()
+    weight.add_(torch.ones_like(weight))
+    moved = (layer(x) - base(x)).to(left.dtype)
+    weight.copy_(before)
+    return bool((moved @ left).norm() <= 0.05 * moved.norm())
 
 
 def _refuse_quantized(base: Any) -> None:
@@ -421,11 +339,6 @@ def _refuse_quantized(base: Any) -> None:
             "a quantized base cannot be merged without loss. Export the adapter, and merge it into "
             "the base loaded in bf16: PeftModel.from_pretrained(base, folder).merge_and_unload()"
         )
-
-
-def _product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    with full_fp32_matmul():
-        return (b.float() @ a.float()) * scaling
 
 
 def _base_layer(module: Any) -> Any:

@@ -1,0 +1,118 @@
+"""An update that starts from somewhere, or must keep off something: the frozen parts around B A.
+
+A start with B0 A0 /= 0 has to be taken off again for the model to compute W0 x before the first step.
+Folding it into W0 would change the base; instead the adapter carries it: `Framed`, a variant in PEFT's
+sense, computes
+
+    W0 x + kappa P_L (B A - B0 A0) P_R x,
+
+which is W0 x to the last bit as long as A = A0 and B = B0. The projections are OPLoRA's, identities
+unless asked for: on the update itself, so that no optimizer can leave their subspace.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraVariant
+from torch import Tensor, nn
+
+from folora.sadam import full_fp32_matmul
+
+FRAME = "lora_frame"  # PEFT saves what has "lora_" in its name
+
+
+class Frame(nn.Module):
+    """The frozen parts of one layer's update; buffers, so that they travel with the adapter.
+
+    Args:
+        anchor: A0 (r, d_in) and B0 (d_out, r), or None for an update that starts at zero.
+        protected: U_k (d_out, k) and V_k (d_in, k) with orthonormal columns, or None.
+    """
+
+    a0: Tensor | None
+    b0: Tensor | None
+    left: Tensor | None
+    right: Tensor | None
+
+    def __init__(
+        self, anchor: tuple[Tensor, Tensor] | None, protected: tuple[Tensor, Tensor] | None
+    ) -> None:
+        super().__init__()
+        for name, tensor in zip(("a0", "b0"), anchor or (None, None), strict=True):
+            self.register_buffer(name, tensor)
+        for name, tensor in zip(("left", "right"), protected or (None, None), strict=True):
+            self.register_buffer(name, tensor)
+
+    def forward(self, x: Tensor, a: nn.Module, b: nn.Module) -> Tensor:
+        """P_L (B A - B0 A0) P_R x, shape (..., d_out)."""
+        if self.right is not None:
+            x = x - (x @ self.right) @ self.right.T
+        moved: Tensor = b(a(x))
+        if self.a0 is not None and self.b0 is not None:
+            moved = moved - nn.functional.linear(nn.functional.linear(x, self.a0), self.b0)
+        if self.left is not None:
+            moved = moved - (moved @ self.left) @ self.left.T
+        return moved
+
+    def factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """The same update as the product of two factors."""
+        if self.a0 is not None and self.b0 is not None:
+            a, b = torch.cat([a, self.a0]), torch.cat([b, -self.b0], dim=1)
+        with full_fp32_matmul():
+            if self.right is not None:
+                a = a - (a @ self.right) @ self.right.T
+            if self.left is not None:
+                b = b - self.left @ (self.left.T @ b)
+        return a, b
+
+
+class Framed(LoraVariant):
+    """LoRA whose update goes through a `Frame`."""
+
+    @staticmethod
+    def forward(
+        module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+    ) -> Tensor:
+        """Result of the base layer plus kappa times the framed update."""
+        x = module.lora_dropout[active_adapter](x)
+        frame = getattr(module, FRAME)[active_adapter]
+        moved = frame(x, module.lora_A[active_adapter], module.lora_B[active_adapter])
+        return result + moved * module.scaling[active_adapter]
+
+    @staticmethod
+    def delta(module: Any, adapter: str) -> Tensor:
+        """The update in the layout of the base weight."""
+        dense = product(*layer_factors(module, adapter))
+        return dense.T if getattr(module, "fan_in_fan_out", False) else dense
+
+    @staticmethod
+    def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """The merged weight, as a new tensor."""
+        return orig_weight + Framed.delta(module, active_adapter).to(orig_weight.dtype)
+
+    @staticmethod
+    def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
+        """Merge in place."""
+        orig_weight.data += Framed.delta(module, active_adapter).to(orig_weight.dtype)
+
+    @staticmethod
+    def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """The weight without the adapter, as a new tensor."""
+        return orig_weight - Framed.delta(module, active_adapter).to(orig_weight.dtype)
+
+
+def layer_factors(module: Any, adapter: str) -> tuple[Tensor, Tensor, float]:
+    """A (k, d_in), B (d_out, k) and kappa of a LoRA layer, whose update is exactly kappa B A."""
+    a = module.lora_A[adapter].weight.detach()
+    b = module.lora_B[adapter].weight.detach()
+    if adapter in getattr(module, FRAME, {}):
+        a, b = getattr(module, FRAME)[adapter].factors(a, b)
+    return a, b, float(module.scaling[adapter])
+
+
+def product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """kappa B A in full float32, shape (d_out, d_in)."""
+    with full_fp32_matmul():
+        return (b.float() @ a.float()) * scaling
