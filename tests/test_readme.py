@@ -48,3 +48,12 @@ def test_every_option_and_file_that_is_named_exists() -> None:
         assert (ROOT / target).exists(), target
     for flag in re.findall(r"--([a-z]+\.[a-z_]+)", README):
         assert flag in folora.config.option_names()
+
+
+def test_every_figure_stands_in_the_results() -> None:
+    """README quotes docs/results.md, which is made from the JSON files."""
+    results = (ROOT / "docs" / "results.md").read_text()
+    shown = README.split("## Use it")[0].replace("Python 3.11", "")
+    figures = set(re.findall(r"(?<![\w.:/])-?\d*\.\d{2,4}(?![\d.])", shown))
+    assert len(figures) > 10
+    assert [f for f in sorted(figures) if f.lstrip("-0") not in results] == []
