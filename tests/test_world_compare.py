@@ -111,6 +111,20 @@ def test_a_task_of_ones_own_and_other_calibrations(tmp_path: Path, models: Path)
     assert len({r.readings[-1]["kl"] for r in results}) == 3
 
 
+def test_a_world_that_is_not_there_is_pretrained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.world.compare.STEPS", 60)
+    monkeypatch.setattr("benchmarks.world.pretrain.BATCH", 2)
+    plan = plan_file(
+        tmp_path, tasks=["difference"], sweeps=[{"methods": ["lora"], "learning_rates": [1e-3]}]
+    )
+    run(tmp_path, tmp_path / "models", plan, "--seeds", "8")
+    (result,) = load_results(tmp_path / "out")
+    assert (result.stage, result.seed) == ("world-8", 8)
+    assert json.loads((tmp_path / "models" / "8" / "world.json").read_text())["seed"] == 8
+
+
 @pytest.mark.parametrize("path", PLANS, ids=lambda p: p.stem)
 def test_committed_plans_are_possible_and_name_every_arm_once(path: Path) -> None:
     arms = planned(yaml.safe_load(path.read_text()))
