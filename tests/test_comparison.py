@@ -147,6 +147,17 @@ def test_what_cannot_be_compared_is_refused_before_the_first_arm(
     assert not (tmp_path / "arms").exists()
 
 
+def test_an_arm_of_other_settings_is_not_taken_for_this_one(
+    measured: Path, model_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    chosen = arms(["lora"], [1e-2])
+    run = make_run(model_folder, rows_file, measured)
+    list(compare(run, tmp_path / "arms").run_all(chosen))
+    longer = make_run(model_folder, rows_file, measured, training={"max_steps": 8})
+    with pytest.raises(ArtifactError, match=r"training\.max_steps.*move it away"):
+        next(compare(longer, tmp_path / "arms").run_all(chosen))
+
+
 def test_a_damaged_or_foreign_file_is_not_taken_for_a_result(
     measured: Path, model_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:

@@ -29,11 +29,11 @@ from folora.methods import configured, method
 from folora.pipeline import Run
 from folora.preparation import Prepared, assemble, null_rank
 from folora.progress import progress
+from folora.results import FORMAT
 from folora.solving import GroupBasis, check_rank, solve
 from folora.spectrum import BASES
 from folora.training import FoLoraTrainer, sft_config
 
-FORMAT = 1
 READ_AT = (1 / 4, 1 / 2, 3 / 4, 1.0)
 
 Scores = dict[str, dict[str, float]]
@@ -129,7 +129,7 @@ class Comparison:
                 path = self.path(arm)
                 if not path.exists():
                     write_text(path, json.dumps(self._result(arm, config)) + "\n")
-                yield self._read(path, arm)
+                yield self._read(path, config)
                 tick()
 
     def config(self, arm: Arm) -> FoLoraConfig:
@@ -238,10 +238,16 @@ class Comparison:
         trainer.train()
         return readings, lost()
 
-    def _read(self, path: Path, arm: Arm) -> dict[str, Any]:
+    def _read(self, path: Path, config: FoLoraConfig) -> dict[str, Any]:
+        """The result in a file, which must be that of the arm with this very config."""
         result = read_json(path)
-        if result.get("format") != FORMAT or result.get("changes") != arm.changes:
-            raise ArtifactError(f"{path} is not the result of {arm}; move it away")
+        wanted = json.loads(json.dumps(config.differences()))
+        found = result.get("config") or {}
+        if result.get("format") != FORMAT or found != wanted:
+            other = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
+            raise ArtifactError(
+                f"{path} is the result of other settings ({', '.join(other) or 'format'}); move it away"
+            )
         return result
 
 
