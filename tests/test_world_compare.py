@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.world.compare import main, planned
+from benchmarks.world.compare import calibration_texts, main, planned, prepared_run
+from benchmarks.world.language import World, tasks
 from benchmarks.world.pretrain import pretrain
+from folora.config import FoLoraConfig
 from folora.results import load_results
 
 PLANS = sorted((Path(__file__).parents[1] / "benchmarks" / "plans").glob("*.yaml"))
@@ -109,6 +111,21 @@ def test_a_task_of_ones_own_and_other_calibrations(tmp_path: Path, models: Path)
     assert {r.task for r in results} == {"swap"}
     assert {r.calibration["source"] for r in results} == {"self", "pretraining", "narrow"}
     assert len({r.readings[-1]["kl"] for r in results}) == 3
+
+
+def test_narrow_texts_hold_sums_alone(tmp_path: Path, models: Path) -> None:
+    base = FoLoraConfig().changed(yaml.safe_load(plan_file(tmp_path).read_text())["base"])
+    task = tasks(World(7))["difference"]
+    made = prepared_run(base, models / "7", tmp_path / "run", task, None, 7)
+    texts = {
+        source: "".join(
+            made.tokenizer.decode(ids) for ids in calibration_texts(made, World(7), source, 8)
+        )
+        for source in ("narrow", "pretraining")
+    }
+    documents = texts["narrow"].split("<bos>")[1:]
+    assert all("sum ".startswith(d[:4]) for d in documents)
+    assert not all("sum ".startswith(d[:4]) for d in texts["pretraining"].split("<bos>")[1:])
 
 
 def test_a_world_that_is_not_there_is_pretrained(
