@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "folora"
 ORDER = [
     "errors", "sadam", "spectrum", "config", "artifacts", "filtering", "modes", "progress", "sampling",
     "data", "activations", "divergence", "solving", "initialization", "frames", "adapter", "meter",
-    "preparation", "training", "loading", "pipeline", "frontier", "results", "methods", "comparison",
+    "preparation", "training", "loading", "pipeline", "evaluation", "frontier", "results", "methods", "comparison",
     "pictures", "report", "planning", "cli",
 ]  # fmt: skip
 

@@ -1,0 +1,143 @@
+"""Benchmarks of lm-evaluation-harness, asked of a model in memory.
+
+Tasks are built once, from the harness's own collection or from a folder of YAML files, and asked of as
+many models as one likes, so that a base and its adapted versions answer the same questions. Random
+states, mode and adapter of the model are as before afterwards. Needs the extra ``folora[eval]``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.group import Group
+from lm_eval.api.task import Task
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import PreTrainedTokenizerBase
+
+from folora.errors import ConfigError, DataError, nearest
+from folora.modes import evaluating
+
+FEWSHOT_SEED = 1234  # the harness's own default
+
+Answers = dict[str, dict[str, float]]
+"""``{task: {metric: value}}``; a metric that has several filters is named ``metric,filter``."""
+
+
+class Evaluation:
+    """A fixed set of questions.
+
+    Args:
+        tasks: Names of tasks (or groups of them), each with the number of documents to ask, from the
+            first on; None for all.
+        tokenizer: Of the models that will be asked.
+        folder: YAML tasks of one's own; the harness's are then left out.
+        batch_size: Sequences a forward pass.
+        num_fewshot: Examples in front of every question; default is each task's own number.
+        chat_template: Wrap every question in the tokenizer's chat template.
+        allow_code: Let tasks run programs that the model writes. The harness runs them on this
+            machine, as you.
+
+    Raises:
+        ConfigError: A task is unknown, or runs programs without `allow_code`.
+        DataError: The data of a task cannot be had.
+    """
+
+    def __init__(
+        self,
+        tasks: Mapping[str, int | None],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        folder: str | Path | None = None,
+        batch_size: int = 16,
+        num_fewshot: int | None = None,
+        chat_template: bool = False,
+        allow_code: bool = False,
+    ) -> None:
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        self.tokenizer, self.batch_size = tokenizer, batch_size
+        self.chat_template, self.allow_code = chat_template, allow_code
+        manager = TaskManager(
+            include_path=None if folder is None else str(folder), include_defaults=folder is None
+        )
+        self._limits: dict[str, int | None] = {}
+        self._tasks: dict[str, Task] = {}
+        self._groups: dict[str, Group] = {}
+        for name, limit in tasks.items():
+            loaded = _load(manager, name)
+            self._groups |= loaded["groups"]
+            for found, task in loaded["tasks"].items():
+                self._tasks[found] = task
+                self._limits[found] = limit
+        for name, task in self._tasks.items():
+            _settle(name, task, num_fewshot, allow_code)
+
+    def __call__(self, model: Any) -> Answers:
+        """Ask a model on its device; a PEFT model answers with its adapter, as it is now."""
+        lm = HFLM(
+            pretrained=model,
+            tokenizer=self.tokenizer,
+            batch_size=self.batch_size,
+            backend="causal",
+            softmax_dtype=torch.float32,  # log-probabilities in bf16 would be off by a percent
+        )
+        samples = {
+            name: list(range(min(limit, len(task.eval_docs))))
+            for name, task in self._tasks.items()
+            if (limit := self._limits[name]) is not None
+        }
+        padding = self.tokenizer.padding_side  # the harness turns it round to generate
+        try:
+            with evaluating(model):
+                found: Any = evaluate(
+                    lm,
+                    {"tasks": self._tasks, "groups": self._groups},  # type: ignore[arg-type]
+                    samples=samples or None,
+                    bootstrap_iters=0,
+                    log_samples=False,
+                    apply_chat_template=self.chat_template,
+                    confirm_run_unsafe_code=self.allow_code,
+                )
+        finally:
+            self.tokenizer.padding_side = padding
+        return {name: _metrics(values) for name, values in found["results"].items()}
+
+
+def _load(manager: TaskManager, name: str) -> Any:
+    if name not in manager.task_index:
+        raise ConfigError(f"unknown evaluation task {name!r}{nearest(name, manager.all_tasks)}")
+    try:
+        return manager.load([name])
+    except Exception as error:  # loaders of many data sets, each with errors of its own
+        raise DataError(f"the data of evaluation task {name!r} cannot be had: {error}") from error
+
+
+def _settle(name: str, task: Task, num_fewshot: int | None, allow_code: bool) -> None:
+    if getattr(task, "UNSAFE_CODE", False) and not allow_code:
+        raise ConfigError(
+            f"evaluation task {name!r} runs programs that the model writes; allow it (allow_code) "
+            "only where they can do no harm"
+        )
+    default = task.get_config("num_fewshot")
+    if default != 0 and (num_fewshot is not None or default is None):  # a 0 is the task's own wish
+        task.set_config("num_fewshot", num_fewshot or 0)
+    task.set_fewshot_seed(FEWSHOT_SEED)
+
+
+def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
+    """Numbers by metric, without standard errors, and without the filter where there is but one."""
+    found = {
+        tuple(key.split(",", 1)): float(value)
+        for key, value in values.items()
+        if "," in key and "_stderr," not in key and isinstance(value, int | float)
+    }
+    names = [metric for metric, _ in found]
+    return {
+        metric if names.count(metric) == 1 else f"{metric},{rule}": value
+        for (metric, rule), value in found.items()
+    }
