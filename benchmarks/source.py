@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.spectra import FORMAT as SPECTRA
-from benchmarks.world.compare import planned
+from benchmarks.sweeps import planned
 from folora.artifacts import read_json
 from folora.config import read_yaml
 from folora.errors import ConfigError, DataError, nearest

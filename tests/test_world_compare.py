@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.world.compare import calibration_texts, main, planned, prepared_run
+from benchmarks.sweeps import planned
+from benchmarks.world.compare import calibration_texts, main, prepared_run
 from benchmarks.world.language import World, tasks
 from benchmarks.world.pretrain import pretrain
 from folora.config import FoLoraConfig

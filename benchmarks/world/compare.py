@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,13 +19,14 @@ import torch
 import yaml
 from peft import PeftModel
 
+from benchmarks.sweeps import planned, shown, take_over
 from benchmarks.world.language import Row, Task, World, pretraining_documents, tasks
 from benchmarks.world.pretrain import STEPS, pretrain
 from benchmarks.world.score import score_rows, score_skills
-from folora.comparison import Arm, Comparison, Score, Scores, arms
+from folora.comparison import Comparison, Score, Scores
 from folora.config import FoLoraConfig
 from folora.data import text_examples
-from folora.pipeline import SAMPLES, STATISTICS, Run
+from folora.pipeline import Run
 from folora.preparation import measure
 
 FEWEST_ROWS = 300  # of a task that is memorised; fewer would leave nothing to hold out
@@ -55,9 +55,7 @@ def prepared_run(
     repeats = max(1, FEWEST_ROWS // len(task.train))
     lines = [json.dumps({**r, "prompt": "<bos>" + r["prompt"]}) for r in task.train * repeats]
     rows.write_text("\n".join(lines) + "\n")
-    for part in (SAMPLES, f"{STATISTICS}/pre"):
-        if donor and (donor / part).exists() and not (folder / part).exists():
-            shutil.copytree(donor / part, folder / part)
+    take_over(donor, folder)
     return Run(
         base.changed(
             {
@@ -93,15 +91,6 @@ def calibration_texts(run: Run, world: World, source: str, count: int) -> list[l
                 ids += run.tokenizer(f"{bos}{text}{eos}")["input_ids"]
         texts.append(ids[:length])
     return texts
-
-
-def planned(plan: dict[str, Any]) -> list[Arm]:
-    """The arms of a plan's sweeps."""
-    found: list[Arm] = []
-    for sweep in plan["sweeps"]:
-        knobs = sweep.get("knobs", {})
-        found += arms(sweep["methods"], sweep["learning_rates"], **knobs)
-    return found
 
 
 def compare_world(
@@ -145,15 +134,7 @@ def compare_world(
                 pre = measure(run.model, run.groups, text_examples(texts), 8, "C_pre").matrices
                 comparison = comparison.calibrated(calibration, pre)
             for result in comparison.run_all(planned(plan)):
-                last = result["readings"][-1]
-                kept = last["kept"].values()
-                shown = f"{sum(kept) / len(kept):.3f}" if kept else "-"
-                reached = last["task"].get("accuracy", float("nan"))
-                print(
-                    f"{seed} {name} {result['name']}: task {reached:.3f}, kept {shown}, "
-                    f"KL {last['kl']}, {result['seconds']} s",
-                    flush=True,
-                )
+                print(shown(result), flush=True)
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -37,7 +37,9 @@ from folora.training import FoLoraTrainer, sft_config
 READ_AT = (1 / 4, 1 / 2, 3 / 4, 1.0)
 
 Scores = dict[str, dict[str, float]]
-"""``{"task": {name: score}, "kept": {name: score}}``, every score in [0, 1]."""
+"""``{"task": {name: score}, "kept": {name: score}}``, every score in [0, 1].
+
+What a scorer finds besides, on any scale, may stand under ``"other"``."""
 
 Score = Callable[[PeftModel], Scores]
 
@@ -104,6 +106,7 @@ class Comparison:
         self._pre: Mapping[str, Tensor] | None = None
         self._base: dict[str, Any] = {}
         self._solved: tuple[Any, list[GroupBasis]] = (None, [])
+        self._null_rank = 0
 
     def calibrated(self, calibration: dict[str, Any], pre: Mapping[str, Tensor]) -> Comparison:
         """The same comparison with another C_pre.
@@ -146,14 +149,16 @@ class Comparison:
 
     def bases(self, config: FoLoraConfig) -> list[GroupBasis]:
         """The spectrum of a config, solved from the shared statistics; the last one is kept."""
-        key = (config.spectrum.tau, config.spectrum.basis, null_rank(config))
+        # One solve serves arms of all starts: more null directions than an arm needs do no harm.
+        null = max(self._null_rank, null_rank(config))
+        key = (config.spectrum.tau, config.spectrum.basis, null)
         if self._solved[0] != key:
             solved = solve(
                 self.run.groups,
                 self._pre or self.run.statistics("pre").tensors,
                 self.run.statistics("task").tensors,
                 tau=config.spectrum.tau,
-                null_rank=null_rank(config),
+                null_rank=null,
                 eigenbasis=BASES[config.spectrum.basis],
                 device=self.run.model.device,
             )
@@ -172,6 +177,7 @@ class Comparison:
                 "a comparison needs held-out rows for the task loss, and a tenth of the rows is "
                 f"none: {len(self.run.task.train)} rows. Give at least 10, and data.eval_rows > 0."
             )
+        self._null_rank = max(null_rank(config) for config in configs)
         self.run.sample()
         self.run.measure()
 

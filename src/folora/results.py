@@ -248,15 +248,17 @@ def _reading(values: Any, path: Path) -> dict[str, Any]:
         return {
             "step": int(values["step"]),
             **{name: _number(values[name]) for name in NUMBERS},
-            **{
-                name: {key: _number(score) for key, score in values[name].items()}
-                for name in ("task", "kept")
-            },
+            **{name: _numbers(values[name]) for name in ("task", "kept")},
+            "other": _numbers(values.get("other", {})),
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(
             f"the result {path} has a broken reading ({error!r}): {values!r:.80}"
         ) from error
+
+
+def _numbers(values: Any) -> dict[str, float]:
+    return {key: _number(value) for key, value in values.items()}
 
 
 def _number(value: Any) -> float:

@@ -1,0 +1,140 @@
+"""How much less is forgotten than by LoRA, at matched task loss: one table a target.
+
+Every method may stop at any reading of any arm that has reached the loss; of these, what it forgot is
+the smallest KL, the best kept score and the best log-probability of right answers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from folora.frontier import Interval, interval, paired
+from folora.report import NONE, Table, matched_levels
+from folora.results import Result, Scores, by_method, grouped, mean_score, point_sets, scores_of
+
+BASELINE = "lora"
+GOAL = 1 / 3  # of what the baseline forgets
+
+BySeed = Mapping[int, float]
+Readings = list[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """What one method forgot at matched loss, by seed; NaN where it never got there.
+
+    Attributes:
+        kl: KL to the base, nats a token.
+        kept: Loss of the kept score.
+        nats: Loss of log-probability of the right answer, mean over tasks that tell it.
+    """
+
+    kl: BySeed
+    kept: BySeed
+    nats: BySeed
+
+
+def aim_table(results: Sequence[Result], level: float | None = None) -> Table:
+    """Table of what each method forgot, and what part that is of LoRA's.
+
+    Args:
+        results: Of one task, with a task loss and kept scores.
+        level: Matched task score (minus the loss); default as in `folora.report.matched_levels`.
+    """
+    scores = scores_of(results)
+    bases = {r.seed: scores.point(r.base) for r in results}
+    levels = matched_levels(by_method(point_sets(results)), bases, scores, level)
+    arms = by_method(grouped(results))
+    titles = {r.method: r.title for r in results}
+    found = {m: forgotten(seeds, scores, levels.task) for m, seeds in arms.items()}
+    against = found.get(BASELINE)
+    header = ["method", "KL", "kept lost", "nats lost"]
+    if against:
+        header = ["method", "KL", "of LoRA's", "kept lost", "minus LoRA's", "nats lost"]
+        header += ["minus LoRA's", "arms", "seeds"]
+    else:
+        header += ["arms", "seeds"]
+    rows = []
+    for method, f in found.items():
+        row = [titles[method], _stated(interval(f.kl.values()), 4)]
+        row += [_ratio(f.kl, against.kl)] * bool(against) if against else []
+        for name in ("kept", "nats"):
+            mine: BySeed = getattr(f, name)
+            row.append(_stated(interval(mine.values()), 4))
+            if against:
+                row.append(_difference(mine, getattr(against, name)))
+        count = sum(len(group) for group in arms[method].values())
+        rows.append((*row, str(count), str(len(arms[method]))))
+    caption = (
+        f"{results[0].task}, at a task loss of at most {-levels.task:.3f} nats a token "
+        f"(base: {-interval([b.task for b in bases.values()]).mean:.3f}). KL to the base in nats a "
+        "token; its part of LoRA's is the geometric mean over seeds of the ratio, with its 95 % interval. "
+        "Kept lost: fall of the mean probability of right answers. Nats lost: fall of their "
+        "log-probability, mean over cloze tasks. ± is half of the 95 % interval over seeds; *: the "
+        f"interval excludes no difference. {NONE}: no seed gets there."
+    )
+    return Table(tuple(header), tuple(rows), caption)
+
+
+def forgotten(arms: Mapping[int, Sequence[Result]], scores: Scores, level: float) -> Forgotten:
+    """What one method forgot: see the module."""
+
+    def best(
+        value: Callable[[Mapping[str, Any], Mapping[str, Any]], float],
+    ) -> dict[int, float]:
+        return {
+            seed: _least(
+                value(arm.base, reading)
+                for arm in group
+                for reading in (arm.base, *arm.readings)
+                if scores.point(reading).task >= level
+            )
+            for seed, group in arms.items()
+        }
+
+    return Forgotten(
+        kl=best(lambda base, reading: reading["kl"]),
+        kept=best(lambda base, reading: mean_score(base["kept"]) - mean_score(reading["kept"])),
+        nats=best(lambda base, reading: _nats(base) - _nats(reading)),
+    )
+
+
+def _nats(reading: Mapping[str, Any]) -> float:
+    return mean_score({k: v for k, v in reading["other"].items() if k.endswith(".nats")})
+
+
+def _least(values: Iterable[float]) -> float:
+    return min((v for v in values if math.isfinite(v)), default=math.nan)
+
+
+def _ratio(mine: BySeed, other: BySeed) -> str:
+    if mine is other:
+        return NONE
+    logs = paired(_logs(mine), _logs(other))
+    if not logs.n:
+        return NONE
+    text = f"{math.exp(logs.mean):.1%}"
+    if logs.n > 1:
+        text += f" ({math.exp(logs.low):.1%} to {math.exp(logs.high):.1%})"
+    return text + " *" * logs.excludes_zero
+
+
+def _logs(values: BySeed) -> dict[int, float]:
+    return {seed: math.log(v) if v > 0 else math.nan for seed, v in values.items()}
+
+
+def _difference(mine: BySeed, other: BySeed) -> str:
+    if mine is other:
+        return NONE
+    found = paired(mine, other)
+    return _stated(found, 4, "+") + " *" * found.excludes_zero
+
+
+def _stated(found: Interval, digits: int, sign: str = "-") -> str:
+    if not found.n:
+        return NONE
+    text = f"{found.mean:{sign}.{digits}f}"
+    return f"{text} ± {found.half_width:.{digits}f}" if found.n > 1 else text

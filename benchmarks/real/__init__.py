@@ -1,0 +1,1 @@
+"""Comparisons on pretrained models and real data."""

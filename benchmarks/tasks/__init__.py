@@ -1,0 +1,1 @@
+"""Questions of what a model knows, for lm-evaluation-harness, from data on disk."""
