@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from folora.frontier import Interval, interval, paired
@@ -100,6 +100,58 @@ def forgotten(arms: Mapping[int, Sequence[Result]], scores: Scores, level: float
         kept=best(lambda base, reading: mean_score(base["kept"]) - mean_score(reading["kept"])),
         nats=best(lambda base, reading: _nats(base) - _nats(reading)),
     )
+
+
+def kept_table(results: Sequence[Result], level: float | None = None) -> Table:
+    """What the models answer, question by question, at matched loss: a column a method.
+
+    Of a method and seed, the model is that with the smallest KL among those that were asked and have
+    reached the loss.
+    """
+    scores = scores_of(results)
+    sets, bases = by_method(point_sets(results)), {r.seed: scores.point(r.base) for r in results}
+    levels = matched_levels(sets, bases, scores, level)
+    titles = {r.method: r.title for r in results}
+    columns: dict[str, dict[int, Mapping[str, Any]]] = {"base": {r.seed: r.base for r in results}}
+    for method, seeds in by_method(grouped(results)).items():
+        chosen = {
+            seed: min(
+                (r for arm in arms for r in arm.readings if _asked(r, scores, levels.task)),
+                key=lambda r: r["kl"],
+                default=None,
+            )
+            for seed, arms in seeds.items()
+        }
+        columns[titles[method]] = {s: r for s, r in chosen.items() if r is not None}
+    kinds = [("kept", name) for name in results[0].base["kept"]]
+    kinds += [("other", name) for name in results[0].base["other"]]
+    rows = [
+        (
+            f"{name} (kept)" if kind == "kept" else name,
+            *[
+                _stated(interval(r[kind].get(name, math.nan) for r in readings.values()), 3)
+                for readings in columns.values()
+            ],
+        )
+        for kind, name in kinds
+    ]
+    caption = (
+        "Mean over seeds ± half of the 95 % interval, of the same questions before and after. "
+        "kept: what counts as the kept score, here the probability of the right answer, among the "
+        "choices where there are some. nats: its log-probability. acc: share that is right. "
+        f"{NONE}: no model that was asked has reached the loss."
+    )
+    return Table(("asked", *columns), tuple(rows), caption)
+
+
+def without_scores(result: Result) -> Result:
+    """The same arm by its meter alone, so that points are loss and KL."""
+    base, *readings = ({**r, "task": {}, "kept": {}} for r in (result.base, *result.readings))
+    return replace(result, base=base, readings=tuple(readings))
+
+
+def _asked(reading: Mapping[str, Any], scores: Scores, level: float) -> bool:
+    return bool(reading["kept"]) and scores.point(reading).task >= level
 
 
 def _nats(reading: Mapping[str, Any]) -> float:

@@ -19,6 +19,7 @@ from statistics import median
 
 import numpy as np
 
+from benchmarks.aim import aim_table, kept_table, without_scores
 from benchmarks.charts import (
     Matched,
     Panel,
@@ -27,7 +28,15 @@ from benchmarks.charts import (
     knob_picture,
     spectra_picture,
 )
-from benchmarks.source import MAIN, RATE, NoResultsError, Source, check_word, rate_of
+from benchmarks.source import (
+    MAIN,
+    RATE,
+    NoResultsError,
+    Source,
+    check_word,
+    rate_of,
+    settings,
+)
 from folora.artifacts import write_text
 from folora.config import FoLoraConfig
 from folora.errors import ConfigError, DataError, FoLoraError
@@ -166,6 +175,35 @@ def knobs(source: Source, method: str) -> Block:
     return Block(text, {picture: partial(knob_picture, panels, f"{method}, {task}")})
 
 
+def seeds(source: Source, plan: str, task: str) -> Block:
+    """The arms of a plan at all seeds that there are, those of other plans included."""
+    wanted = {(arm[2], arm[3]) for arm in source.expected(plan)}
+    pooled = [
+        r
+        for name in (MAIN, *VARIANTS, plan)
+        for r in source.maybe(name, task)
+        if (r.method, settings(r)) in wanted
+    ]
+    if not pooled:
+        raise NoResultsError(f"No results of `{plan}` `{task}` yet.")
+    table = comparison_table(pooled, task, reference=REFERENCE)
+    return Block(_paragraphs(table.markdown(), source.missing(plan, task)))
+
+
+def real(source: Source, plan: str, task: str) -> Block:
+    """What each method forgot of a pretrained model, by what it was asked, and the frontier."""
+    results = source.chosen(plan, task)
+    picture = f"{plan}_{task}.png"
+    text = _paragraphs(
+        aim_table(results).markdown(),
+        kept_table(results).markdown(),
+        source.missing(plan, task),
+        _image(picture, f"KL against task loss, {task}"),
+    )
+    meter = [without_scores(r) for r in results]  # the KL tells more than few questions do
+    return Block(text, {picture: partial(frontier_picture, meter, task)})
+
+
 def calibration(source: Source) -> Block:
     """What C_pre was measured on: its source, and how many sequences; a table for each method."""
     results = source.chosen(CALIBRATION)
@@ -255,6 +293,8 @@ BLOCKS: dict[str, Callable[..., Block]] = {
     "norms": norms,
     "variants": variants,
     "knobs": knobs,
+    "seeds": seeds,
+    "real": real,
     "calibration": calibration,
     "spectra": spectra,
     "compared": compared,

@@ -145,9 +145,14 @@ def rate_of(result: Result) -> float:
     return float(result.changes[RATE])
 
 
+def settings(result: Result) -> str:
+    """What the arm changes beyond its method, as `Source.expected` writes it."""
+    return _text(result.changes)
+
+
 def _identity(result: Result) -> Identity:
-    changes, calibration = _text(result.changes), _text(result.calibration)
-    return (result.task, result.seed, result.method, changes, calibration)
+    calibration = _text(result.calibration)
+    return (result.task, result.seed, result.method, settings(result), calibration)
 
 
 def _text(values: Mapping[str, Any]) -> str:

@@ -289,6 +289,52 @@ def test_variants_stand_beside_arms_of_their_rates_and_seeds(
     assert table[title]["minus folora"].removesuffix(" *") == difference
 
 
+def test_more_seeds_are_pooled_with_those_of_other_plans(made: Path) -> None:
+    plan = {
+        "tasks": ["shift"],
+        "seeds": [3, 4],
+        "sweeps": [{"methods": ["folora", "gate-off"], "learning_rates": list(RATES[:2])}],
+    }
+    (made / "plans/world_seeds.yaml").write_text(yaml.safe_dump(plan))
+    for method in ("folora", "gate-off"):
+        for rate in RATES[:2]:
+            write_arm(made / "results", "world_seeds", method, 3, rate)
+    text = page(made, "seeds world_seeds shift")
+    (table,) = tables(text)
+    assert list(table) == ["folora", "folora, gate off"]
+    kept = [final("folora", seed, RATES[1]) for seed in range(4)]  # without the highest rate
+    assert table["folora"]["kept at matched task"] == stated(kept)
+    assert [row["seeds"] for row in table.values()] == ["4", "3"]
+    assert "4 of 8 arms of `world_seeds` have no result yet (of seed 4)" in text
+
+
+def test_a_real_model_is_asked_before_and_after(made: Path) -> None:
+    for method in ("lora", "folora"):
+        for seed in range(2):
+            path = write_arm(made / "results", "world_methods", method, seed, 1e-3)
+            values = json.loads(path.read_text())
+            for reading in (values["base"], *values["readings"]):
+                reading["task"] = {}
+                reading["other"] = {"city.nats": -reading["step"] / 100}
+            values["readings"][0]["kept"] = {}  # read, but not asked
+            target = made / "results/real_plan/words" / str(seed) / path.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(json.dumps(values | {"stage": "real", "task": "words"}))
+    found = render("{{ real real_plan words }}", source(made))
+    forgotten, asked = tables(found.text)
+    # A loss of 1 - .6 is reached at the end alone.
+    kl = [(1 - final("folora", seed, 1e-3)) / 10 for seed in range(2)]
+    assert forgotten["folora"]["KL"] == stated(kl, 4)
+    lost = [1 - final("lora", seed, 1e-3) for seed in range(2)]
+    assert forgotten["LoRA"]["kept lost"] == stated(lost, 4)
+    assert asked["city (kept)"]["base"] == "1.000 ± 0.000"
+    kept = [final("folora", seed, 1e-3) - 0.05 for seed in range(2)]
+    assert asked["city (kept)"]["folora"] == stated(kept)
+    assert asked["city.nats"]["LoRA"] == "-1.000 ± 0.000"
+    assert set(found.pictures) == {"real_plan_words.png"}
+    found.pictures["real_plan_words.png"](made / "picture.png")
+
+
 def test_knobs(made: Path) -> None:
     (table,) = tables(page(made, "knobs folora"))
     assert list(table) == ["defaults", "tau = 1e-05", "tau = 0.1", "s_min = 0"]

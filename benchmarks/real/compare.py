@@ -94,7 +94,7 @@ def compare_model(
         donor = folder / target
         if score is None:
             evaluation = Evaluation(
-                asked["documents"], run.tokenizer, folder=asked.get("folder"), batch_size=32
+                asked["documents"], run.tokenizer, folder=asked.get("folder"), batch_size=8
             )
             score = scorer(evaluation, asked["kept"], asked.get("other", {}))
         comparison = Comparison(
@@ -105,6 +105,7 @@ def compare_model(
             command=command,
             score=score,
             read_at=plan.get("read_at", READ_AT),
+            score_at=plan.get("score_at"),
         )
         for result in comparison.run_all(planned(plan)):
             print(shown(result), flush=True)

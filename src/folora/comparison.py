@@ -87,6 +87,7 @@ class Comparison:
         command: What was typed, for the record.
         score: Task and kept scores of a model; without it there are the meter's readings alone.
         read_at: Shares of the training after which a reading is taken.
+        score_at: Those of them at which `score` is asked too, if it is dear; default is all.
     """
 
     def __init__(
@@ -99,9 +100,11 @@ class Comparison:
         command: str,
         score: Score = lambda _: {"task": {}, "kept": {}},
         read_at: Sequence[float] = READ_AT,
+        score_at: Sequence[float] | None = None,
     ) -> None:
         self.run, self.folder, self.stage, self.task = run, folder, stage, task
         self.command, self.score, self.read_at = command, score, tuple(read_at)
+        self.score_at = self.read_at if score_at is None else tuple(score_at)
         self.calibration: dict[str, Any] = {}
         self._pre: Mapping[str, Tensor] | None = None
         self._base: dict[str, Any] = {}
@@ -223,8 +226,9 @@ class Comparison:
         def read(step: int) -> dict[str, Any]:
             reading, norms = trainer.read()
             found = {"step": step, **asdict(reading), **asdict(total_norm(norms))}
-            finite = math.isfinite(reading.kl)
-            scores = self.score(prepared.model) if finite else {"task": {}, "kept": {}}
+            due = step in {0, *steps_at(self.score_at, trainer.state.max_steps)}
+            due = due and math.isfinite(reading.kl)
+            scores = self.score(prepared.model) if due else {"task": {}, "kept": {}}
             return _rounded({**found, **scores})
 
         # Beyond log(vocabulary) a uniform guess would be nearer to the base.
@@ -257,6 +261,11 @@ class Comparison:
         return result
 
 
+def steps_at(shares: Sequence[float], steps: int) -> set[int]:
+    """The steps after which given shares of a training of so many steps are over."""
+    return {max(1, round(share * steps)) for share in shares}
+
+
 class _ReadOnTheWay(TrainerCallback):
     """Takes a reading after given shares of the training, and ends it when one says that it is lost."""
 
@@ -271,8 +280,8 @@ class _ReadOnTheWay(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Called by the Trainer after every step."""
-        steps = {max(1, round(share * state.max_steps)) for share in self.shares}
-        if state.global_step in steps and not self.read(state.global_step):
+        due = state.global_step in steps_at(self.shares, state.max_steps)
+        if due and not self.read(state.global_step):
             control.should_training_stop = True
 
 
