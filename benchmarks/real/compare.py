@@ -30,7 +30,7 @@ from folora.errors import ConfigError, nearest
 from folora.evaluation import Evaluation
 from folora.pipeline import Run
 
-MODELS: Mapping[str, Callable[[Path], Path]] = {"smollm2": smollm2}
+MODELS: Mapping[str, Callable[[Path], Path]] = {"smollm2": smollm2, "gemma3": gemma3_270m}
 
 
 def scorer(evaluation: Evaluation, kept: Mapping[str, str], other: Mapping[str, str]) -> Score:
