@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.spectra import FORMAT as SPECTRA
-from benchmarks.sweeps import planned
+from benchmarks.sweeps import planned, read_plan
 from folora.artifacts import read_json
-from folora.config import read_yaml
 from folora.errors import ConfigError, DataError, nearest
 from folora.methods import METHODS
 from folora.results import Result, load_results
@@ -50,7 +49,7 @@ class Source:
             found.setdefault(result.path.relative_to(results).parts[0], []).append(result)
         spectra = [read_json(path) for path in sorted((results / "spectra").glob("*.json"))]
         return cls(
-            {path.stem: read_yaml(path) for path in sorted(plans.glob("*.yaml"))},
+            {path.stem: read_plan(path) for path in sorted(plans.glob("*.yaml"))},
             found,
             [values for values in spectra if values.get("format") == SPECTRA],
             read_json(demo) if demo.exists() else {},

@@ -8,7 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from folora.comparison import Arm, arms
+from folora.config import read_yaml
 from folora.pipeline import SAMPLES, STATISTICS
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """A plan; with ``extends: FILE`` it is what it changes of another plan beside it.
+
+    A section (``base``, ``evaluation``) is changed name by name, anything else as a whole.
+    """
+    plan = read_yaml(path)
+    other = plan.pop("extends", None)
+    return _changed(read_plan(path.parent / other), plan) if other else plan
+
+
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict(old)
+    for name, value in new.items():
+        section = isinstance(value, dict) and isinstance(found.get(name), dict)
+        found[name] = _changed(found[name], value) if section else value
+    return found
 
 
 def planned(plan: Mapping[str, Any]) -> list[Arm]:

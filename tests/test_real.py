@@ -16,13 +16,14 @@ from scipy import stats
 from benchmarks.aim import aim_table
 from benchmarks.real import compare
 from benchmarks.real.targets import TARGETS, target_rows
+from benchmarks.sweeps import read_plan
 from folora.errors import ConfigError, DataError
 from folora.results import load_results
 
 PLANS = [
     path
     for path in sorted((Path(__file__).parents[1] / "benchmarks" / "plans").glob("*.yaml"))
-    if "model" in yaml.safe_load(path.read_text())
+    if "model" in read_plan(path)
 ]
 ROWS = {
     "mawps/train.jsonl.gz": [
@@ -171,7 +172,7 @@ def test_every_target_has_rows_with_something_to_learn(name: str) -> None:
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda p: p.stem)
 def test_committed_plans_are_possible(path: Path, data: Path) -> None:
-    compare.check(yaml.safe_load(path.read_text()))
+    compare.check(read_plan(path))
 
 
 # The table of the aim, its numbers a second time.

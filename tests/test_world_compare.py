@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.sweeps import planned
+from benchmarks.sweeps import planned, read_plan
 from benchmarks.world.compare import calibration_texts, main, prepared_run
 from benchmarks.world.language import World, tasks
 from benchmarks.world.pretrain import pretrain
@@ -145,5 +145,15 @@ def test_a_world_that_is_not_there_is_pretrained(
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda p: p.stem)
 def test_committed_plans_are_possible_and_name_every_arm_once(path: Path) -> None:
-    arms = planned(yaml.safe_load(path.read_text()))
+    arms = planned(read_plan(path))
     assert len({arm.name for arm in arms}) == len(arms) > 0
+
+
+def test_a_plan_may_change_another(tmp_path: Path) -> None:
+    (tmp_path / "whole.yaml").write_text("tasks: [a, b]\nbase: {x: 1, y: 2}\nsweeps: []\n")
+    (tmp_path / "part.yaml").write_text("extends: whole.yaml\ntasks: [a]\nbase: {y: 3, z: 4}\n")
+    assert read_plan(tmp_path / "part.yaml") == {
+        "tasks": ["a"],
+        "base": {"x": 1, "y": 3, "z": 4},
+        "sweeps": [],
+    }

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-# from benchmarks.gemma import gemma3_270m
+from benchmarks.gemma import gemma3_270m
 from benchmarks.real.targets import TARGETS, data_folder, target_rows
-from benchmarks.sweeps import planned, shown, take_over
+from benchmarks.sweeps import planned, read_plan, shown, take_over
 from demo.model import smollm2
 from folora.artifacts import write_text
 from folora.comparison import READ_AT, Comparison, Score, Scores
-from folora.config import FoLoraConfig, read_yaml
+from folora.config import FoLoraConfig
 from folora.errors import ConfigError, nearest
 from folora.evaluation import Evaluation
 from folora.pipeline import Run
@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger("folora").setLevel(logging.INFO)
     if options.threads:
         torch.set_num_threads(options.threads)
-    plan = read_yaml(options.plan)
+    plan = read_plan(options.plan)
     if options.targets:
         plan["tasks"] = options.targets
     check(plan)

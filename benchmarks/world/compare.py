@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from peft import PeftModel
 
-from benchmarks.sweeps import planned, shown, take_over
+from benchmarks.sweeps import planned, read_plan, shown, take_over
 from benchmarks.world.language import Row, Task, World, pretraining_documents, tasks
 from benchmarks.world.pretrain import STEPS, pretrain
 from benchmarks.world.score import score_rows, score_skills
@@ -155,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--test", type=Path, help="its test rows")
     options = parser.parse_args(given)
     torch.set_num_threads(1)
-    plan = yaml.safe_load(options.plan.read_text())
+    plan = read_plan(options.plan)
     chosen = None
     if options.train:
         chosen = {options.train.stem: Task(read_rows(options.train), read_rows(options.test))}
