@@ -9,25 +9,38 @@ from typing import Any
 
 from folora.comparison import Arm, arms
 from folora.config import read_yaml
+from folora.errors import ConfigError
 from folora.pipeline import SAMPLES, STATISTICS
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """A plan; with ``extends: FILE`` it is what it changes of another plan beside it.
+    """A YAML file on top of those that it says to ``include``, by path from its own folder.
 
-    A section (``base``, ``evaluation``) is changed name by name, anything else as a whole.
+    Mappings are joined, name by name; anything else that stands later wins.
+
+    Raises:
+        ConfigError: A file cannot be read, or includes itself.
     """
-    plan = read_yaml(path)
-    other = plan.pop("extends", None)
-    return _changed(read_plan(path.parent / other), plan) if other else plan
+    return _joined(path, ())
 
 
-def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    found = dict(old)
-    for name, value in new.items():
-        section = isinstance(value, dict) and isinstance(found.get(name), dict)
-        found[name] = _changed(found[name], value) if section else value
+def _joined(path: Path, outer: tuple[Path, ...]) -> dict[str, Any]:
+    if path in outer:
+        raise ConfigError(f"{path} includes itself")
+    values = read_yaml(path)
+    found: dict[str, Any] = {}
+    for name in values.pop("include", []):
+        _join(found, _joined(path.parent / name, (*outer, path)))
+    _join(found, values)
     return found
+
+
+def _join(target: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        if isinstance(value, dict) and isinstance(target.get(name), dict):
+            _join(target[name], value)
+        else:
+            target[name] = value
 
 
 def planned(plan: Mapping[str, Any]) -> list[Arm]:

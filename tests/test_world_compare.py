@@ -151,7 +151,7 @@ def test_committed_plans_are_possible_and_name_every_arm_once(path: Path) -> Non
 
 def test_a_plan_may_change_another(tmp_path: Path) -> None:
     (tmp_path / "whole.yaml").write_text("tasks: [a, b]\nbase: {x: 1, y: 2}\nsweeps: []\n")
-    (tmp_path / "part.yaml").write_text("extends: whole.yaml\ntasks: [a]\nbase: {y: 3, z: 4}\n")
+    (tmp_path / "part.yaml").write_text("include: [whole.yaml]\ntasks: [a]\nbase: {y: 3, z: 4}\n")
     assert read_plan(tmp_path / "part.yaml") == {
         "tasks": ["a"],
         "base": {"x": 1, "y": 3, "z": 4},

@@ -49,9 +49,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.paper", description="Run one of the paper's experiments."
     )
     found.add_argument("--recipe", type=Path, required=True, metavar="FILE")
-    found.add_argument(
-        "--methods", type=words, metavar="A,B", help="of the recipe's; default: all"
-    )
+    found.add_argument("--methods", type=words, metavar="A,B", help="of the recipe's; default: all")
     found.add_argument(
         "--learning-rates", type=rates, metavar="X,Y", help="of every method; default: the recipe's"
     )
@@ -131,7 +129,9 @@ def shown(result: dict[str, Any], recipe: Recipe) -> str:
     parts = [f"{name} {_number(score)}" for name, score in {**last["task"], **last["kept"]}.items()]
     for name in recipe.passages:
         if last["kept"].get(name) and base["kept"].get(name):
-            parts.append(f"{name} forgetting {math.log(base['kept'][name] / last['kept'][name]):.3f}")
+            parts.append(
+                f"{name} forgetting {math.log(base['kept'][name] / last['kept'][name]):.3f}"
+            )
     diverged = ", diverged" if result["diverged"] else ""
     return f"{result['name']}: {', '.join(parts)}, KL {last['kl']}, {result['seconds']} s{diverged}"
 

@@ -11,6 +11,7 @@ import ast
 import re
 import warnings
 from fractions import Fraction
+from operator import truediv
 
 from lm_eval.tasks.hendrycks_math.utils import is_equiv, last_boxed_only_string, remove_boxed
 
@@ -45,10 +46,7 @@ def number(text: str) -> Fraction | None:
 def expression(text: str) -> str | None:
     """The final answer to a problem of MATH, as LaTeX; None if none is marked as such."""
     said = _behind_mark(text)
-    if said is None:
-        return boxed(text)
-    inner = boxed(said)
-    return inner if inner is not None else said.strip().strip("$").strip()
+    return boxed(text) if said is None else said.strip().strip("$").strip()
 
 
 def same_expression(answer: str | None, gold: str) -> bool:
@@ -130,9 +128,12 @@ def peft_same(answer: str | None, gold: str | None) -> bool:
 
 
 def _behind_mark(text: str) -> str | None:
-    """The rest of the sentence behind the last "The answer is"."""
-    parts = ANSWER.split(text)
-    return SENTENCE_END.split(parts[-1].strip(), maxsplit=1)[0] if len(parts) > 1 else None
+    """What the last "The answer is" says: a box behind it, else the rest of its sentence."""
+    *before, rest = ANSWER.split(text)
+    if not before:
+        return None
+    inner = boxed(rest)
+    return SENTENCE_END.split(rest.strip(), maxsplit=1)[0] if inner is None else inner
 
 
 def _without_latex(text: str) -> str:
@@ -146,6 +147,7 @@ def _fraction(text: str, commas: bool = True) -> Fraction | None:
     if commas:
         text = text.replace(",", "")
     try:
-        return Fraction(re.sub(r"\s*/\s*", "/", text.strip()))
-    except (ValueError, ZeroDivisionError):
+        parts = [Fraction(part.strip()) for part in text.split("/")]
+        return parts[0] if len(parts) == 1 else truediv(*parts)
+    except (ValueError, TypeError, ZeroDivisionError):  # TypeError: more than one stroke
         return None

@@ -1,6 +1,6 @@
 """A recipe: what to train on, how, and what to ask afterwards. Read from YAML, checked where it is built.
 
-A recipe may ``include`` others, by path from its own folder; mappings are joined, later ones win.
+A recipe may ``include`` others (see `benchmarks.sweeps.read_plan`).
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from benchmarks.sweeps import read_plan
 from folora.comparison import Arm, arms
-from folora.config import FoLoraConfig, read_yaml
+from folora.config import FoLoraConfig
 from folora.errors import ConfigError, nearest
 from folora.methods import configured
 
@@ -137,7 +138,10 @@ class Recipe:
         twice = set(self.target) & set(self.kept)
         if twice:
             raise ConfigError(f"both target and kept: {', '.join(sorted(twice))}; choose one")
-        self.arms()
+        base = self.config
+        for method, rates in self.methods.items():
+            for rate in rates:
+                configured(base, method, {"training.learning_rate": rate})
 
     @property
     def config(self) -> FoLoraConfig:
@@ -151,20 +155,17 @@ class Recipe:
         return {name: self.benchmarks[name] for name in names if name in self.benchmarks}
 
     def arms(self) -> list[Arm]:
-        """Every method with its learning rates and seeds. Raises ConfigError if one is impossible."""
-        found = [
+        """Every method with its learning rates and seeds."""
+        return [
             arm
             for method, rates in self.methods.items()
             for arm in arms([method], rates, **{"training.seed": self.seeds})
         ]
-        for arm in found:
-            configured(self.config, arm.method, arm.changes)
-        return found
 
 
 def read_recipe(path: Path) -> Recipe:
     """Read a recipe with all that it includes. Raises ConfigError."""
-    return recipe_of(_joined(path, ()), str(path))
+    return recipe_of(read_plan(path), str(path))
 
 
 def recipe_of(values: Mapping[str, Any], source: str) -> Recipe:
@@ -189,26 +190,6 @@ def _known(name: str, known: Iterable[str], kind: str) -> None:
         raise ConfigError(
             f"the recipe has no {kind} {name!r}{nearest(name, known)}; there are {', '.join(known)}"
         )
-
-
-def _joined(path: Path, outer: tuple[Path, ...]) -> dict[str, Any]:
-    """A file's values on top of those that it includes."""
-    if path in outer:
-        raise ConfigError(f"{path} includes itself")
-    values = read_yaml(path)
-    found: dict[str, Any] = {}
-    for name in values.pop("include", []):
-        _join(found, _joined(path.parent / name, (*outer, path)))
-    _join(found, values)
-    return found
-
-
-def _join(target: dict[str, Any], values: Mapping[str, Any]) -> None:
-    for name, value in values.items():
-        if isinstance(value, dict) and isinstance(target.get(name), dict):
-            _join(target[name], value)
-        else:
-            target[name] = value
 
 
 def _explain(error: Any) -> str:

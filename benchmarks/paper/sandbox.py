@@ -39,7 +39,9 @@ from folora.errors import ConfigError
 
 _allowed: ContextVar[bool] = ContextVar("allowed", default=False)
 
-PROBE = "import collections, functools, heapq, itertools, math, re, typing\nassert math.sqrt(4) == 2"
+PROBE = (
+    "import collections, functools, heapq, itertools, math, re, typing\nassert math.sqrt(4) == 2"
+)
 NAMESPACES = ("--net", "--pid", "--fork", "--kill-child")
 
 
@@ -169,7 +171,9 @@ def _run(program: str, limits: Limits, way: Isolation) -> Outcome:
                 )
             except OSError as error:
                 return Outcome(False, f"cannot be started: {error}", "", way.network)
-            late = _feed_and_wait(process, f"{json.dumps(order)}\n{program}".encode(errors="replace"), limits)
+            late = _feed_and_wait(
+                process, f"{json.dumps(order)}\n{program}".encode(errors="replace"), limits
+            )
             os.set_blocking(heard, False)
             try:
                 passed = os.read(heard, 2 * len(secret)) == secret.encode()

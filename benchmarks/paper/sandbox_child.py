@@ -37,8 +37,10 @@ def guard(folder: str) -> None:
     An audit hook cannot be taken off again by Python code.
     """
 
+    real, text = os.path.realpath, os.fsdecode  # programs may put something else in their place
+
     def inside(path: Any) -> bool:
-        return isinstance(path, int) or os.path.realpath(os.fsdecode(path)).startswith(folder)
+        return isinstance(path, int) or real(text(path)).startswith(folder)
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event.startswith("ctypes."):  # what can do without it catches this error

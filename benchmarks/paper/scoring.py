@@ -145,10 +145,10 @@ def _evaluation(
         num_fewshot=shots,
         max_new_tokens=max_new_tokens,
         options=recipe.options,
-        allow_code=allow_code,
+        allow_code=allow_code and own,  # the harness's own would run programs outside the sandbox
     )
     for benchmark in group:
-        metrics = evaluation.metrics[benchmark.task]
+        metrics = evaluation.metrics.get(benchmark.task, set())  # a tag has none of its own
         if benchmark.metric not in metrics:
             raise ConfigError(
                 f"evaluation task {benchmark.task!r} has no metric {benchmark.metric!r}"

@@ -17,6 +17,7 @@ from folora.loading import load_tokenizer, required
 DOCUMENTS = 2  # of every task
 NEW_TOKENS = 8
 ROWS = 20
+RANK = 2
 LENGTH = 2048  # tokens that the random model reads; longer questions lose their beginning
 
 CHANGES = {
@@ -28,7 +29,7 @@ CHANGES = {
     "statistics.task_examples": 4,
     "data.max_length": 128,
     "data.eval_rows": 2,
-    "adapter.r": 2,
+    "adapter.r": RANK,
     "training.max_steps": 2,
     "training.batch_size": 2,
     "training.gradient_accumulation_steps": 1,
@@ -57,7 +58,7 @@ def small(recipe: Recipe, folder: Path) -> Recipe:
     model = folder / "model"
     LlamaForCausalLM(shape).save_pretrained(model)
     tokenizer.save_pretrained(model)
-    alpha = recipe.config.adapter.scaling * CHANGES["adapter.r"]  # type: ignore[operator]
+    alpha = recipe.config.adapter.scaling * RANK
     return replace(
         recipe,
         base={**recipe.base, **CHANGES, "adapter.alpha": alpha, "model": str(model)},

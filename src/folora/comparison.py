@@ -193,6 +193,7 @@ class Comparison:
             readings, diverged = self._trained(prepared, config)
         finally:
             self.run.model = prepared.model.unload()  # type: ignore[assignment]
+            vars(self.run.model).pop("forward", None)  # TRL replaces it, once more for every arm
         return {
             "format": FORMAT,
             "stage": self.stage,

@@ -61,8 +61,8 @@ def humaneval(doc: Row, results: list[str]) -> Score:
 
 def mbpp(doc: Row, results: list[str]) -> Score:
     """The program passes the task's assertions."""
-    tests = [doc["test_setup_code"], answers.program_of(results[0]), *doc["test_list"]]
-    return {"pass@1": float(sandbox.run("\n".join(tests) + "\n").passed)}
+    parts = [answers.program_of(results[0]), doc["test_setup_code"], *doc["test_list"]]
+    return {"pass@1": float(sandbox.run("\n".join(parts) + "\n").passed)}
 
 
 def squad_v2(doc: Row, results: list[str]) -> Score:
