@@ -16,7 +16,13 @@ from folora.report import NONE, Table, matched_levels
 from folora.results import Result, Scores, by_method, grouped, mean_score, point_sets, scores_of
 
 BASELINE = "lora"
-GOAL = 1 / 3  # of what the baseline forgets
+BITS = ".bits_per_byte"
+MEASURES = {
+    "KL": "of LoRA's",
+    "kept lost": "minus LoRA's",
+    "nats lost": "minus LoRA's",
+    "bits lost": "minus LoRA's",
+}
 
 BySeed = Mapping[int, float]
 Readings = list[Mapping[str, Any]]
@@ -30,57 +36,68 @@ class Forgotten:
         kl: KL to the base, nats a token.
         kept: Loss of the kept score.
         nats: Loss of log-probability of the right answer, mean over tasks that tell it.
+        bits: Rise of the bits a byte on running text.
     """
 
     kl: BySeed
     kept: BySeed
     nats: BySeed
+    bits: BySeed
 
 
-def aim_table(results: Sequence[Result], level: float | None = None) -> Table:
+def aim_table(results: Sequence[Result]) -> Table:
     """Table of what each method forgot, and what part that is of LoRA's.
 
     Args:
         results: Of one task, with a task loss and kept scores.
-        level: Matched task score (minus the loss); default as in `folora.report.matched_levels`.
     """
-    scores = scores_of(results)
-    bases = {r.seed: scores.point(r.base) for r in results}
-    levels = matched_levels(by_method(point_sets(results)), bases, scores, level)
+    scores, levels = scores_of(results), levels_of(results)
     arms = by_method(grouped(results))
     titles = {r.method: r.title for r in results}
-    found = {m: forgotten(seeds, scores, levels.task) for m, seeds in arms.items()}
+    found = {m: forgotten(seeds, scores, levels) for m, seeds in arms.items()}
     against = found.get(BASELINE)
-    header = ["method", "KL", "kept lost", "nats lost"]
-    if against:
-        header = ["method", "KL", "of LoRA's", "kept lost", "minus LoRA's", "nats lost"]
-        header += ["minus LoRA's", "arms", "seeds"]
-    else:
-        header += ["arms", "seeds"]
+    header = ["method"]
+    for measure, compared in MEASURES.items():
+        header += [measure, compared] if against else [measure]
     rows = []
-    for method, f in found.items():
-        row = [titles[method], _stated(interval(f.kl.values()), 4)]
-        row += [_ratio(f.kl, against.kl)] * bool(against) if against else []
-        for name in ("kept", "nats"):
-            mine: BySeed = getattr(f, name)
-            row.append(_stated(interval(mine.values()), 4))
+    for method, mine in found.items():
+        row = [titles[method], _stated(interval(mine.kl.values()), 4)]
+        row += [_ratio(mine.kl, against.kl)] if against else []
+        for name in ("kept", "nats", "bits"):
+            row.append(_stated(interval(getattr(mine, name).values()), 4))
             if against:
-                row.append(_difference(mine, getattr(against, name)))
+                row.append(_difference(getattr(mine, name), getattr(against, name)))
         count = sum(len(group) for group in arms[method].values())
         rows.append((*row, str(count), str(len(arms[method]))))
+    stated = ", ".join(f"{-level:.3f}" for _, level in sorted(levels.items()))
+    base = interval([-scores.point(r.base).task for r in results]).mean
     caption = (
-        f"{results[0].task}, at a task loss of at most {-levels.task:.3f} nats a token "
-        f"(base: {-interval([b.task for b in bases.values()]).mean:.3f}). KL to the base in nats a "
-        "token; its part of LoRA's is the geometric mean over seeds of the ratio, with its 95 % interval. "
-        "Kept lost: fall of the mean probability of right answers. Nats lost: fall of their "
-        "log-probability, mean over cloze tasks. ± is half of the 95 % interval over seeds; *: the "
-        f"interval excludes no difference. {NONE}: no seed gets there."
+        f"{results[0].task}, at a task loss of at most {stated} nats a token, by seed (base: "
+        f"{base:.3f} on average): what every method reaches that gets halfway to that seed's best. KL to the base "
+        "in nats a token; its part of LoRA's is the geometric mean over seeds of the ratio, with its 95 % "
+        "interval. Kept lost: fall of the mean kept score. Nats lost: fall of the log-probability of right "
+        "answers, mean over the tasks that tell it. Bits lost: rise of the bits a byte on running text. ± "
+        "is half of the 95 % interval over seeds; *: the interval excludes no difference. "
+        f"{NONE}: no seed gets there."
     )
-    return Table(tuple(header), tuple(rows), caption)
+    return Table((*header, "arms", "seeds"), tuple(rows), caption)
 
 
-def forgotten(arms: Mapping[int, Sequence[Result]], scores: Scores, level: float) -> Forgotten:
-    """What one method forgot: see the module."""
+def levels_of(results: Sequence[Result]) -> dict[int, float]:
+    """The matched task score (minus the loss) of each seed, whose held-out rows are its own."""
+    scores = scores_of(results)
+    return {
+        seed: matched_levels(
+            by_method(point_sets(r for r in results if r.seed == seed)),
+            {r.seed: scores.point(r.base) for r in results if r.seed == seed},
+            scores,
+        ).task
+        for seed in sorted({r.seed for r in results})
+    }
+
+
+def forgotten(arms: Mapping[int, Sequence[Result]], scores: Scores, levels: BySeed) -> Forgotten:
+    """What one method forgot, each seed at its own level: see the module."""
 
     def best(
         value: Callable[[Mapping[str, Any], Mapping[str, Any]], float],
@@ -90,7 +107,7 @@ def forgotten(arms: Mapping[int, Sequence[Result]], scores: Scores, level: float
                 value(arm.base, reading)
                 for arm in group
                 for reading in (arm.base, *arm.readings)
-                if scores.point(reading).task >= level
+                if scores.point(reading).task >= levels[seed]
             )
             for seed, group in arms.items()
         }
@@ -98,25 +115,24 @@ def forgotten(arms: Mapping[int, Sequence[Result]], scores: Scores, level: float
     return Forgotten(
         kl=best(lambda base, reading: reading["kl"]),
         kept=best(lambda base, reading: mean_score(base["kept"]) - mean_score(reading["kept"])),
-        nats=best(lambda base, reading: _nats(base) - _nats(reading)),
+        nats=best(lambda base, reading: _other(base, ".nats") - _other(reading, ".nats")),
+        bits=best(lambda base, reading: _other(reading, BITS) - _other(base, BITS)),
     )
 
 
-def kept_table(results: Sequence[Result], level: float | None = None) -> Table:
+def kept_table(results: Sequence[Result]) -> Table:
     """What the models answer, question by question, at matched loss: a column a method.
 
     Of a method and seed, the model is that with the smallest KL among those that were asked and have
     reached the loss.
     """
-    scores = scores_of(results)
-    sets, bases = by_method(point_sets(results)), {r.seed: scores.point(r.base) for r in results}
-    levels = matched_levels(sets, bases, scores, level)
+    scores, levels = scores_of(results), levels_of(results)
     titles = {r.method: r.title for r in results}
     columns: dict[str, dict[int, Mapping[str, Any]]] = {"base": {r.seed: r.base for r in results}}
     for method, seeds in by_method(grouped(results)).items():
         chosen = {
             seed: min(
-                (r for arm in arms for r in arm.readings if _asked(r, scores, levels.task)),
+                (r for arm in arms for r in arm.readings if _asked(r, scores, levels[seed])),
                 key=lambda r: r["kl"],
                 default=None,
             )
@@ -154,8 +170,8 @@ def _asked(reading: Mapping[str, Any], scores: Scores, level: float) -> bool:
     return bool(reading["kept"]) and scores.point(reading).task >= level
 
 
-def _nats(reading: Mapping[str, Any]) -> float:
-    return mean_score({k: v for k, v in reading["other"].items() if k.endswith(".nats")})
+def _other(reading: Mapping[str, Any], metric: str) -> float:
+    return mean_score({k: v for k, v in reading["other"].items() if k.endswith(metric)})
 
 
 def _least(values: Iterable[float]) -> float:

@@ -178,16 +178,25 @@ def test_committed_plans_are_possible(path: Path, data: Path) -> None:
 # The table of the aim, its numbers a second time.
 
 
-def arm(folder: Path, method: str, seed: int, readings: list[tuple[float, float, float]]) -> None:
+def arm(
+    folder: Path,
+    method: str,
+    seed: int,
+    readings: list[tuple[float, float, float]],
+    shift: float = 0.0,
+) -> None:
     def reading(step: int, loss: float, kl: float, kept: float) -> dict[str, Any]:
         numbers = {"ce_change": 0.0, "frobenius": 1.0, "h_norm": 1.0}
-        found = {"kept": {"a": kept, "b": kept + 0.1}, "other": {"a.nats": 10 * kept, "a.acc": 1}}
+        found = {
+            "kept": {"a": kept, "b": kept + 0.1},
+            "other": {"a.nats": 10 * kept, "b.bits_per_byte": 2 - 2 * kept},
+        }
         return {"step": step, "task_loss": loss, "kl": kl, "task": {}, **found, **numbers}
 
     result = {
         "format": 1, "stage": "m", "task": "t", "seed": seed, "method": method, "title": method.upper(),
         "changes": {}, "command": "c", "config": {}, "versions": {}, "seconds": 1.0, "diverged": False,
-        "base": reading(0, 3.0, 0.0, 0.5),
+        "base": reading(0, 3.0 + shift, 0.0, 0.5),
         "readings": [reading(i + 1, *values) for i, values in enumerate(readings)],
     }  # fmt: skip
     path = folder / str(seed) / f"{method}.json"
@@ -197,25 +206,30 @@ def arm(folder: Path, method: str, seed: int, readings: list[tuple[float, float,
 
 def test_what_was_forgotten_at_matched_loss(tmp_path: Path) -> None:
     for seed, factor in enumerate((0.2, 0.1, 0.4)):
-        arm(tmp_path, "lora", seed, [(2.0, 0.01, 0.49), (1.0, 0.1, 0.40), (0.9, 0.5, 0.30)])
-        arm(tmp_path, "folora", seed, [(2.0, 0.001, 0.5), (1.0, 0.1 * factor, 0.48)])
-    table = aim_table(load_results(tmp_path), level=-1.0)
-    cells = {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows}
-    assert cells["LORA"]["KL"] == "0.1000 ± 0.0000"
-    assert cells["LORA"]["of LoRA's"] == "–"
+        # Folora gets to 1.0 + seed and LoRA further, so that is each seed's level.
+        shift = float(seed)
+        lora = [(2.0, 0.01, 0.49), (1.0, 0.1, 0.40), (0.9, 0.5, 0.30)]
+        arm(tmp_path, "lora", seed, [(loss + shift, kl, kept) for loss, kl, kept in lora], shift)
+        folora = [(2.0, 0.001, 0.5), (1.0, 0.1 * factor, 0.48)]
+        arm(
+            tmp_path, "folora", seed, [(loss + shift, kl, kept) for loss, kl, kept in folora], shift
+        )
+    table = aim_table(load_results(tmp_path))
+    lora, folora = (next(r for r in table.rows if r[0] == name) for name in ("LORA", "FOLORA"))
     logs = [math.log(f) for f in (0.2, 0.1, 0.4)]
     mean, half = sum(logs) / 3, stats.t.ppf(0.975, 2) * stats.sem(logs)
     low, high = math.exp(mean - half), math.exp(mean + half)
-    assert cells["FOLORA"]["of LoRA's"] == f"{math.exp(mean):.1%} ({low:.1%} to {high:.1%})"
-    assert cells["FOLORA"]["kept lost"] == "0.0200 ± 0.0000"
-    folora = next(row for row in table.rows if row[0] == "FOLORA")
-    assert folora[4] == "-0.0800 ± 0.0000 *"
-    assert cells["FOLORA"]["nats lost"] == "0.2000 ± 0.0000"
-    assert "at a task loss of at most 1.000" in table.caption
+    assert table.header[:5] == ("method", "KL", "of LoRA's", "kept lost", "minus LoRA's")
+    assert lora[1:3] == ("0.1000 ± 0.0000", "–")
+    assert folora[2] == f"{math.exp(mean):.1%} ({low:.1%} to {high:.1%})"
+    assert folora[3:5] == ("0.0200 ± 0.0000", "-0.0800 ± 0.0000 *")
+    assert folora[5] == "0.2000 ± 0.0000"  # nats
+    assert folora[7] == "0.0400 ± 0.0000"  # bits
+    assert "at most 1.000, 2.000, 3.000 nats" in table.caption
 
 
 def test_a_method_that_never_gets_there(tmp_path: Path) -> None:
     arm(tmp_path, "lora", 0, [(1.0, 0.1, 0.4)])
     arm(tmp_path, "corda", 0, [(2.5, 0.1, 0.4)])
-    table = aim_table(load_results(tmp_path), level=-1.0)
-    assert next(row for row in table.rows if row[0] == "CORDA")[1:7] == ("–",) * 6
+    table = aim_table(load_results(tmp_path))
+    assert next(row for row in table.rows if row[0] == "CORDA")[1:9] == ("–",) * 8

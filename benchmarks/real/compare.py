@@ -12,7 +12,7 @@ import json
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +71,20 @@ def target_run(
 
 
 def compare_model(
-    plan: Mapping[str, Any], seed: int, models: Path, runs: Path, output: Path, command: str
+    plan: Mapping[str, Any],
+    seed: int,
+    methods: Container[str] | None,
+    models: Path,
+    runs: Path,
+    output: Path,
+    command: str,
 ) -> None:
     """Every target and arm of the plan for one seed.
 
     Args:
         plan: ``model``, ``base`` config by dotted name, ``tasks`` (targets), ``sweeps``, ``evaluation``.
         seed: See above.
+        methods: Those of the plan that are run; default is all.
         models: Folder of pretrained models.
         runs: Folder for samples and statistics.
         output: Folder for results.
@@ -107,7 +114,8 @@ def compare_model(
             read_at=plan.get("read_at", READ_AT),
             score_at=plan.get("score_at"),
         )
-        for result in comparison.run_all(planned(plan)):
+        due = [arm for arm in planned(plan) if methods is None or arm.method in methods]
+        for result in comparison.run_all(due):
             print(shown(result), flush=True)
 
 
@@ -131,6 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--plan", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", help="default: the plan's")
     parser.add_argument("--targets", nargs="+", help="default: the plan's tasks")
+    parser.add_argument("--methods", nargs="+", help="of the plan; default: all")
     parser.add_argument("--models", type=Path, default=Path("models"))
     parser.add_argument("--runs", type=Path, default=Path("runs/real"))
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/PLAN")
@@ -144,10 +153,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.targets:
         plan["tasks"] = options.targets
     check(plan)
+    known = {arm.method for arm in planned(plan)}
+    for name in options.methods or ():
+        if name not in known:
+            raise ConfigError(f"the plan has no method {name!r}{nearest(name, known)}")
     output = options.output or Path("benchmarks/results") / options.plan.stem
     command = f"python -m benchmarks.real.compare {shlex.join(given)}"
     for seed in options.seeds or plan["seeds"]:
-        compare_model(plan, seed, options.models, options.runs, output, command)
+        places = (options.models, options.runs, output)
+        compare_model(plan, seed, options.methods, *places, command)
 
 
 if __name__ == "__main__":
