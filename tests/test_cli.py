@@ -39,7 +39,8 @@ def test_wrong_input_of_every_kind(
     def run(extra: list[str] | None = None, **changes: str | None) -> str:
         values = {k: v for k, v in {**good, **changes}.items() if v is not None}
         flags = [part for k, v in values.items() for part in (f"--{k}", v)]
-        return fails(["run", *flags, "--device", "cpu", *(extra or [])], capsys)
+        length = ["--sampling.max_new_tokens", "200"]  # the tiny model reads 256
+        return fails(["run", *flags, *length, "--device", "cpu", *(extra or [])], capsys)
 
     assert "--model is needed" in run(model=None)
     assert "--output is needed" in run(output=None)

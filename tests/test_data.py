@@ -130,6 +130,16 @@ def test_local_files(tmp_path: Path, name: str) -> None:
     assert local_format(name) == ("parquet" if name.endswith("parquet") else "json")
 
 
+def test_json_is_taken_as_it_stands(tmp_path: Path) -> None:
+    """Dates stay text; a byte order mark, a spread object and several on a line do no harm."""
+    row = {"prompt": "when", "completion": "2020-01-02"}
+    for text in (json.dumps(row), "\ufeff" + json.dumps(row), json.dumps(row, indent=1)):
+        (tmp_path / "rows.json").write_text(text, encoding="utf-8")
+        assert load_rows(str(tmp_path / "rows.json")) == [row]
+    (tmp_path / "rows.json").write_text(json.dumps(row) + " " + json.dumps(row))
+    assert load_rows(str(tmp_path / "rows.json")) == [row, row]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -285,7 +285,7 @@ def model_folder(
     """What a recipe's model is replaced by; a trial takes the tokenizer alone from it."""
     folder = tmp_path_factory.mktemp("model")
     tokenizer.save_pretrained(folder)
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
     return str(folder)
 
 

@@ -73,13 +73,14 @@ def target_layers(
             matches the whole name. The same meanings as in PEFT.
 
     Raises:
-        ConfigError: Nothing matches, or a named module is missing or is no linear layer.
+        ConfigError: Nothing matches, a named module is missing or is no linear layer, or the output
+            layer is among them.
     """
     linear = {n: dims for n, m in model.named_modules() if (dims := linear_dims(m)) is not None}
     if not linear:
         raise ConfigError(f"{type(model).__name__} has no linear layers to adapt")
+    head = model.get_output_embeddings()
     if target_modules == "all-linear":
-        head = model.get_output_embeddings()
         names = [n for n in linear if model.get_submodule(n) is not head]
     elif isinstance(target_modules, str):
         names = [n for n in linear if re.fullmatch(target_modules, n)]
@@ -95,6 +96,11 @@ def target_layers(
     if not names:
         ends = sorted({n.rsplit(".", 1)[-1] for n in linear})
         raise ConfigError(f"adapter.target_modules {target_modules!r} matches no layer of {ends}")
+    if outputs := [n for n in names if model.get_submodule(n) is head]:
+        raise ConfigError(
+            f"adapter.target_modules takes in the output layer {outputs[0]}, which TRL's losses and "
+            "models with tied embeddings read without an adapter. Leave it out."
+        )
     return {n: linear[n] for n in names}
 
 

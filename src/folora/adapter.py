@@ -23,12 +23,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from folora.artifacts import write_atomically
+from folora.artifacts import check_replaceable, write_atomically
 from folora.errors import ConfigError, NumericsError
 from folora.frames import FRAME, Frame, Framed, layer_factors, product
 from folora.initialization import STARTS, Site, Start, leading_singular_spaces
 from folora.sadam import full_fp32_matmul
 from folora.solving import GroupBasis, check_rank
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 
 Factors = dict[str, tuple[Tensor, Tensor, float]]
 """A (k, d_in), B (d_out, k) and kappa by layer name; the layer's update is kappa B A."""
@@ -133,7 +135,8 @@ def export_adapter(
         adapter_name: Which adapter.
 
     Raises:
-        ConfigError: `rank` is outside of [1, rank of the exact adapter].
+        ConfigError: `rank` is outside of [1, rank of the exact adapter], or the folder holds
+            something else than an adapter.
         NumericsError: A factor is not finite.
         ArtifactError: The folder cannot be written.
     """
@@ -156,6 +159,7 @@ def write_adapter(
     rank: int | None = None,
 ) -> ExportReport:
     """Write factors as a PEFT adapter folder; see `export_adapter`."""
+    check_replaceable(Path(path), ADAPTER_FILES)
     exact = max(len(a) for a, _, _ in factors.values())
     if rank is not None and not 1 <= rank <= exact:
         raise ConfigError(f"export rank is {rank}, but must lie in [1, {exact}]")

@@ -14,7 +14,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,11 +26,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from folora.errors import ArtifactError, MismatchError
+from folora.errors import ArtifactError, ConfigError, MismatchError
 
 FORMAT_VERSION = 1
 TENSORS, MANIFEST = "tensors.safetensors", "manifest.json"
 FINGERPRINT_VALUES = 1024
+LONGEST_NAME = 255  # bytes; what common file systems take
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,32 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             path.rename(replaced)
         os.replace(temporary, path)
         _sync(path.parent)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise ArtifactError(f"cannot write {path}: {error}") from error
     finally:
         _remove(temporary)
         _remove(replaced)
+
+
+def check_writable(folder: Path, what: str) -> None:
+    """Refuse, before any work is done for it, a folder that cannot be. Raises ConfigError."""
+    place = os.path.abspath(folder)
+    while not os.path.lexists(place) and os.path.dirname(place) != place:
+        if "\0" in place or len(os.fsencode(os.path.basename(place))) > LONGEST_NAME:
+            raise ConfigError(f"{what} {str(folder)!r} is no name that a folder can have")
+        place = os.path.dirname(place)
+    if not os.path.isdir(place):
+        raise ConfigError(f"{what} {folder} must be a folder, or become one, but {place} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"{what} {folder} cannot be written: no permission in {place}")
+
+
+def check_replaceable(folder: Path, own: Collection[str]) -> None:
+    """Refuse to replace a folder that holds something else than `own` files. Raises ConfigError."""
+    if folder.is_dir() and (others := sorted({p.name for p in folder.iterdir()} - set(own))):
+        raise ConfigError(
+            f"{folder} holds {others[0]!r}, which would be lost; give a new or an empty folder"
+        )
 
 
 def _remove(path: Path) -> None:

@@ -13,17 +13,17 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import yaml
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from folora.artifacts import write_text
 from folora.comparison import Comparison, arms
-from folora.config import FoLoraConfig, option_names, read_yaml
+from folora.config import FoLoraConfig, option_names, parse_yaml, read_yaml
 from folora.errors import ConfigError, FoLoraError, nearest
 from folora.loading import required
 from folora.methods import METHODS
@@ -46,9 +46,16 @@ COMMANDS = {
 SHORT = {"adapter.r": "--r", "training.learning_rate": "--lr", "training.max_steps": "--max-steps"}
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong as folora does: in one sentence, without the usage of eighty flags."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
 def parser() -> argparse.ArgumentParser:
     """The argument parser; every option of the config is a flag of every command."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="folora", description="Fine-tune a model and keep what it knew (arXiv:2606.00132)."
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -113,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _set_up_logging(options.verbose)
         _execute(options, config)
     except FoLoraError as error:
-        console.print(f"[bold red]folora:[/] {_escaped(error)}", highlight=False, soft_wrap=True)
+        console.print(f"[bold red]folora:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         console.print(
@@ -153,6 +160,7 @@ def _execute(options: argparse.Namespace, config: FoLoraConfig) -> None:
             )
         return
     run.check(needs_data=command in ("measure", "train"))
+    run.check_stage(command)
     run.write_config()
     getattr(run, command)()
     if command == "train":
@@ -174,6 +182,8 @@ def _compare(run: Run, options: argparse.Namespace) -> None:
     for arm in chosen:
         comparison.config(arm)  # a wrong one is found before the model is loaded
     run.check(needs_data=True)
+    run.check_stage("compare")
+    comparison.check(chosen)
     run.write_config()
     for _ in comparison.run_all(chosen):
         pass
@@ -263,11 +273,9 @@ def _value(text: str) -> Any:
     """A flag's text as YAML would read it; 1e-3 is a number here too."""
     try:
         return (
-            float(text)
-            if "e" in text.lower() and text[:1] in "0123456789+-."
-            else yaml.safe_load(text)
+            float(text) if "e" in text.lower() and text[:1] in "0123456789+-." else parse_yaml(text)
         )
-    except (ValueError, yaml.YAMLError):
+    except ValueError:  # ConfigError is one
         return text
 
 
@@ -295,10 +303,6 @@ def _set_up_logging(verbose: bool) -> None:
             logging.getLogger(library).setLevel(logging.ERROR)
         transformers_logging.set_verbosity_error()
         warnings.simplefilter("ignore", FutureWarning)
-
-
-def _escaped(error: Exception) -> str:
-    return str(error).replace("[", r"\[")
 
 
 if __name__ == "__main__":

@@ -27,10 +27,10 @@ from folora.errors import ArtifactError, ConfigError, DataError
 from folora.meter import total_norm
 from folora.methods import configured, method
 from folora.pipeline import Run
-from folora.preparation import Prepared, assemble, null_rank
+from folora.preparation import Prepared, assemble, check_adapter, null_rank
 from folora.progress import progress
 from folora.results import FORMAT
-from folora.solving import GroupBasis, check_rank, solve
+from folora.solving import GroupBasis, solve
 from folora.spectrum import BASES
 from folora.training import FoLoraTrainer, sft_config
 
@@ -128,8 +128,10 @@ class Comparison:
         Raises:
             ConfigError: Some arm is not possible; found before the first one starts.
         """
-        configs = [self.config(arm) for arm in chosen]
-        self._prepare(configs)
+        configs = self.check(chosen)
+        self._null_rank = max(null_rank(config) for config in configs)
+        self.run.sample()
+        self.run.measure()
         with progress("arms", len(chosen)) as tick:
             for arm, config in zip(chosen, configs, strict=True):
                 path = self.path(arm)
@@ -168,21 +170,25 @@ class Comparison:
             self._solved = (key, solved)
         return self._solved[1]
 
-    def _prepare(self, configs: Sequence[FoLoraConfig]) -> None:
+    def check(self, chosen: Sequence[Arm]) -> list[FoLoraConfig]:
+        """The arms' configs, if all of them are possible.
+
+        Raises:
+            FoLoraError: One is not, or there is nothing to read the task loss on.
+        """
+        configs = [self.config(arm) for arm in chosen]
         on_cpu = self.run.model.device.type == "cpu"
         for config in configs:
             if config.adapter.target_modules != self.run.config.adapter.target_modules:
                 raise ConfigError("arms share statistics, so adapter.target_modules cannot differ")
             sft_config(config.training, self.folder, evaluates=False, on_cpu=on_cpu)
-            check_rank(self.run.groups, config.adapter.r)
+            check_adapter(self.run.model, self.run.groups, config.adapter)
         if not self.run.task.held_out:
             raise DataError(
                 "a comparison needs held-out rows for the task loss, and a tenth of the rows is "
                 f"none: {len(self.run.task.train)} rows. Give at least 10, and data.eval_rows > 0."
             )
-        self._null_rank = max(null_rank(config) for config in configs)
-        self.run.sample()
-        self.run.measure()
+        return configs
 
     def _result(self, arm: Arm, config: FoLoraConfig) -> dict[str, Any]:
         began = time.monotonic()

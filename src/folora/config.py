@@ -7,11 +7,13 @@ functions there take plain numbers.
 
 from __future__ import annotations
 
+import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -33,6 +35,11 @@ Init = Literal[
 
 _STRICT = ConfigDict(extra="forbid")
 
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 300  # a path stays whole
+LARGEST_FILE = 2**20  # bytes of a config file; a data set given by mistake is not read for minutes
+SEEDS = 2**32  # numpy takes no larger ones
+
 
 def _option(default: Any, help: str) -> Any:
     """A field with the sentence that the command line shows for it."""
@@ -43,7 +50,11 @@ def _option(default: Any, help: str) -> Any:
 
 def _require(condition: bool, name: str, value: object, allowed: str) -> None:
     if not condition:
-        raise ConfigError(f"{name} is {value!r}, but must {allowed}")
+        raise ConfigError(f"{name} is {_short(value)}, but must {allowed}")
+
+
+def _require_seed(seed: int, name: str) -> None:
+    _require(0 <= seed < SEEDS, name, seed, f"lie in [0, {SEEDS})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +98,7 @@ class SamplingConfig:
             "be >= 32, since shorter sequences are rejected",
         )
         _require(self.batch_size >= 1, "sampling.batch_size", self.batch_size, "be >= 1")
-        _require(self.seed >= 0, "sampling.seed", self.seed, "be >= 0")
+        _require_seed(self.seed, "sampling.seed")
         _require(0 <= self.held_out < 0.5, "sampling.held_out", self.held_out, "lie in [0, 0.5)")
 
     @property
@@ -115,6 +126,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require(self.max_length >= 2, "data.max_length", self.max_length, "be >= 2")
         _require(self.eval_rows >= 0, "data.eval_rows", self.eval_rows, "be >= 0")
+        _require_seed(self.seed, "data.seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +199,14 @@ class AdapterConfig:
         _require(
             bool(self.target_modules), "adapter.target_modules", self.target_modules, "not be empty"
         )
+        if isinstance(self.target_modules, str):
+            try:
+                re.compile(self.target_modules)
+            except re.error as error:
+                raise ConfigError(
+                    f"adapter.target_modules is {self.target_modules!r}, which is no regular "
+                    f"expression: {error}"
+                ) from error
 
     @property
     def protected(self) -> int:
@@ -234,16 +254,17 @@ class TrainingConfig:
         for name in ("learning_rate", "lr_b_ratio"):
             value = getattr(self, name)
             _require(0 < value < float("inf"), f"training.{name}", value, "be finite and > 0")
-        for name in ("weight_decay", "kl_weight", "masked_kl_weight"):
+        for name in ("weight_decay", "kl_weight", "masked_kl_weight", "max_grad_norm"):
             value = getattr(self, name)
             _require(0 <= value < float("inf"), f"training.{name}", value, "be finite and >= 0")
         _require(0 <= self.replay < 1, "training.replay", self.replay, "lie in [0, 1)")
         _require(
-            self.max_steps > 0 or self.num_train_epochs > 0,
+            self.max_steps > 0 or 0 < self.num_train_epochs < float("inf"),
             "training.num_train_epochs",
             self.num_train_epochs,
-            "be > 0 (or give training.max_steps)",
+            "be finite and > 0 (or give training.max_steps)",
         )
+        _require_seed(self.seed, "training.seed")
         for name in ("batch_size", "gradient_accumulation_steps", "save_steps", "logging_steps"):
             _require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "be >= 1")
         _require(self.eval_steps >= 0, "training.eval_steps", self.eval_steps, "be >= 0")
@@ -294,6 +315,7 @@ class FoLoraConfig:
             ConfigError: An unknown name (the nearest right one is given), a wrong type, or a value
                 outside of its interval.
         """
+        _refuse_booleans(values)
         try:
             return TypeAdapter(cls).validate_python(values)
         except ValidationError as error:
@@ -340,8 +362,12 @@ class FoLoraConfig:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping. Raises ConfigError if the file is missing or holds something else."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        with open(path, "rb") as file:
+            content = file.read(LARGEST_FILE + 1)
+        if len(content) > LARGEST_FILE:
+            raise ConfigError(f"it has more than {LARGEST_FILE} bytes; is it a data set?")
+        values = parse_yaml(content.decode("utf-8"))
+    except (OSError, ValueError) as error:
         raise ConfigError(f"config file {path}: {error}") from error
     if values is None:
         return {}
@@ -350,8 +376,39 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
+def parse_yaml(text: str) -> Any:
+    """A YAML value, without what a config has no use for. Raises ConfigError.
+
+    A name that is given twice would silently lose its first value, and aliases can grow a short text
+    beyond all memory.
+    """
+    try:
+        return yaml.load(text, _PlainYaml)  # a SafeLoader
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date with a month 13
+        raise ConfigError(str(error)) from error
+    except RecursionError:
+        raise ConfigError("brackets are nested too deeply") from None
+
+
+class _PlainYaml(yaml.SafeLoader):
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if (name := (key.tag, str(key.value))) in seen:
+                problem = f"{key.value!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
 def option_names(cls: Any = FoLoraConfig, prefix: str = "") -> dict[str, dict[str, Any]]:
-    """All options by dotted name, each with its help text and default."""
+    """All options by dotted name, each with its help text, default and type."""
     names: dict[str, dict[str, Any]] = {}
     hints = get_type_hints(cls)
     instance = cls()
@@ -362,6 +419,7 @@ def option_names(cls: Any = FoLoraConfig, prefix: str = "") -> dict[str, dict[st
             names[prefix + name] = {
                 "help": info.metadata["help"],
                 "default": getattr(instance, name),
+                "type": hints[name],
             }
     return names
 
@@ -369,8 +427,27 @@ def option_names(cls: Any = FoLoraConfig, prefix: str = "") -> dict[str, dict[st
 def _explain(error: Any, values: dict[str, Any]) -> str:
     """One sentence for one of pydantic's errors."""
     name = ".".join(str(part) for part in error["loc"] if part not in ("str", "tuple[str, ...]"))
+    if name in option_names() and error["type"] == "unexpected_keyword_argument":
+        section, _, option = name.partition(".")
+        return f"option {name!r} must be nested in a file: {option} under {section}"
     if error["type"] == "unexpected_keyword_argument":
         return f"unknown option {name!r}{nearest(name, option_names())}"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
-    return f"{name} is {error['input']!r}: {error['msg']}"
+    return f"{name} is {_short(error['input'])}: {error['msg']}"
+
+
+def _refuse_booleans(values: dict[str, Any]) -> None:
+    """YAML reads yes and on as true, which pydantic would take for 1. Raises ConfigError."""
+    for name, info in option_names().items():
+        value: Any = values
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        types = {info["type"], *get_args(info["type"])}
+        if isinstance(value, bool) and types & {int, float}:
+            raise ConfigError(f"{name} is {value!r}, but must be a number")
+
+
+def _short(value: object) -> str:
+    """A value as Python writes it, cut where it would fill the screen."""
+    return _REPR.repr(value)

@@ -7,7 +7,12 @@ Loss falls on the response alone: labels are -100 elsewhere.
 
 from __future__ import annotations
 
+import gzip
+import json
 import logging
+import os
+import re
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +30,7 @@ from folora.errors import DataError, nearest
 logger = logging.getLogger(__name__)
 
 IGNORE = -100
+_SPACE = re.compile(r"\s*")
 LOCAL_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 PAIRS = (
     ("prompt", "completion"),
@@ -78,7 +84,7 @@ def load_rows(dataset: str | Dataset | Sequence[Row], split: str = "train") -> l
     """
     if isinstance(dataset, str):
         kind = local_format(dataset)
-        if kind is not None or Path(dataset).exists():
+        if kind is not None or os.path.exists(dataset):
             rows = _read_local(Path(dataset), kind)
         else:
             try:
@@ -97,26 +103,70 @@ def load_rows(dataset: str | Dataset | Sequence[Row], split: str = "train") -> l
 
 def check_dataset(name: str) -> None:
     """Refuse, before anything is loaded, a local file that cannot be read. Raises DataError."""
-    path, kind = Path(name), local_format(name)
-    if kind is None and not path.exists():
+    kind = local_format(name)
+    if kind is None and not os.path.exists(name):  # which a name too long does not either
         if name.startswith((".", "/", "~")):
             raise DataError(f"data file {name} does not exist")
         return  # a Hub name
-    if not path.is_file():
+    if os.path.isdir(name):
+        raise DataError(f"data file {name} is a folder, but must be a file")
+    if not os.path.isfile(name):
         raise DataError(f"data file {name} does not exist")
     if kind is None:
         raise DataError(f"data file {name} must end in .json, .jsonl or .parquet (.gz allowed)")
-    if path.stat().st_size == 0:
+    if os.path.getsize(name) == 0:
         raise DataError(f"data file {name} is empty")
 
 
 def _read_local(path: Path, kind: str | None) -> list[Row]:
     check_dataset(str(path))
+    if kind == "json":
+        return _read_json(path)
     try:
         return list(load_dataset(kind, data_files=str(path), split="train"))
-    except Exception as error:  # parsers of three libraries
+    except Exception as error:  # pyarrow's and the Hub's parsers raise many kinds
         cause = error.__cause__ or error
         raise DataError(f"data file {path} cannot be read as {kind}: {cause}") from error
+
+
+def _read_json(path: Path) -> list[Row]:
+    """Rows of a JSON list, or of JSON objects one after another.
+
+    By Python's own reader: Arrow's takes texts that look like dates for dates, and ends the process
+    on a line that holds null.
+    """
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+        values = list(_json_values(content.decode("utf-8-sig")))
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        raise DataError(f"data file {path} cannot be read as json: {error}") from error
+    rows = values[0] if len(values) == 1 and isinstance(values[0], list) else values
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise DataError(
+                f"data file {path}, row {number} is {json.dumps(row)[:40]}, but must be an object "
+                "with named columns"
+            )
+    return rows
+
+
+def _json_values(text: str) -> Iterator[Any]:
+    decoder = json.JSONDecoder(object_pairs_hook=_without_doubles)
+    end = 0
+    while (start := _SPACE.match(text, end).end()) < len(text):  # type: ignore[union-attr]
+        value, end = decoder.raw_decode(text, start)
+        yield value
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"column {twice!r} is given twice in one row")
+    return row
 
 
 class Formatter:
@@ -124,7 +174,8 @@ class Formatter:
 
     Raises:
         DataError: No known pair of columns, a named column that is not there, a row with something
-            else than text, or a chat template that does not render chats turn by turn.
+            else than text, a chat without an answer, or a chat template that does not render chats
+            turn by turn.
     """
 
     def __init__(
@@ -150,13 +201,16 @@ class Formatter:
     def _example(self, row: Row) -> Example:
         prompt_name, response_name = self.columns
         if response_name is None:
-            return self._chat(row[prompt_name])
-        prompt, response = row[prompt_name], row[response_name]
+            return self._chat(row.get(prompt_name))
+        prompt: Any = row.get(prompt_name)
+        response: Any = row.get(response_name)
         if isinstance(prompt, list) and isinstance(response, list):
             return self._chat([*prompt, *response], first=len(prompt))
         for name, value in zip(self.columns, (prompt, response), strict=True):
             if not isinstance(value, str):
                 raise DataError(f"column {name!r} holds {type(value).__name__}, not text")
+            if not _is_unicode(value):
+                raise DataError(f"column {name!r} holds half of a surrogate pair, which is no text")
         if prompt_name == "prompt":
             return self._plain(prompt, response)
         if row.get("input") and prompt_name == "instruction":
@@ -180,15 +234,20 @@ class Formatter:
             after = [*after, tokenizer.eos_token_id]
         return Example([*before, *after], [IGNORE] * len(before) + after)
 
-    def _chat(self, messages: list[Message], first: int = 0) -> Example:
+    def _chat(self, messages: Any, first: int = 0) -> Example:
         """A chat with loss on what the assistant says from message `first` on."""
         if not isinstance(messages, list) or not all(
-            isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m
+            isinstance(m, dict)
+            and isinstance(m.get("role"), str)
+            and isinstance(m.get("content"), str)
+            and _is_unicode(m["content"])
             for m in messages
         ):
-            raise DataError("a chat must be a list of {'role': ..., 'content': text}")
+            raise DataError("a chat must be a list of {'role': name, 'content': text}")
         if self.tokenizer.chat_template is None:
             raise DataError("the data are chats, but this tokenizer has no chat template")
+        if not any(m["role"] == "assistant" for m in messages[first:]):
+            raise DataError("the chat has no message of the role 'assistant' to learn from")
         ids = self._render(messages)
         labels = [IGNORE] * len(ids)
         for i, message in enumerate(messages):
@@ -208,9 +267,12 @@ class Formatter:
     def _render(self, messages: list[Message], add_generation_prompt: bool = False) -> list[int]:
         if not messages:
             return []
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # a template is a program, and may raise what it likes
+            raise DataError(f"the tokenizer's chat template refuses this chat: {error}") from error
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
@@ -271,6 +333,43 @@ def prepare_task(
     return TaskData([usable[i] for i in train], [usable[i] for i in held_out], dropped)
 
 
+def check_fits(
+    task: TaskData,
+    tokenizer: PreTrainedTokenizerBase,
+    start_id: int,
+    *,
+    vocabulary: int | None,
+    context: int | None,
+) -> None:
+    """Refuse tokens that the model has no embedding of, and rows longer than it can read.
+
+    Args:
+        task: The tokenized rows.
+        tokenizer: Whose tokens they are.
+        start_id: The token that sampling starts from.
+        vocabulary: How many tokens the model knows; None if its config does not say.
+        context: How many tokens it reads at most; likewise.
+
+    Raises:
+        DataError: Naming the token, or the length.
+    """
+    rows = [*task.train, *task.held_out]
+    if vocabulary is not None:
+        used = {start_id, tokenizer.pad_token_id or 0}.union(*(e.input_ids for e in rows))
+        if (largest := max(used)) >= vocabulary:
+            token = tokenizer.convert_ids_to_tokens(largest)
+            raise DataError(
+                f"the tokenizer gives {token!r} the id {largest}, but the model knows {vocabulary} "
+                "tokens. Is it the model's own tokenizer?"
+            )
+    longest = max((len(e.input_ids) for e in rows), default=0)
+    if context is not None and longest > context:
+        raise DataError(
+            f"a row has {longest} tokens, but the model reads at most {context}; give "
+            f"--data.max_length {context}"
+        )
+
+
 def pad_batch(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
     """Right-padded ``input_ids``, ``attention_mask`` and ``labels``, each (batch, longest)."""
     longest = max(len(e.input_ids) for e in examples)
@@ -283,6 +382,15 @@ def pad_batch(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
         "attention_mask": padded(([1] * len(e.input_ids) for e in examples), 0),
         "labels": padded((e.labels for e in examples), IGNORE),
     }
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it can be encoded; JSON may hold half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def batches(

@@ -8,7 +8,7 @@ choice, the optimizer and the constraint, so that an ablation is one word change
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -158,3 +158,27 @@ STARTS: dict[str, Callable[[Site], Start]] = {
 }
 
 NEED_NULL_BASIS = frozenset({"null_space", "null_space_zero", "lora_null"})
+NEED_SINGULAR_VALUES = frozenset({"minor_singular", "corda", "lora_null"})
+
+
+def check_singular_values(
+    layers: Mapping[str, tuple[int, int]], init: str, r: int, protect: int
+) -> None:
+    """Raise ConfigError if a layer has fewer singular values than a start or OPLoRA asks for.
+
+    Args:
+        layers: (d_in, d_out) by name.
+        init: One of `STARTS`.
+        r: Rank.
+        protect: OPLoRA's k, or 0.
+    """
+    for wanted, what in (
+        (r if init in NEED_SINGULAR_VALUES else 0, f"adapter.r with adapter.init = {init!r}"),
+        (protect, "adapter.protect (default: r)"),
+    ):
+        for name, dims in layers.items():
+            if wanted > min(dims):
+                raise ConfigError(
+                    f"{what} is {wanted}, but {name} has {min(dims)} singular values; it must lie in "
+                    f"[1, {min(map(min, layers.values()))}]"
+                )

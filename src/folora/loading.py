@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +14,25 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto import modeling_auto
 
 from folora.config import FoLoraConfig
 from folora.errors import ConfigError
+
+LONGEST_REASON = 300
+OTHER_ARCHITECTURES = frozenset(
+    name
+    for mapping in (
+        modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    )
+    for name in mapping.values()
+    if isinstance(name, str)
+) - frozenset(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+"""What AutoModelForCausalLM would load with a head that was never trained for it."""
 
 
 def required(value: str | None, option: str) -> str:
@@ -29,10 +44,11 @@ def required(value: str | None, option: str) -> str:
 
 def check_model_name(name: str) -> None:
     """Refuse, before anything is loaded, a folder that holds no model. Raises ConfigError."""
-    path = Path(name)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
+    if os.path.isdir(name):  # False for a name too long, at which Path raises
+        if not os.path.isfile(os.path.join(name, "config.json")):
             raise ConfigError(f"the folder {name} holds no model: config.json is missing")
+    elif os.path.isfile(name):
+        raise ConfigError(f"the model {name} is a file, but must be a folder or a Hub name")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ConfigError(f"the model folder {name} does not exist")
 
@@ -48,16 +64,33 @@ def device_of(config: FoLoraConfig) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device is {config.device!r}: {reason}") from error
+    if device.type == "meta":
+        raise ConfigError("device is 'meta', but must be one that computes")
     return device
 
 
 def load_config(config: FoLoraConfig, name: str) -> Any:
-    """The model's transformers config. Raises ConfigError."""
+    """The transformers config of a causal LM. Raises ConfigError."""
     check_model_name(name)
-    return _load(
+    found = _load(
         AutoConfig.from_pretrained,
         name,
         revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+    named = getattr(found, "architectures", None) or []
+    if wrong := [a for a in named if a in OTHER_ARCHITECTURES]:
+        raise ConfigError(
+            f"model {name!r} is a {wrong[0]}, but must be a causal LM, which predicts the next token"
+        )
+    return found
+
+
+def load_skeleton(config: FoLoraConfig, model_config: Any) -> PreTrainedModel:
+    """The model without its weights, on torch's default device. Raises ConfigError."""
+    return _load(
+        lambda name, **options: AutoModelForCausalLM.from_config(model_config, **options),
+        required(config.model, "model"),
         trust_remote_code=config.trust_remote_code,
     )
 
@@ -68,6 +101,7 @@ def load_tokenizer(config: FoLoraConfig, name: str) -> PreTrainedTokenizerBase:
     tokenizer = _load(
         AutoTokenizer.from_pretrained,
         name,
+        "the tokenizer of model",
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
     )
@@ -96,19 +130,36 @@ def load_model(config: FoLoraConfig, name: str) -> PreTrainedModel:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
-    model = _load(AutoModelForCausalLM.from_pretrained, name, **options)
+    load_config(config, name)
+    # Weights of a wrong shape are named below; transformers names them in its log alone.
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = _load(AutoModelForCausalLM.from_pretrained, name, **options)
+    if info["mismatched_keys"]:
+        layer, found, wanted = min(info["mismatched_keys"])
+        raise ConfigError(
+            f"model {name!r} cannot be loaded: {layer} has shape {tuple(found)} in the checkpoint, "
+            f"but {tuple(wanted)} by config.json"
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise ConfigError(
+            f"the checkpoint of model {name!r} lacks {len(missing)} of the weights, such as "
+            f"{missing[0]}; transformers would fill them with random numbers"
+        )
     if config.quantize == "none":
         model = model.to(device)
     return model.eval()
 
 
-def _load(load: Any, name: str, **options: Any) -> Any:
+def _load(load: Any, name: str, what: str = "model", **options: Any) -> Any:
     """Call a from_pretrained; the Hub's, safetensors' and transformers' errors become ours."""
     try:
         return load(name, **options)
     except Exception as error:  # OSError, ValueError, SafetensorError, ImportError, HTTP errors ...
-        where = "" if Path(name).exists() else _offline_hint()
-        raise ConfigError(f"model {name!r} cannot be loaded: {error}{where}") from error
+        where = "" if os.path.exists(name) else _offline_hint()
+        reason = repr(error) if isinstance(error, KeyError) else " ".join(str(error).split())
+        if len(reason) > LONGEST_REASON:  # such as the names of all models there are
+            reason = f"{reason[:LONGEST_REASON]} ..."
+        raise ConfigError(f"{what} {name!r} cannot be loaded: {reason}{where}") from error
 
 
 def _offline_hint() -> str:

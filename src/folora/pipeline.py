@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -33,6 +35,8 @@ from folora.activations import InputGroup, check_finite_weights
 from folora.adapter import ExportReport, lora_factors, write_adapter, write_merged
 from folora.artifacts import (
     Artifact,
+    check_replaceable,
+    check_writable,
     json_fingerprint,
     model_fingerprint,
     read_artifact,
@@ -48,18 +52,22 @@ from folora.data import (
     Example,
     TaskData,
     check_dataset,
+    check_fits,
     load_rows,
     prepare_task,
     text_examples,
 )
-from folora.errors import ArtifactError, ConfigError, MismatchError
-from folora.loading import device_of, load_model, load_tokenizer, required
+from folora.errors import ArtifactError, ConfigError, MismatchError, NumericsError
+from folora.loading import device_of, load_config, load_model, load_tokenizer, required
 from folora.meter import Reading, total_norm
 from folora.modes import without_adapter
 from folora.preparation import (
     Prepared,
     assemble,
+    check_adapter,
+    check_causal,
     groups_of,
+    limits_of,
     measure,
     null_rank,
 )
@@ -74,7 +82,7 @@ from folora.sampling import (
     sample_to_folder,
     start_token_id,
 )
-from folora.solving import bases_from_tensors, bases_to_tensors, check_rank, solve
+from folora.solving import bases_from_tensors, bases_to_tensors, solve
 from folora.spectrum import BASES
 from folora.training import FoLoraTrainer, sft_config, train
 
@@ -83,6 +91,18 @@ logger = logging.getLogger(__name__)
 SAMPLES, STATISTICS, SPECTRUM = "1-samples", "2-statistics", "3-spectrum"
 TRAINING, ADAPTER, REPORT = "4-training", "5-adapter", "report.json"
 COMPARISON = "compare"
+
+STAGE_READS = {
+    "measure": ((f"{SAMPLES}/set", "samples", "sample"),),
+    "solve": tuple(
+        (f"{STATISTICS}/{part}", f"statistics_{part}", "measure") for part in ("pre", "task")
+    ),
+    "train": (
+        (f"{SAMPLES}/set", "samples", "sample"),
+        (SPECTRUM, "spectrum", "solve"),
+    ),
+}
+"""What a stage finds in the folder: the part, its kind, and the command that makes it."""
 
 ExportKind = Literal["adapter", "merged"]
 
@@ -101,7 +121,7 @@ class Run:
         self.config = config
         self.name = required(config.model, "model")
         self.folder = Path(required(config.output, "output"))
-        if self.folder.exists() and not self.folder.is_dir():
+        if os.path.isfile(self.folder):  # False for a name too long, at which Path raises
             raise ConfigError(f"output {self.folder} is a file, but must be a folder")
 
     # What the stages are about; loaded when first needed.
@@ -129,8 +149,9 @@ class Run:
     @cached_property
     def groups(self) -> list[InputGroup]:
         """The shared inputs of the layers to adapt."""
+        check_causal(self.model, self.start_id)
         groups = groups_of(self.model, self.config.adapter.target_modules, self.start_id)
-        check_rank(groups, self.config.adapter.r)
+        check_adapter(self.model, groups, self.config.adapter)
         return groups
 
     @cached_property
@@ -147,20 +168,40 @@ class Run:
 
     def check(self, *, needs_data: bool) -> None:
         """Everything that can be found out without loading the model."""
+        check_writable(self.folder, "output")
         on_cpu = device_of(self.config).type == "cpu"
         sft_config(self.config.training, self.folder / TRAINING, evaluates=False, on_cpu=on_cpu)
         if needs_data:
             check_dataset(required(self.config.dataset, "dataset"))
-        _ = self.start_id
-        if needs_data:
-            _ = self.task
+        limits = limits_of(load_config(self.config, self.name))
+        start_id = self.start_id
+        if self.config.sampling.sampler_model:
+            self._check_sampler(self.config.sampling.sampler_model)
+        task = self.task if needs_data else TaskData([], [])
+        check_fits(task, self.tokenizer, start_id, **limits)
+
+    def check_stage(self, command: str) -> None:
+        """Everything else that can be found out before a stage begins.
+
+        Samples fit the context; what it reads of the stages before it is there, and of this model;
+        the weights are sound; the adapter fits the layers.
+        """
+        if command in ("run", "sample", "compare"):
+            self._check_context()
+        for part, kind, before in STAGE_READS.get(command, ()):
+            self._require(part, before)
+            read_manifest(self.folder / part, kind)
+        _ = self.groups  # the rank must fit the layers before hours of sampling
+        ending_ids(self.model, self.tokenizer, self.config.sampling)
+        for part, kind, _before in STAGE_READS.get(command, ()):
+            read_manifest(self.folder / part, kind, self.model_facts)
 
     # The stages.
 
     def run(self) -> dict[str, Any]:
         """All stages; returns the report."""
         self.check(needs_data=True)
-        _ = self.groups  # the rank must fit the layers before hours of sampling
+        self.check_stage("run")
         self.write_config()
         self.sample()
         self.measure()
@@ -272,10 +313,17 @@ class Run:
         self, prepared: Prepared, trainer: FoLoraTrainer, request: dict[str, Any]
     ) -> None:
         """Leave the trained factors and the last reading where export and report look."""
+        factors = lora_factors(prepared.model)
+        steps = trainer.state.global_step
+        for name, (a, b, _) in factors.items():
+            if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
+                raise NumericsError(
+                    f"training diverged: after {steps} steps the adapter of {name} holds NaN or Inf. "
+                    f"Lower training.learning_rate (now {self.config.training.learning_rate:g})."
+                )
         reading, norms = trainer.read()
         with without_adapter(prepared.model):
             before = Reading(0.0, 0.0, prepared.meter.task_loss(prepared.model))
-        factors = lora_factors(prepared.model)
         tensors = {f"{name}/A": a for name, (a, _, _) in factors.items()}
         tensors |= {f"{name}/B": b for name, (_, b, _) in factors.items()}
         write_artifact(
@@ -286,7 +334,7 @@ class Run:
                 **request,
                 "scaling": {name: scaling for name, (_, _, scaling) in factors.items()},
                 "fan_in_fan_out": _all_conv1d(prepared, factors),
-                "steps": trainer.state.global_step,
+                "steps": steps,
                 "base": _without_nan(asdict(before)),
                 "adapted": _without_nan(asdict(reading)),
                 "total_norm": asdict(total_norm(norms)),
@@ -298,14 +346,18 @@ class Run:
         self, path: Path | None = None, rank: int | None = None, kind: ExportKind = "adapter"
     ) -> ExportReport:
         """Stage 5: an ordinary PEFT adapter, exact or cut back to `rank`, or merged weights."""
+        if kind == "merged" and rank is not None:
+            raise ConfigError("a merged export is exact; --rank goes with the adapter alone")
+        if path is not None:
+            check_writable(path, "the export folder")
+        if kind == "merged" and path is not None:
+            check_replaceable(path, ())
         result = self._read(f"{TRAINING}/result", "training", "train")
         factors = {
             name: (result.tensors[f"{name}/A"], result.tensors[f"{name}/B"], scaling)
             for name, scaling in result.manifest["scaling"].items()
         }
         if kind == "merged":
-            if rank is not None:
-                raise ConfigError("a merged export is exact; --rank goes with the adapter alone")
             base = load_model(self.config, self.name)  # afresh: training wraps the layers
             if model_fingerprint(base) != result.manifest["model"]:
                 raise MismatchError(
@@ -342,8 +394,7 @@ class Run:
 
     def proxies(self) -> ProxySet:
         """The finished proxy set of this model."""
-        if not (self.folder / SAMPLES / "set").exists():
-            raise ArtifactError(f"{self.folder / SAMPLES} has no finished set; folora sample first")
+        self._require(f"{SAMPLES}/set", "sample")
         return load_proxy_set(self.folder / SAMPLES, self.model_facts)
 
     def statistics(self, part: str) -> Artifact:
@@ -353,10 +404,14 @@ class Run:
     def _read(
         self, part: str, kind: str, command: str, expected: dict[str, Any] | None = None
     ) -> Artifact:
-        path = self.folder / part
-        if not path.exists():
-            raise ArtifactError(f"{path} is missing; give the command: folora {command}")
-        return read_artifact(path, kind, expected)
+        self._require(part, command)
+        return read_artifact(self.folder / part, kind, expected)
+
+    def _require(self, part: str, command: str) -> None:
+        if not (self.folder / part).exists():
+            raise ArtifactError(
+                f"{self.folder / part} is missing; give the command: folora {command}"
+            )
 
     # How stages are done.
 
@@ -364,11 +419,24 @@ class Run:
         config = self.config.sampling
         model = self.model
         if config.sampler_model:
-            other = load_tokenizer(self.config, config.sampler_model)
-            check_same_tokenizer(self.tokenizer, other, config.sampler_model)
+            self._check_sampler(config.sampler_model)
             model = load_model(replace(self.config, revision=None), config.sampler_model)
+            check_finite_weights(model)
         eos_ids = ending_ids(self.model, self.tokenizer, config)
         return HuggingFaceEngine(model, self.start_id, eos_ids, config)
+
+    def _check_context(self) -> None:
+        context = limits_of(load_config(self.config, self.name))["context"]
+        asked = self.config.sampling.max_new_tokens
+        if context is not None and asked >= context:  # the start token comes in front
+            raise ConfigError(
+                f"sampling.max_new_tokens is {asked}, but {self.name} reads at most {context} tokens; "
+                f"it must be < {context}"
+            )
+
+    def _check_sampler(self, name: str) -> None:
+        other = load_tokenizer(replace(self.config, revision=None), name)
+        check_same_tokenizer(self.tokenizer, other, name)
 
     def _measured(
         self, part: str, examples: Sequence[Example]

@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from folora.activations import InputGroup, find_groups, target_layers
 from folora.config import FoLoraConfig
-from folora.loading import device_of, load_config, required
-from folora.solving import check_rank
+from folora.loading import device_of, load_config, load_skeleton, required
+from folora.preparation import check_adapter
 
 PROBE = 512
 DECODING_EFFICIENCY = 0.15  # of a large product's rate, for one token a row
@@ -59,9 +58,7 @@ def plan(config: FoLoraConfig, task_tokens: int | None = None, rows: int | None 
     device = device_of(config)
     model_config = load_config(config, required(config.model, "model"))
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(
-            model_config, trust_remote_code=config.trust_remote_code
-        )
+        skeleton = load_skeleton(config, model_config)
     layers = target_layers(skeleton, config.adapter.target_modules)
     # A ready-made 4-D mask spares the model the look at mask values, which meta tensors lack.
     batch = {
@@ -69,7 +66,7 @@ def plan(config: FoLoraConfig, task_tokens: int | None = None, rows: int | None 
         "attention_mask": torch.zeros(1, 1, 2, 2, device="meta"),
     }
     groups = find_groups(skeleton, layers, batch)
-    check_rank(groups, config.adapter.r)
+    check_adapter(skeleton, groups, config.adapter)
 
     dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
     parameters = sum(p.numel() for p in skeleton.parameters())

@@ -8,6 +8,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -18,19 +19,32 @@ from folora.activations import (
     Moments,
     check_finite_weights,
     find_groups,
+    linear_dims,
     second_moments,
     target_layers,
 )
 from folora.adapter import ExportReport, attach, export_adapter
-from folora.config import FoLoraConfig
-from folora.data import Example, Row, TaskData, batches, load_rows, prepare_task, text_examples
-from folora.initialization import NEED_NULL_BASIS
+from folora.config import AdapterConfig, FoLoraConfig
+from folora.data import (
+    Example,
+    Row,
+    TaskData,
+    batches,
+    check_fits,
+    load_rows,
+    prepare_task,
+    text_examples,
+)
+from folora.errors import ConfigError
+from folora.initialization import NEED_NULL_BASIS, check_singular_values
 from folora.meter import Meter
 from folora.progress import progress
 from folora.sadam import SAdam
 from folora.sampling import HuggingFaceEngine, ProxySet, ending_ids, sample, start_token_id
 from folora.solving import GroupBasis, check_rank, solve
 from folora.spectrum import BASES
+
+NOT_CAUSAL = 1e-2  # of the largest logit; rounding in bf16 stays below
 
 
 @dataclass(frozen=True)
@@ -94,8 +108,9 @@ def prepare(
     config = config or FoLoraConfig()
     task = prepare_task(load_rows(dataset, config.data.split), tokenizer, config.data)
     start_id = start_token_id(tokenizer, config.sampling.start_token)
+    check_fits(task, tokenizer, start_id, **limits_of(model.config))
     groups = groups_of(model, config.adapter.target_modules, start_id)
-    check_rank(groups, config.adapter.r)
+    check_adapter(model, groups, config.adapter)
     check_finite_weights(model)
 
     eos_ids = ending_ids(model, tokenizer, config.sampling)
@@ -140,6 +155,39 @@ def groups_of(
     probe = next(batches(text_examples([[start_id, start_id]]), 1))
     del probe["labels"]
     return find_groups(model, layers, {k: v.to(model.device) for k, v in probe.items()})
+
+
+def check_causal(model: PreTrainedModel, start_id: int) -> None:
+    """Refuse a model whose prediction changes with the tokens after it. Raises ConfigError."""
+    known = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    rows = torch.tensor([[start_id, token] for token in range(0, known, -(-known // 8))])
+    with torch.no_grad():
+        first = model(input_ids=rows.to(model.device), use_cache=False).logits[:, 0].float()
+    if float((first - first[0]).abs().max()) > NOT_CAUSAL * float(first.abs().max()):
+        raise ConfigError(
+            f"{type(model).__name__} looks at the tokens that come after the one it predicts (an "
+            "encoder such as BERT does), but must be a causal LM"
+        )
+
+
+def check_adapter(model: Any, groups: Iterable[InputGroup], adapter: AdapterConfig) -> None:
+    """Refuse a rank, a start or a constraint that some layer is too small for. Raises ConfigError."""
+    groups = list(groups)
+    check_rank(groups, adapter.r)
+    names = [name for group in groups for name in group.layers]
+    found = {name: linear_dims(model.get_submodule(name)) for name in names}
+    layers = {name: dims for name, dims in found.items() if dims is not None}
+    check_singular_values(layers, adapter.init, adapter.r, adapter.protected)
+
+
+def limits_of(model_config: Any) -> dict[str, int | None]:
+    """The keyword arguments of `check_fits` for a model, None where its config does not say."""
+    text = model_config.get_text_config()
+    found = {
+        "vocabulary": getattr(text, "vocab_size", None),
+        "context": getattr(text, "max_position_embeddings", None),
+    }
+    return {k: v if isinstance(v, int) and v > 0 else None for k, v in found.items()}
 
 
 def measure(

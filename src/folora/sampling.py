@@ -132,8 +132,19 @@ def start_token_id(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> in
 def ending_ids(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: SamplingConfig
 ) -> list[int]:
-    """The tokens that end a sampled sequence: none if EOS is to be ignored."""
-    return [] if config.ignore_eos else eos_token_ids(model, tokenizer)
+    """The tokens that end a sampled sequence: none if EOS is to be ignored.
+
+    Raises:
+        DataError: The model has no logit for one of them.
+    """
+    found = [] if config.ignore_eos else eos_token_ids(model, tokenizer)
+    known = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    if wrong := [i for i in found if not 0 <= i < known]:
+        raise DataError(
+            f"the model's generation config ends sequences at token {wrong[0]}, but the model knows "
+            f"{known} tokens; correct eos_token_id there, or give --sampling.ignore_eos true"
+        )
+    return found
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -288,7 +288,8 @@ def _whitened(c_pre: Tensor, c_task: Tensor, tau: float, name: str, *, symmetric
     pre, task, mean_power = _checked_pair(c_pre, c_task, tau, name)
     values, vectors = _eigh(pre, name)
     values = values + tau
-    if float(values[0]) <= 0.0:
+    rounding = len(values) * torch.finfo(values.dtype).eps * float(values[-1])
+    if float(values[0]) <= rounding:
         raise NumericsError(
             f"{name}: C_pre + tau mean(diag) I has the eigenvalue {float(values[0]):.3g} at tau = "
             f"{tau:g}, but must be positive definite. Give a larger tau."

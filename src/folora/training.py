@@ -7,10 +7,11 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from datasets import Dataset
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_config import SFTConfig
@@ -25,6 +26,22 @@ from folora.modes import without_adapter
 from folora.preparation import Prepared, to_dataset
 
 logger = logging.getLogger(__name__)
+
+CHECKED = {
+    "learning_rate": "learning_rate",
+    "weight_decay": "weight_decay",
+    "num_train_epochs": "num_train_epochs",
+    "max_steps": "max_steps",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "warmup_steps": "warmup_ratio",
+    "warmup_ratio": "warmup_ratio",
+    "max_grad_norm": "max_grad_norm",
+    "save_steps": "save_steps",
+    "logging_steps": "logging_steps",
+    "seed": "seed",
+}
+"""Options of SFTConfig with an option of ours that knows their interval."""
 
 
 class FoLoraTrainer(SFTTrainer):
@@ -137,7 +154,7 @@ class FoLoraTrainer(SFTTrainer):
 def sft_config(
     config: TrainingConfig, output_dir: str | Path, *, evaluates: bool, on_cpu: bool
 ) -> SFTConfig:
-    """TRL's arguments for a training section; `extra` wins over everything else.
+    """TRL's arguments for a training section, with `extra`.
 
     Args:
         config: The section.
@@ -146,14 +163,10 @@ def sft_config(
         on_cpu: Train on the CPU even if there is an accelerator.
 
     Raises:
-        ConfigError: `extra` names something that SFTConfig does not have, or a value it refuses.
+        ConfigError: `extra` names something that SFTConfig does not have or a section sets itself,
+            or a value that SFTConfig refuses.
     """
-    known = {field.name for field in dataclasses.fields(SFTConfig)}
-    for name in config.extra:
-        if name not in known:
-            raise ConfigError(
-                f"training.extra: trl.SFTConfig has no option {name!r}{nearest(name, known)}"
-            )
+    _check_extra(config.extra)
     values: dict[str, Any] = {
         "output_dir": str(output_dir),
         "learning_rate": config.learning_rate,
@@ -179,9 +192,32 @@ def sft_config(
     if config.eval_steps and evaluates:
         values |= {"eval_strategy": "steps", "eval_steps": config.eval_steps}
     try:
-        return SFTConfig(**(values | config.extra))
-    except (ValueError, TypeError) as error:
+        found = SFTConfig(**(values | config.extra))
+    except Exception as error:  # also of packages that an option asks for
         raise ConfigError(f"training: {error}") from error
+    if found.packing and found.max_length is None:
+        raise ConfigError("training.extra: packing needs max_length, the tokens of a packed row")
+    return found
+
+
+def _check_extra(extra: dict[str, Any]) -> None:
+    """What a dataclass does not look at: names and types, before hours of sampling."""
+    types = get_type_hints(SFTConfig)
+    known = {field.name for field in dataclasses.fields(SFTConfig)}
+    for name, value in extra.items():
+        if name not in known:
+            raise ConfigError(
+                f"training.extra: trl.SFTConfig has no option {name!r}{nearest(name, known)}"
+            )
+        if name in CHECKED:
+            raise ConfigError(
+                f"training.extra: {name} is set by training.{CHECKED[name]}; give that instead"
+            )
+        try:
+            TypeAdapter(types[name]).validate_python(value)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise ConfigError(f"training.extra: {name} is {value!r}: {reason}") from error
 
 
 def complete_checkpoints(folder: Path) -> Sequence[Path]:
@@ -206,7 +242,10 @@ def train(
     config = prepared.config.training
     on_cpu = prepared.model.device.type == "cpu"
     args = sft_config(config, folder, evaluates=bool(prepared.task.held_out), on_cpu=on_cpu)
-    trainer = FoLoraTrainer(prepared, args, tokenizer, **kwargs)
+    try:
+        trainer = FoLoraTrainer(prepared, args, tokenizer, **kwargs)
+    except ValueError as error:  # combinations that TRL looks at only here
+        raise ConfigError(f"training: {error}") from error
     checkpoints = complete_checkpoints(folder)
     trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
     return trainer
