@@ -20,7 +20,9 @@ README = (ROOT / "README.md").read_text()
 def test_the_python_example_runs(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    (example,) = [b for b in re.findall(r"```python\n(.*?)```", README, re.S) if "folora.prepare(" in b]
+    (example,) = [
+        b for b in re.findall(r"```python\n(.*?)```", README, re.S) if "folora.prepare(" in b
+    ]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text("\n".join(json_rows()))
     small = tiny_config()
