@@ -25,7 +25,6 @@ MEASURES = {
 }
 
 BySeed = Mapping[int, float]
-Readings = list[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
