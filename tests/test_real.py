@@ -150,6 +150,17 @@ def test_a_wrong_plan_is_refused_first(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_metric_that_is_not_there_is_named_before_training(
+    tmp_path: Path, data: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = yaml.safe_load(plan_file(tmp_path).read_text())
+    plan["evaluation"]["kept"]["piqa"] = "accuracy"
+    plan_file(tmp_path, evaluation=plan["evaluation"])
+    with pytest.raises(ConfigError, match="'piqa' has no metric 'accuracy'; it has acc, nats"):
+        run(tmp_path, model_folder, monkeypatch)
+    assert not list(tmp_path.rglob("shard-*"))
+
+
 def test_data_that_are_not_there(
     tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

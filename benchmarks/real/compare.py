@@ -40,7 +40,16 @@ def scorer(evaluation: Evaluation, kept: Mapping[str, str], other: Mapping[str, 
         evaluation: Whom to ask.
         kept: By task, the metric in [0, 1] that counts as its kept score.
         other: By task, a metric of any scale to write down as well.
+
+    Raises:
+        ConfigError: A task has no such metric.
     """
+    for task, metric in (*kept.items(), *other.items()):
+        there = evaluation.metrics.get(task, set())
+        if metric not in there:
+            raise ConfigError(
+                f"evaluation task {task!r} has no metric {metric!r}; it has {', '.join(sorted(there))}"
+            )
 
     def score(model: PeftModel) -> Scores:
         answers = evaluation(model)
