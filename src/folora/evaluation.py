@@ -44,8 +44,8 @@ class Evaluation:
         max_new_tokens: A lower limit on what is generated than the tasks' own, for trials.
         options: What tasks that make their data are told, such as BABILong's ``max_seq_lengths``.
         chat_template: Wrap every question in the tokenizer's chat template.
-        allow_code: Let tasks run programs that the model writes. The harness runs them on this
-            machine, as you.
+        allow_code: Let tasks run programs that the model writes. The harness's own tasks run them on
+            this machine, as you.
 
     Raises:
         ConfigError: A task is unknown, or runs programs without `allow_code`.
@@ -111,7 +111,7 @@ class Evaluation:
                     tokenizer=self.tokenizer,
                     batch_size=self.batch_size,
                     backend="causal",
-                    softmax_dtype=torch.float32,  # log-probabilities in bf16 would be off by a percent
+                    softmax_dtype=torch.float32,  # bf16 keeps eight bits of a log-probability
                 )
                 found: Any = evaluate(
                     lm,
