@@ -7,41 +7,27 @@ the smallest KL, the best kept score and the best log-probability of right answe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from folora.frontier import Interval, interval, paired
-from folora.report import NONE, Table, matched_levels
+from folora.frontier import interval, paired
+from folora.report import NONE, Column, Table, matched_levels
 from folora.results import Result, Scores, by_method, grouped, mean_score, point_sets, scores_of
 
 BASELINE = "lora"
 BITS = ".bits_per_byte"
-MEASURES = {
-    "KL": "of LoRA's",
-    "kept lost": "minus LoRA's",
-    "nats lost": "minus LoRA's",
-    "bits lost": "minus LoRA's",
+
+Reading = Mapping[str, Any]
+Loss = Callable[[Reading, Reading], float]
+
+LOSSES: Mapping[str, Loss] = {
+    "KL": lambda base, reading: reading["kl"],
+    "kept lost": lambda base, reading: mean_score(base["kept"]) - mean_score(reading["kept"]),
+    "nats lost": lambda base, reading: _other(base, ".nats") - _other(reading, ".nats"),
+    "bits lost": lambda base, reading: _other(reading, BITS) - _other(base, BITS),
 }
-
-BySeed = Mapping[int, float]
-
-
-@dataclass(frozen=True)
-class Forgotten:
-    """What one method forgot at matched loss, by seed; NaN where it never got there.
-
-    Attributes:
-        kl: KL to the base, nats a token.
-        kept: Loss of the kept score.
-        nats: Loss of log-probability of the right answer, mean over tasks that tell it.
-        bits: Rise of the bits a byte on running text.
-    """
-
-    kl: BySeed
-    kept: BySeed
-    nats: BySeed
-    bits: BySeed
+"""What a reading has lost against its base."""
 
 
 def aim_table(results: Sequence[Result]) -> Table:
@@ -53,21 +39,19 @@ def aim_table(results: Sequence[Result]) -> Table:
     scores, levels = scores_of(results), levels_of(results)
     arms = by_method(grouped(results))
     titles = {r.method: r.title for r in results}
-    found = {m: forgotten(seeds, scores, levels) for m, seeds in arms.items()}
-    against = found.get(BASELINE)
-    header = ["method"]
-    for measure, compared in MEASURES.items():
-        header += [measure, compared] if against else [measure]
-    rows = []
-    for method, mine in found.items():
-        row = [titles[method], _stated(interval(mine.kl.values()), 4)]
-        row += [_ratio(mine.kl, against.kl)] if against else []
-        for name in ("kept", "nats", "bits"):
-            row.append(_stated(interval(getattr(mine, name).values()), 4))
-            if against:
-                row.append(_difference(getattr(mine, name), getattr(against, name)))
-        count = sum(len(group) for group in arms[method].values())
-        rows.append((*row, str(count), str(len(arms[method]))))
+    header, rows = ["method"], {method: [titles[method]] for method in arms}
+    for title, loss in LOSSES.items():
+        column = Column(title, 4, {m: _least(a, loss, scores, levels) for m, a in arms.items()})
+        compare = _part if title == "KL" else Column.difference
+        header.append(title)
+        if BASELINE in arms:
+            header.append("of LoRA's" if title == "KL" else "minus LoRA's")
+        for method, row in rows.items():
+            row.append(column.cell(method))
+            if BASELINE in arms:
+                row.append(compare(column, method, BASELINE))
+    for method, row in rows.items():
+        row += [str(sum(map(len, arms[method].values()))), str(len(arms[method]))]
     stated = ", ".join(f"{-level:.3f}" for _, level in sorted(levels.items()))
     base = interval([-scores.point(r.base).task for r in results]).mean
     caption = (
@@ -79,7 +63,7 @@ def aim_table(results: Sequence[Result]) -> Table:
         "is half of the 95 % interval over seeds; *: the interval excludes no difference. "
         f"{NONE}: no seed gets there."
     )
-    return Table((*header, "arms", "seeds"), tuple(rows), caption)
+    return Table((*header, "arms", "seeds"), tuple(map(tuple, rows.values())), caption)
 
 
 def levels_of(results: Sequence[Result]) -> dict[int, float]:
@@ -95,28 +79,23 @@ def levels_of(results: Sequence[Result]) -> dict[int, float]:
     }
 
 
-def forgotten(arms: Mapping[int, Sequence[Result]], scores: Scores, levels: BySeed) -> Forgotten:
-    """What one method forgot, each seed at its own level: see the module."""
-
-    def best(
-        value: Callable[[Mapping[str, Any], Mapping[str, Any]], float],
-    ) -> dict[int, float]:
-        return {
-            seed: _least(
-                value(arm.base, reading)
+def _least(
+    arms: Mapping[int, Sequence[Result]], loss: Loss, scores: Scores, levels: Mapping[int, float]
+) -> dict[int, float]:
+    """The smallest loss among a method's readings, each seed at its own level; NaN without any."""
+    return {
+        seed: min(
+            (
+                value
                 for arm in group
                 for reading in (arm.base, *arm.readings)
                 if scores.point(reading).task >= levels[seed]
-            )
-            for seed, group in arms.items()
-        }
-
-    return Forgotten(
-        kl=best(lambda base, reading: reading["kl"]),
-        kept=best(lambda base, reading: mean_score(base["kept"]) - mean_score(reading["kept"])),
-        nats=best(lambda base, reading: _other(base, ".nats") - _other(reading, ".nats")),
-        bits=best(lambda base, reading: _other(reading, BITS) - _other(base, BITS)),
-    )
+                and math.isfinite(value := loss(arm.base, reading))
+            ),
+            default=math.nan,
+        )
+        for seed, group in arms.items()
+    }
 
 
 def kept_table(results: Sequence[Result]) -> Table:
@@ -127,36 +106,32 @@ def kept_table(results: Sequence[Result]) -> Table:
     """
     scores, levels = scores_of(results), levels_of(results)
     titles = {r.method: r.title for r in results}
-    columns: dict[str, dict[int, Mapping[str, Any]]] = {"base": {r.seed: r.base for r in results}}
+    models: dict[str, dict[int, Reading]] = {"base": {r.seed: r.base for r in results}}
     for method, seeds in by_method(grouped(results)).items():
-        chosen = {
+        models[titles[method]] = {
             seed: min(
                 (r for arm in arms for r in arm.readings if _asked(r, scores, levels[seed])),
                 key=lambda r: r["kl"],
-                default=None,
+                default={"kept": {}, "other": {}},
             )
             for seed, arms in seeds.items()
         }
-        columns[titles[method]] = {s: r for s, r in chosen.items() if r is not None}
-    kinds = [("kept", name) for name in results[0].base["kept"]]
-    kinds += [("other", name) for name in results[0].base["other"]]
-    rows = [
-        (
-            f"{name} (kept)" if kind == "kept" else name,
-            *[
-                _stated(interval(r[kind].get(name, math.nan) for r in readings.values()), 3)
-                for readings in columns.values()
-            ],
-        )
-        for kind, name in kinds
-    ]
+    rows = []
+    for kind, suffix in (("kept", " (kept)"), ("other", "")):
+        for name in results[0].base[kind]:
+            values = {
+                title: {seed: r[kind].get(name, math.nan) for seed, r in of_seeds.items()}
+                for title, of_seeds in models.items()
+            }
+            column = Column(name, 3, values)
+            rows.append((name + suffix, *map(column.cell, models)))
     caption = (
         "Mean over seeds ± half of the 95 % interval, of the same questions before and after. "
         "kept: what counts as the kept score, here the probability of the right answer, among the "
         "choices where there are some. nats: its log-probability. acc: share that is right. "
         f"{NONE}: no model that was asked has reached the loss."
     )
-    return Table(("asked", *columns), tuple(rows), caption)
+    return Table(("asked", *models), tuple(rows), caption)
 
 
 def without_scores(result: Result) -> Result:
@@ -165,22 +140,19 @@ def without_scores(result: Result) -> Result:
     return replace(result, base=base, readings=tuple(readings))
 
 
-def _asked(reading: Mapping[str, Any], scores: Scores, level: float) -> bool:
+def _asked(reading: Reading, scores: Scores, level: float) -> bool:
     return bool(reading["kept"]) and scores.point(reading).task >= level
 
 
-def _other(reading: Mapping[str, Any], metric: str) -> float:
+def _other(reading: Reading, metric: str) -> float:
     return mean_score({k: v for k, v in reading["other"].items() if k.endswith(metric)})
 
 
-def _least(values: Iterable[float]) -> float:
-    return min((v for v in values if math.isfinite(v)), default=math.nan)
-
-
-def _ratio(mine: BySeed, other: BySeed) -> str:
-    if mine is other:
+def _part(column: Column, method: str, baseline: str) -> str:
+    """What part of the baseline's value a method's is: the geometric mean over seeds of the ratio."""
+    if method == baseline:
         return NONE
-    logs = paired(_logs(mine), _logs(other))
+    logs = paired(*({s: _log(v) for s, v in column.values[m].items()} for m in (method, baseline)))
     if not logs.n:
         return NONE
     text = f"{math.exp(logs.mean):.1%}"
@@ -189,19 +161,5 @@ def _ratio(mine: BySeed, other: BySeed) -> str:
     return text + " *" * logs.excludes_zero
 
 
-def _logs(values: BySeed) -> dict[int, float]:
-    return {seed: math.log(v) if v > 0 else math.nan for seed, v in values.items()}
-
-
-def _difference(mine: BySeed, other: BySeed) -> str:
-    if mine is other:
-        return NONE
-    found = paired(mine, other)
-    return _stated(found, 4, "+") + " *" * found.excludes_zero
-
-
-def _stated(found: Interval, digits: int, sign: str = "-") -> str:
-    if not found.n:
-        return NONE
-    text = f"{found.mean:{sign}.{digits}f}"
-    return f"{text} ± {found.half_width:.{digits}f}" if found.n > 1 else text
+def _log(value: float) -> float:
+    return math.log(value) if value > 0 else math.nan
