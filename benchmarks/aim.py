@@ -152,7 +152,8 @@ def _part(column: Column, method: str, baseline: str) -> str:
     """What part of the baseline's value a method's is: the geometric mean over seeds of the ratio."""
     if method == baseline:
         return NONE
-    logs = paired(*({s: _log(v) for s, v in column.values[m].items()} for m in (method, baseline)))
+    mine, other = ({s: _log(v) for s, v in column.values[m].items()} for m in (method, baseline))
+    logs = paired(mine, other)
     if not logs.n:
         return NONE
     text = f"{math.exp(logs.mean):.1%}"

@@ -156,7 +156,10 @@ def test_a_metric_that_is_not_there_is_named_before_training(
     plan = yaml.safe_load(plan_file(tmp_path).read_text())
     plan["evaluation"]["kept"]["piqa"] = "accuracy"
     plan_file(tmp_path, evaluation=plan["evaluation"])
-    with pytest.raises(ConfigError, match="'piqa' has no metric 'accuracy'; it has acc, nats"):
+    with pytest.raises(
+        ConfigError,
+        match=r"'piqa' has no metric 'accuracy' \(did you mean 'acc'\?\); it has acc, nats",
+    ):
         run(tmp_path, model_folder, monkeypatch)
     assert not list(tmp_path.rglob("shard-*"))
 

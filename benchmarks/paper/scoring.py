@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
-import torch
 from peft import PeftModel
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.paper.recipe import TASKS, Benchmark, Passages, Recipe
 from folora.comparison import Score, Scores
-from folora.errors import ConfigError, DataError, nearest
+from folora.data import batches, text_examples
+from folora.errors import ConfigError, DataError
 from folora.evaluation import Answers, Evaluation
+from folora.meter import response_loss
 from folora.modes import evaluating
 
 Setting = tuple[bool, int | None, int]  # ours or the harness's, shots, batch size
@@ -103,20 +103,14 @@ def load_passages(wanted: Passages) -> list[str]:
     return [str(row[wanted.column]) for row in rows]
 
 
-@torch.no_grad()
 def token_loss(
     model: Any, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int
 ) -> float:
     """Mean cross-entropy a token, in nats, every token of every text weighing the same."""
-    total, count = 0.0, 0
+    rows = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
     with evaluating(model):
-        for text in texts:
-            found = tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt")
-            ids = found["input_ids"].to(model.device)
-            logits = model(input_ids=ids).logits[0, :-1].float()
-            total += float(cross_entropy(logits, ids[0, 1:], reduction="sum"))
-            count += ids.shape[1] - 1
-    return total / count
+        parts = [response_loss(model, batch) for batch in batches(text_examples(rows), 1)]
+    return sum(loss for loss, _ in parts) / sum(count for _, count in parts)
 
 
 def _by_setting(asked: Mapping[str, Benchmark]) -> dict[Setting, list[Benchmark]]:
@@ -147,11 +141,5 @@ def _evaluation(
         options=recipe.options,
         allow_code=allow_code and own,  # the harness's own would run programs outside the sandbox
     )
-    for benchmark in group:
-        metrics = evaluation.metrics.get(benchmark.task, set())  # a tag has none of its own
-        if benchmark.metric not in metrics:
-            raise ConfigError(
-                f"evaluation task {benchmark.task!r} has no metric {benchmark.metric!r}"
-                f"{nearest(benchmark.metric, metrics)}; it has {', '.join(sorted(metrics))}"
-            )
+    evaluation.check_metrics({benchmark.task: benchmark.metric for benchmark in group})
     return evaluation

@@ -44,12 +44,8 @@ def scorer(evaluation: Evaluation, kept: Mapping[str, str], other: Mapping[str, 
     Raises:
         ConfigError: A task has no such metric.
     """
-    for task, metric in (*kept.items(), *other.items()):
-        there = evaluation.metrics.get(task, set())
-        if metric not in there:
-            raise ConfigError(
-                f"evaluation task {task!r} has no metric {metric!r}; it has {', '.join(sorted(there))}"
-            )
+    evaluation.check_metrics(kept)
+    evaluation.check_metrics(other)
 
     def score(model: PeftModel) -> Scores:
         answers = evaluation(model)

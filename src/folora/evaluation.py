@@ -94,6 +94,16 @@ class Evaluation:
             found[name] = {m.metric for m in group.aggregate_metric_list or []}
         return found
 
+    def check_metrics(self, wanted: Mapping[str, str]) -> None:
+        """Refuse a metric that its task does not have; by task. Raises ConfigError."""
+        for task, metric in wanted.items():
+            there = self.metrics.get(task, set())  # a tag has none of its own
+            if metric not in there:
+                raise ConfigError(
+                    f"evaluation task {task!r} has no metric {metric!r}{nearest(metric, there)}; it "
+                    f"has {', '.join(sorted(there))}"
+                )
+
     def __call__(self, model: Any) -> Answers:
         """Ask a model on its device; a PEFT model answers with its adapter, as it is now."""
         samples = {
