@@ -92,17 +92,18 @@ SAMPLES, STATISTICS, SPECTRUM = "1-samples", "2-statistics", "3-spectrum"
 TRAINING, ADAPTER, REPORT = "4-training", "5-adapter", "report.json"
 COMPARISON = "compare"
 
-STAGE_READS = {
-    "measure": ((f"{SAMPLES}/set", "samples", "sample"),),
-    "solve": tuple(
-        (f"{STATISTICS}/{part}", f"statistics_{part}", "measure") for part in ("pre", "task")
-    ),
-    "train": (
-        (f"{SAMPLES}/set", "samples", "sample"),
-        (SPECTRUM, "spectrum", "solve"),
-    ),
+SET, RESULT = f"{SAMPLES}/set", f"{TRAINING}/result"
+PRE, TASK = f"{STATISTICS}/pre", f"{STATISTICS}/task"
+MADE = {
+    SET: ("samples", "sample"),
+    PRE: ("statistics_pre", "measure"),
+    TASK: ("statistics_task", "measure"),
+    SPECTRUM: ("spectrum", "solve"),
+    RESULT: ("training", "train"),
 }
-"""What a stage finds in the folder: the part, its kind, and the command that makes it."""
+"""The kind of each part of the folder, and the command that makes it."""
+STAGE_READS = {"measure": (SET,), "solve": (PRE, TASK), "train": (SET, SPECTRUM)}
+"""What a stage finds in the folder."""
 
 ExportKind = Literal["adapter", "merged"]
 
@@ -147,6 +148,11 @@ class Run:
         }
 
     @cached_property
+    def limits(self) -> dict[str, int | None]:
+        """How many tokens the model knows and reads, by its config alone."""
+        return limits_of(load_config(self.config, self.name))
+
+    @cached_property
     def groups(self) -> list[InputGroup]:
         """The shared inputs of the layers to adapt."""
         check_causal(self.model, self.start_id)
@@ -173,8 +179,7 @@ class Run:
         sft_config(self.config.training, self.folder / TRAINING, evaluates=False, on_cpu=on_cpu)
         if needs_data:
             check_dataset(required(self.config.dataset, "dataset"))
-        limits = limits_of(load_config(self.config, self.name))
-        start_id = self.start_id
+        limits, start_id = self.limits, self.start_id
         if self.config.sampling.sampler_model:
             self._check_sampler(self.config.sampling.sampler_model)
         task = self.task if needs_data else TaskData([], [])
@@ -188,13 +193,12 @@ class Run:
         """
         if command in ("run", "sample", "compare"):
             self._check_context()
-        for part, kind, before in STAGE_READS.get(command, ()):
-            self._require(part, before)
-            read_manifest(self.folder / part, kind)
+        for part in STAGE_READS.get(command, ()):
+            self._manifest(part)
         _ = self.groups  # the rank must fit the layers before hours of sampling
         ending_ids(self.model, self.tokenizer, self.config.sampling)
-        for part, kind, _before in STAGE_READS.get(command, ()):
-            read_manifest(self.folder / part, kind, self.model_facts)
+        for part in STAGE_READS.get(command, ()):
+            self._manifest(part, self.model_facts)
 
     # The stages.
 
@@ -284,7 +288,7 @@ class Run:
         """
         source = source or self
         folder = self.folder / TRAINING
-        spectrum = source._read(SPECTRUM, "spectrum", "solve", self.model_facts)
+        spectrum = source._read(SPECTRUM, self.model_facts)
         proxies = source.proxies()
         config = self.config
         request = {
@@ -352,7 +356,7 @@ class Run:
             check_writable(path, "the export folder")
         if kind == "merged" and path is not None:
             check_replaceable(path, ())
-        result = self._read(f"{TRAINING}/result", "training", "train")
+        result = self._read(RESULT)
         factors = {
             name: (result.tensors[f"{name}/A"], result.tensors[f"{name}/B"], scaling)
             for name, scaling in result.manifest["scaling"].items()
@@ -394,23 +398,25 @@ class Run:
 
     def proxies(self) -> ProxySet:
         """The finished proxy set of this model."""
-        self._require(f"{SAMPLES}/set", "sample")
+        self._require(SET)
         return load_proxy_set(self.folder / SAMPLES, self.model_facts)
 
     def statistics(self, part: str) -> Artifact:
         """C_pre (``"pre"``) or C_task (``"task"``) of this model."""
-        return self._read(f"{STATISTICS}/{part}", f"statistics_{part}", "measure", self.model_facts)
+        return self._read(f"{STATISTICS}/{part}", self.model_facts)
 
-    def _read(
-        self, part: str, kind: str, command: str, expected: dict[str, Any] | None = None
-    ) -> Artifact:
-        self._require(part, command)
-        return read_artifact(self.folder / part, kind, expected)
+    def _read(self, part: str, expected: dict[str, Any] | None = None) -> Artifact:
+        self._require(part)
+        return read_artifact(self.folder / part, MADE[part][0], expected)
 
-    def _require(self, part: str, command: str) -> None:
+    def _manifest(self, part: str, expected: dict[str, Any] | None = None) -> dict[str, Any]:
+        self._require(part)
+        return read_manifest(self.folder / part, MADE[part][0], expected)
+
+    def _require(self, part: str) -> None:
         if not (self.folder / part).exists():
             raise ArtifactError(
-                f"{self.folder / part} is missing; give the command: folora {command}"
+                f"{self.folder / part} is missing; give the command: folora {MADE[part][1]}"
             )
 
     # How stages are done.
@@ -426,7 +432,7 @@ class Run:
         return HuggingFaceEngine(model, self.start_id, eos_ids, config)
 
     def _check_context(self) -> None:
-        context = limits_of(load_config(self.config, self.name))["context"]
+        context = self.limits["context"]
         asked = self.config.sampling.max_new_tokens
         if context is not None and asked >= context:  # the start token comes in front
             raise ConfigError(
