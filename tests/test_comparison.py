@@ -61,6 +61,7 @@ def test_arms_leave_the_base_alone_and_their_files_behind(
     results = list(compare(run, tmp_path / "arms", score=score).run_all(chosen))
     assert torch.equal(run.model(IDS).logits, before)
     assert not any("lora" in name for name, _ in run.model.named_parameters())
+    assert "forward" not in vars(run.model)  # TRL puts one there for every trainer
     assert [r["method"] for r in results] == names
     for result in results:
         assert [r["step"] for r in result["readings"]] == [2, 3, 4, 6]
@@ -81,6 +82,21 @@ def test_arms_leave_the_base_alone_and_their_files_behind(
     assert list(compare(run, tmp_path / "arms", score=score).run_all(chosen)) == results
     assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "arms").iterdir()}
     assert len(seen) == 1 + 4 * len(names)
+
+
+def test_dear_scores_are_taken_at_chosen_readings(
+    measured: Path, model_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    run = make_run(model_folder, rows_file, measured)
+    options = {
+        "score": lambda _: {"task": {"a": 0.5}, "kept": {"b": 1.0}, "other": {"c.nats": -3.0}},
+        "read_at": (0.5, 1.0),
+        "score_at": (1.0,),
+    }
+    (result,) = compare(run, tmp_path / "arms", **options).run_all(arms(["lora"], [1e-2]))
+    assert [r["step"] for r in result["readings"]] == [3, 6]
+    assert [r["kept"] for r in result["readings"]] == [{}, {"b": 1.0}]
+    assert result["base"]["other"] == result["readings"][1]["other"] == {"c.nats": -3.0}
 
 
 def test_an_arm_is_what_a_run_with_its_config_gives(
