@@ -1,9 +1,12 @@
-"""What the comparisons share: the arms of a plan, and what one task's run takes over from another's."""
+"""What the comparisons share: options, plans and their arms, and what one task's run takes over."""
 
 from __future__ import annotations
 
+import argparse
+import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,41 @@ from folora.comparison import Arm, arms
 from folora.config import read_yaml
 from folora.errors import ConfigError
 from folora.pipeline import SAMPLES, STATISTICS
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a comparison keeps things.
+
+    Attributes:
+        models: Folder of pretrained models.
+        runs: Folder for samples and statistics.
+        output: Folder for results.
+        command: What was typed, for the record.
+    """
+
+    models: Path
+    runs: Path
+    output: Path
+    command: str
+
+    @classmethod
+    def of(cls, options: argparse.Namespace, module: str, given: Sequence[str]) -> Places:
+        """From what the options of `parser` say, and the words given to a module."""
+        output = options.output or Path("benchmarks/results") / options.plan.stem
+        command = f"python -m {module} {shlex.join(given)}"
+        return cls(options.models, options.runs, output, command)
+
+
+def parser(description: str, models: str, runs: str) -> argparse.ArgumentParser:
+    """The options that every comparison by plan has."""
+    found = argparse.ArgumentParser(description=description)
+    found.add_argument("--plan", type=Path, required=True)
+    found.add_argument("--seeds", type=int, nargs="+", help="default: the plan's")
+    found.add_argument("--models", type=Path, default=Path(models))
+    found.add_argument("--runs", type=Path, default=Path(runs))
+    found.add_argument("--output", type=Path, help="default: benchmarks/results/PLAN")
+    return found
 
 
 def read_plan(path: Path) -> dict[str, Any]:

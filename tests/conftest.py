@@ -140,6 +140,20 @@ def json_rows() -> list[str]:
     return [json.dumps(row) for row in rows()]
 
 
+TINY_PLAN_BASE = {
+    "dtype": "float32",
+    "device": "cpu",
+    "sampling.num_sequences": 36,
+    "sampling.min_new_tokens": 32,
+    "sampling.max_new_tokens": 32,
+    "statistics.task_examples": 8,
+    "training.max_steps": 4,
+    "training.batch_size": 2,
+    "adapter.r": 2,
+}
+"""The base of a plan whose every arm takes a second on a tiny model."""
+
+
 def tiny_config(**changes: object) -> folora.FoLoraConfig:
     """A config whose every stage takes a second on the tiny model."""
     values: dict[str, object] = {

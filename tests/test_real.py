@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import TINY_PLAN_BASE
 from scipy import stats
 
 from benchmarks.aim import aim_table
@@ -62,18 +63,7 @@ def plan_file(folder: Path, **changes: Any) -> Path:
         "seeds": [3],
         "runs": "tiny",
         "read_at": [0.5, 1.0],
-        "base": {
-            "dtype": "float32",
-            "device": "cpu",
-            "sampling.num_sequences": 36,
-            "sampling.min_new_tokens": 32,
-            "sampling.max_new_tokens": 32,
-            "statistics.task_examples": 8,
-            "data.max_length": 64,
-            "training.max_steps": 4,
-            "training.batch_size": 2,
-            "adapter.r": 2,
-        },
+        "base": {**TINY_PLAN_BASE, "data.max_length": 64},
         "evaluation": {
             "folder": str(Path(compare.__file__).parents[1] / "tasks"),
             "documents": {"known_facts": 4, "piqa": 3},
@@ -162,6 +152,15 @@ def test_a_metric_that_is_not_there_is_named_before_training(
     ):
         run(tmp_path, model_folder, monkeypatch)
     assert not list(tmp_path.rglob("shard-*"))
+
+
+def test_a_method_that_is_not_in_the_plan_is_refused_first(
+    tmp_path: Path, data: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan_file(tmp_path)
+    with pytest.raises(ConfigError, match="no method 'folra' \\(did you mean 'folora'"):
+        run(tmp_path, model_folder, monkeypatch, "--methods", "folra")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_data_that_are_not_there(

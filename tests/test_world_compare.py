@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import TINY_PLAN_BASE
 
 from benchmarks.sweeps import planned, read_plan
 from benchmarks.world.compare import calibration_texts, main, prepared_run
@@ -33,18 +34,7 @@ def plan_file(folder: Path, **changes: object) -> Path:
         "runs": "tiny",
         "tasks": ["difference", "instrument"],
         "seeds": [7],
-        "base": {
-            "dtype": "float32",
-            "device": "cpu",
-            "sampling.num_sequences": 36,
-            "sampling.min_new_tokens": 32,
-            "sampling.max_new_tokens": 32,
-            "sampling.ignore_eos": True,
-            "statistics.task_examples": 8,
-            "training.max_steps": 4,
-            "training.batch_size": 2,
-            "adapter.r": 2,
-        },
+        "base": {**TINY_PLAN_BASE, "sampling.ignore_eos": True},
         "sweeps": [{"methods": ["folora", "null-frozen"], "learning_rates": [1e-3]}],
         **changes,
     }

@@ -7,12 +7,10 @@ lm-evaluation-harness say before and after; what a target teaches is read as los
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
-import shlex
 import sys
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from peft import PeftModel
 
 from benchmarks.gemma import gemma3_270m
 from benchmarks.real.targets import TARGETS, data_folder, target_rows
-from benchmarks.sweeps import planned, read_plan, shown, take_over
+from benchmarks.sweeps import Places, parser, planned, read_plan, shown, take_over
 from demo.model import smollm2
 from folora.artifacts import write_text
 from folora.comparison import READ_AT, Comparison, Score, Scores
@@ -76,13 +74,7 @@ def target_run(
 
 
 def compare_model(
-    plan: Mapping[str, Any],
-    seed: int,
-    methods: Container[str] | None,
-    models: Path,
-    runs: Path,
-    output: Path,
-    command: str,
+    plan: Mapping[str, Any], seed: int, methods: Container[str] | None, places: Places
 ) -> None:
     """Every target and arm of the plan for one seed.
 
@@ -90,15 +82,12 @@ def compare_model(
         plan: ``model``, ``base`` config by dotted name, ``tasks`` (targets), ``sweeps``, ``evaluation``.
         seed: See above.
         methods: Those of the plan that are run; default is all.
-        models: Folder of pretrained models.
-        runs: Folder for samples and statistics.
-        output: Folder for results.
-        command: For the record.
+        places: For models, samples, statistics and results.
     """
-    model = MODELS[plan["model"]](models)
+    model = MODELS[plan["model"]](places.models)
     base = FoLoraConfig().changed(plan["base"])
     asked = plan["evaluation"]
-    folder = runs / plan["runs"] / str(seed)
+    folder = places.runs / plan["runs"] / str(seed)
     score: Score | None = None
     donor: Path | None = None
     for target in plan["tasks"]:
@@ -111,10 +100,10 @@ def compare_model(
             score = scorer(evaluation, asked["kept"], asked.get("other", {}))
         comparison = Comparison(
             run,
-            output / target / str(seed),
+            places.output / target / str(seed),
             stage=plan["model"],
             task=target,
-            command=command,
+            command=places.command,
             score=score,
             read_at=plan.get("read_at", READ_AT),
             score_at=plan.get("score_at"),
@@ -124,8 +113,13 @@ def compare_model(
             print(shown(result), flush=True)
 
 
-def check(plan: Mapping[str, Any]) -> None:
-    """Refuse what cannot work before anything is downloaded or trained. Raises FoLoraError."""
+def check(plan: Mapping[str, Any], methods: Iterable[str] = ()) -> None:
+    """Refuse what cannot work before anything is downloaded or trained. Raises FoLoraError.
+
+    Args:
+        plan: As in `compare_model`.
+        methods: Those asked for, which must be the plan's.
+    """
     for word, known in (*((t, TARGETS) for t in plan["tasks"]), (plan["model"], MODELS)):
         if word not in known:
             raise ConfigError(f"the plan names {word!r}{nearest(word, known)}; known: {[*known]}")
@@ -134,22 +128,20 @@ def check(plan: Mapping[str, Any]) -> None:
         if task not in asked["documents"]:
             raise ConfigError(f"evaluation.documents has no {task!r}, though a score is to be read")
     data_folder()
-    planned(plan)
+    there = {arm.method for arm in planned(plan)}
+    for name in methods:
+        if name not in there:
+            raise ConfigError(f"the plan has no method {name!r}{nearest(name, there)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     given = sys.argv[1:] if arguments is None else list(arguments)
-    parser = argparse.ArgumentParser(description="Compare methods on pretrained models.")
-    parser.add_argument("--plan", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", help="default: the plan's")
-    parser.add_argument("--targets", nargs="+", help="default: the plan's tasks")
-    parser.add_argument("--methods", nargs="+", help="of the plan; default: all")
-    parser.add_argument("--models", type=Path, default=Path("models"))
-    parser.add_argument("--runs", type=Path, default=Path("runs/real"))
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/PLAN")
-    parser.add_argument("--threads", type=int, help="of torch; default: all cores")
-    options = parser.parse_args(given)
+    known = parser("Compare methods on pretrained models.", "models", "runs/real")
+    known.add_argument("--targets", nargs="+", help="default: the plan's tasks")
+    known.add_argument("--methods", nargs="+", help="of the plan; default: all")
+    known.add_argument("--threads", type=int, help="of torch; default: all cores")
+    options = known.parse_args(given)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("folora").setLevel(logging.INFO)
     if options.threads:
@@ -157,16 +149,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plan = read_plan(options.plan)
     if options.targets:
         plan["tasks"] = options.targets
-    check(plan)
-    known = {arm.method for arm in planned(plan)}
-    for name in options.methods or ():
-        if name not in known:
-            raise ConfigError(f"the plan has no method {name!r}{nearest(name, known)}")
-    output = options.output or Path("benchmarks/results") / options.plan.stem
-    command = f"python -m benchmarks.real.compare {shlex.join(given)}"
+    check(plan, options.methods or ())
+    places = Places.of(options, "benchmarks.real.compare", given)
     for seed in options.seeds or plan["seeds"]:
-        places = (options.models, options.runs, output)
-        compare_model(plan, seed, options.methods, *places, command)
+        compare_model(plan, seed, options.methods, places)
 
 
 if __name__ == "__main__":

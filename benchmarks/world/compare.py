@@ -7,9 +7,7 @@ processes as there are cores. A task of one's own is two files of rows, ``prompt
 
 from __future__ import annotations
 
-import argparse
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from benchmarks.sweeps import planned, read_plan, shown, take_over
+from benchmarks.sweeps import Places, parser, planned, read_plan, shown, take_over
 from benchmarks.world.language import Row, Task, World, pretraining_documents, tasks
 from benchmarks.world.pretrain import STEPS, pretrain
 from benchmarks.world.score import score_rows, score_skills
@@ -93,13 +91,7 @@ def calibration_texts(run: Run, world: World, source: str, count: int) -> list[l
 
 
 def compare_world(
-    plan: dict[str, Any],
-    seed: int,
-    chosen: dict[str, Task] | None,
-    models: Path,
-    runs: Path,
-    output: Path,
-    command: str,
+    plan: dict[str, Any], seed: int, chosen: dict[str, Task] | None, places: Places
 ) -> None:
     """Every task and arm of the plan for one seed.
 
@@ -107,25 +99,22 @@ def compare_world(
         plan: ``base`` config by dotted name, ``tasks``, ``sweeps``, perhaps ``calibration``.
         seed: Of world, weights and training.
         chosen: Tasks instead of the plan's.
-        models: Folder of pretrained worlds.
-        runs: Folder for samples and statistics.
-        output: Folder for results.
-        command: For the record.
+        places: For worlds, samples, statistics and results.
     """
-    world, model = World(seed), models / str(seed)
+    world, model = World(seed), places.models / str(seed)
     if not model.exists():
         pretrain(model, seed, STEPS)
     base = FoLoraConfig().changed(plan["base"])
     found = chosen or {name: tasks(world)[name] for name in plan["tasks"]}
-    folder = runs / plan["runs"] / str(seed)
+    folder = places.runs / plan["runs"] / str(seed)
     donor: Path | None = None
     for name, task in found.items():
         run = prepared_run(base, model, folder / name, task, donor, seed)
         donor = folder / name
         score = scorer(run, world, task)
-        shared = {"stage": f"world-{seed}", "task": name, "command": command, "score": score}
+        shared = {"stage": f"world-{seed}", "task": name, "command": places.command, "score": score}
         for calibration in plan.get("calibration", [None]):
-            results = output / name / str(seed)
+            results = places.output / name / str(seed)
             comparison = Comparison(run, results, **shared)  # type: ignore[arg-type]
             if calibration:
                 run.sample()
@@ -144,24 +133,18 @@ def read_rows(path: Path) -> list[Row]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     given = sys.argv[1:] if arguments is None else list(arguments)
-    parser = argparse.ArgumentParser(description="Compare methods on synthetic worlds.")
-    parser.add_argument("--plan", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", help="default: the plan's")
-    parser.add_argument("--models", type=Path, default=Path("models/world"))
-    parser.add_argument("--runs", type=Path, default=Path("runs/world"))
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/PLAN")
-    parser.add_argument("--train", type=Path, help="rows of a task of one's own")
-    parser.add_argument("--test", type=Path, help="its test rows")
-    options = parser.parse_args(given)
+    known = parser("Compare methods on synthetic worlds.", "models/world", "runs/world")
+    known.add_argument("--train", type=Path, help="rows of a task of one's own")
+    known.add_argument("--test", type=Path, help="its test rows")
+    options = known.parse_args(given)
     torch.set_num_threads(1)
     plan = read_plan(options.plan)
     chosen = None
     if options.train:
         chosen = {options.train.stem: Task(read_rows(options.train), read_rows(options.test))}
-    output = options.output or Path("benchmarks/results") / options.plan.stem
-    command = f"python -m benchmarks.world.compare {shlex.join(given)}"
+    places = Places.of(options, "benchmarks.world.compare", given)
     for seed in options.seeds or plan["seeds"]:
-        compare_world(plan, seed, chosen, options.models, options.runs, output, command)
+        compare_world(plan, seed, chosen, places)
 
 
 if __name__ == "__main__":
