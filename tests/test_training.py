@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_gpt2, make_llama, make_tokenizer, rows, tiny_config
-from transformers import TrainerCallback
+from transformers import BertConfig, BertLMHeadModel, TrainerCallback
 
 import folora
 from folora.adapter import lora_factors
 from folora.config import TrainingConfig
 from folora.errors import ConfigError, NumericsError
+from folora.preparation import check_causal
 from folora.training import complete_checkpoints, sft_config, train
 
 
@@ -161,6 +162,24 @@ def test_weights_with_nan_are_refused_before_sampling() -> None:
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(NumericsError, match="up_proj"):
         folora.prepare(model, make_tokenizer(), rows(), tiny_config())
+
+
+def test_models_that_look_ahead_are_refused_before_sampling() -> None:
+    config = BertConfig(
+        vocab_size=51, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, initializer_range=0.5,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="BertLMHeadModel looks at the tokens that come after"):
+        folora.prepare(BertLMHeadModel(config).eval(), make_tokenizer(), rows(), tiny_config())
+
+
+def test_dropout_does_not_look_like_looking_ahead() -> None:
+    model = make_gpt2().train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    check_causal(model, start_id=1)
+    assert all(m.training for m in model.modules())
 
 
 def test_rank_larger_than_a_width_is_refused_before_sampling() -> None:

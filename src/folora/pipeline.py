@@ -64,8 +64,6 @@ from folora.modes import without_adapter
 from folora.preparation import (
     Prepared,
     assemble,
-    check_adapter,
-    check_causal,
     groups_of,
     limits_of,
     measure,
@@ -155,10 +153,7 @@ class Run:
     @cached_property
     def groups(self) -> list[InputGroup]:
         """The shared inputs of the layers to adapt."""
-        check_causal(self.model, self.start_id)
-        groups = groups_of(self.model, self.config.adapter.target_modules, self.start_id)
-        check_adapter(self.model, groups, self.config.adapter)
-        return groups
+        return groups_of(self.model, self.config.adapter, self.start_id)
 
     @cached_property
     def task(self) -> TaskData:

@@ -38,6 +38,7 @@ from folora.data import (
 from folora.errors import ConfigError
 from folora.initialization import NEED_NULL_BASIS, check_singular_values
 from folora.meter import Meter
+from folora.modes import evaluating
 from folora.progress import progress
 from folora.sadam import SAdam
 from folora.sampling import HuggingFaceEngine, ProxySet, ending_ids, sample, start_token_id
@@ -109,8 +110,7 @@ def prepare(
     task = prepare_task(load_rows(dataset, config.data.split), tokenizer, config.data)
     start_id = start_token_id(tokenizer, config.sampling.start_token)
     check_fits(task, tokenizer, start_id, **limits_of(model.config))
-    groups = groups_of(model, config.adapter.target_modules, start_id)
-    check_adapter(model, groups, config.adapter)
+    groups = groups_of(model, config.adapter, start_id)
     check_finite_weights(model)
 
     eos_ids = ending_ids(model, tokenizer, config.sampling)
@@ -147,21 +147,26 @@ def assemble(
     return Prepared(peft_model, optimizer, bases, task, samples, meter, config)
 
 
-def groups_of(
-    model: PreTrainedModel, target_modules: str | Sequence[str], start_id: int
-) -> list[InputGroup]:
-    """The shared inputs of the layers to adapt, found on a row of two start tokens."""
-    layers = target_layers(model, target_modules)
+def groups_of(model: PreTrainedModel, adapter: AdapterConfig, start_id: int) -> list[InputGroup]:
+    """The shared inputs of the layers to adapt, found on a row of two start tokens.
+
+    Raises:
+        ConfigError: The model is not causal, nothing is there to adapt, or the adapter does not fit.
+    """
+    check_causal(model, start_id)
+    layers = target_layers(model, adapter.target_modules)
     probe = next(batches(text_examples([[start_id, start_id]]), 1))
     del probe["labels"]
-    return find_groups(model, layers, {k: v.to(model.device) for k, v in probe.items()})
+    groups = find_groups(model, layers, {k: v.to(model.device) for k, v in probe.items()})
+    check_adapter(model, groups, adapter)
+    return groups
 
 
 def check_causal(model: PreTrainedModel, start_id: int) -> None:
     """Refuse a model whose prediction changes with the tokens after it. Raises ConfigError."""
     known = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     rows = torch.tensor([[start_id, token] for token in range(0, known, -(-known // 8))])
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(model):  # dropout would look like it
         first = model(input_ids=rows.to(model.device), use_cache=False).logits[:, 0].float()
     if float((first - first[0]).abs().max()) > NOT_CAUSAL * float(first.abs().max()):
         raise ConfigError(
