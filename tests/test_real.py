@@ -109,6 +109,7 @@ def test_a_plan_from_rows_to_results(
         for task in ("mawps", "mbpp")
     ]
     assert pre[0].read_bytes() == pre[1].read_bytes()
+    assert pre[0].stat().st_mtime_ns == pre[1].stat().st_mtime_ns  # copied, not measured again
 
     stamps = {r.path: r.path.stat().st_mtime_ns for r in results}
     run(tmp_path, model_folder, monkeypatch)

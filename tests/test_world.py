@@ -206,6 +206,21 @@ def test_score_rows_restores_each_mode_and_refuses_no_rows() -> None:
         score_rows(model, tokenizer, [])
 
 
+def test_a_seed_is_pretrained_on_its_own_world(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[World] = []
+
+    def train(model: object, tokenizer: object, world: World, steps: int) -> float:
+        seen.append(world)
+        return 0.0
+
+    monkeypatch.setattr("benchmarks.world.pretrain.train", train)
+    for seed in (5, 6):
+        pretrain(tmp_path / str(seed), seed=seed, steps=1)
+    assert seen == [World(5), World(6)]
+
+
 def test_short_pretraining_is_reproducible_and_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

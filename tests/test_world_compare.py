@@ -77,6 +77,7 @@ def test_a_plan_leaves_an_arm_a_file_and_shares_what_belongs_to_the_base(
         for task in ("difference", "instrument")
     ]
     assert pre[0].read_bytes() == pre[1].read_bytes()
+    assert pre[0].stat().st_mtime_ns == pre[1].stat().st_mtime_ns  # copied, not measured again
 
     stamps = {r.path: r.path.stat().st_mtime_ns for r in results}
     run(tmp_path, models, plan_file(tmp_path))
