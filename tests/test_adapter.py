@@ -265,4 +265,6 @@ def test_param_groups_share_a_basis_by_input() -> None:
     plain = param_groups(adapted, bases, lr=1e-3, spectral=False)
     assert all("basis" not in g for g in plain)
     unscaled = param_groups(adapted, bases, lr=1e-3, step_scale="paper")
-    assert unscaled[0]["basis"] is bases[0].basis
+    assert (groups[0]["scale"] == 1, unscaled[0]["scale"] == 1) == (False, True)
+    for group, b in zip(groups, bases, strict=False):  # whole and fp32: there is one copy of it
+        assert group["basis"].data_ptr() == b.basis.data_ptr()

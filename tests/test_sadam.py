@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import folora
-from folora.sadam import SAdam, basis_fingerprint, full_fp32_matmul
+from folora import sadam
+from folora.sadam import Complement, SAdam, basis_fingerprint, full_fp32_matmul
 
 
 def gradients(shapes: list[tuple[int, int]], steps: int, seed: int = 0) -> list[list[torch.Tensor]]:
@@ -56,7 +57,7 @@ def reference(
 ) -> torch.Tensor:
     """Eq. 18-24 as written, float64, one row and column at a time where it matters."""
     a = a.clone()
-    m, v = torch.zeros_like(a), torch.zeros_like(a)
+    m = v = a.new_zeros(len(a), basis.shape[1])
     for t, g in enumerate(grads, start=1):
         gbar = torch.einsum("ri,ij->rj", g, basis)
         m = betas[0] * m + (1 - betas[0]) * gbar
@@ -101,13 +102,14 @@ def test_identity_basis_is_adamw(dtype: torch.dtype, decay: float) -> None:
         assert (p - q).abs().max() <= bound
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_without_basis_it_is_adamw_to_the_last_bit(dtype: torch.dtype) -> None:
+def test_without_basis_it_is_adamw_to_the_last_bit(dtype: torch.dtype, fused: bool) -> None:
     shapes = [(4, 6), (5, 3)]
     ours, theirs = params(shapes, dtype), params(shapes, dtype)
     grads = gradients(shapes, 50)
-    drive(SAdam(ours, lr=1e-2, weight_decay=0.05), ours, grads)
-    drive(torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0.05), theirs, grads)
+    drive(SAdam(ours, lr=1e-2, weight_decay=0.05, fused=fused), ours, grads)
+    drive(torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0.05, fused=fused), theirs, grads)
     assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
 
 
@@ -280,11 +282,14 @@ def test_closure_and_missing_gradients() -> None:
         ({"betas": (0.9, 1.0)}, "betas"),
         ({"eps": -1e-8}, "eps"),
         ({"weight_decay": -0.1}, "weight_decay"),
-        ({"basis": torch.ones(6, 5)}, "square"),
-        ({"basis": torch.eye(5)}, "shape"),
+        ({"basis": torch.ones(6, 7), "gate": torch.ones(7)}, "k <= d"),
+        ({"basis": torch.ones(6)}, "k <= d"),
+        ({"basis": torch.eye(5), "gate": torch.ones(5)}, "shape"),
         ({"gate": torch.ones(5)}, "gate"),
         ({"basis": torch.full((6, 6), float("nan"))}, "finite"),
         ({"basis": None}, "gate but no basis"),
+        ({"basis": None, "gate": None, "scale": 2.0}, "scale but no basis"),
+        ({"complement": Complement(torch.ones(6, 5), torch.ones(6), 0.1)}, r"asks for \(6, 6\)"),
     ],
 )
 def test_refuses(change: dict[str, Any], message: str) -> None:
@@ -306,6 +311,119 @@ def test_fp32_products_ignore_and_restore_the_users_switch() -> None:
         assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def pair(d: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """H and a basis T with T'HT = I, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(3 * d, d, generator=generator, dtype=torch.float64)
+    x = x * torch.logspace(0, -1.5, d, dtype=torch.float64)
+    h = x.T @ x / len(x)
+    rotation = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
+    return h, torch.linalg.inv(torch.linalg.cholesky(h)).T @ rotation
+
+
+def test_a_cut_basis_is_the_whole_one_with_the_rest_closed() -> None:
+    _, basis = pair(12)
+    gate = torch.linspace(1, 0.2, 12, dtype=torch.float64)
+    gate[5:] = 0
+    (whole,), (cut,) = params([(3, 12)]), params([(3, 12)])
+    grads = gradients([(3, 12)], 40)
+    drive(SAdam([{"params": [whole], "basis": basis, "gate": gate}], lr=1e-2), [whole], grads)
+    optimizer = SAdam([{"params": [cut], "basis": basis[:, :5], "gate": gate[:5]}], lr=1e-2)
+    drive(optimizer, [cut], grads)
+    assert torch.allclose(whole, cut, rtol=0, atol=1e-12)
+    assert optimizer.state[cut]["exp_avg"].shape == (3, 5)
+
+
+def test_scale_multiplies_the_basis() -> None:
+    basis, gate = orthogonal_and_gate(8)
+    (a,), (b,) = params([(3, 8)]), params([(3, 8)])
+    grads = gradients([(3, 8)], 40)
+    drive(SAdam([{"params": [a], "basis": 3.5 * basis, "gate": gate}], lr=1e-2), [a], grads)
+    scaled = SAdam([{"params": [b], "basis": basis, "gate": gate, "scale": 3.5}], lr=1e-2)
+    drive(scaled, [b], grads)
+    assert torch.allclose(a, b, rtol=0, atol=1e-12)
+    other = SAdam([{"params": [b], "basis": basis, "gate": gate, "scale": 3.4}], lr=1e-2)
+    with pytest.raises(ValueError, match="another basis"):
+        other.load_state_dict(scaled.state_dict())
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_a_narrow_basis_is_widened_for_its_products(on_host: bool, monkeypatch: Any) -> None:
+    """Blocks of three columns; the reference is a float32 basis of the same values."""
+    monkeypatch.setattr(sadam, "COLUMNS_AT_ONCE", 3)
+    basis, gate = orthogonal_and_gate(8)
+    narrow = basis.to(torch.bfloat16)
+    (a,), (b,) = (params([(3, 8)], torch.float32) for _ in range(2))
+    grads = gradients([(3, 8)], 40)
+    group = {"params": [a], "basis": narrow, "gate": gate, "on_host": on_host}
+    optimizer = SAdam([group], lr=1e-2)
+    drive(optimizer, [a], grads)
+    drive(SAdam([{"params": [b], "basis": narrow.float(), "gate": gate}], lr=1e-2), [b], grads)
+    assert optimizer.param_groups[0]["basis"].dtype == torch.bfloat16
+    assert torch.allclose(a, b, rtol=0, atol=1e-5)
+
+
+def test_a_complement_moves_what_the_basis_lacks_and_nothing_else() -> None:
+    """As its formula says, in float64; and in the metric of H it keeps off the span of T_k."""
+    h, basis = pair(10)
+    k, floor = 4, 0.3
+    t, gate = basis[:, :k], torch.linspace(1, 0.4, k, dtype=torch.float64)
+    dual = h @ t
+    weight = torch.linspace(0.5, 2, 10, dtype=torch.float64)
+    (a,) = params([(3, 10)])
+    start = a.detach().clone()
+    grads = gradients([(3, 10)], 30)
+    group = {"params": [a], "basis": t, "gate": gate, "scale": 0.7}
+    drive(SAdam([{**group, "complement": Complement(dual, weight, floor)}], lr=1e-2), [a], grads)
+
+    frame = (torch.eye(10, dtype=torch.float64) - t @ dual.T) @ torch.diag(weight)
+    together = 0.7 * torch.cat([t, frame], dim=1)
+    gates = torch.cat([gate, torch.full((10,), floor, dtype=torch.float64)])
+    expected = reference(start, [g for (g,) in grads], together, gates, 1e-2)
+    assert torch.allclose(a, expected, rtol=0, atol=1e-12)
+
+    (b,) = params([(3, 10)])
+    drive(SAdam([{**group, "params": [b]}], lr=1e-2), [b], grads)
+    moved = a - b
+    assert moved.abs().max() > 1e-3
+    assert (moved @ dual).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(("k", "with_complement"), [(3, True), (4, False)])
+def test_moments_of_another_cut_are_refused(k: int, with_complement: bool) -> None:
+    h, basis = pair(8)
+    (a,) = params([(3, 8)])
+
+    def make(k: int, with_complement: bool) -> SAdam:
+        t = basis[:, :k]
+        rest = Complement(h @ t, torch.ones(8), 0.1) if with_complement else None
+        return SAdam([{"params": [a], "basis": t, "complement": rest}])
+
+    saved = make(4, True)
+    drive(saved, [a], gradients([(3, 8)], 2))
+    make(4, True).load_state_dict(saved.state_dict())
+    with pytest.raises(ValueError, match="another basis"):
+        make(k, with_complement).load_state_dict(saved.state_dict())
+
+
+def test_a_compiled_step_is_the_step() -> None:
+    basis, gate = orthogonal_and_gate(6)
+    shapes = [(4, 6), (5, 4)]
+    grads = gradients(shapes, 5)
+    found = []
+    for compiled in (False, True):
+        ps = params(shapes, torch.float32)
+        optimizer = SAdam(
+            [{"params": ps[:1], "basis": basis, "gate": gate}, {"params": ps[1:]}], lr=1e-2
+        )
+        if compiled:
+            optimizer.step = torch.compile(optimizer.step, backend="aot_eager")  # type: ignore[method-assign]
+        drive(optimizer, ps, grads)
+        found.append(ps)
+    for p, q in zip(*found, strict=True):
+        assert torch.allclose(p, q, rtol=0, atol=1e-6)
 
 
 def test_public_name() -> None:

@@ -23,6 +23,7 @@ from folora.spectrum import LAMBDA, S_MIN, TAU
 
 StepScale = Literal["task", "paper"]
 Basis = Literal["generalized", "pretraining", "whitening"]
+Storage = Literal["float32", "bfloat16", "host"]
 Init = Literal[
     "eigen",
     "null_space",
@@ -150,8 +151,17 @@ class SpectrumConfig:
     tau: float = _option(TAU, "ridge, relative to the mean of C_pre's diagonal")
     lam: float = _option(LAMBDA, "lambda: the gamma at which a step is halved")
     s_min: float = _option(S_MIN, "floor of the gate")
-    directions: int | None = _option(
-        None, "only so many leading directions of each basis are open to A; default: all"
+    directions: int | Literal["all"] = _option(
+        "all", "only so many leading directions of each basis are kept (at least adapter.r)"
+    )
+    beyond: Literal["closed", "floor"] = _option(
+        "closed",
+        "directions that are not kept: 'closed' to A, or 'floor': stepped together at the gate's floor",
+    )
+    storage: Storage = _option(
+        "float32",
+        "bases in training: 'float32' or 'bfloat16' beside the model, or 'host': float32 in host "
+        "memory, brought over group by group in every step",
     )
     basis: Basis = _option(
         "generalized",
@@ -165,7 +175,7 @@ class SpectrumConfig:
         _require(0 <= self.tau < float("inf"), "spectrum.tau", self.tau, "be finite and >= 0")
         _require(0 <= self.lam < float("inf"), "spectrum.lam", self.lam, "be finite and >= 0")
         _require(0 <= self.s_min <= 1, "spectrum.s_min", self.s_min, "lie in [0, 1]")
-        if self.directions is not None:
+        if self.directions != "all":
             _require(self.directions >= 1, "spectrum.directions", self.directions, "be >= 1")
 
 
@@ -292,6 +302,19 @@ class FoLoraConfig:
     spectrum: SpectrumConfig = field(default_factory=SpectrumConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        kept, r = self.directions, self.adapter.r
+        _require(
+            kept is None or kept >= r or self.adapter.init != "eigen",
+            "spectrum.directions", kept, f"be >= adapter.r ({r}): the start spans so many",
+        )  # fmt: skip
+
+    @property
+    def directions(self) -> int | None:
+        """How many leading columns of each basis A is stepped along; None for all."""
+        given = self.spectrum.directions
+        return None if given == "all" else given
 
     @classmethod
     def paper(cls, **changes: Any) -> FoLoraConfig:

@@ -158,6 +158,7 @@ STARTS: dict[str, Callable[[Site], Start]] = {
 }
 
 NEED_NULL_BASIS = frozenset({"null_space", "null_space_zero", "lora_null"})
+NEED_WHOLE_BASIS = frozenset({"corda"})
 NEED_SINGULAR_VALUES = frozenset({"minor_singular", "corda", "lora_null"})
 
 

@@ -8,6 +8,7 @@ own text (plus the ridge).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from folora.errors import DataError
 from folora.modes import evaluating, without_adapter
 from folora.solving import GroupBasis
 
+OUTSIDE = 1e-3  # share of A that may lie outside of a cut basis; rounding in fp32 leaves 1e-6
 ROWS_AT_ONCE = 256  # of (tokens, vocabulary) log-probabilities in float32
 
 
@@ -97,17 +99,25 @@ class Meter:
 def update_norms(
     model: PeftModel, bases: Sequence[GroupBasis], adapter_name: str = "default"
 ) -> dict[str, LayerNorms]:
-    """||dW||_F and sqrt(trace(dW H dW')) of every adapted layer, from the factors in float64."""
+    """||dW||_F and sqrt(trace(dW H dW')) of every adapted layer, from the factors in float64.
+
+    With a cut basis the second is known only for updates that read its span, and NaN for others.
+    """
     factors = lora_factors(model, adapter_name)
     norms: dict[str, LayerNorms] = {}
     for b in bases:
+        # Columns of T differ in length by orders of magnitude; QR sees their directions.
         basis = b.basis.double()
-        factored = torch.linalg.lu_factor(basis)
+        lengths = basis.norm(dim=0)
+        q, upper = torch.linalg.qr(basis / lengths)
         for name in b.group.layers:
             a, bb, scaling = factors[name]
             # H = T^-T T^-1, so an H-norm is a plain norm after solving with T.
             a64 = a.double().to(basis.device)
-            in_h = torch.linalg.lu_solve(*factored, a64.T).T
+            inside = q.T @ a64.T
+            in_h = (torch.linalg.solve_triangular(upper, inside, upper=True).T) / lengths
+            if (a64.T - q @ inside).norm() > OUTSIDE * a64.norm():
+                in_h = torch.full_like(in_h, float("nan"))
             outer = bb.double().to(basis.device)
             gram = outer.T @ outer
             norms[name] = LayerNorms(
@@ -153,4 +163,5 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 def _norm_of_product(gram: Tensor, a: Tensor) -> float:
     """||B A||_F from B'B (k, k) and A (k, d)."""
-    return max(float((gram * (a @ a.T)).sum()), 0.0) ** 0.5
+    square = float((gram * (a @ a.T)).sum())
+    return square if math.isnan(square) else max(square, 0.0) ** 0.5

@@ -68,6 +68,7 @@ from folora.preparation import (
     limits_of,
     measure,
     null_rank,
+    solved_directions,
 )
 from folora.progress import progress
 from folora.sampling import (
@@ -255,6 +256,7 @@ class Run:
             "tau": self.config.spectrum.tau,
             "basis": self.config.spectrum.basis,
             "null_rank": null_rank(self.config),
+            "directions": solved_directions(self.config),
         }
 
         def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -265,6 +267,7 @@ class Run:
                     task.tensors,
                     tau=self.config.spectrum.tau,
                     null_rank=null_rank(self.config),
+                    directions=solved_directions(self.config),
                     eigenbasis=BASES[self.config.spectrum.basis],
                     device=self.model.device,
                     on_group=tick,

@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from folora.activations import (
@@ -36,14 +37,14 @@ from folora.data import (
     text_examples,
 )
 from folora.errors import ConfigError
-from folora.initialization import NEED_NULL_BASIS, check_singular_values
+from folora.initialization import NEED_NULL_BASIS, NEED_WHOLE_BASIS, check_singular_values
 from folora.meter import Meter
 from folora.modes import evaluating
 from folora.progress import progress
-from folora.sadam import SAdam
+from folora.sadam import Complement, SAdam
 from folora.sampling import HuggingFaceEngine, ProxySet, ending_ids, sample, start_token_id
 from folora.solving import GroupBasis, check_rank, solve
-from folora.spectrum import BASES
+from folora.spectrum import BASES, complement_frame, spectral_gate, step_scale
 
 NOT_CAUSAL = 1e-2  # of the largest logit; rounding in bf16 stays below
 
@@ -127,6 +128,7 @@ def prepare(
             on_task.matrices,
             tau=config.spectrum.tau,
             null_rank=null_rank(config),
+            directions=solved_directions(config),
             eigenbasis=BASES[config.spectrum.basis],
             on_group=tick,
         )
@@ -237,6 +239,12 @@ def null_rank(config: FoLoraConfig) -> int:
     return config.adapter.r if config.adapter.init in NEED_NULL_BASIS else 0
 
 
+def solved_directions(config: FoLoraConfig) -> int | None:
+    """How many columns of each basis training reads; None for all."""
+    whole = config.adapter.init in NEED_WHOLE_BASIS or config.spectrum.beyond == "floor"
+    return None if whole else config.directions
+
+
 def param_groups(
     model: PeftModel,
     bases: Iterable[GroupBasis],
@@ -247,7 +255,9 @@ def param_groups(
     lam: float = 1.0,
     s_min: float = 0.3,
     directions: int | None = None,
+    beyond: str = "closed",
     step_scale: str = "task",
+    storage: str = "float32",
     spectral: bool = True,
     adapter_name: str = "default",
 ) -> list[dict[str, Any]]:
@@ -261,8 +271,10 @@ def param_groups(
         weight_decay: For both.
         lam: Gate's lambda.
         s_min: Gate's floor.
-        directions: Only so many leading directions are open; None for all.
+        directions: Only so many leading directions are kept; None for all.
+        beyond: What happens along the others, ``"closed"`` or ``"floor"``.
         step_scale: ``"task"`` or ``"paper"``.
+        storage: Of the bases: ``"float32"``, ``"bfloat16"`` or ``"host"``.
         spectral: False leaves bases out, which makes it plain AdamW on LoRA.
         adapter_name: Which adapter.
     """
@@ -278,11 +290,56 @@ def param_groups(
             continue
         group: dict[str, Any] = {"params": a_params, "lr": lr, "weight_decay": weight_decay}
         if spectral:
-            gate = b.gate(lam, s_min, directions)
-            group |= {"basis": b.scaled_basis(gate, step_scale), "gate": gate}
+            floor = s_min if beyond == "floor" else None
+            group |= gated_basis(b, lam, s_min, directions, floor, step_scale)
+            group |= stored(group["basis"], storage)
         groups.append(group)
     groups.append({"params": b_params, "lr": lr * lr_b_ratio, "weight_decay": weight_decay})
     return groups
+
+
+def gated_basis(
+    b: GroupBasis,
+    lam: float,
+    s_min: float,
+    directions: int | None,
+    floor: float | None,
+    step_scaling: str,
+) -> dict[str, Any]:
+    """What `SAdam` is told of a basis: its leading columns, their gate, scale, and what lies beyond.
+
+    Args:
+        b: The solved basis; all of it if a floor is given and some directions are not kept.
+        lam: Gate's lambda.
+        s_min: Gate's floor.
+        directions: How many columns are kept; None for all.
+        floor: Gate of what lies beyond them, as one; None closes it.
+        step_scaling: ``"task"`` or ``"paper"``.
+    """
+    columns = b.basis[:, :directions].contiguous()
+    gamma, k = b.gamma[:directions], columns.shape[1]
+    gate = spectral_gate(gamma, lam, s_min)
+    complement, moved = None, 0.0
+    if floor is not None and k < b.group.d_in:
+        dual, weight = complement_frame(b.basis, k)
+        complement = Complement(dual.float(), weight.float(), floor)
+        moved = floor**2 * (b.rest + float(b.gamma[k:].sum()))
+    paper = step_scaling == "paper"
+    scale = 1.0 if paper else step_scale(gamma, gate, b.task_trace, moved)
+    return {"basis": columns, "gate": gate, "scale": scale, "complement": complement}
+
+
+def stored(basis: Tensor, storage: str) -> dict[str, Any]:
+    """The keys of a group of `SAdam` that keep its basis as asked for; see `param_groups`."""
+    if storage == "bfloat16":
+        return {"basis": basis.to(torch.bfloat16)}
+    if storage == "host":
+        kept = basis.cpu()
+        return {
+            "basis": kept.pin_memory() if torch.cuda.is_available() else kept,
+            "on_host": True,
+        }
+    return {"basis": basis}
 
 
 def to_dataset(examples: Sequence[Example]) -> Dataset:
@@ -301,7 +358,9 @@ def group_options(config: FoLoraConfig) -> dict[str, Any]:
         "weight_decay": training.weight_decay,
         "lam": spectrum.lam,
         "s_min": spectrum.s_min,
-        "directions": spectrum.directions,
+        "directions": config.directions,
+        "beyond": spectrum.beyond,
         "step_scale": spectrum.step_scale,
+        "storage": spectrum.storage,
         "spectral": training.optimizer == "sadam",
     }

@@ -12,6 +12,9 @@ The gate s (d,) says how much of the step each direction keeps. Projecting a gra
 would not do: Adam rescales each coordinate and so leaves the subspace; here the moments themselves
 are kept in the basis. Parameter groups without a basis are stepped by torch's own AdamW.
 
+A basis may be cut to its first k columns T_k (d, k), with moments (rows, k). What lies beyond is then
+closed, which is exact for a gate that is zero there, or stepped as a whole through a `Complement`.
+
 This file needs nothing but torch, so that it can be copied.
 """
 
@@ -19,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
@@ -26,7 +30,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-BASIS_KEYS = ("basis", "gate")
+BASIS_KEYS = ("basis", "gate", "scale", "complement", "on_host")
+COLUMNS_AT_ONCE = 2048  # of a basis kept in another dtype, widened for its products
 
 
 @contextmanager
@@ -43,19 +48,46 @@ def full_fp32_matmul() -> Iterator[None]:
             backend.fp32_precision = precision
 
 
+@dataclass(frozen=True)
+class Complement:
+    """How the directions beyond a cut basis are stepped without storing them.
+
+    With T'HT = I the projection on their span along T_k's is P = I - T_k (H T_k)'. They are stepped
+    in the frame of the d columns of P diag(w)::
+
+        Gbar_c = (G - G T_k (H T_k)') diag(w)                in the frame
+        X      = step_c diag(w)
+        P      <- P - lr * gate * (X - X H T_k T_k')         back, and off the span of T_k
+
+    Attributes:
+        dual: H T_k, shape (d, k), the same dtype and device as the basis.
+        weight: w, shape (d,).
+        gate: Share of the step that they keep, in [0, 1].
+    """
+
+    dual: Tensor
+    weight: Tensor
+    gate: float
+
+
 class SAdam(Optimizer):
     """Adam in a spectral basis with a gate on every direction; AdamW where there is no basis.
 
     Args:
-        params: Parameters or groups. A group may hold ``"basis"`` T, shape (d, d), and ``"gate"`` s,
-            shape (d,) (all ones if absent); all its parameters then have shape (rows, d) and
-            share T, and their products with T are done in one. Arithmetic and moments of such a
-            group are float32 (float64 for float64 parameters) whatever the parameters' dtype. A
-            group without a basis is stepped exactly as by ``torch.optim.AdamW``.
+        params: Parameters or groups. A group may hold ``"basis"`` T, shape (d, k) with k <= d;
+            all its parameters then have shape (rows, d) and share T, and their products with T are
+            done in one. With it may come ``"gate"`` s, shape (k,) (default: ones); ``"scale"``, a
+            number that multiplies T (1); ``"complement"``, a `Complement` (what T lacks is closed);
+            and ``"on_host"``: leave T on the device where it lies, in pinned memory for speed, and
+            bring it over for each step, the next one while this one is used (False: T moves to the
+            parameters' device and stays). Arithmetic and moments of such a group are float32
+            (float64 for float64 parameters) whatever the dtype of parameters and T.
+            A group without a basis is stepped exactly as by ``torch.optim.AdamW(fused=...)``.
         lr: Learning rate, finite and >= 0.
         betas: Decay of the two moments, each in [0, 1).
         eps: Added to the root of the second moment, >= 0.
         weight_decay: Decoupled decay in the original coordinates, >= 0.
+        fused: Use torch's fused kernel for the moments, as its AdamW would.
 
     Raises:
         ValueError: A value is outside of its interval, a shape does not fit, a basis is not finite,
@@ -72,8 +104,11 @@ class SAdam(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        fused: bool = True,
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": fused
+        }  # fmt: skip
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -82,9 +117,9 @@ class SAdam(Optimizer):
         group = self.param_groups[-1]
         try:
             _check_hyperparameters(group)
-            if "gate" in group and group.get("basis") is None:
-                raise ValueError("a group has a gate but no basis; give both, or neither")
             if group.get("basis") is None:
+                if given := [k for k in BASIS_KEYS if group.get(k) is not None]:
+                    raise ValueError(f"a group has {given[0]} but no basis; give both, or neither")
                 group.pop("basis", None)
             else:
                 _prepare_basis(group)
@@ -104,55 +139,75 @@ class SAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            if any(p.grad.is_sparse for p in params):
-                raise RuntimeError("SAdam does not support sparse gradients")
-            if "basis" in group:
-                self._step_in_basis(group, params)
-            else:
+        due = [(g, p) for g in self.param_groups if (p := _with_gradient(g))]
+        on_host = [(g, p) for g, p in due if g.get("on_host")]
+        for group, params in due:
+            if "basis" not in group:
                 grads = [p.grad for p in params]
-                _adamw(group, params, grads, [self._moments(p, p.dtype) for p in params])
+                moments = [self._moments(group, p, p.shape, p.dtype) for p in params]
+                _adamw(group, params, grads, moments)  # type: ignore[arg-type]
+            elif not group["on_host"]:
+                if group["basis"].device != params[0].device:  # the model has moved since
+                    group["basis"] = group["basis"].to(params[0].device)
+                self._step_in_basis(group, params, group["basis"])
+        for (group, params), basis in zip(on_host, _travelling(on_host), strict=True):
+            self._step_in_basis(group, params, basis)
         return loss
 
-    def _step_in_basis(self, group: dict[str, Any], params: list[Tensor]) -> None:
+    def _step_in_basis(self, group: dict[str, Any], params: list[Tensor], basis: Tensor) -> None:
         """One gated step in the basis for all parameters of a group (Eq. 18-24)."""
-        basis, gate = _on_device(group, params[0].device)
-        rows = [len(p) for p in params]
+        complement, scale = _on(group["complement"], params[0].device), group["scale"]
+        gate = group["gate"].to(params[0].device)
+        dtype, rows = gate.dtype, [len(p) for p in params]
         with full_fp32_matmul():
-            stacked = torch.cat([p.grad.to(basis.dtype) for p in params])  # type: ignore[union-attr]
-            gbar = stacked @ basis
+            stacked = torch.cat([p.grad.to(dtype) for p in params])  # type: ignore[union-attr]
+            gbar = _to_basis(stacked, basis)
+            if complement is not None:
+                rest = stacked - _from_basis(gbar, complement.dual)
+                gbar = torch.cat([gbar, rest.mul_(complement.weight)], dim=1)
+            del stacked
+            gbar.mul_(scale)
             # AdamW on a zero parameter leaves -lr * m_hat / (sqrt(v_hat) + eps) in it.
             step = torch.zeros_like(gbar)
-            moments = [self._moments(p, basis.dtype) for p in params]
+            moments = [self._moments(group, p, (len(p), gbar.shape[1]), dtype) for p in params]
             _adamw(group, list(step.split(rows)), list(gbar.split(rows)), moments, decay=False)
-            update = (step * gate) @ basis.T
+            del gbar
+            step.mul_(scale)
+            k = len(gate)
+            update = _from_basis(step[:, :k] * gate, basis)
+            if complement is not None:
+                off = step[:, k:] * (complement.gate * complement.weight)
+                update += off - _from_basis(_to_basis(off, complement.dual), basis)
         shrink = 1.0 - group["lr"] * group["weight_decay"]
         for p, delta in zip(params, update.split(rows), strict=True):
-            if p.dtype == basis.dtype:
+            if p.dtype == dtype:
                 p.mul_(shrink).add_(delta)
             else:  # one rounding, at the end
-                p.copy_(p.to(basis.dtype).mul_(shrink).add_(delta))
+                p.copy_(p.to(dtype).mul_(shrink).add_(delta))
 
-    def _moments(self, p: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    def _moments(
+        self, group: dict[str, Any], p: Tensor, shape: Iterable[int], dtype: torch.dtype
+    ) -> dict[str, Any]:
         """State of a parameter, made on first use."""
         state = self.state[p]
         if not state:
-            state["step"] = torch.tensor(0.0)
-            state["exp_avg"] = torch.zeros(p.shape, dtype=dtype, device=p.device)
-            state["exp_avg_sq"] = torch.zeros(p.shape, dtype=dtype, device=p.device)
+            # The fused kernel counts steps where it runs, the others on the host.
+            state["step"] = torch.zeros((), device=p.device if group["fused"] else "cpu")
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros(tuple(shape), dtype=dtype, device=p.device)
         return state
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("fused", False)  # states of before there was a choice
+
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, with each basis and gate replaced by ``basis_fingerprint``, shape (d,)."""
+        """As torch's, with each basis and what goes with it replaced by ``basis_fingerprint``, (d,)."""
         state: dict[str, Any] = super().state_dict()
         for group in state["param_groups"]:
-            if "basis" in group:
-                group["basis_fingerprint"] = basis_fingerprint(group["basis"])
-                for key in BASIS_KEYS:
-                    del group[key]
+            for key in BASIS_KEYS:
+                group.pop(key, None)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -165,10 +220,9 @@ class SAdam(Optimizer):
             )
         for index, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
             _check_same_basis(index, group, saved.get("basis_fingerprint"))
-        bases = [{k: group[k] for k in BASIS_KEYS if k in group} for group in self.param_groups]
+        bases = [{k: g[k] for k in BASIS_KEYS if k in g} for g in self.param_groups]
         super().load_state_dict(state_dict)
         for group, basis, saved in zip(self.param_groups, bases, saved_groups, strict=True):
-            group.pop("basis_fingerprint", None)
             group.update(basis)
             if basis:
                 # torch casts moments to the parameter's dtype; those of a basis are wider.
@@ -177,19 +231,89 @@ class SAdam(Optimizer):
                         if key in state_dict["state"]:
                             value = state_dict["state"][key][name]
                             self.state[p][name] = value.to(
-                                device=p.device, dtype=basis["basis"].dtype, copy=True
+                                device=p.device, dtype=basis["gate"].dtype, copy=True
                             )
 
 
-def basis_fingerprint(basis: Tensor) -> Tensor:
-    """Project a basis on a fixed random vector: (d, d) -> (d,) float64 on the CPU.
+def basis_fingerprint(basis: Tensor, scale: float = 1.0) -> Tensor:
+    """Project a basis on a fixed random vector: (d, k) -> (d,) float64 on the CPU.
 
     A linear sketch in place of a hash: equal bases agree to rounding on any device, while another
     sign, order or rotation of the columns moves the sketch by the size of the change.
     """
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(basis.shape[1], generator=generator, dtype=torch.float64)
-    return (basis.detach().cpu().double() @ probe).contiguous()
+    return scale * (basis.detach().double() @ probe.to(basis.device)).cpu()
+
+
+def _on(complement: Complement | None, device: torch.device) -> Complement | None:
+    if complement is None or complement.weight.device == device:
+        return complement
+    return Complement(complement.dual.to(device), complement.weight.to(device), complement.gate)
+
+
+def _with_gradient(group: dict[str, Any]) -> list[Tensor]:
+    params = [p for p in group["params"] if p.grad is not None]
+    if any(p.grad.is_sparse for p in params):
+        raise RuntimeError("SAdam does not support sparse gradients")
+    return params
+
+
+def _to_basis(x: Tensor, basis: Tensor) -> Tensor:
+    """x T, (rows, d) -> (rows, k), in x's dtype."""
+    if basis.dtype == x.dtype:
+        return x @ basis
+    return torch.cat([x @ part.to(x.dtype) for part in basis.split(COLUMNS_AT_ONCE, dim=1)], dim=1)
+
+
+def _from_basis(y: Tensor, basis: Tensor) -> Tensor:
+    """y T', (rows, k) -> (rows, d), in y's dtype."""
+    if basis.dtype == y.dtype:
+        return y @ basis.T
+    parts = zip(y.split(COLUMNS_AT_ONCE, dim=1), basis.split(COLUMNS_AT_ONCE, dim=1), strict=True)
+    return sum((part @ columns.to(y.dtype).T for part, columns in parts), y.new_zeros(()))
+
+
+def _travelling(due: list[tuple[dict[str, Any], list[Tensor]]]) -> Iterator[Tensor]:
+    """The basis of each group in turn, on its parameters' device.
+
+    On CUDA two buffers take turns: one is filled by a stream of its own while the other is used.
+    """
+    used: list[Any] = [None, None]  # when a buffer was last read
+    buffers: dict[tuple[torch.device, int], Tensor] = {}
+    streams: dict[torch.device, Any] = {}
+    largest = max((g["basis"].numel() * g["basis"].element_size() for g, _ in due), default=0)
+
+    def send(index: int) -> tuple[Tensor, Any]:
+        basis, device = due[index][0]["basis"], due[index][1][0].device
+        if device.type != "cuda":
+            return basis.to(device), None
+        turn = (device, index % 2)
+        if turn not in buffers:
+            buffers[turn] = torch.empty(largest, dtype=torch.uint8, device=device)
+        if device not in streams:
+            streams[device] = torch.cuda.Stream(device)
+            # The buffers may be blocks that earlier work on the usual stream still reads.
+            streams[device].wait_stream(torch.cuda.current_stream(device))
+        size = basis.numel() * basis.element_size()
+        target = buffers[turn][:size].view(basis.dtype).view(basis.shape)
+        with torch.cuda.stream(streams[device]):
+            if used[index % 2] is not None:
+                streams[device].wait_event(used[index % 2])
+            target.copy_(basis, non_blocking=True)
+            return target, streams[device].record_event()
+
+    coming = send(0) if due else None
+    for index in range(len(due)):
+        assert coming is not None
+        (basis, arrived), coming = coming, send(index + 1) if index + 1 < len(due) else None
+        if arrived is None:
+            yield basis
+            continue
+        stream = torch.cuda.current_stream(basis.device)
+        stream.wait_event(arrived)
+        yield basis
+        used[index % 2] = stream.record_event()
 
 
 def _adamw(
@@ -215,6 +339,7 @@ def _adamw(
         weight_decay=group["weight_decay"] if decay else 0.0,
         eps=group["eps"],
         maximize=False,
+        fused=group["fused"],
     )
 
 
@@ -228,34 +353,52 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
 
 
 def _prepare_basis(group: dict[str, Any]) -> None:
-    """Check shapes and bring basis and gate to the dtype in which the group is stepped."""
-    basis: Tensor = group["basis"]
-    if basis.ndim != 2 or basis.shape[0] != basis.shape[1]:
-        raise ValueError(f"the basis has shape {tuple(basis.shape)}, but must be square")
-    d = basis.shape[0]
+    """Check what comes with a basis, fill in what is missing, and take the basis's fingerprint."""
+    basis: Tensor = group["basis"].detach()
+    if basis.ndim != 2 or not 1 <= basis.shape[1] <= basis.shape[0]:
+        raise ValueError(f"the basis has shape {tuple(basis.shape)}, but must be (d, k), k <= d")
+    d, k = basis.shape
+    wide = any(p.dtype == torch.float64 for p in group["params"])
+    dtype = torch.float64 if wide else torch.float32
+    device = group["params"][0].device
     gate = group.get("gate")
-    gate = basis.new_ones(d) if gate is None else gate
-    if gate.shape != (d,):
-        raise ValueError(f"the gate has shape {tuple(gate.shape)}, but the basis asks for ({d},)")
+    gate = torch.ones(k) if gate is None else gate.detach()
+    if gate.shape != (k,):
+        raise ValueError(f"the gate has shape {tuple(gate.shape)}, but the basis asks for ({k},)")
     for p in group["params"]:
         if p.ndim != 2 or p.shape[1] != d:
             raise ValueError(
                 f"a parameter has shape {tuple(p.shape)}, but the basis asks for (rows, {d})"
             )
-    if not (torch.isfinite(basis).all() and torch.isfinite(gate).all()):
+    complement: Complement | None = group.get("complement")
+    parts = [basis, gate]
+    if complement is not None:
+        dual, weight = complement.dual.detach(), complement.weight.detach()
+        if dual.shape != (d, k) or weight.shape != (d,):
+            raise ValueError(
+                f"the complement has a dual of shape {tuple(dual.shape)} and weights "
+                f"{tuple(weight.shape)}, but the basis asks for ({d}, {k}) and ({d},)"
+            )
+        complement = Complement(dual.to(device), weight.to(device, dtype), complement.gate)
+        parts += [dual, weight]
+    if not all(bool(torch.isfinite(part).all()) for part in parts):
         raise ValueError("the basis or the gate has values that are not finite")
-    wide = any(p.dtype == torch.float64 for p in group["params"])
-    dtype = torch.float64 if wide else torch.float32
-    group["basis"] = basis.detach().to(dtype)
-    group["gate"] = gate.detach().to(dtype)
-
-
-def _on_device(group: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Basis and gate on the parameters' device; moved once if the model has moved since."""
-    for key in BASIS_KEYS:
-        if group[key].device != device:
-            group[key] = group[key].to(device)
-    return group["basis"], group["gate"]
+    on_host = bool(group.get("on_host", False))
+    # A narrow basis stays narrow in memory, and is widened when it is used.
+    if wide or basis.dtype == torch.float64:
+        basis = basis.to(dtype)
+    scale = float(group.get("scale", 1.0))
+    fingerprint = basis_fingerprint(basis, scale)
+    if complement is not None:
+        fingerprint += complement.weight.double().cpu()
+    group |= {
+        "basis": basis if on_host else basis.to(device),
+        "gate": gate.to(device, dtype),
+        "scale": scale,
+        "complement": complement,
+        "on_host": on_host,
+        "basis_fingerprint": fingerprint,
+    }
 
 
 def _check_same_basis(index: int, group: dict[str, Any], saved: Tensor | None) -> None:
@@ -264,7 +407,7 @@ def _check_same_basis(index: int, group: dict[str, Any], saved: Tensor | None) -
         raise ValueError(f"parameter group {index} has {have} basis, its saved state had {had} one")
     if saved is None:
         return
-    own = basis_fingerprint(group["basis"])
+    own = group["basis_fingerprint"]
     same_shape = saved.shape == own.shape
     scale = float(own.abs().max()) or 1.0
     if not same_shape or float((saved.cpu().double() - own).abs().max()) > 1e-5 * scale:

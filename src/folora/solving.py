@@ -8,46 +8,33 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from folora.activations import InputGroup
 from folora.errors import ConfigError
-from folora.spectrum import (
-    Eigenbasis,
-    generalized_eigenbasis,
-    smallest_eigenvectors,
-    spectral_gate,
-    step_scale,
-)
+from folora.spectrum import Eigenbasis, generalized_eigenbasis, smallest_eigenvectors
 
 
 @dataclass(frozen=True)
 class GroupBasis:
-    """The solved spectrum of one shared input, in float32.
+    """The solved spectrum of one shared input, or its k leading directions, in float32.
 
     Attributes:
         group: The layers that read this input.
-        basis: T, shape (d_in, d_in).
-        gamma: Shape (d_in,), descending.
+        basis: T, shape (d_in, k).
+        gamma: Shape (k,), descending.
+        rest: Sum of the gammas that are not among them.
         task_trace: trace(C_task).
         null_basis: U_perp, shape (d_in, r); None if it was not asked for.
     """
 
     group: InputGroup
-    basis: Float[Tensor, "d d"]
-    gamma: Float[Tensor, " d"]
+    basis: Float[Tensor, "d k"]
+    gamma: Float[Tensor, " k"]
+    rest: float
     task_trace: float
     null_basis: Float[Tensor, "d r"] | None = None
-
-    def gate(self, lam: float, s_min: float, directions: int | None = None) -> Float[Tensor, " d"]:
-        """The spectral gate of this group's directions."""
-        return spectral_gate(self.gamma, lam, s_min, directions)
-
-    def scaled_basis(self, gate: Float[Tensor, " d"], step_scaling: str) -> Float[Tensor, "d d"]:
-        """T times the number that makes learning rates carry over, or T itself for ``"paper"``."""
-        if step_scaling == "paper":
-            return self.basis
-        return self.basis * step_scale(self.gamma, gate, self.task_trace)
 
 
 def check_rank(groups: Sequence[InputGroup], r: int) -> None:
@@ -67,6 +54,7 @@ def solve(
     *,
     tau: float,
     null_rank: int = 0,
+    directions: int | None = None,
     eigenbasis: Eigenbasis = generalized_eigenbasis,
     device: torch.device | None = None,
     on_group: Callable[[], None] = lambda: None,
@@ -79,6 +67,7 @@ def solve(
         c_task: By group name, (d_in, d_in).
         tau: Relative ridge.
         null_rank: How many of C_pre's smallest eigenvectors are wanted; 0 for none.
+        directions: How many leading columns of each basis are wanted; None for all.
         eigenbasis: Which basis; see `spectrum.BASES`.
         device: Where to compute; default is where each C_pre lies. Results lie with C_pre.
         on_group: Called after each group, for progress.
@@ -93,12 +82,13 @@ def solve(
         home = c_pre[group.name].device
         pre = c_pre[group.name].to(device or home)
         task = c_task[group.name].to(device or home)
-        spectrum = eigenbasis(pre, task, tau=tau, name=group.name)
+        spectrum = eigenbasis(pre, task, tau=tau, name=group.name, directions=directions)
         null = smallest_eigenvectors(pre, null_rank, group.name) if null_rank else None
         return GroupBasis(
             group,
-            spectrum.basis.float().to(home),
+            spectrum.basis.float().contiguous().to(home),
             spectrum.gamma.float().to(home),
+            spectrum.rest,
             spectrum.task_trace,
             None if null is None else null.float().to(home),
         )
@@ -121,7 +111,8 @@ def _one_thread_each(
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        yield from pool.map(work, groups)
+        with threadpool_limits(1):  # scipy's LAPACK has threads of its own
+            yield from pool.map(work, groups)
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)  # part of the setting is shared by all threads
@@ -138,7 +129,14 @@ def bases_to_tensors(
         tensors[f"{b.group.name}/gamma"] = b.gamma
         if b.null_basis is not None:
             tensors[f"{b.group.name}/null_basis"] = b.null_basis
-        facts.append({"layers": b.group.layers, "d_in": b.group.d_in, "task_trace": b.task_trace})
+        facts.append(
+            {
+                "layers": b.group.layers,
+                "d_in": b.group.d_in,
+                "rest": b.rest,
+                "task_trace": b.task_trace,
+            }
+        )
     return tensors, facts
 
 
@@ -154,6 +152,7 @@ def bases_from_tensors(
                 group,
                 tensors[f"{group.name}/basis"],
                 tensors[f"{group.name}/gamma"],
+                float(fact["rest"]),  # type: ignore[arg-type]
                 float(fact["task_trace"]),  # type: ignore[arg-type]
                 tensors.get(f"{group.name}/null_basis"),
             )

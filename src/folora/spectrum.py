@@ -16,6 +16,8 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+import scipy.linalg
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
@@ -37,19 +39,21 @@ SMALLEST_RIDGE = 1e-10
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Generalized eigenbasis of one pair (C_task, H); everything float64.
+    """Generalized eigenbasis of one pair (C_task, H), or its first k columns; everything float64.
 
     Attributes:
-        basis: T, shape (d, d), columns v_i in the order of `gamma`.
-        gamma: Shape (d,), descending, >= 0.
+        basis: T, shape (d, k), columns v_i in the order of `gamma`.
+        gamma: Shape (k,), descending, >= 0.
+        rest: Sum of the gammas that are not among them.
         tau: The relative ridge that was used; larger than asked for if Cholesky needed it.
         task_trace: trace(C_task), which `step_scale` needs.
         orthogonality: max |T' H T - I|.
         diagonality: max |T' C_task T - diag(gamma)| over max(gamma[0], tiny).
     """
 
-    basis: Float64[Tensor, "d d"]
-    gamma: Float64[Tensor, " d"]
+    basis: Float64[Tensor, "d k"]
+    gamma: Float64[Tensor, " k"]
+    rest: float
     tau: float
     task_trace: float
     orthogonality: float
@@ -97,7 +101,12 @@ def checked_moment(matrix: Tensor, what: str) -> Float64[Tensor, "d d"]:
 
 
 def generalized_eigenbasis(
-    c_pre: Tensor, c_task: Tensor, *, tau: float = TAU, name: str = "layer"
+    c_pre: Tensor,
+    c_task: Tensor,
+    *,
+    tau: float = TAU,
+    name: str = "layer",
+    directions: int | None = None,
 ) -> Spectrum:
     """Solve C_task v = gamma H v with H = C_pre + tau mean(diag C_pre) I (Eq. 10-15).
 
@@ -110,6 +119,8 @@ def generalized_eigenbasis(
         c_task: The same on the task, shape (d, d).
         tau: Ridge relative to the mean of C_pre's diagonal, >= 0.
         name: Layer to name in messages.
+        directions: Only so many leading columns are wanted, which is quicker; None or more than d:
+            all.
 
     Returns:
         The basis, on the device of `c_pre`. Columns are defined up to sign (and up to rotation
@@ -123,8 +134,8 @@ def generalized_eigenbasis(
     h, lower, used = _factor(pre, tau, name)
     half = torch.linalg.solve_triangular(lower, task, upper=False)
     reduced = torch.linalg.solve_triangular(lower, half.T, upper=False)
-    gamma, rotation = _eigh((reduced + reduced.T) / 2, name)
-    gamma, rotation = gamma.flip(0), rotation.flip(1)
+    total = float(reduced.diagonal().sum())
+    gamma, rotation = _largest((reduced + reduced.T) / 2, directions, name)
     basis = torch.linalg.solve_triangular(lower.T, rotation, upper=True)
 
     identity = torch.eye(len(gamma), dtype=gamma.dtype, device=gamma.device)
@@ -146,6 +157,7 @@ def generalized_eigenbasis(
     return Spectrum(
         basis=basis / mean_power**0.5,
         gamma=gamma.clamp(min=0.0),
+        rest=max(total - float(gamma.sum()), 0.0),
         tau=used,
         task_trace=float(task.diagonal().sum()) * mean_power,
         orthogonality=orthogonality,
@@ -154,7 +166,12 @@ def generalized_eigenbasis(
 
 
 def pretraining_eigenbasis(
-    c_pre: Tensor, c_task: Tensor, *, tau: float = TAU, name: str = "layer"
+    c_pre: Tensor,
+    c_task: Tensor,
+    *,
+    tau: float = TAU,
+    name: str = "layer",
+    directions: int | None = None,
 ) -> Spectrum:
     """Ablation: T = V Lambda^(-1/2) with H = V Lambda V', a basis that knows C_pre alone.
 
@@ -162,17 +179,22 @@ def pretraining_eigenbasis(
     differs from `generalized_eigenbasis`; `Spectrum.diagonality` tells how far it is from
     diagonalizing C_task. Arguments and errors as there.
     """
-    return _whitened(c_pre, c_task, tau, name, symmetric=False)
+    return _whitened(c_pre, c_task, tau, name, directions, symmetric=False)
 
 
 def symmetric_whitening(
-    c_pre: Tensor, c_task: Tensor, *, tau: float = TAU, name: str = "layer"
+    c_pre: Tensor,
+    c_task: Tensor,
+    *,
+    tau: float = TAU,
+    name: str = "layer",
+    directions: int | None = None,
 ) -> Spectrum:
     """Ablation: T = H^(-1/2), the metric of the penalty without a rotation towards the task.
 
     Columns are scored as in `pretraining_eigenbasis`. Arguments and errors as there.
     """
-    return _whitened(c_pre, c_task, tau, name, symmetric=True)
+    return _whitened(c_pre, c_task, tau, name, directions, symmetric=True)
 
 
 Eigenbasis = Callable[..., Spectrum]
@@ -185,23 +207,18 @@ BASES: dict[str, Eigenbasis] = {
 
 
 def spectral_gate(
-    gamma: Float[Tensor, " d"],
-    lam: float = LAMBDA,
-    s_min: float = S_MIN,
-    directions: int | None = None,
-) -> Float[Tensor, " d"]:
+    gamma: Float[Tensor, " k"], lam: float = LAMBDA, s_min: float = S_MIN
+) -> Float[Tensor, " k"]:
     """Share of Adam's step that each direction keeps: max(gamma / (gamma + lam), s_min) (Eq. 16-17).
 
     Args:
-        gamma: Shape (d,), >= 0, descending, any floating dtype.
+        gamma: Shape (k,), >= 0, any floating dtype.
         lam: The gamma at which the step is halved, >= 0. With means over tokens, gamma = 1 reads
             "as useful to the task as it is used by the pretrained model".
         s_min: Floor of the gate, in [0, 1].
-        directions: Only so many leading directions are open, the others get 0; None for all. Not
-            in the paper.
 
     Returns:
-        The gate, shape (d,), values in [s_min, 1] where open, same dtype and device.
+        The gate, shape (k,), values in [s_min, 1], same dtype and device.
 
     Raises:
         NumericsError: A value is outside of its interval, or gamma is negative or not finite.
@@ -210,26 +227,58 @@ def spectral_gate(
         raise NumericsError(f"lambda is {lam}, but must be finite and >= 0")
     if not 0.0 <= s_min <= 1.0:
         raise NumericsError(f"s_min is {s_min}, but must lie in [0, 1]")
-    if directions is not None and directions < 1:
-        raise NumericsError(f"directions is {directions}, but must be >= 1")
     if not torch.isfinite(gamma).all() or bool((gamma < 0).any()):
         raise NumericsError("gamma has negative values or values that are not finite")
     # With lam = 0 a direction of no use keeps the limit of gamma / (gamma + lam) at gamma = 0.
     gate = torch.where(gamma > 0, gamma / (gamma + lam), torch.zeros_like(gamma))
-    gate = gate.clamp(min=s_min)
-    if directions is not None:
-        gate[directions:] = 0.0
-    return gate
+    return gate.clamp(min=s_min)
 
 
-def step_scale(gamma: Float[Tensor, " d"], gate: Float[Tensor, " d"], task_trace: float) -> float:
+def step_scale(
+    gamma: Float[Tensor, " k"], gate: Float[Tensor, " k"], task_trace: float, beyond: float = 0.0
+) -> float:
     """The number c by which T is multiplied so that learning rates carry over from Adam.
 
     A unit step of random signs moves the task response by trace(C_task) in plain Adam and by
-    c^2 sum(gamma s^2) here; c makes the two equal. Zero C_task leaves T alone.
+    c^2 (sum(gamma s^2) + beyond) here; c makes the two equal. Zero C_task leaves T alone.
+
+    Args:
+        gamma: Of the directions that are stepped, shape (k,).
+        gate: Theirs, shape (k,).
+        task_trace: trace(C_task).
+        beyond: gamma s^2 of directions that are stepped without being among them, summed.
     """
-    moved = float((gamma.double() * gate.double() ** 2).sum())
+    moved = float((gamma.double() * gate.double() ** 2).sum()) + beyond
     return (task_trace / moved) ** 0.5 if moved > 0 else 1.0
+
+
+def complement_frame(
+    basis: Float[Tensor, "d d"], directions: int
+) -> tuple[Float64[Tensor, "d k"], Float64[Tensor, " d"]]:
+    """What stands for the columns of T beyond the first k: H T_k, and the weights of a frame.
+
+    The frame is P diag(w) with P = I - T_k (H T_k)', the projection on the other columns' span. A
+    unit step along every column of T costs d penalties v'Hv of 1. The weights give every column of
+    the frame the same penalty, and all of them together the d - k of the columns they stand for:
+    w_j = sqrt((d - k) / d / (H - H T_k T_k' H)_jj). See `sadam.Complement`.
+
+    Args:
+        basis: The whole T; H is (T T')^(-1).
+        directions: k, in [1, d).
+
+    Returns:
+        H T_k, shape (d, k), and w, shape (d,), float64.
+
+    Raises:
+        NumericsError: k is outside of its interval.
+    """
+    d = len(basis)
+    if not 1 <= directions < d:
+        raise NumericsError(f"directions is {directions}, but must lie in [1, {d})")
+    dual = torch.linalg.inv(basis.double()).T  # T^(-T) = H T
+    penalty = (dual[:, directions:] ** 2).sum(1)
+    share = (d - directions) / d
+    return dual[:, :directions].contiguous(), (share / penalty).sqrt()
 
 
 def smallest_eigenvectors(c_pre: Tensor, r: int, name: str = "layer") -> Float64[Tensor, "d r"]:
@@ -283,7 +332,15 @@ def _checked_pair(
     return pre / mean_power, task / mean_power, mean_power
 
 
-def _whitened(c_pre: Tensor, c_task: Tensor, tau: float, name: str, *, symmetric: bool) -> Spectrum:
+def _whitened(
+    c_pre: Tensor,
+    c_task: Tensor,
+    tau: float,
+    name: str,
+    directions: int | None,
+    *,
+    symmetric: bool,
+) -> Spectrum:
     """H's own eigenvectors over the roots of its eigenvalues, turned back by V' if symmetric."""
     pre, task, mean_power = _checked_pair(c_pre, c_task, tau, name)
     values, vectors = _eigh(pre, name)
@@ -304,8 +361,9 @@ def _whitened(c_pre: Tensor, c_task: Tensor, tau: float, name: str, *, symmetric
     error = basis.T @ h @ basis - torch.eye(len(pre), dtype=pre.dtype, device=pre.device)
     scale = max(float(gamma[0]), torch.finfo(torch.float64).tiny)
     return Spectrum(
-        basis=basis / mean_power**0.5,
-        gamma=gamma,
+        basis=basis[:, :directions] / mean_power**0.5,
+        gamma=gamma[:directions],
+        rest=float(gamma.sum() - gamma[:directions].sum()),
         tau=tau,
         task_trace=float(task.diagonal().sum()) * mean_power,
         orthogonality=float(error.abs().max()),
@@ -333,6 +391,24 @@ def _factor(pre: Tensor, tau: float, name: str) -> tuple[Tensor, Tensor, float]:
         f"{name}: C_pre + tau mean(diag) I is not positive definite even at tau = {ridge:g} (asked "
         f"for: {tau:g}). Give a larger tau, or measure C_pre on more text."
     )
+
+
+def _largest(matrix: Tensor, count: int | None, name: str) -> tuple[Tensor, Tensor]:
+    """The largest eigenvalues of a symmetric matrix, descending, and their vectors; None for all."""
+    d = len(matrix)
+    # On the CPU LAPACK finds a part of the vectors in a fraction of the time.
+    if count is not None and 2 * count <= d and matrix.device.type == "cpu":
+        try:
+            found = scipy.linalg.eigh(
+                matrix.numpy(), subset_by_index=[d - count, d - 1], driver="evr", check_finite=False
+            )
+            if all(np.isfinite(part).all() for part in found):
+                values, vectors = (torch.from_numpy(part) for part in found)
+                return values.flip(0), vectors.flip(1)
+        except np.linalg.LinAlgError as error:
+            logger.warning("%s: eigh of %d directions failed (%s)", name, count, error)
+    values, vectors = _eigh(matrix, name)
+    return values.flip(0)[:count], vectors.flip(1)[:, :count]
 
 
 def _eigh(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
