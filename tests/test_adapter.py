@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,9 +26,10 @@ from folora.adapter import (
 from folora.errors import ConfigError, NumericsError
 from folora.initialization import kaiming, leading_eigenvectors
 from folora.meter import total_norm, update_norms
-from folora.preparation import param_groups
+from folora.preparation import gated_basis, param_groups
 from folora.sadam import SAdam
 from folora.solving import GroupBasis, solve
+from folora.spectrum import spectral_gate
 
 IDS = torch.randint(3, 50, (4, 12), generator=torch.Generator().manual_seed(5))
 
@@ -249,6 +252,49 @@ def test_refusals_leave_the_model_untouched() -> None:
     with pytest.raises(ConfigError, match="init is 'nul'"):
         attach(model, bases, r=2, init="nul")
     assert [n for n, _ in model.named_modules()] == names
+
+
+def test_h_norm_of_a_cut_basis_is_that_of_the_whole_or_not_known() -> None:
+    model = make_llama()
+    bases = bases_for(model)
+    adapted = attach(model, bases, r=4)
+    optimizer = SAdam(param_groups(adapted, bases, lr=0.1, directions=6))
+    for _ in range(3):
+        optimizer.zero_grad()
+        adapted(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    cut = [
+        replace(b, basis=b.basis[:, :6].contiguous(), gamma=b.gamma[:6], null_basis=None)
+        for b in bases
+    ]
+    whole, part = (update_norms(adapted, bs) for bs in (bases, cut))
+    for name, norms in whole.items():
+        assert part[name].frobenius == norms.frobenius
+        assert part[name].h_norm == pytest.approx(norms.h_norm, rel=1e-3)
+    for p in adapted.parameters():
+        if p.requires_grad:
+            p.data += 0.01
+    assert all(math.isnan(n.h_norm) for n in update_norms(adapted, cut).values())
+    assert math.isnan(total_norm(update_norms(adapted, cut)).h_norm)
+
+
+@pytest.mark.parametrize("beyond", ["closed", "floor"])
+def test_a_cut_and_the_whole_take_the_same_number_of_penalties(beyond: str) -> None:
+    """What a group of `SAdam` is told, from the whole basis and from its first columns."""
+    model = make_llama()
+    bases = bases_for(model)
+    for b in bases:
+        group = gated_basis(b, 1.0, 0.3, 6, 0.3 if beyond == "floor" else None, "task")
+        gate = spectral_gate(b.gamma, 1.0, 0.3).double()
+        open_ = (
+            gate.clone() if beyond == "floor" else torch.where(torch.arange(len(gate)) < 6, gate, 0)
+        )
+        if beyond == "floor":
+            open_[6:] = 0.3
+        moved = float((b.gamma.double() * open_**2).sum())
+        assert group["scale"] == pytest.approx((b.task_trace / moved) ** 0.5, rel=1e-5)
+        assert torch.equal(group["basis"], b.basis[:, :6])
+        assert (group["complement"] is None) == (beyond == "closed")
 
 
 def test_param_groups_share_a_basis_by_input() -> None:

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from folora.errors import NumericsError
 from folora.spectrum import (
+    BASES,
+    complement_frame,
     generalized_eigenbasis,
     smallest_eigenvectors,
     spectral_gate,
@@ -41,6 +43,37 @@ def test_matches_scipy(d: int, tau: float, decay: float) -> None:
     assert found.tau == tau
     assert found.task_trace == pytest.approx(float(c_task.trace()))
     assert (found.gamma[:-1] >= found.gamma[1:]).all()
+
+
+@pytest.mark.parametrize("kind", sorted(BASES))
+@pytest.mark.parametrize("count", [1, 3, 15, 40])
+def test_a_part_of_the_basis_is_the_first_columns_of_the_whole(kind: str, count: int) -> None:
+    """With 1 and 3 of 20 the leading vectors alone are sought; 40 is all there is."""
+    pre, task = moment(20, seed=1, decay=2), moment(20, seed=2)
+    whole, part = BASES[kind](pre, task), BASES[kind](pre, task, directions=count)
+    kept = min(count, 20)
+    assert part.basis.shape == (20, kept)
+    assert torch.allclose(part.gamma, whole.gamma[:kept], rtol=1e-9)
+    signs = (part.basis * whole.basis[:, :kept]).sum(0).sign()
+    assert torch.allclose(part.basis * signs, whole.basis[:, :kept], rtol=1e-6, atol=1e-8)
+    assert part.rest == pytest.approx(float(whole.gamma[kept:].sum()), abs=1e-9)
+    assert part.task_trace == whole.task_trace
+
+
+def test_the_frame_of_the_complement() -> None:
+    """It keeps off the kept columns in the metric of H, and costs what it stands for, evenly."""
+    pre, task = moment(12, seed=1, decay=1), moment(12, seed=2)
+    h = pre + 1e-3 * pre.diagonal().mean() * torch.eye(12)
+    t = generalized_eigenbasis(pre, task).basis
+    dual, weight = complement_frame(t, 5)
+    assert torch.allclose(dual, h @ t[:, :5], atol=1e-9)
+    frame = (torch.eye(12).double() - t[:, :5] @ dual.T) * weight
+    assert (t[:, :5].T @ h @ frame).abs().max() < 1e-9
+    penalties = torch.einsum("ij,ik,kj->j", frame, h, frame)
+    assert torch.allclose(penalties, torch.full((12,), 7 / 12).double())
+    for wrong in (0, 12):
+        with pytest.raises(NumericsError, match=r"must lie in \[1, 12\)"):
+            complement_frame(t, wrong)
 
 
 def test_scaling_both_moments_changes_nothing_but_the_basis_length() -> None:

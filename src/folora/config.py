@@ -151,8 +151,9 @@ class SpectrumConfig:
     tau: float = _option(TAU, "ridge, relative to the mean of C_pre's diagonal")
     lam: float = _option(LAMBDA, "lambda: the gamma at which a step is halved")
     s_min: float = _option(S_MIN, "floor of the gate")
-    directions: int | Literal["all"] = _option(
-        "all", "only so many leading directions of each basis are kept (at least adapter.r)"
+    directions: int | Literal["all"] | None = _option(
+        None,
+        "so many leading directions of each basis are kept, or 'all'; default: adapter.r, the least",
     )
     beyond: Literal["closed", "floor"] = _option(
         "closed",
@@ -175,7 +176,7 @@ class SpectrumConfig:
         _require(0 <= self.tau < float("inf"), "spectrum.tau", self.tau, "be finite and >= 0")
         _require(0 <= self.lam < float("inf"), "spectrum.lam", self.lam, "be finite and >= 0")
         _require(0 <= self.s_min <= 1, "spectrum.s_min", self.s_min, "lie in [0, 1]")
-        if self.directions != "all":
+        if isinstance(self.directions, int):
             _require(self.directions >= 1, "spectrum.directions", self.directions, "be >= 1")
 
 
@@ -314,18 +315,22 @@ class FoLoraConfig:
     def directions(self) -> int | None:
         """How many leading columns of each basis A is stepped along; None for all."""
         given = self.spectrum.directions
-        return None if given == "all" else given
+        if given == "all":
+            return None
+        return self.adapter.r if given is None else int(given)
 
     @classmethod
     def paper(cls, **changes: Any) -> FoLoraConfig:
         """The settings of arXiv:2606.00132, as far as the paper states them.
 
-        Null-space start, basis unscaled, lambda 1, s_min .3, 2000 sequences of 128 to 512 tokens,
+        Null-space start, the whole basis, unscaled, lambda 1, s_min .3, 2000 sequences of 128 to 512 tokens,
         256 task examples, cosine schedule with 3 % warm-up, clipping at 1, no decay. `changes` are
         top-level fields such as ``model=...`` or whole sections.
         """
         config = cls(
-            spectrum=SpectrumConfig(tau=1e-3, lam=1.0, s_min=0.3, step_scale="paper"),
+            spectrum=SpectrumConfig(
+                tau=1e-3, lam=1.0, s_min=0.3, step_scale="paper", directions="all"
+            ),
             adapter=AdapterConfig(r=128, init="null_space"),
         )
         return replace(config, **changes)

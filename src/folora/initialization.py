@@ -62,11 +62,11 @@ def null_space(null_basis: Float[Tensor, "d r"]) -> Float[Tensor, "r d"]:
     return null_basis.T.contiguous()
 
 
-def leading_eigenvectors(basis: Float[Tensor, "d d"], r: int) -> Float[Tensor, "r d"]:
+def leading_eigenvectors(basis: Float[Tensor, "d k"], r: int) -> Float[Tensor, "r d"]:
     """A0 with orthonormal rows that span the first r columns of T: most utility per forgetting.
 
     Raises:
-        NumericsError: r is outside of [1, d].
+        NumericsError: r is outside of [1, k].
     """
     if not 1 <= r <= basis.shape[1]:
         raise NumericsError(f"r is {r}, but must lie in [1, {basis.shape[1]}]")

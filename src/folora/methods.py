@@ -24,18 +24,24 @@ class Method:
 
 _ADAMW: dict[str, Any] = {"training.optimizer": "adamw"}
 _LORA: dict[str, Any] = {**_ADAMW, "adapter.init": "kaiming"}
+_WHOLE: dict[str, Any] = {"spectrum.directions": "all"}
 
 METHODS: dict[str, Method] = {
     "folora": Method("folora", "the defaults of this library"),
     "folora-null": Method(
         "folora, null-space start",
         "the paper's start, at our step scale",
-        {"adapter.init": "null_space"},
+        {**_WHOLE, "adapter.init": "null_space"},
     ),
     "folora-paper": Method(
         "FoLoRA as in the paper",
         "arXiv:2606.00132: null-space start, basis unscaled",
-        {"adapter.init": "null_space", "spectrum.step_scale": "paper", "spectrum.s_min": 0.3},
+        {
+            **_WHOLE,
+            "adapter.init": "null_space",
+            "spectrum.step_scale": "paper",
+            "spectrum.s_min": 0.3,
+        },
     ),
     "lora": Method("LoRA", "arXiv:2106.09685", _LORA),
     "lora-decay": Method(
@@ -60,7 +66,7 @@ METHODS: dict[str, Method] = {
         {**_LORA, "adapter.constraint": "oplora"},
     ),
     "kaiming-sadam": Method(
-        "SAdam, Kaiming start", "the optimizer alone", {"adapter.init": "kaiming"}
+        "SAdam, Kaiming start", "the optimizer alone", {**_WHOLE, "adapter.init": "kaiming"}
     ),
     "eigen-adamw": Method("AdamW, eigen start", "the default start alone", _ADAMW),
     "null-adamw": Method(
@@ -71,15 +77,18 @@ METHODS: dict[str, Method] = {
     "null-zero": Method(
         "folora, A0 in the null space, B0 = 0",
         "the paper's directions without its B0",
-        {"adapter.init": "null_space_zero"},
+        {**_WHOLE, "adapter.init": "null_space_zero"},
     ),
-    "gate-off": Method("folora, gate off", "all ones", {"spectrum.s_min": 1.0}),
-    "gate-open": Method("folora, s_min 0", "no floor", {"spectrum.s_min": 0.0}),
+    "all-directions": Method(
+        "folora, all directions", "the whole basis instead of its first r columns", _WHOLE
+    ),
+    "gate-off": Method("folora, gate off", "all ones", {**_WHOLE, "spectrum.s_min": 1.0}),
+    "gate-open": Method("folora, s_min 0", "no floor", {**_WHOLE, "spectrum.s_min": 0.0}),
     "basis-pretraining": Method(
-        "folora, basis of C_pre", "V Lambda^(-1/2)", {"spectrum.basis": "pretraining"}
+        "folora, basis of C_pre", "V Lambda^(-1/2)", {**_WHOLE, "spectrum.basis": "pretraining"}
     ),
     "basis-whitening": Method(
-        "folora, T = H^(-1/2)", "no rotation", {"spectrum.basis": "whitening"}
+        "folora, T = H^(-1/2)", "no rotation", {**_WHOLE, "spectrum.basis": "whitening"}
     ),
     "lora-fa": Method(
         "LoRA-FA", "arXiv:2308.03303: A frozen where it starts", {**_LORA, "adapter.freeze_a": True}

@@ -1,0 +1,1 @@
+"""What folora costs beside plain LoRA, in seconds and in bytes; see `benchmarks.speed.__main__`."""

@@ -1,0 +1,163 @@
+"""Seconds and bytes of folora beside plain LoRA: ``python -m benchmarks.speed``; no network, no data.
+
+Runs every shape with as many blocks as fit, and leaves a JSON each under ``benchmarks/results/speed``;
+``make results`` turns them into docs/speed.md. What is there already is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler tells of its start and end
+
+import torch
+
+from benchmarks.speed.setup import peer_times, sampling_rates, solve_times, statistics_times
+from benchmarks.speed.shapes import SHAPES, random_model
+from benchmarks.speed.steps import MODES, Contender, race, random_batch
+from folora.artifacts import software_versions, write_json
+from folora.errors import ConfigError, nearest
+from folora.progress import progress
+
+FORMAT = "speed/1"
+LENGTH = 512  # tokens a row
+# Blocks, tokens a step and rounds, where nothing else is said.
+FITTING = {
+    "cpu": {
+        "smollm2-135m": (4, 4096, 7),
+        "qwen3-1.7b": (1, 2048, 5),
+        "llama2-7b": (1, 1024, 3),
+    },
+    "cuda": {
+        "smollm2-135m": (30, 65536, 15),
+        "qwen3-1.7b": (14, 16384, 15),
+        "llama2-7b": (8, 8192, 15),
+    },
+}
+SAMPLED = {"cpu": (64, 64), "cuda": (512, 256)}  # sequences, tokens of each
+SAMPLED_VOCABULARY = 49152
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures were taken on."""
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device)}
+    model = next(
+        (line.split(":", 1)[1].strip() for line in _cpu_lines() if line.startswith("model name")),
+        platform.processor(),
+    )
+    return {"device": model, "threads": torch.get_num_threads()}
+
+
+def measure_steps(
+    name: str, blocks: int, tokens: int, rounds: int, modes: Sequence[str], device: torch.device
+) -> dict[str, Any]:
+    """Steps of all modes on one shape."""
+    shape, ids = SHAPES[name], random_batch(tokens, LENGTH, device)
+    found: dict[str, dict[str, Any]] = {}
+    with progress(f"{name}: memory", len(modes)) as tick:
+        for mode in modes:  # one at a time, so that nothing of another is counted
+            contender = Contender(MODES[mode], shape, blocks, torch.bfloat16, device)
+            found[mode] = {
+                "basis_bytes": contender.basis_bytes,
+                "peak_bytes": contender.peak_bytes(ids),
+            }
+            del contender
+            tick()
+    contenders = {
+        mode: Contender(MODES[mode], shape, blocks, torch.bfloat16, device) for mode in modes
+    }
+    with progress(f"{name}: rounds", rounds + 1) as tick:
+        race(contenders.values(), ids, rounds, tick)
+    for mode, contender in contenders.items():
+        found[mode] |= {
+            "step_seconds": contender.step_seconds,
+            "optimizer_seconds": contender.optimizer_seconds,
+        }
+    return {"blocks": blocks, "tokens": ids.numel(), "dtype": "bfloat16", "modes": found}
+
+
+def measure_setup(name: str, tokens: int, rounds: int, device: torch.device) -> dict[str, Any]:
+    """Sampling, statistics and solve on one shape, a block each."""
+    shape = SHAPES[name]
+    model = random_model(shape, 1, torch.bfloat16, device)
+    sequences, length = SAMPLED[device.type]
+    found: dict[str, Any] = {
+        "tokens": tokens,
+        "statistics": statistics_times(model, tokens, rounds),
+        "solve": solve_times(shape, device, min(rounds, 3)),
+    }
+    del model
+    if name == "smollm2-135m":
+        found["sampling"] = sampling_rates(
+            shape, SAMPLED_VOCABULARY, sequences, length, torch.bfloat16, device, shape.blocks, 3
+        )
+    found["peers"] = peer_times(shape, torch.bfloat16, device, tokens)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    parser = argparse.ArgumentParser(description="Seconds and bytes of folora beside plain LoRA.")
+    parser.add_argument("--shapes", nargs="+", default=[*SHAPES])
+    parser.add_argument("--modes", nargs="+", default=[*MODES])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--blocks", type=int, help="default: as many as fit")
+    parser.add_argument("--tokens", type=int, help="a step; default: by shape and device")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--threads", type=int, help="of torch; default: all cores")
+    parser.add_argument("--skip-setup", action="store_true")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/speed"))
+    options = parser.parse_args(given)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for word, known in (
+        *((s, SHAPES) for s in options.shapes),
+        *((m, MODES) for m in options.modes),
+    ):
+        if word not in known:
+            raise ConfigError(f"unknown {word!r}{nearest(word, known)}; known: {', '.join(known)}")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    for name in options.shapes:
+        path = options.output / f"{device.type}-{name}.json"
+        if path.exists():
+            print(f"{path} is there already")
+            continue
+        blocks, tokens, rounds = FITTING[device.type][name]
+        rounds = options.rounds or rounds
+        tokens = options.tokens or tokens
+        result = {
+            "format": FORMAT,
+            "command": f"python -m benchmarks.speed {shlex.join(given)}".strip(),
+            "machine": machine(device),
+            "versions": software_versions(),
+            "shape": name,
+            "steps": measure_steps(
+                name, options.blocks or blocks, tokens, rounds, options.modes, device
+            ),
+        }
+        if not options.skip_setup:
+            result["setup"] = measure_setup(name, tokens, rounds, device)
+        write_json(path, result)
+        print(path)
+
+
+def _cpu_lines() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
+
+
+if __name__ == "__main__":
+    main()

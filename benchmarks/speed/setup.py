@@ -1,0 +1,145 @@
+"""What comes before training: sampling, statistics, solve, each beside a peer in the same minutes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+from peft import LoraConfig, OSFConfig, get_peft_model
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
+from transformers import GenerationConfig, PreTrainedModel
+
+from benchmarks.speed.shapes import Shape, random_groups, random_model
+from benchmarks.speed.steps import random_batch
+from folora.activations import second_moments
+from folora.config import SamplingConfig
+from folora.sampling import HuggingFaceEngine
+from folora.solving import solve
+
+# Before it wraps the layers CorDA looks for their names, and finds none in "all-linear".
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+Times = dict[str, list[float]]
+"""Seconds by what was done, one for each round."""
+
+
+def alternated(work: Mapping[str, Callable[[], object]], rounds: int) -> Times:
+    """Seconds of each piece of work, forwards in one round and backwards in the next."""
+    times: Times = {name: [] for name in work}
+    for number in range(rounds):
+        names = list(work) if number % 2 == 0 else list(reversed(work))
+        for name in names:
+            began = time.perf_counter()
+            work[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - began)
+    return times
+
+
+def statistics_times(model: PreTrainedModel, tokens: int, rounds: int) -> Times:
+    """A forward pass over so many tokens, and the same with both moments taken along."""
+    groups = random_groups(model)
+    ids = random_batch(tokens, 256, model.device)
+    batches = [
+        {"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(8)
+    ]
+
+    @torch.no_grad()
+    def forward() -> None:
+        for batch in batches:
+            model(**batch, use_cache=False)
+
+    forward()
+    measure = lambda: second_moments(model, groups, batches)  # noqa: E731
+    return alternated({"forward pass": forward, "statistics": measure}, rounds)
+
+
+def solve_times(shape: Shape, device: torch.device, rounds: int) -> Times:
+    """One block's bases: its first r columns, and all; on one thread."""
+    model = random_model(shape, 1, torch.float32, device)
+    groups = random_groups(model)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def moment(d: int) -> torch.Tensor:
+        x = torch.randn(2 * d, d, generator=generator, device=device)
+        x *= torch.logspace(0, -2, d, device=device)[
+            torch.randperm(d, generator=generator, device=device)
+        ]
+        return x.T @ x / len(x)
+
+    pre = {g.name: moment(g.d_in) for g in groups}
+    task = {g.name: moment(g.d_in) for g in groups}
+    return alternated(
+        {
+            "solve, r directions": lambda: solve(groups, pre, task, tau=1e-3, directions=shape.r),
+            "solve, all directions": lambda: solve(groups, pre, task, tau=1e-3),
+        },
+        rounds,
+    )
+
+
+def peer_times(shape: Shape, dtype: torch.dtype, device: torch.device, tokens: int) -> Times:
+    """What PEFT's CorDA and OSF do before their training, on one block."""
+    ids = random_batch(tokens, 256, device)
+
+    def corda() -> None:
+        model = random_model(shape, 1, torch.float32, device)
+        config = LoraConfig(
+            r=shape.r,
+            target_modules=LINEAR,
+            init_lora_weights="corda",
+            corda_config=CordaConfig(corda_method="kpm"),
+            task_type="CAUSAL_LM",
+        )
+
+        @torch.no_grad()
+        def run() -> None:
+            for part in ids.split(8):
+                model(input_ids=part)
+
+        preprocess_corda(model, config, run_model=run)
+        get_peft_model(model, config)
+
+    def osf() -> None:
+        model = random_model(shape, 1, dtype, device)
+        get_peft_model(model, OSFConfig(target_modules=LINEAR, effective_rank=shape.r))
+
+    return alternated({"PEFT's CorDA": corda, "PEFT's OSF": osf}, 1)
+
+
+def sampling_rates(
+    shape: Shape,
+    vocabulary: int,
+    sequences: int,
+    tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    blocks: int,
+    rounds: int,
+) -> dict[str, list[float]]:
+    """Tokens a second of folora's sampling, and of ``generate`` in a loop over one sequence at a time."""
+    model = random_model(shape, blocks, dtype, device, vocabulary)
+    config = SamplingConfig(
+        num_sequences=max(32, sequences), min_new_tokens=tokens, max_new_tokens=tokens
+    )
+    engine = HuggingFaceEngine(model, 1, [2], config)
+    start = torch.ones(1, 1, dtype=torch.long, device=device)
+    asked = GenerationConfig(
+        do_sample=True, top_k=0, max_new_tokens=tokens, min_new_tokens=tokens,
+        eos_token_id=2, pad_token_id=2,
+    )  # fmt: skip
+    few = max(1, sequences // 16)
+
+    @torch.inference_mode()
+    def loop() -> None:
+        for _ in range(few):
+            model.generate(  # type: ignore[operator]
+                input_ids=start, attention_mask=torch.ones_like(start), generation_config=asked
+            )
+
+    times = alternated({"folora": lambda: engine(range(sequences)), "loop": loop}, rounds)
+    count = {"folora": sequences * tokens, "loop": few * tokens}
+    return {name: [count[name] / t for t in seconds] for name, seconds in times.items()}

@@ -1,0 +1,181 @@
+"""Training steps by mode, beside plain LoRA with torch's fused AdamW, all in the same minutes.
+
+Every mode has a model of its own with the same random weights, and takes its step in turn; the order
+is another one in every round, so that what else the machine does falls on all alike.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from benchmarks.speed.shapes import VOCABULARY, Shape, random_bases, random_groups, random_model
+from folora.adapter import attach
+from folora.preparation import param_groups
+from folora.sadam import SAdam
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What a row of the table stands for.
+
+    Attributes:
+        about: What it is.
+        start: As in `attach`.
+        columns: Columns of the bases: ``"r"`` for the rank, or all.
+        plain: Stepped by ``torch.optim.AdamW(fused=True)``.
+        options: Of `param_groups`.
+        protect: OPLoRA's k is r.
+    """
+
+    about: str
+    start: str = "eigen"
+    columns: str = "r"
+    plain: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    protect: bool = False
+
+
+MODES = {
+    "lora": Mode("LoRA, fused AdamW", "kaiming", plain=True),
+    "folora": Mode("folora, r directions"),
+    "folora-4r": Mode("folora, 4 r directions", columns="4r"),
+    "folora-all": Mode("folora, all directions, fp32", columns="all"),
+    "folora-bf16": Mode(
+        "folora, all directions, bf16", columns="all", options={"storage": "bfloat16"}
+    ),
+    "folora-host": Mode(
+        "folora, all directions, on the host", columns="all", options={"storage": "host"}
+    ),
+    "folora-floor": Mode("folora, r directions and floor", options={"beyond": "floor"}),
+    "folora-null": Mode("folora, all, null-space start", "null_space", "all"),
+    "oplora": Mode("OPLoRA, fused AdamW", "kaiming", plain=True, protect=True),
+}
+BASELINE = "lora"
+
+
+class Contender:
+    """One mode's model and optimizer, and what its steps took.
+
+    Args:
+        mode: One of `MODES`.
+        shape: See `SHAPES`.
+        blocks: Of the model.
+        dtype: Of the base.
+        device: Where.
+    """
+
+    def __init__(
+        self, mode: Mode, shape: Shape, blocks: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.device = device
+        self.step_seconds: list[float] = []
+        self.optimizer_seconds: list[float] = []
+        model = random_model(shape, blocks, dtype, device)
+        groups = random_groups(model)
+        columns = {"r": shape.r, "4r": 4 * shape.r, "all": None}[mode.columns]
+        floor = mode.options.get("beyond") == "floor"
+        # What lies beyond is found from the whole basis, and let go of afterwards.
+        bases = random_bases(groups, shape.r, None if floor else columns, device)
+        protect = shape.r if mode.protect else 0
+        self.model: PeftModel = attach(model, bases, r=shape.r, init=mode.start, protect=protect)
+        self.model.train()
+        options = {"directions": columns, **mode.options, "spectral": not mode.plain}
+        found = param_groups(self.model, bases, lr=1e-3, **options)
+        self.optimizer: Optimizer
+        if mode.plain:
+            self.optimizer = AdamW([p for g in found for p in g["params"]], lr=1e-3, fused=True)
+        else:
+            self.optimizer = SAdam(found)
+        self.basis_bytes = sum(_basis_bytes(g) for g in found)
+
+    def step(self, ids: Tensor) -> None:
+        """One step, with its times."""
+        began = self._now()
+        self.optimizer.zero_grad()
+        self.model(input_ids=ids, labels=ids).loss.backward()
+        before = self._now()
+        self.optimizer.step()
+        ended = self._now()
+        self.step_seconds.append(ended - began)
+        self.optimizer_seconds.append(ended - before)
+
+    def peak_bytes(self, ids: Tensor) -> int:
+        """Most bytes of tensors alive on the device at once in a step after the first."""
+        self.step(ids)
+        self.optimizer.zero_grad()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.step(ids)
+            return torch.cuda.max_memory_allocated(self.device)
+        return self._standing_bytes() + _peak_of(lambda: self.step(ids))
+
+    def _standing_bytes(self) -> int:
+        held = [*self.model.parameters(), *self.model.buffers()]
+        held += [v for state in self.optimizer.state.values() for v in state.values()]
+        for group in self.optimizer.param_groups:
+            held += [v for v in group.values() if isinstance(v, Tensor)]
+            if group.get("complement") is not None:
+                held += [group["complement"].dual, group["complement"].weight]
+        stores = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
+        return sum(stores.values())
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def race(
+    contenders: Iterable[Contender], ids: Tensor, rounds: int, tick: Callable[[], None]
+) -> None:
+    """A step of every contender in every round, in another order each time; the first is not counted."""
+    order, shuffle = list(contenders), random.Random(0)
+    for number in range(rounds + 1):
+        shuffle.shuffle(order)
+        for contender in order:
+            contender.step(ids)
+        if number == 0:
+            for contender in order:
+                contender.step_seconds.clear()
+                contender.optimizer_seconds.clear()
+        tick()
+
+
+def random_batch(tokens: int, length: int, device: torch.device) -> Tensor:
+    """Rows of a length, so many tokens in all."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (max(1, tokens // length), min(tokens, length))
+    return torch.randint(3, VOCABULARY, shape, generator=generator).to(device)
+
+
+def _basis_bytes(group: dict[str, Any]) -> int:
+    parts = [group["basis"]] if "basis" in group else []
+    if group.get("complement") is not None:
+        parts += [group["complement"].dual, group["complement"].weight]
+    return sum(part.numel() * part.element_size() for part in parts)
+
+
+def _peak_of(work: Callable[[], None]) -> int:
+    """Most bytes that `work` had allocated on the CPU at once, by the profiler's account."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        work()
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    alive = peak = 0
+    for _, change in changes:
+        alive += change
+        peak = max(peak, alive)
+    return peak
