@@ -119,12 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/speed"))
     options = parser.parse_args(given)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for word, known in (
-        *((s, SHAPES) for s in options.shapes),
-        *((m, MODES) for m in options.modes),
-    ):
-        if word not in known:
-            raise ConfigError(f"unknown {word!r}{nearest(word, known)}; known: {', '.join(known)}")
+    _check(options.shapes, [*SHAPES])
+    _check(options.modes, [*MODES])
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
@@ -150,6 +146,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             result["setup"] = measure_setup(name, tokens, rounds, device)
         write_json(path, result)
         print(path)
+
+
+def _check(words: Sequence[str], known: Sequence[str]) -> None:
+    for word in words:
+        if word not in known:
+            raise ConfigError(f"unknown {word!r}{nearest(word, known)}; known: {', '.join(known)}")
 
 
 def _cpu_lines() -> list[str]:

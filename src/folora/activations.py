@@ -197,7 +197,7 @@ def second_moments(
     for name in leaders:
         if name not in sums:
             raise DataError(f"{name} saw no input in {tokens} tokens")
-        sums[name] /= tokens
+        sums[name] = (sums[name] + sums[name].T) / (2 * tokens)  # symmetric to the last bit
         if not torch.isfinite(sums[name]).all():
             raise NumericsError(
                 f"the inputs of {name} are not finite or overflow; the weights hold NaN, or the "

@@ -14,7 +14,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -179,7 +179,13 @@ def read_manifest(path: Path, kind: str, expected: dict[str, Any] | None = None)
         MismatchError: Made from something else than `expected`.
     """
     file = Path(path) / MANIFEST
-    manifest = read_json(file)
+    return check_manifest(read_json(file), file, kind, expected)
+
+
+def check_manifest(
+    manifest: Any, file: Path, kind: str, expected: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """A manifest that was read from a file, if it is one of this kind; see `read_manifest`."""
     if not isinstance(manifest, dict) or manifest.get("kind") != kind:
         found = manifest.get("kind") if isinstance(manifest, dict) else None
         raise ArtifactError(f"{file} holds {found!r}, but {kind!r} is needed here")
@@ -191,7 +197,7 @@ def read_manifest(path: Path, kind: str, expected: dict[str, Any] | None = None)
     for name, value in (expected or {}).items():
         if manifest.get(name) != value:
             raise MismatchError(
-                f"{path} belongs to another {name.replace('_', ' ')}: it was made for "
+                f"{file} belongs to another {name.replace('_', ' ')}: it was made for "
                 f"{_short(manifest.get(name))}, this run has {_short(value)}. Give the right model "
                 "and data, or make it again in another folder."
             )

@@ -41,6 +41,7 @@ COMMANDS = {
     "solve": "stage 3: the eigenbasis of every shared input",
     "train": "stage 4: train in that basis",
     "export": "stage 5: an ordinary PEFT adapter, or merged weights",
+    "base": "samples and C_pre in one file, for every task on the model: --base FILE",
     "compare": "train other methods too, and draw what each learned against what it kept",
 }
 SHORT = {"adapter.r": "--r", "training.learning_rate": "--lr", "training.max_steps": "--max-steps"}
@@ -74,6 +75,8 @@ def parser() -> argparse.ArgumentParser:
                 "--rank", type=int, help="cut back to this rank, stating the error"
             )
             command.add_argument("--merged", action="store_true", help="write merged weights")
+        if name == "base":
+            command.add_argument("--to", metavar="FILE", help="default is in the run folder")
         if name == "compare":
             command.add_argument(
                 "--methods", default="folora,lora", help=f"of {', '.join(METHODS)} [%(default)s]"
@@ -162,6 +165,9 @@ def _execute(options: argparse.Namespace, config: FoLoraConfig) -> None:
     run.check(needs_data=command in ("measure", "train"))
     run.check_stage(command)
     run.write_config()
+    if command == "base":
+        print(f"wrote {run.share(Path(options.to) if options.to else None)}")
+        return
     getattr(run, command)()
     if command == "train":
         _print_report(run.report())

@@ -292,6 +292,9 @@ class FoLoraConfig:
     model: str | None = _option(None, "a Hub name or a folder")
     dataset: str | None = _option(None, "a Hub name or a .json, .jsonl or .parquet file (.gz too)")
     output: str | None = _option(None, "folder that receives everything")
+    base: str | None = _option(
+        None, "file of 'folora base' with samples and C_pre of this model, instead of making them"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option("auto", "of the base model")
     quantize: Literal["none", "8bit", "4bit"] = _option("none", "load the base by bitsandbytes")
     device: str = _option("auto", "'auto', 'cpu', 'cuda', 'cuda:1', ...")

@@ -47,6 +47,7 @@ from folora.artifacts import (
     write_json,
     write_text,
 )
+from folora.basefile import BaseFile, read_base_file, read_base_manifest, write_base_file
 from folora.config import FoLoraConfig
 from folora.data import (
     Example,
@@ -80,6 +81,7 @@ from folora.sampling import (
     load_proxy_set,
     sample_to_folder,
     start_token_id,
+    write_proxy_set,
 )
 from folora.solving import bases_from_tensors, bases_to_tensors, solve
 from folora.spectrum import BASES
@@ -90,6 +92,7 @@ logger = logging.getLogger(__name__)
 SAMPLES, STATISTICS, SPECTRUM = "1-samples", "2-statistics", "3-spectrum"
 TRAINING, ADAPTER, REPORT = "4-training", "5-adapter", "report.json"
 COMPARISON = "compare"
+BASE = "base.safetensors"
 
 SET, RESULT = f"{SAMPLES}/set", f"{TRAINING}/result"
 PRE, TASK = f"{STATISTICS}/pre", f"{STATISTICS}/task"
@@ -175,6 +178,8 @@ class Run:
         sft_config(self.config.training, self.folder / TRAINING, evaluates=False, on_cpu=on_cpu)
         if needs_data:
             check_dataset(required(self.config.dataset, "dataset"))
+        if self.config.base is not None:
+            read_base_manifest(Path(self.config.base))
         limits, start_id = self.limits, self.start_id
         if self.config.sampling.sampler_model:
             self._check_sampler(self.config.sampling.sampler_model)
@@ -187,12 +192,14 @@ class Run:
         Samples fit the context; what it reads of the stages before it is there, and of this model;
         the weights are sound; the adapter fits the layers.
         """
-        if command in ("run", "sample", "compare"):
+        if command in ("run", "sample", "base", "compare") and self.config.base is None:
             self._check_context()
         for part in STAGE_READS.get(command, ()):
             self._manifest(part)
         _ = self.groups  # the rank must fit the layers before hours of sampling
         ending_ids(self.model, self.tokenizer, self.config.sampling)
+        if self.config.base is not None:
+            read_base_manifest(Path(self.config.base), self.model_facts)
         for part in STAGE_READS.get(command, ()):
             self._manifest(part, self.model_facts)
 
@@ -216,6 +223,8 @@ class Run:
 
     def sample(self) -> ProxySet:
         """Stage 1: the proxy set."""
+        if self.config.base is not None:
+            return self._take_samples()
         config = self.config.sampling
         facts = dict(self.model_facts)
         if config.sampler_model:
@@ -231,21 +240,62 @@ class Run:
 
     def measure(self) -> None:
         """Stage 2: C_pre, which belongs to the base model, and C_task."""
+        self._measure_pre()
+        chosen = self.task.train[: self.config.statistics.task_examples]
+        self._statistics_unless_done(
+            "task",
+            {"data": TaskData(chosen, []).fingerprint},
+            lambda: self._measured("task", chosen),
+        )
+
+    def share(self, path: Path | None = None) -> Path:
+        """Samples and C_pre in one file, for any task on this model; returns its path."""
+        proxies = self.sample()
+        self._measure_pre()
+        pre = self.statistics("pre")
+        path = path or self.folder / BASE
+        facts = {**self.model_facts, "tokens": pre.manifest["tokens"]}
+        write_base_file(path, proxies, self.groups, pre.tensors, facts)
+        return path
+
+    def _measure_pre(self) -> None:
         proxies = self.proxies()
+
+        def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
+            if self.config.base is None:
+                return self._measured("pre", text_examples(proxies.calibration))
+            found = self._base_file()
+            return found.moments(self.groups), {"tokens": found.manifest["tokens"]}
+
+        self._statistics_unless_done("pre", {"samples": proxies.fingerprint}, make)
+
+    def _statistics_unless_done(
+        self,
+        part: str,
+        facts: dict[str, Any],
+        make: Callable[[], tuple[dict[str, Tensor], dict[str, Any]]],
+    ) -> None:
         layers = [[group.layers, group.d_in] for group in self.groups]
         shared = {**self.model_facts, "groups": json_fingerprint(layers)}
-        chosen = self.task.train[: self.config.statistics.task_examples]
-        for part, facts, examples in (
-            ("pre", {"samples": proxies.fingerprint}, text_examples(proxies.calibration)),
-            ("task", {"data": TaskData(chosen, []).fingerprint}, chosen),
-        ):
-            path = self.folder / STATISTICS / part
-            self._unless_done(
-                path,
-                f"statistics_{part}",
-                {**shared, **facts},
-                lambda part=part, examples=examples: self._measured(part, examples),  # type: ignore[misc]
-            )
+        path = self.folder / STATISTICS / part
+        self._unless_done(path, f"statistics_{part}", {**shared, **facts}, make)
+
+    def _base_file(self) -> BaseFile:
+        return read_base_file(Path(required(self.config.base, "base")), self.model_facts)
+
+    def _take_samples(self) -> ProxySet:
+        """The samples of the base file, instead of sampling."""
+        found = self._base_file()
+        folder = self.folder / SAMPLES
+        if (folder / "set").exists():
+            manifest = read_manifest(folder / "set", "samples")
+            if manifest.get("fingerprint") == found.proxies.fingerprint:
+                return found.proxies
+            self._set_aside(folder)
+        write_proxy_set(
+            folder, found.proxies, {**self.model_facts, "base": found.manifest["sha256"]}
+        )
+        return found.proxies
 
     def solve(self) -> None:
         """Stage 3: the eigenbases."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -366,25 +366,39 @@ def sample_to_folder(
         except MismatchError as error:  # another number of sequences: the shards still serve
             logger.info("sampling goes on: %s", error)
     found = sample(_Lazy(engine), start_id, eos_ids, config, folder)
-    flat = [token for row in [*found.calibration, *found.held_out] for token in row]
-    lengths = [len(row) for row in [*found.calibration, *found.held_out]]
-    write_artifact(
-        folder / "set",
-        "samples",
-        {"tokens": torch.tensor(flat), "lengths": torch.tensor(lengths)},
-        {**complete, "rejected": found.rejected, "fingerprint": found.fingerprint},
-    )
+    write_proxy_set(folder, found, complete)
     return found
+
+
+def write_proxy_set(folder: Path, proxies: ProxySet, facts: dict[str, Any]) -> None:
+    """Write the finished set of a folder; see `load_proxy_set`."""
+    counts = [len(proxies.calibration) + len(proxies.held_out), len(proxies.held_out)]
+    own = {"sequences": counts, "rejected": proxies.rejected, "fingerprint": proxies.fingerprint}
+    write_artifact(folder / "set", "samples", proxies_to_tensors(proxies), {**facts, **own})
+
+
+def proxies_to_tensors(proxies: ProxySet) -> dict[str, Tensor]:
+    """All sequences end to end and their lengths, held-out ones last; int64."""
+    rows = [*proxies.calibration, *proxies.held_out]
+    flat = [token for row in rows for token in row]
+    return {"tokens": torch.tensor(flat), "lengths": torch.tensor([len(row) for row in rows])}
+
+
+def proxies_from_tensors(
+    tensors: Mapping[str, Tensor], held_out: int, rejected: dict[str, int]
+) -> ProxySet:
+    """Inverse of `proxies_to_tensors`."""
+    lengths = tensors["lengths"].tolist()
+    rows = [row.tolist() for row in tensors["tokens"].split(lengths)]
+    cut = len(rows) - held_out
+    return ProxySet(rows[:cut], rows[cut:], rejected)
 
 
 def load_proxy_set(folder: Path, expected: dict[str, Any] | None = None) -> ProxySet:
     """Read the finished set of a folder. Raises ArtifactError as `read_artifact`."""
     artifact = read_artifact(folder / "set", "samples", expected)
-    lengths = artifact.tensors["lengths"].tolist()
-    rows = [row.tolist() for row in artifact.tensors["tokens"].split(lengths)]
-    held_out = artifact.manifest["sequences"][1]
-    cut = len(rows) - held_out
-    return ProxySet(rows[:cut], rows[cut:], artifact.manifest["rejected"])
+    manifest = artifact.manifest
+    return proxies_from_tensors(artifact.tensors, manifest["sequences"][1], manifest["rejected"])
 
 
 class _Lazy:

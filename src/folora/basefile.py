@@ -1,0 +1,166 @@
+"""What belongs to a base model alone, in one file: text that it wrote, and C_pre measured on it.
+
+Sampling is the dear part of a run, and has nothing to do with the task. The file serves every task on
+the same model and can be given to others: safetensors with second moments as upper triangles, which
+loses nothing, and a manifest with fingerprints and a checksum in its header.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from folora.activations import InputGroup
+from folora.artifacts import (
+    FORMAT_VERSION,
+    check_manifest,
+    software_versions,
+    write_atomically,
+)
+from folora.errors import ArtifactError, ConfigError
+from folora.sampling import ProxySet, proxies_from_tensors, proxies_to_tensors
+
+KIND = "base"
+HEADER = "folora"  # the key of the manifest in the safetensors header
+
+
+@dataclass(frozen=True)
+class BaseFile:
+    """A file's contents.
+
+    Attributes:
+        proxies: The sampled text.
+        groups: Shared inputs that were measured.
+        triangles: By group name, the upper triangle of C_pre, row by row, (d (d + 1) / 2,) float32.
+        manifest: Fingerprints and counts.
+        path: Where it lies.
+    """
+
+    proxies: ProxySet
+    groups: list[InputGroup]
+    triangles: dict[str, Tensor]
+    manifest: dict[str, Any]
+    path: Path
+
+    def moments(self, groups: Sequence[InputGroup]) -> dict[str, Float[Tensor, "_d _d"]]:
+        """C_pre of each group, by its name; a group may hold fewer layers than the file's.
+
+        Raises:
+            ConfigError: A group's input was not measured.
+        """
+        found = {}
+        for group in groups:
+            home = next((g for g in self.groups if {*group.layers} <= {*g.layers}), None)
+            if home is None:
+                raise ConfigError(
+                    f"{self.path} has no statistics of what {group.name} reads; it was made for other "
+                    "target modules. Make one for these, or for all: folora base"
+                )
+            found[group.name] = unpacked(self.triangles[home.name], group.d_in)
+        return found
+
+
+def packed(matrix: Float[Tensor, "d d"]) -> Float[Tensor, " n"]:
+    """The upper triangle of a symmetric matrix, row by row."""
+    return matrix[torch.ones_like(matrix, dtype=torch.bool).triu()]
+
+
+def unpacked(triangle: Float[Tensor, " n"], d: int) -> Float[Tensor, "d d"]:
+    """The symmetric matrix with this upper triangle."""
+    matrix = triangle.new_zeros(d, d)
+    matrix[torch.ones_like(matrix, dtype=torch.bool).triu()] = triangle
+    return matrix + matrix.triu(1).T
+
+
+def write_base_file(
+    path: Path,
+    proxies: ProxySet,
+    groups: Sequence[InputGroup],
+    moments: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+) -> None:
+    """Write a base file atomically.
+
+    Args:
+        path: The file to make or replace.
+        proxies: The samples.
+        groups: Shared inputs.
+        moments: C_pre by group name.
+        facts: Fingerprints of model and tokenizer, and the tokens that were measured.
+
+    Raises:
+        ArtifactError: It cannot be written.
+    """
+    tensors = proxies_to_tensors(proxies)
+    tensors |= {f"{g.name}/c_pre": packed(moments[g.name].cpu().float()) for g in groups}
+    manifest = {
+        "kind": KIND,
+        "format_version": FORMAT_VERSION,
+        "sha256": _checksum(tensors),
+        "versions": software_versions(),
+        "samples": proxies.fingerprint,
+        "held_out": len(proxies.held_out),
+        "rejected": proxies.rejected,
+        "groups": [{"layers": g.layers, "d_in": g.d_in} for g in groups],
+        **facts,
+    }
+    header = {HEADER: json.dumps(manifest)}
+    write_atomically(path, lambda target: save_file(tensors, target, metadata=header))
+
+
+def read_base_manifest(path: Path, expected: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The manifest alone, without reading the tensors.
+
+    Raises:
+        ArtifactError: Missing, damaged, or something else.
+        MismatchError: Of another model or tokenizer than `expected`.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            manifest = json.loads((file.metadata() or {}).get(HEADER, "null"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is missing; make it: folora base") from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ArtifactError(f"{path} is no base file: {error}") from error
+    return check_manifest(manifest, path, KIND, expected)
+
+
+def read_base_file(path: Path, expected: Mapping[str, Any] | None = None) -> BaseFile:
+    """Read a base file after checking manifest and checksum; see `read_base_manifest`."""
+    manifest = read_base_manifest(path, expected)
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from error
+    if (found := _checksum(tensors)) != manifest["sha256"]:
+        raise ArtifactError(
+            f"{path} is damaged: its checksum is {found[:12]}, its header says "
+            f"{str(manifest['sha256'])[:12]}. Get or make it again."
+        )
+    try:
+        groups = [InputGroup(tuple(g["layers"]), int(g["d_in"])) for g in manifest["groups"]]
+        proxies = proxies_from_tensors(tensors, manifest["held_out"], manifest["rejected"])
+        triangles = {g.name: tensors[f"{g.name}/c_pre"] for g in groups}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"the header of {path} does not fit its contents: {error!r}") from error
+    return BaseFile(proxies, groups, triangles, manifest, path)
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes."""
+    result = hashlib.sha256()
+    for name in sorted(tensors):
+        t = tensors[name].contiguous()
+        result.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
+        result.update(memoryview(t.view(torch.uint8).numpy()))
+    return result.hexdigest()

@@ -1,0 +1,133 @@
+"""One file of what belongs to the base model: lossless, checked, and a run from it is the same run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_llama, make_tokenizer, tiny_config
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from folora.artifacts import read_artifact
+from folora.basefile import packed, read_base_file, read_base_manifest, unpacked
+from folora.cli import main
+from folora.config import FoLoraConfig
+from folora.errors import ArtifactError, ConfigError, MismatchError
+from folora.pipeline import Run
+
+
+@given(st.integers(1, 20), st.integers(0, 99))
+def test_a_triangle_is_the_matrix(d: int, seed: int) -> None:
+    x = torch.randn(d, d, generator=torch.Generator().manual_seed(seed))
+    matrix = x + x.T
+    triangle = packed(matrix)
+    assert triangle.shape == (d * (d + 1) // 2,)
+    assert torch.equal(unpacked(triangle, d), matrix)
+
+
+@pytest.fixture(scope="module")
+def whole(
+    model_folder: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> FoLoraConfig:
+    """A run that makes everything itself."""
+    output = tmp_path_factory.mktemp("base") / "whole"
+    config = tiny_config(model=str(model_folder), dataset=str(rows_file), output=str(output))
+    Run(config).run()
+    return config
+
+
+@pytest.fixture(scope="module")
+def base(whole: FoLoraConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its base file, by the command line and without a data set."""
+    file = tmp_path_factory.mktemp("shared") / "llama.safetensors"
+    folder = Path(str(whole.output))
+    (folder.parent / "base.yaml").write_text(replace(whole, dataset=None).to_yaml())
+    assert main(["base", "--config", str(folder.parent / "base.yaml"), "--to", str(file)]) == 0
+    return file
+
+
+def test_a_run_from_the_file_is_the_run_without_its_dear_stages(
+    whole: FoLoraConfig, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("sampled again")
+
+    monkeypatch.setattr(Run, "_engine", never)
+    config = replace(whole, base=str(base), output=str(tmp_path / "second"))
+    report = Run(config).run()
+    first, second = Path(str(whole.output)), tmp_path / "second"
+    for part in ("2-statistics/pre", "2-statistics/task", "3-spectrum", "4-training/result"):
+        a, b = (f / part / "tensors.safetensors" for f in (first, second))
+        assert a.read_bytes() == b.read_bytes()
+    assert (
+        report["rejected_samples"]
+        == json.loads((first / "report.json").read_text())["rejected_samples"]
+    )
+    before = (second / "1-samples" / "set" / "manifest.json").stat().st_mtime_ns
+    Run(config).run()
+    assert (second / "1-samples" / "set" / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_fewer_layers_are_served_and_others_refused(
+    whole: FoLoraConfig, base: Path, tmp_path: Path
+) -> None:
+    config = replace(whole, base=str(base), output=str(tmp_path / "few"))
+    few = config.changed({"adapter.target_modules": ["v_proj", "down_proj"]})
+    Run(few).run()
+    found = read_artifact(tmp_path / "few" / "2-statistics" / "pre", "statistics_pre").tensors
+    every = read_artifact(
+        Path(str(whole.output)) / "2-statistics" / "pre", "statistics_pre"
+    ).tensors
+    assert len(found) == 4
+    assert torch.equal(
+        found["model.layers.0.self_attn.v_proj"], every["model.layers.0.self_attn.q_proj"]
+    )
+    small = tmp_path / "small.safetensors"
+    Run(few).share(small)
+    more = config.changed({"base": str(small), "output": str(tmp_path / "more")})
+    with pytest.raises(
+        ConfigError, match=r"small.safetensors has no statistics of what .*q_proj reads"
+    ):
+        Run(more).run()
+
+
+def test_it_takes_half_the_room(whole: FoLoraConfig, base: Path) -> None:
+    pre = Path(str(whole.output)) / "2-statistics" / "pre" / "tensors.safetensors"
+    tokens = read_base_manifest(base)["tokens"]
+    assert base.stat().st_size < 0.55 * pre.stat().st_size + 16 * tokens + 16384
+
+
+def test_another_model_and_damage_are_refused_before_the_run_starts(
+    whole: FoLoraConfig, base: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    make_llama(seed=1).save_pretrained(other)
+    make_tokenizer().save_pretrained(other)
+    config = replace(whole, base=str(base), output=str(tmp_path / "run"))
+    with pytest.raises(MismatchError, match="belongs to another model"):
+        Run(replace(config, model=str(other))).run()
+
+    tensors = load_file(base)
+    name = next(n for n in tensors if n.endswith("c_pre"))
+    bits = bytearray(base.read_bytes())
+    bits[-5] ^= 1
+    flipped = tmp_path / "flipped.safetensors"
+    flipped.write_bytes(bits)
+    with pytest.raises(ArtifactError, match=r"flipped.safetensors is damaged"):
+        read_base_file(flipped)
+    (tmp_path / "cut.safetensors").write_bytes(base.read_bytes()[:-100])
+    save_file({name: tensors[name]}, tmp_path / "plain.safetensors")
+    (tmp_path / "text.safetensors").write_text("{}")
+    for file, message in {
+        "cut": "is no base file", "plain": "'base' is needed here", "text": "is no base file",
+        "absent": "is missing; make it",
+    }.items():  # fmt: skip
+        path = tmp_path / f"{file}.safetensors"
+        with pytest.raises(ArtifactError, match=message):
+            Run(replace(config, base=str(path))).run()
+    assert not (tmp_path / "run").exists()
