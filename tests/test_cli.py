@@ -8,6 +8,8 @@ import pytest
 from conftest import make_llama, make_tokenizer
 
 from folora.cli import main
+from folora.config import FoLoraConfig
+from folora.planning import plan
 
 
 @pytest.fixture
@@ -89,6 +91,39 @@ def test_plan(model_folder: Path, rows_file: Path, capsys: pytest.CaptureFixture
     assert "48" in text
     for stage in ("sample", "measure", "solve", "train", "export"):
         assert stage in text
+    for way in ("16 directions, float32", "all directions, bfloat16", "all directions, host"):
+        assert way in text
+
+
+def test_plan_says_where_bases_should_lie(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it takes is what the bases of a run take; with less and less room it advises other ways."""
+    config = FoLoraConfig.from_dict(
+        {"model": str(model_folder), "device": "cpu", "dtype": "float32"}
+    )
+    whole = config.changed({"spectrum.directions": "all"})
+    found = plan(whole)
+    sizes = {s.title: (s.device, s.host) for s in found.storages}
+    every = sum(4 * g.d_in**2 for g in found.groups)
+    widest = 4 * max(g.d_in for g in found.groups) ** 2
+    assert sizes == {
+        "all directions, float32": (every, 0),
+        "all directions, bfloat16": (every // 2, 0),
+        "all directions, host": (2 * widest, every),
+        "16 directions, float32": (sum(4 * 16 * g.d_in for g in found.groups), 0),
+    }
+    assert plan(config).storages[0].title == "16 directions, float32"
+    without = found.storages[0].training - every
+    for room, advice in (
+        (every, "all directions, float32"),
+        (every - 1, "all directions, bfloat16"),
+        (every // 2 - 1, "all directions, host"),
+        (0, None),
+    ):
+        monkeypatch.setattr("folora.planning._free", lambda _, room=room: without + room + 1)
+        said = plan(whole).advice
+        assert (said.title if said else None) == advice
 
 
 def test_stages_one_by_one(

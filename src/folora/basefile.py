@@ -162,5 +162,5 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         t = tensors[name].contiguous()
         result.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
-        result.update(memoryview(t.view(torch.uint8).numpy()))
+        result.update(t.view(torch.uint8).numpy().data)
     return result.hexdigest()

@@ -223,7 +223,7 @@ def _with_output(config: FoLoraConfig) -> FoLoraConfig:
 
 def _print_plan(found: Plan) -> None:
     console = Console()
-    shapes = Table("width d_in", "shared inputs", "layers", "basis each", title="Bases")
+    shapes = Table("width d_in", "shared inputs", "layers", "whole basis each", title="Inputs")
     for d, groups, layers in widths(found.groups):
         shapes.add_row(str(d), str(groups), str(layers), _bytes(4 * d * d))
     console.print(shapes)
@@ -232,10 +232,25 @@ def _print_plan(found: Plan) -> None:
         seconds = "depends on data" if stage.seconds is None else _duration(stage.seconds)
         stages.add_row(stage.name, _bytes(stage.memory), _bytes(stage.disk), seconds)
     console.print(stages)
+    keeping = Table("bases in training", "on the device", "on the host", title="Where bases lie")
+    for way in found.storages:
+        keeping.add_row(way.title, _bytes(way.device), _bytes(way.host))
+    console.print(keeping)
     console.print(
-        f"{found.layers} layers read {len(found.groups)} inputs; all bases {_bytes(found.basis_bytes)};"
-        f" {found.trainable:,} of {found.parameters:,} parameters are trained."
+        f"{found.layers} layers read {len(found.groups)} inputs; {found.trainable:,} of "
+        f"{found.parameters:,} parameters are trained."
     )
+    own, advice = found.storages[0], found.advice
+    free = f"of {_bytes(found.free)} that are free"
+    if advice is None:
+        console.print(f"Training needs {_bytes(own.training)} and activations {free}: too much.")
+    elif advice is not own:
+        console.print(
+            f"Training needs {_bytes(own.training)} {free}; with {advice.options} it needs "
+            f"{_bytes(advice.training)}."
+        )
+    else:
+        console.print(f"Training takes {_bytes(own.training)} {free}, and activations.")
     console.print("Times are estimates from a second of measuring here; expect a factor of three.")
 
 

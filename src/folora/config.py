@@ -63,7 +63,14 @@ class SamplingConfig:
     """The proxy set: text that the pretrained model writes itself (paper 3.4, B.4)."""
 
     __pydantic_config__ = _STRICT
-    num_sequences: int = _option(2000, "sequences that pass the filter, held-out ones included")
+    num_sequences: int = _option(
+        2000, "at most so many sequences that pass the filter, held-out ones included"
+    )
+    tolerance: float | None = _option(
+        0.1,
+        "end before that if the leading directions found on half of the samples cost at most so much "
+        "more on the other half; 'null': never",
+    )
     min_new_tokens: int = _option(128, "end-of-sequence is allowed only after so many tokens")
     max_new_tokens: int = _option(512, "a sequence is cut here")
     batch_size: int = _option(
@@ -100,6 +107,11 @@ class SamplingConfig:
         )
         _require(self.batch_size >= 1, "sampling.batch_size", self.batch_size, "be >= 1")
         _require_seed(self.seed, "sampling.seed")
+        if self.tolerance is not None:
+            _require(
+                0 < self.tolerance < float("inf"),
+                "sampling.tolerance", self.tolerance, "be finite and > 0, or null",
+            )  # fmt: skip
         _require(0 <= self.held_out < 0.5, "sampling.held_out", self.held_out, "lie in [0, 0.5)")
 
     @property
@@ -331,6 +343,7 @@ class FoLoraConfig:
         top-level fields such as ``model=...`` or whole sections.
         """
         config = cls(
+            sampling=SamplingConfig(tolerance=None),
             spectrum=SpectrumConfig(
                 tau=1e-3, lam=1.0, s_min=0.3, step_scale="paper", directions="all"
             ),

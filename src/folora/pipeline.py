@@ -65,6 +65,7 @@ from folora.modes import without_adapter
 from folora.preparation import (
     Prepared,
     assemble,
+    convergence,
     groups_of,
     limits_of,
     measure,
@@ -231,7 +232,15 @@ class Run:
             facts["sampler_model"] = config.sampler_model
         eos_ids = ending_ids(self.model, self.tokenizer, config)
         folder = self.folder / SAMPLES
-        arguments = (self._engine, self.start_id, eos_ids, config, facts, folder)
+        enough, decision = None, None
+        if self.config.dataset is not None and config.tolerance is not None:
+            self._measure_task()
+            task = self.statistics("task")
+            enough = convergence(self.model, self.groups, task.tensors, self.config)
+            decision = {**enough.facts, "task": task.manifest["sha256"]} if enough else None
+        arguments = (
+            self._engine, self.start_id, eos_ids, config, facts, folder, enough, decision
+        )  # fmt: skip
         try:
             return sample_to_folder(*arguments)
         except MismatchError:
@@ -241,12 +250,7 @@ class Run:
     def measure(self) -> None:
         """Stage 2: C_pre, which belongs to the base model, and C_task."""
         self._measure_pre()
-        chosen = self.task.train[: self.config.statistics.task_examples]
-        self._statistics_unless_done(
-            "task",
-            {"data": TaskData(chosen, []).fingerprint},
-            lambda: self._measured("task", chosen),
-        )
+        self._measure_task()
 
     def share(self, path: Path | None = None) -> Path:
         """Samples and C_pre in one file, for any task on this model; returns its path."""
@@ -257,6 +261,14 @@ class Run:
         facts = {**self.model_facts, "tokens": pre.manifest["tokens"]}
         write_base_file(path, proxies, self.groups, pre.tensors, facts)
         return path
+
+    def _measure_task(self) -> None:
+        chosen = self.task.train[: self.config.statistics.task_examples]
+        self._statistics_unless_done(
+            "task",
+            {"data": TaskData(chosen, []).fingerprint},
+            lambda: self._measured("task", chosen),
+        )
 
     def _measure_pre(self) -> None:
         proxies = self.proxies()

@@ -11,15 +11,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import psutil
 import torch
 
 from folora.activations import InputGroup, find_groups, target_layers
 from folora.config import FoLoraConfig
 from folora.loading import device_of, load_config, load_skeleton, required
-from folora.preparation import check_adapter
+from folora.preparation import check_adapter, solved_directions
 
 PROBE = 512
 DECODING_EFFICIENCY = 0.15  # of a large product's rate, for one token a row
+PART_OF_EIGH = 0.5  # of a whole solve, where LAPACK finds the leading vectors alone; measured
 
 
 @dataclass(frozen=True)
@@ -33,15 +35,53 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Storage:
+    """One way to keep the bases in training.
+
+    Attributes:
+        title: What it is, in a few words.
+        options: Flags that choose it.
+        device: Bytes beside the model, in a step.
+        host: Bytes in host memory.
+        training: Bytes of training as a whole with it, activations left out.
+    """
+
+    title: str
+    options: str
+    device: int
+    host: int
+    training: int
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Everything `folora plan` prints."""
+    """Everything `folora plan` prints.
+
+    Attributes:
+        groups: Shared inputs.
+        layers: Layers that are adapted.
+        parameters: Of the model.
+        trainable: Of the adapter.
+        stages: What each needs.
+        storages: Ways to keep the bases: as configured, then others, less and less on the device.
+        free: Bytes that the device has free now.
+    """
 
     groups: list[InputGroup]
     layers: int
     parameters: int
     trainable: int
-    basis_bytes: int
     stages: list[Stage]
+    storages: list[Storage]
+    free: int
+
+    @property
+    def advice(self) -> Storage | None:
+        """The first way that fits into what is free: as configured, or else the next best; or None."""
+        own, *others = self.storages
+        return next(
+            (s for s in [own, *others] if s.training < self.free and s.device <= own.device), None
+        )
 
 
 def plan(config: FoLoraConfig, task_tokens: int | None = None, rows: int | None = None) -> Plan:
@@ -71,7 +111,7 @@ def plan(config: FoLoraConfig, task_tokens: int | None = None, rows: int | None 
     dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
     parameters = sum(p.numel() for p in skeleton.parameters())
     trainable = sum(config.adapter.r * (d_in + d_out) for d_in, d_out in layers.values())
-    bases = sum(4 * g.d_in**2 for g in groups)
+    moments = sum(4 * g.d_in**2 for g in groups)
     weights = parameters * dtype.itemsize
     flops, eigh_seconds = _speed(device, dtype)
 
@@ -85,7 +125,10 @@ def plan(config: FoLoraConfig, task_tokens: int | None = None, rows: int | None 
     task_measured = config.statistics.task_examples * min(config.data.max_length, 256)
     gram = sum(2 * g.d_in**2 for g in groups)
     forward = 2 * parameters
-    solve_seconds = eigh_seconds * sum((g.d_in / PROBE) ** 3 for g in groups)
+    kept = solved_directions(config)
+    spectrum = sum(4 * g.d_in * min(kept or g.d_in, g.d_in) for g in groups)
+    part = 1.0 if kept is None or device.type != "cpu" else PART_OF_EIGH
+    solve_seconds = part * eigh_seconds * sum((g.d_in / PROBE) ** 3 for g in groups)
     training = config.training
     steps_tokens = None
     if training.max_steps > 0 and rows and task_tokens:
@@ -95,26 +138,57 @@ def plan(config: FoLoraConfig, task_tokens: int | None = None, rows: int | None 
         steps_tokens = training.num_train_epochs * task_tokens
     state = trainable * 4 * (2 if config.adapter.init == "null_space" else 1)
     widest = max(g.d_in for g in groups)
+    storages = ways(config, groups, weights + state + 3 * 4 * trainable)
     stages = [
         Stage(
             "sample", weights + cache, 8 * sampled, forward * sampled / flops / DECODING_EFFICIENCY
         ),
         Stage(
             "measure",
-            weights + 2 * bases,
-            2 * bases,
+            weights + 2 * moments,
+            2 * moments,
             (forward + gram) * (sampled + task_measured) / flops,
         ),
-        Stage("solve", 3 * bases + 10 * 8 * widest**2, bases, solve_seconds),
+        Stage("solve", 2 * moments + spectrum + 10 * 8 * widest**2, spectrum, solve_seconds),
         Stage(
             "train",
-            weights + 2 * bases + state + 3 * 4 * trainable,
+            storages[0].training,
             2 * (state + 3 * 4 * trainable),
             None if steps_tokens is None else 3 * forward * steps_tokens / flops,
         ),
         Stage("export", state, state, None),
     ]
-    return Plan(groups, len(layers), parameters, trainable, bases, stages)
+    free = _free(device)
+    return Plan(groups, len(layers), parameters, trainable, stages, storages, free)
+
+
+def ways(config: FoLoraConfig, groups: Sequence[InputGroup], without: int) -> list[Storage]:
+    """Ways to keep the bases; see `Plan.storages`.
+
+    Args:
+        config: Says how many directions, and where.
+        groups: Shared inputs.
+        without: Bytes of training without bases.
+    """
+
+    def way(directions: int | None, storage: str) -> Storage:
+        sizes = [4 * g.d_in * min(directions or g.d_in, g.d_in) for g in groups]
+        device = {
+            "float32": sum(sizes),
+            "bfloat16": sum(sizes) // 2,
+            "host": 2 * max(sizes),  # one in use and one on its way
+        }[storage]
+        host = sum(sizes) if storage == "host" else 0
+        flags = f"--spectrum.directions {directions or 'all'} --spectrum.storage {storage}"
+        title = f"{directions or 'all'} directions, {storage}"
+        return Storage(title, flags, device, host, without + device)
+
+    own = way(config.directions, config.spectrum.storage)
+    others = [way(None, s) for s in ("float32", "bfloat16", "host")] + [
+        way(config.adapter.r, "float32")
+    ]
+    others = [other for other in others if other != own]
+    return [own, *sorted(others, key=lambda s: -s.device)]
 
 
 def widths(groups: Sequence[InputGroup]) -> list[tuple[int, int, int]]:
@@ -139,6 +213,13 @@ def _speed(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     moment = moment @ moment.T
     eigh = min(_seconds(device, lambda: torch.linalg.eigh(moment)) for _ in range(2))
     return 8 * PROBE**3 / best, 1.5 * eigh
+
+
+def _free(device: torch.device) -> int:
+    """Bytes that are free where training will run."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
 
 
 def _seconds(device: torch.device, work: object) -> float:

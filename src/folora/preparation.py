@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -26,6 +26,7 @@ from folora.activations import (
 )
 from folora.adapter import ExportReport, attach, export_adapter
 from folora.config import AdapterConfig, FoLoraConfig
+from folora.convergence import Convergence, watched
 from folora.data import (
     Example,
     Row,
@@ -116,11 +117,12 @@ def prepare(
 
     eos_ids = ending_ids(model, tokenizer, config.sampling)
     engine = HuggingFaceEngine(model, start_id, eos_ids, config.sampling)
-    proxies = sample(engine, start_id, eos_ids, config.sampling)
     batch_size = config.statistics.batch_size
-    pre = measure(model, groups, text_examples(proxies.calibration), batch_size, "C_pre")
     chosen = task.train[: config.statistics.task_examples]
     on_task = measure(model, groups, chosen, batch_size, "C_task")
+    enough = convergence(model, groups, on_task.matrices, config)
+    proxies = sample(engine, start_id, eos_ids, config.sampling, enough=enough)
+    pre = measure(model, groups, text_examples(proxies.calibration), batch_size, "C_pre")
     with progress("solving", len(groups)) as tick:
         bases = solve(
             groups,
@@ -210,6 +212,32 @@ def measure(
         return second_moments(
             model, groups, batches(examples, batch_size), lambda tokens: tick(tokens, tokens)
         )
+
+
+def convergence(
+    model: PreTrainedModel,
+    groups: Sequence[InputGroup],
+    c_task: Mapping[str, Tensor],
+    config: FoLoraConfig,
+) -> Convergence | None:
+    """What tells `sample` when it is enough; None if it never is before the ceiling."""
+    if config.sampling.tolerance is None:
+        return None
+    chosen = watched(groups)
+
+    def measured(sequences: Sequence[list[int]]) -> Moments:
+        size = config.statistics.batch_size
+        return second_moments(model, chosen, batches(text_examples(sequences), size))
+
+    return Convergence(
+        measured,
+        {group.name: c_task[group.name] for group in chosen},
+        config.spectrum.tau,
+        config.spectrum.lam,
+        config.spectrum.s_min,
+        config.directions or config.adapter.r,
+        config.sampling.tolerance,
+    )
 
 
 def attach_configured(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,6 +48,7 @@ MIN_ROWS = 8
 NO_TOKEN = -1  # None would make generate fall back on the model's own EOS
 ATTEMPTS_A_SEQUENCE = 10
 HOPELESS_AFTER = 256
+FIRST_LOOK = 64  # sequences, after which it is first asked whether they are enough
 
 
 @dataclass(frozen=True)
@@ -268,6 +269,7 @@ def sample(
     eos_ids: Sequence[int],
     config: SamplingConfig,
     shards: Path | None = None,
+    enough: Callable[[Sequence[list[int]]], bool] | None = None,
 ) -> ProxySet:
     """Sample until enough sequences have passed the filter.
 
@@ -277,6 +279,9 @@ def sample(
         eos_ids: Ending tokens; not counted by the filter.
         config: Counts, lengths, seed.
         shards: Folder for one file a batch; what is already there is not sampled again.
+        enough: Asked with the sequences for C_pre when there are `FIRST_LOOK` sequences, twice as
+            many, and so on; at a yes sampling ends before its ceiling. Later calls bring all that
+            earlier ones did.
 
     Raises:
         DataError: So many sequences are rejected that going on is hopeless; reasons are named.
@@ -286,12 +291,19 @@ def sample(
     accepted: list[list[int]] = []
     rejected: Counter[str] = Counter()
     attempts = 0
+    looks = _looks(config.num_sequences) if enough else iter(())
+    look = next(looks, None)
     with progress("sampling", config.num_sequences) as tick:
         for batch in _batches(engine, config.batch_size, shards):
             before = len(accepted)
             for tokens in batch:
                 if len(accepted) == config.num_sequences:
                     break
+                if enough and len(accepted) == look:
+                    found = _split(accepted, config, rejected)
+                    if enough(found.calibration):
+                        return found
+                    look = next(looks, None)
                 attempts += 1
                 body = tokens[:-1] if tokens and tokens[-1] in eos_ids else tokens
                 reason = rejection(body, seen)
@@ -309,9 +321,21 @@ def sample(
                     f"({dict(rejected)}). Does the model write text from this start token? "
                     "Try another --sampling.start_token, or another --sampling.sampler_model."
                 )
+    return _split(accepted, config, rejected)
+
+
+def _split(accepted: list[list[int]], config: SamplingConfig, rejected: Counter[str]) -> ProxySet:
+    """What there is so far: the first for C_pre, the last for the meter."""
+    cut = len(accepted) - replace(config, num_sequences=len(accepted)).num_held_out
     counted = {reason: rejected[reason] for reason in REASONS}
-    cut = config.num_sequences - config.num_held_out
     return ProxySet(accepted[:cut], accepted[cut:], counted)
+
+
+def _looks(ceiling: int) -> Iterator[int]:
+    count = FIRST_LOOK
+    while count < ceiling:
+        yield count
+        count *= 2
 
 
 def sample_to_folder(
@@ -321,6 +345,8 @@ def sample_to_folder(
     config: SamplingConfig,
     facts: dict[str, Any],
     folder: Path,
+    enough: Callable[[Sequence[list[int]]], bool] | None = None,
+    decision: dict[str, Any] | None = None,
 ) -> ProxySet:
     """Sample into a folder, going on where an earlier call stopped.
 
@@ -331,6 +357,8 @@ def sample_to_folder(
         config: As in `sample`.
         facts: Fingerprints of what the set belongs to; a folder with other facts is refused.
         folder: Receives ``request.json``, one shard a batch, and at the end ``set/``.
+        enough: As in `sample`.
+        decision: What `enough` depends on beside the sequences; another one is decided anew.
 
     Raises:
         MismatchError: The folder holds the work of another request.
@@ -359,13 +387,13 @@ def sample_to_folder(
             )
     else:
         write_json(request_file, request)
-    complete = {**request, "sequences": [config.num_sequences, config.num_held_out]}
+    complete = {**request, "asked": [config.num_sequences, config.num_held_out, decision]}
     if (folder / "set").exists():
         try:
             return load_proxy_set(folder, complete)
         except MismatchError as error:  # another number of sequences: the shards still serve
             logger.info("sampling goes on: %s", error)
-    found = sample(_Lazy(engine), start_id, eos_ids, config, folder)
+    found = sample(_Lazy(engine), start_id, eos_ids, config, folder, enough)
     write_proxy_set(folder, found, complete)
     return found
 

@@ -1,0 +1,97 @@
+"""When is it enough text? When directions found on one half of it cost no more on the other.
+
+On the text that C_pre was measured on every column v of T costs v'Hv = 1, by construction. On text that
+it was not chosen on it costs more, and the more so the fewer tokens there were: among many directions
+some look unused by chance. Half against half shows how much, long before the ceiling is reached.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from folora.activations import InputGroup, Moments
+from folora.spectrum import Agreement, agreement
+
+logger = logging.getLogger(__name__)
+
+WATCHED = 8  # shared inputs, evenly over the model; all of them would say the same
+
+
+@dataclass
+class Convergence:
+    """Called with more and more sequences; says whether they are enough.
+
+    Args:
+        measure: Second moments of the watched inputs on sequences.
+        c_task: C_task of the watched inputs, by group name.
+        tau: Ridge.
+        lam: Gate's lambda.
+        s_min: Gate's floor.
+        directions: How many leading directions must hold.
+        tolerance: What they may cost on the other half beyond 1, and how far their gate may move.
+    """
+
+    measure: Callable[[Sequence[list[int]]], Moments]
+    c_task: Mapping[str, Tensor]
+    tau: float
+    lam: float
+    s_min: float
+    directions: int
+    tolerance: float
+    _seen: int = 0
+    _halves: tuple[dict[str, Tensor], dict[str, Tensor]] = field(default_factory=lambda: ({}, {}))
+    _tokens: list[int] = field(default_factory=lambda: [0, 0])
+
+    def __call__(self, sequences: Sequence[list[int]]) -> bool:
+        """Whether these, which begin with those of the last call, are enough."""
+        new = sequences[self._seen :]
+        self._seen = len(sequences)
+        for half in (0, 1):
+            moments = self.measure(new[half::2])
+            self._tokens[half] += moments.tokens
+            for name, matrix in moments.matrices.items():
+                total = matrix * moments.tokens
+                sums = self._halves[half]
+                sums[name] = sums[name] + total if name in sums else total
+        found = self.agreement()
+        logger.info(
+            "after %d sequences: on the other half the leading directions cost %.2f times as much, "
+            "their gate moves by %.2f (enough: %.2f and %.2f)",
+            len(sequences), found.penalty, found.gate, 1 + self.tolerance, self.tolerance,
+        )  # fmt: skip
+        return found.penalty <= 1 + self.tolerance and found.gate <= self.tolerance
+
+    def agreement(self) -> Agreement:
+        """The mean over the watched inputs, and over which half is which."""
+        means = [
+            {name: total / self._tokens[half] for name, total in self._halves[half].items()}
+            for half in (0, 1)
+        ]
+        found = [
+            agreement(
+                means[half][name], means[1 - half][name], self.c_task[name],
+                tau=self.tau, lam=self.lam, s_min=self.s_min, directions=self.directions, name=name,
+            )
+            for half in (0, 1)
+            for name in means[half]
+        ]  # fmt: skip
+        return Agreement(
+            sum(a.penalty for a in found) / len(found), sum(a.gate for a in found) / len(found)
+        )
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the decision depends on beside the sequences and the task, for manifests."""
+        names = ("tau", "lam", "s_min", "directions", "tolerance")
+        return {**{name: getattr(self, name) for name in names}, "watched": sorted(self.c_task)}
+
+
+def watched(groups: Sequence[InputGroup]) -> list[InputGroup]:
+    """`WATCHED` of the groups, evenly."""
+    count = min(WATCHED, len(groups))
+    return [groups[(2 * i + 1) * len(groups) // (2 * count)] for i in range(count)]

@@ -1,0 +1,150 @@
+"""When sampling ends: what the halves say, that it says it in time, and that interruption changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_llama, make_tokenizer, rows, tiny_config
+from test_spectrum import moment
+
+import folora
+from folora.activations import InputGroup, Moments
+from folora.artifacts import read_json
+from folora.config import FoLoraConfig
+from folora.convergence import Convergence, watched
+from folora.pipeline import Run
+from folora.sampling import sample
+from folora.spectrum import agreement, generalized_eigenbasis, spectral_gate
+
+
+def test_on_their_own_text_directions_cost_one_and_on_another_what_its_matrix_says() -> None:
+    a, b, task = moment(10, seed=1), moment(10, rank=200, seed=2), moment(10, seed=3)
+    same = agreement(a, a, task, directions=4)
+    assert same.penalty == pytest.approx(1.0)
+    assert same.gate == pytest.approx(0.0, abs=1e-9)
+    there = agreement(a, b, task, directions=4)
+    found = generalized_eigenbasis(a, task)
+    h = b + 1e-3 * b.diagonal().mean() * torch.eye(10)
+    costs = torch.stack([v @ h @ v for v in found.basis[:, :4].T])
+    assert there.penalty == pytest.approx(float(costs.mean()))
+    gates = spectral_gate(found.gamma[:4] / costs) - spectral_gate(found.gamma[:4])
+    assert there.gate == pytest.approx(float(gates.abs().mean()))
+
+
+def gaussian(d: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(20000, d, generator=generator) * torch.logspace(0, -1, d)
+
+
+def test_more_text_costs_less_until_it_is_enough() -> None:
+    """Tokens are vectors of a known distribution; a sequence is a row of their numbers."""
+    x = gaussian(24, 0)
+    names = ["one", "two"]
+
+    def measure(sequences: Sequence[list[int]]) -> Moments:
+        inputs = x[torch.tensor([i for row in sequences for i in row])]
+        return Moments({n: inputs.T @ inputs / len(inputs) for n in names}, len(inputs))
+
+    task = {n: moment(24, seed=i).float() for i, n in enumerate(names)}
+    convergence = Convergence(measure, task, 1e-3, 1.0, 0.3, 6, 0.1)
+    sequences = [list(range(20 * i, 20 * i + 20)) for i in range(1000)]
+    said, costs = [], []
+    for count in (8, 16, 64, 256, 1000):
+        said.append(convergence(sequences[:count]))
+        costs.append(convergence.agreement().penalty)
+    assert costs == sorted(costs, reverse=True)
+    assert said == [False, False, False, True, True]
+    assert [c <= 1.1 for c in costs] == said
+    at_once = Convergence(measure, task, 1e-3, 1.0, 0.3, 6, 0.1)
+    at_once(sequences)
+    assert at_once.agreement().penalty == pytest.approx(costs[-1], rel=1e-3)
+
+
+def test_a_few_inputs_are_watched_over_the_whole_model() -> None:
+    groups = [InputGroup((f"layer{i}",), 4) for i in range(100)]
+    chosen = [int(g.name[5:]) for g in watched(groups)]
+    assert chosen == [6, 18, 31, 43, 56, 68, 81, 93]
+    assert watched(groups[:3]) == groups[:3]
+
+
+class FakeEngine:
+    """Forty random tokens for every number."""
+
+    def __call__(self, numbers: Sequence[int]) -> list[list[int]]:
+        return [
+            torch.randint(3, 99, (40,), generator=torch.Generator().manual_seed(n)).tolist()
+            for n in numbers
+        ]
+
+
+@pytest.mark.parametrize("yes_at", [64, 256, None])
+def test_it_is_asked_at_doublings_and_a_yes_ends_it(yes_at: int | None) -> None:
+    config = folora.SamplingConfig(
+        num_sequences=300, min_new_tokens=32, max_new_tokens=40, batch_size=50
+    )
+    asked: list[int] = []
+
+    def enough(sequences: Sequence[list[int]]) -> bool:
+        asked.append(len(sequences))
+        return len(sequences) + 16 == yes_at
+
+    found = sample(FakeEngine(), 1, [2], config, enough=enough)
+    all_of_them = sample(FakeEngine(), 1, [2], config)
+    looks = [64 - 16, 128 - 16, 256 - 16]
+    assert asked == looks[: looks.index(yes_at - 16) + 1 if yes_at else 3]
+    total = yes_at or 300
+    assert len(found.calibration) + len(found.held_out) == total
+    assert found.calibration == all_of_them.calibration[: total - 16]
+    assert len(found.held_out) == 16
+
+
+@pytest.fixture(scope="module")
+def early(
+    model_folder: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> FoLoraConfig:
+    """A run that ends sampling at a doubling before its ceiling."""
+    config = tiny_config(
+        model=str(model_folder), dataset=str(rows_file),
+        output=str(tmp_path_factory.mktemp("early") / "run"),
+        sampling={"num_sequences": 400, "tolerance": 0.5},
+    )  # fmt: skip
+    Run(config).run()
+    return config
+
+
+def test_a_run_ends_sampling_early(early: FoLoraConfig) -> None:
+    folder = Path(str(early.output))
+    manifest = read_json(folder / "1-samples" / "set" / "manifest.json")
+    total, held_out = manifest["sequences"]
+    assert total in (64, 128, 256)
+    assert held_out == 16
+    before = (folder / "1-samples" / "set" / "manifest.json").stat().st_mtime_ns
+    Run(early).run()  # nothing is decided again
+    assert (folder / "1-samples" / "set" / "manifest.json").stat().st_mtime_ns == before
+    never = replace(early, output=str(folder.parent / "never")).changed(
+        {"sampling.tolerance": None}
+    )
+    never = never.changed({"sampling.num_sequences": total})
+    Run(never).sample()
+    same = read_json(folder.parent / "never" / "1-samples" / "set" / "manifest.json")
+    assert same["fingerprint"] == manifest["fingerprint"]
+
+
+def test_a_stricter_tolerance_goes_on_from_the_shards(early: FoLoraConfig) -> None:
+    folder = Path(str(early.output))
+    shards = {p.name: p.stat().st_mtime_ns for p in (folder / "1-samples").glob("shard-*")}
+    strict = early.changed({"sampling.tolerance": 1e-6})
+    found = Run(strict).sample()
+    assert len(found.calibration) + len(found.held_out) == 400
+    after = {p.name: p.stat().st_mtime_ns for p in (folder / "1-samples").glob("shard-*")}
+    assert shards.items() < after.items()
+
+
+def test_prepare_ends_early_too() -> None:
+    config = tiny_config(sampling={"num_sequences": 400, "tolerance": 0.5})
+    prepared = folora.prepare(make_llama(), make_tokenizer(), rows(), config)
+    assert len(prepared.samples.calibration) + 16 in (64, 128, 256)
