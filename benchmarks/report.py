@@ -1,4 +1,4 @@
-"""From result files to docs/results.md: ``python -m benchmarks.report``, or ``make results``.
+"""From result files to docs/results.md and docs/speed.md: ``python -m benchmarks.report``, or ``make results``.
 
 The template is written by hand. A line ``{{ name argument ... }}`` in it stands for a block, tables
 and pictures made by the function of that name in `BLOCKS`; what has no result yet is said there.
@@ -37,6 +37,7 @@ from benchmarks.source import (
     rate_of,
     settings,
 )
+from benchmarks.speed.table import sampling_table, scale_table, setup_table, step_table
 from folora.artifacts import write_text
 from folora.config import FoLoraConfig
 from folora.errors import ConfigError, DataError, FoLoraError
@@ -71,6 +72,11 @@ DEMO = (
 )
 SELF, COUNT = "self", 256  # calibration: the model's own text, and the number to compare sources at
 DEFAULTS = "defaults"
+WHOLE = "all directions"
+PAGES = {
+    Path("benchmarks/results.template.md"): Path("docs/results.md"),
+    Path("benchmarks/speed.template.md"): Path("docs/speed.md"),
+}
 PICTURES = "pictures"  # folder beside the page
 
 CALL = re.compile(r"\s*\{\{(.*)\}\}\s*")
@@ -204,6 +210,40 @@ def real(source: Source, plan: str, task: str) -> Block:
     return Block(text, {picture: partial(frontier_picture, meter, task)})
 
 
+def turned(source: Source, plan: str, task: str, *others: str) -> Block:
+    """Values of one knob of folora, beside its arms in other plans with the same seeds and rates."""
+    results = source.chosen(plan, task)
+    wanted = {(r.seed, rate_of(r)) for r in results}
+    whole = [
+        _relabelled(r, WHOLE)
+        for name in others
+        for r in source.maybe(name, task)
+        if r.method == REFERENCE and (r.seed, rate_of(r)) in wanted
+    ]
+    ordered = sorted(results, key=lambda r: [r.changes[knob] for knob in _knobs(r)])
+    together = [*whole, *(_relabelled(r, _setting(r)) for r in ordered)]
+    table = comparison_table([without_scores(r) for r in together], task, reference=WHOLE)
+    if any(r.stage.startswith("world") for r in results):
+        table = comparison_table(together, task, reference=WHOLE)
+    return Block(_paragraphs(table.markdown(), source.missing(plan, task)))
+
+
+def steps(source: Source, device: str, shape: str) -> Block:
+    """Time and memory of a step by mode on one shape."""
+    return Block(step_table(source.measured(device, shape)[0]).markdown())
+
+
+def preparation(source: Source, device: str) -> Block:
+    """What comes before training: sampling, statistics and solve."""
+    found = source.measured(device)
+    return Block(_paragraphs(setup_table(found).markdown(), sampling_table(found).markdown()))
+
+
+def scale(source: Source, device: str) -> Block:
+    """Bytes and seconds by model, carried over from what was measured."""
+    return Block(scale_table(source.measured(device)).markdown())
+
+
 def calibration(source: Source) -> Block:
     """What C_pre was measured on: its source, and how many sequences; a table for each method."""
     results = source.chosen(CALIBRATION)
@@ -299,6 +339,10 @@ BLOCKS: dict[str, Callable[..., Block]] = {
     "spectra": spectra,
     "compared": compared,
     "demo": demo,
+    "turned": turned,
+    "steps": steps,
+    "preparation": preparation,
+    "scale": scale,
 }
 
 
@@ -356,6 +400,7 @@ def knob_panels(
         alone = [r for r in turned if _knobs(r) == [knob]]
         values = {float(r.changes[knob]): matched[_setting(r)] for r in alone}
         default = defaults[0].config.get(knob, attrgetter(knob)(FoLoraConfig()))
+        default = default if isinstance(default, int | float) else None  # "all" has no place
         if default is not None:
             values[float(default)] = matched[DEFAULTS]
         panels.append(Panel(_name(knob), values, default, matched[DEFAULTS]))
@@ -387,19 +432,22 @@ def render(template: str, source: Source, name: str = "the template") -> Block:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Write docs/results.md from the result files.")
+    parser = argparse.ArgumentParser(description="Write the pages of docs from the result files.")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--plans", type=Path, default=Path("benchmarks/plans"))
     parser.add_argument("--demo", type=Path, default=Path("docs/demo.json"))
-    parser.add_argument("--template", type=Path, default=Path("benchmarks/results.template.md"))
-    parser.add_argument("--output", type=Path, default=Path("docs/results.md"))
+    parser.add_argument("--template", type=Path, help="default: those of all pages")
+    parser.add_argument("--output", type=Path, default=Path("docs/results.md"), help="its page")
     options = parser.parse_args(arguments)
     source = Source.load(options.results, options.plans, options.demo)
-    page = render(options.template.read_text(encoding="utf-8"), source, str(options.template))
-    for name, draw in page.pictures.items():
-        draw(options.output.parent / PICTURES / name)
-    write_text(options.output, page.text)
-    print(f"{options.output} and {len(page.pictures)} pictures")
+    for template, output in (
+        {options.template: options.output} if options.template else PAGES
+    ).items():
+        page = render(template.read_text(encoding="utf-8"), source, str(template))
+        for name, draw in page.pictures.items():
+            draw(output.parent / PICTURES / name)
+        write_text(output, page.text)
+        print(f"{output} and {len(page.pictures)} pictures")
 
 
 def _called(line: str, source: Source) -> Block:

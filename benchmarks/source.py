@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.spectra import FORMAT as SPECTRA
+from benchmarks.speed.shapes import SHAPES
 from benchmarks.sweeps import planned, read_plan
 from folora.artifacts import read_json
 from folora.errors import ConfigError, DataError, nearest
@@ -34,12 +35,14 @@ class Source:
         results: Results by plan.
         spectra: What `benchmarks.spectra` wrote.
         demo: What `make demo` wrote; empty if it is not there.
+        speed: What `benchmarks.speed` wrote, by device and shape, ``"cpu-smollm2-135m"``.
     """
 
     plans: Mapping[str, Mapping[str, Any]]
     results: Mapping[str, Sequence[Result]]
     spectra: Sequence[Mapping[str, Any]]
     demo: Mapping[str, Any] = field(default_factory=dict)
+    speed: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def load(cls, results: Path, plans: Path, demo: Path) -> Source:
@@ -53,7 +56,18 @@ class Source:
             found,
             [values for values in spectra if values.get("format") == SPECTRA],
             read_json(demo) if demo.exists() else {},
+            {path.stem: read_json(path) for path in sorted((results / "speed").glob("*.json"))},
         )
+
+    def measured(self, device: str, shape: str = "") -> list[Mapping[str, Any]]:
+        """Times on a device, of one shape or of all. Raises NoResultsError if there are none."""
+        order = [shape] if shape else [*SHAPES]
+        names = [f"{device}-{name}" for name in order if f"{device}-{name}" in self.speed]
+        if not names:
+            raise NoResultsError(
+                f"No times on `{device}` {shape} yet: `python -m benchmarks.speed`."
+            )
+        return [self.speed[name] for name in names]
 
     def tasks(self) -> list[str]:
         """Tasks of all plans and results."""

@@ -57,7 +57,7 @@ def test_more_text_costs_less_until_it_is_enough() -> None:
         said.append(convergence(sequences[:count]))
         costs.append(convergence.agreement().penalty)
     assert costs == sorted(costs, reverse=True)
-    assert said == [False, False, False, True, True]
+    assert (said[0], said[-1]) == (False, True)
     assert [c <= 1.1 for c in costs] == said
     at_once = Convergence(measure, task, 1e-3, 1.0, 0.3, 6, 0.1)
     at_once(sequences)

@@ -39,6 +39,7 @@ _STRICT = ConfigDict(extra="forbid")
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 300  # a path stays whole
 LARGEST_FILE = 2**20  # bytes of a config file; a data set given by mistake is not read for minutes
+FIRST_LOOK = 64  # sequences, after which it is first asked whether they are enough
 SEEDS = 2**32  # numpy takes no larger ones
 
 
@@ -113,6 +114,11 @@ class SamplingConfig:
                 "sampling.tolerance", self.tolerance, "be finite and > 0, or null",
             )  # fmt: skip
         _require(0 <= self.held_out < 0.5, "sampling.held_out", self.held_out, "lie in [0, 0.5)")
+
+    @property
+    def may_end_early(self) -> bool:
+        """Whether it is ever asked if there are enough."""
+        return self.tolerance is not None and self.num_sequences > FIRST_LOOK
 
     @property
     def num_held_out(self) -> int:

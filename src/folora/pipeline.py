@@ -233,7 +233,7 @@ class Run:
         eos_ids = ending_ids(self.model, self.tokenizer, config)
         folder = self.folder / SAMPLES
         enough, decision = None, None
-        if self.config.dataset is not None and config.tolerance is not None:
+        if self.config.dataset is not None and config.may_end_early:
             self._measure_task()
             task = self.statistics("task")
             enough = convergence(self.model, self.groups, task.tensors, self.config)

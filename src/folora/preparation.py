@@ -221,7 +221,8 @@ def convergence(
     config: FoLoraConfig,
 ) -> Convergence | None:
     """What tells `sample` when it is enough; None if it never is before the ceiling."""
-    if config.sampling.tolerance is None:
+    tolerance = config.sampling.tolerance
+    if tolerance is None or not config.sampling.may_end_early:
         return None
     chosen = watched(groups)
 
@@ -236,7 +237,7 @@ def convergence(
         config.spectrum.lam,
         config.spectrum.s_min,
         config.directions or config.adapter.r,
-        config.sampling.tolerance,
+        tolerance,
     )
 
 

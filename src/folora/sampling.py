@@ -35,7 +35,7 @@ from folora.artifacts import (
     write_artifact,
     write_json,
 )
-from folora.config import SamplingConfig
+from folora.config import FIRST_LOOK, SamplingConfig
 from folora.errors import ArtifactError, DataError, MismatchError, NumericsError
 from folora.filtering import REASONS, rejection
 from folora.modes import evaluating
@@ -48,7 +48,6 @@ MIN_ROWS = 8
 NO_TOKEN = -1  # None would make generate fall back on the model's own EOS
 ATTEMPTS_A_SEQUENCE = 10
 HOPELESS_AFTER = 256
-FIRST_LOOK = 64  # sequences, after which it is first asked whether they are enough
 
 
 @dataclass(frozen=True)
