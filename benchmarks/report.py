@@ -37,7 +37,7 @@ from benchmarks.source import (
     rate_of,
     settings,
 )
-from benchmarks.speed.table import sampling_table, scale_table, setup_table, step_table
+from benchmarks.speed.table import sampling_table, scale_table, setup_table, solve_table, step_table
 from folora.artifacts import write_text
 from folora.config import FoLoraConfig
 from folora.errors import ConfigError, DataError, FoLoraError
@@ -236,7 +236,8 @@ def steps(source: Source, device: str, shape: str) -> Block:
 def preparation(source: Source, device: str) -> Block:
     """What comes before training: sampling, statistics and solve."""
     found = source.measured(device)
-    return Block(_paragraphs(setup_table(found).markdown(), sampling_table(found).markdown()))
+    tables = (sampling_table(found), setup_table(found), solve_table(found))
+    return Block(_paragraphs(*(table.markdown() for table in tables)))
 
 
 def scale(source: Source, device: str) -> Block:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from folora.activations import (
+    add_upper_gram,
     check_finite_weights,
     find_groups,
     linear_dims,
@@ -61,6 +62,15 @@ def test_equals_reference_with_padding(model: PreTrainedModel) -> None:
         for layer in group.layers:  # what is shared is really the same
             expected = reference(model, layer, ROWS)
             assert torch.allclose(matrix.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("d", [1, 3, 4, 7, 64])
+def test_half_of_a_gram_matrix_is_enough(d: int) -> None:
+    x, y = torch.randn(5, d, dtype=torch.float64), torch.randn(3, d, dtype=torch.float64)
+    total = torch.zeros(d, d, dtype=torch.float64)
+    add_upper_gram(total, x)
+    add_upper_gram(total, y)
+    assert torch.allclose(total.triu(), (x.T @ x + y.T @ y).triu(), atol=1e-12)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])

@@ -16,7 +16,7 @@ import torch
 import yaml
 from scipy import stats
 
-from benchmarks.report import main, render
+from benchmarks.report import PAGES, main, render
 from benchmarks.source import Source
 from benchmarks.spectra import main as spectra_main
 from folora.artifacts import write_artifact
@@ -473,14 +473,14 @@ def test_numbers_in_the_answers_stand_in_the_tables() -> None:
     assert [number for number in sorted(stated) if number.lstrip("0") not in rest] == []
 
 
-def test_the_committed_page_is_what_the_results_give() -> None:
-    template = (ROOT / "benchmarks/results.template.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("template", PAGES, ids=lambda path: path.name)
+def test_the_committed_page_is_what_the_results_give(template: Path) -> None:
     found = render(
-        template,
+        (ROOT / template).read_text(encoding="utf-8"),
         Source.load(
             ROOT / "benchmarks/results", ROOT / "benchmarks/plans", ROOT / "docs/demo.json"
         ),
     )
-    committed = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    committed = (ROOT / PAGES[template]).read_text(encoding="utf-8")
     assert committed == found.text, "results, plans or template have changed: run `make results`"
     assert [n for n in found.pictures if not (ROOT / "docs/pictures" / n).is_file()] == []

@@ -21,6 +21,7 @@ from folora.sampling import (
     check_same_tokenizer,
     decoding_of,
     ending_ids,
+    invert,
     load_proxy_set,
     restrict,
     sample,
@@ -89,10 +90,30 @@ def test_draws_follow_the_models_distribution() -> None:
     assert statistic < 2 * big.sum()  # mean of chi-square is its degrees of freedom
 
 
+@pytest.mark.parametrize("vocabulary", [1, 51, 256, 700])
+def test_a_draw_finds_its_token(vocabulary: int) -> None:
+    """Against the whole distribution in float64; forbidden tokens are never found, at either end."""
+    scores = 3 * torch.randn(400, vocabulary)
+    scores[torch.rand_like(scores) < 0.3] = -float("inf")
+    scores[:, vocabulary // 2] = 0.0
+    draws = torch.rand(400, dtype=torch.float64)
+    draws[:2] = torch.tensor([0.0, 1 - 2**-53])
+    cdf = scores.double().softmax(-1).cumsum(-1)
+    expected = torch.searchsorted(cdf / cdf[:, -1:], draws[:, None], right=True)[:, 0]
+    found = invert(scores, draws)
+    # float32 weights move a boundary by 1e-7, so that one draw in many thousands may fall beside it.
+    assert (found == expected).float().mean() > 0.99
+    assert torch.isfinite(scores.gather(1, found[:, None])).all()
+
+
+@pytest.mark.parametrize("spread", [3.0, 0.01])
+@pytest.mark.parametrize("vocabulary", [51, 3000])
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.95])
 @pytest.mark.parametrize("top_k", [0, 5])
-def test_restrict_agrees_with_transformers(top_p: float, top_k: int) -> None:
-    scores = 3 * torch.randn(16, 51)
+def test_restrict_agrees_with_transformers(
+    top_p: float, top_k: int, vocabulary: int, spread: float
+) -> None:
+    scores = spread * torch.randn(16, vocabulary)
     ours = restrict(scores, Decoding(1, temperature=1.2, top_p=top_p, top_k=top_k))
     theirs = scores / 1.2
     if top_k:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import platform
 import shlex
 import sys
@@ -16,14 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler tells of its start and end
-
 import torch
 
 from benchmarks.speed.setup import peer_times, sampling_rates, solve_times, statistics_times
 from benchmarks.speed.shapes import SHAPES, random_model
 from benchmarks.speed.steps import MODES, Contender, race, random_batch
-from folora.artifacts import software_versions, write_json
+from folora.artifacts import read_json, software_versions, write_json
 from folora.errors import ConfigError, nearest
 from folora.progress import progress
 
@@ -42,6 +39,7 @@ FITTING = {
         "llama2-7b": (8, 8192, 15),
     },
 }
+WIDEST = {"cpu": 4096, "cuda": 16384}  # beyond it a solve takes many minutes
 SAMPLED = {"cpu": (64, 64), "cuda": (512, 256)}  # sequences, tokens of each
 SAMPLED_VOCABULARY = 49152
 
@@ -93,14 +91,19 @@ def measure_setup(name: str, tokens: int, rounds: int, device: torch.device) -> 
     found: dict[str, Any] = {
         "tokens": tokens,
         "statistics": statistics_times(model, tokens, rounds),
-        "solve": solve_times(shape, device, min(rounds, 3)),
+        "solve": {
+            str(d): solve_times(d, shape.r, device, 1 if d > 2048 else 3)
+            for d in sorted({shape.hidden, shape.inner})
+            if d <= WIDEST[device.type]
+        },
     }
     del model
     if name == "smollm2-135m":
         found["sampling"] = sampling_rates(
             shape, SAMPLED_VOCABULARY, sequences, length, torch.bfloat16, device, shape.blocks, 3
         )
-    found["peers"] = peer_times(shape, torch.bfloat16, device, tokens)
+    if shape.inner <= WIDEST[device.type]:
+        found["peers"] = peer_times(shape, torch.bfloat16, device, tokens)
     return found
 
 
@@ -126,25 +129,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device(options.device)
     for name in options.shapes:
         path = options.output / f"{device.type}-{name}.json"
-        if path.exists():
-            print(f"{path} is there already")
-            continue
         blocks, tokens, rounds = FITTING[device.type][name]
         rounds = options.rounds or rounds
         tokens = options.tokens or tokens
-        result = {
-            "format": FORMAT,
-            "command": f"python -m benchmarks.speed {shlex.join(given)}".strip(),
-            "machine": machine(device),
-            "versions": software_versions(),
-            "shape": name,
-            "steps": measure_steps(
-                name, options.blocks or blocks, tokens, rounds, options.modes, device
-            ),
-        }
-        if not options.skip_setup:
-            result["setup"] = measure_setup(name, tokens, rounds, device)
-        write_json(path, result)
+        result = read_json(path) if path.exists() else {}
+        if "steps" not in result:
+            result = {
+                "format": FORMAT,
+                "command": f"python -m benchmarks.speed {shlex.join(given)}".strip(),
+                "machine": machine(device),
+                "versions": software_versions(),
+                "shape": name,
+                "steps": measure_steps(
+                    name, options.blocks or blocks, tokens, rounds, options.modes, device
+                ),
+            }
+            write_json(path, result)
+        if "setup" not in result and not options.skip_setup:
+            write_json(path, {**result, "setup": measure_setup(name, tokens, rounds, device)})
         print(path)
 
 

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from benchmarks.speed.shapes import Shape, random_groups, random_model
 from benchmarks.speed.steps import random_batch
-from folora.activations import second_moments
+from folora.activations import InputGroup, second_moments
 from folora.config import SamplingConfig
 from folora.sampling import HuggingFaceEngine
 from folora.solving import solve
@@ -57,25 +57,23 @@ def statistics_times(model: PreTrainedModel, tokens: int, rounds: int) -> Times:
     return alternated({"forward pass": forward, "statistics": measure}, rounds)
 
 
-def solve_times(shape: Shape, device: torch.device, rounds: int) -> Times:
-    """One block's bases: its first r columns, and all; on one thread."""
-    model = random_model(shape, 1, torch.float32, device)
-    groups = random_groups(model)
+def solve_times(d: int, r: int, device: torch.device, rounds: int) -> Times:
+    """One input of a width: the first r columns of its basis, and all; one thread."""
     generator = torch.Generator(device).manual_seed(0)
+    group = InputGroup(("layer",), d)
 
-    def moment(d: int) -> torch.Tensor:
+    def moment() -> dict[str, torch.Tensor]:
         x = torch.randn(2 * d, d, generator=generator, device=device)
         x *= torch.logspace(0, -2, d, device=device)[
             torch.randperm(d, generator=generator, device=device)
         ]
-        return x.T @ x / len(x)
+        return {"layer": x.T @ x / len(x)}
 
-    pre = {g.name: moment(g.d_in) for g in groups}
-    task = {g.name: moment(g.d_in) for g in groups}
+    pre, task = moment(), moment()
     return alternated(
         {
-            "solve, r directions": lambda: solve(groups, pre, task, tau=1e-3, directions=shape.r),
-            "solve, all directions": lambda: solve(groups, pre, task, tau=1e-3),
+            "r": lambda: solve([group], pre, task, tau=1e-3, directions=r),
+            "all": lambda: solve([group], pre, task, tau=1e-3),
         },
         rounds,
     )
@@ -97,8 +95,8 @@ def peer_times(shape: Shape, dtype: torch.dtype, device: torch.device, tokens: i
 
         @torch.no_grad()
         def run() -> None:
-            for part in ids.split(8):
-                model(input_ids=part)
+            for row in ids.split(1):  # it takes no batches
+                model(input_ids=row)
 
         preprocess_corda(model, config, run_model=run)
         get_peft_model(model, config)

@@ -71,29 +71,42 @@ def step_table(result: Mapping[str, Any]) -> Table:
 
 
 def setup_table(results: Sequence[Mapping[str, Any]]) -> Table:
-    """Statistics and solve by width, beside a forward pass and PEFT's preprocessing; one block."""
+    """Statistics beside a forward pass, and PEFT's preprocessing; one block."""
     rows = []
     for result in results:
         setup = result["setup"]
         forward = setup["statistics"]["forward pass"]
         over = [s / f - 1 for s, f in zip(setup["statistics"]["statistics"], forward, strict=True)]
+        peers = setup.get("peers", {})
         rows.append(
             (
                 f"{result['shape']} ({result['machine']['device']})",
-                _spread([1000 * f / setup["tokens"] * 1000 for f in forward], ".0f"),
+                _spread([1e6 * f / setup["tokens"] for f in forward], ".0f"),
                 _spread([100 * x for x in over], "+.0f"),
-                *(
-                    _spread(setup["solve"][f"solve, {which} directions"], ".2f")
-                    for which in ("r", "all")
-                ),
-                *(_spread(setup["peers"][peer], ".2f") for peer in ("PEFT's CorDA", "PEFT's OSF")),
+                *(_spread(peers.get(peer, []), ".1f") for peer in ("PEFT's CorDA", "PEFT's OSF")),
             )
         )
     header = (
-        "shape", "forward (ms / 1000 tokens)", "statistics over forward (%)", "solve, r (s)",
-        "solve, all (s)", "PEFT's CorDA (s)", "PEFT's OSF (s)",
+        "shape", "forward pass (ms / 1000 tokens)", "statistics over it (%)",
+        "PEFT's CorDA before training (s)", "PEFT's OSF (s)",
     )  # fmt: skip
     return Table(header, tuple(rows), "One block of each; median (quartiles).")
+
+
+def solve_table(results: Sequence[Mapping[str, Any]]) -> Table:
+    """Seconds of a solve by width."""
+    rows = [
+        (
+            str(d),
+            str(SHAPES[result["shape"]].r),
+            *(_spread(times[which], ".2f") for which in ("r", "all")),
+            f"{median(times['all']) / median(times['r']):.1f}",
+        )
+        for result in results
+        for d, times in sorted(result["setup"]["solve"].items(), key=lambda item: int(item[0]))
+    ]
+    header = ("width", "r", "first r directions (s)", "all (s)", "times")
+    return Table(header, tuple(rows), "One shared input, one thread; median (quartiles).")
 
 
 def sampling_table(results: Sequence[Mapping[str, Any]]) -> Table:
@@ -114,29 +127,21 @@ def sampling_table(results: Sequence[Mapping[str, Any]]) -> Table:
 
 def scale_table(results: Sequence[Mapping[str, Any]]) -> Table:
     """Bytes by model, from its widths alone, and seconds of the solve by the cube of the width."""
-    constant = {
-        which: median(
-            median(r["setup"]["solve"][f"solve, {which} directions"]) / _cubes(SHAPES[r["shape"]])
-            for r in results
-        )
+    by_width = {
+        which: {
+            int(d): median(times[which])
+            for result in results
+            for d, times in result["setup"]["solve"].items()
+        }
         for which in ("r", "all")
     }
     rows = []
     for name, shape in {**SHAPES, **LARGER}.items():
-        measured = {r["shape"]: r for r in results}.get(name)
-        seconds = [
-            (
-                median(measured["setup"]["solve"][f"solve, {w} directions"])
-                if measured
-                else c * _cubes(shape)
-            )
-            * shape.blocks
-            for w, c in constant.items()
-        ]
+        seconds = [_solve_seconds(shape, times) for times in by_width.values()]
         moments = shape.basis_bytes(4)
         rows.append(
             (
-                name + ("" if measured else " *"),
+                name,
                 _size(shape.basis_bytes(4, RANK)),
                 _size(shape.basis_bytes(4, shape.r)),
                 _size(moments),
@@ -154,8 +159,8 @@ def scale_table(results: Sequence[Mapping[str, Any]]) -> Table:
     )  # fmt: skip
     caption = (
         "Bytes of the whole model, one basis a shared input; C_pre and C_task take as much as all bases in "
-        "fp32, each. Solve: one thread of the machine above, per block measured, times the blocks; "
-        "* carried over by the cube of the width from the others."
+        "fp32, each. Solve: on one thread of the machine above, by the times of the widths, and for others by "
+        "the cube of the width from the widest that was measured."
     )
     return Table(header, tuple(rows), caption)
 
@@ -177,9 +182,12 @@ def _over(
     return (forward * times + own) / (base_forward * times + lora) - 1
 
 
-def _cubes(shape: Shape) -> float:
-    attention = shape.heads * shape.head
-    return float(2 * shape.hidden**3 + attention**3 + shape.inner**3)
+def _solve_seconds(shape: Shape, times: Mapping[int, float]) -> float:
+    """All inputs of a model one after the other; widths that were not measured by the cube."""
+    widest = max(times)
+    widths = (shape.hidden, shape.heads * shape.head, shape.hidden, shape.inner)
+    each = (times.get(d, times[widest] * (d / widest) ** 3) for d in widths)
+    return shape.blocks * sum(each)
 
 
 def _spread(values: Sequence[float], form: str) -> str:

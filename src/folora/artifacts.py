@@ -179,13 +179,20 @@ def read_manifest(path: Path, kind: str, expected: dict[str, Any] | None = None)
         MismatchError: Made from something else than `expected`.
     """
     file = Path(path) / MANIFEST
-    return check_manifest(read_json(file), file, kind, expected)
+    return check_manifest(read_json(file), file, Path(path), kind, expected)
 
 
 def check_manifest(
-    manifest: Any, file: Path, kind: str, expected: Mapping[str, Any] | None = None
+    manifest: Any,
+    file: Path,
+    artifact: Path,
+    kind: str,
+    expected: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """A manifest that was read from a file, if it is one of this kind; see `read_manifest`."""
+    """A manifest that was read from a file of an artifact, if it is one of this kind.
+
+    See `read_manifest` for what is raised.
+    """
     if not isinstance(manifest, dict) or manifest.get("kind") != kind:
         found = manifest.get("kind") if isinstance(manifest, dict) else None
         raise ArtifactError(f"{file} holds {found!r}, but {kind!r} is needed here")
@@ -197,7 +204,7 @@ def check_manifest(
     for name, value in (expected or {}).items():
         if manifest.get(name) != value:
             raise MismatchError(
-                f"{file} belongs to another {name.replace('_', ' ')}: it was made for "
+                f"{artifact} belongs to another {name.replace('_', ' ')}: it was made for "
                 f"{_short(manifest.get(name))}, this run has {_short(value)}. Give the right model "
                 "and data, or make it again in another folder."
             )

@@ -132,7 +132,7 @@ def read_base_manifest(path: Path, expected: Mapping[str, Any] | None = None) ->
         raise ArtifactError(f"{path} is missing; make it: folora base") from None
     except (OSError, ValueError, SafetensorError) as error:
         raise ArtifactError(f"{path} is no base file: {error}") from error
-    return check_manifest(manifest, path, KIND, expected)
+    return check_manifest(manifest, path, path, KIND, expected)
 
 
 def read_base_file(path: Path, expected: Mapping[str, Any] | None = None) -> BaseFile:

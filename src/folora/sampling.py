@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 # Matrix products of fewer rows take other kernels, which round differently; measured on CPU.
 MIN_ROWS = 8
+BLOCK = 256  # tokens whose probabilities are summed as one at first
+CANDIDATES = 1024  # a sort of the whole vocabulary is rarely needed to find top-p
 NO_TOKEN = -1  # None would make generate fall back on the model's own EOS
 ATTEMPTS_A_SEQUENCE = 10
 HOPELESS_AFTER = 256
@@ -240,11 +242,37 @@ class _SequenceDraws(LogitsProcessor):
         for setting in set(self.settings):
             rows = [i for i, s in enumerate(self.settings) if s == setting]
             scores[rows] = restrict(scores[rows], setting)
-        cdf = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
-        draw = self.draws[:, self.step].to(cdf.device)[:, None] * cdf[:, -1:]
-        choice = torch.searchsorted(cdf, draw, right=True).clamp_(max=scores.shape[1] - 1)
+        choice = invert(scores, self.draws[:, self.step].to(scores.device))
         self.step += 1
-        return torch.full_like(scores, -1.0).scatter_(1, choice, 1.0)
+        return torch.full_like(scores, -1.0).scatter_(1, choice[:, None], 1.0)
+
+
+def invert(scores: Tensor, draws: Tensor) -> Tensor:
+    """The token of each row whose share of the cumulative distribution holds the row's draw.
+
+    Sums are in float64, first over blocks of tokens and then inside of the one block that is hit.
+
+    Args:
+        scores: Unnormalized log-probabilities, (rows, vocabulary) float32, -inf where forbidden.
+        draws: Uniform in [0, 1), (rows,) float64.
+
+    Returns:
+        Token ids, (rows,) int64.
+    """
+    weights = (scores - scores.amax(-1, keepdim=True)).exp_()
+    blocks = torch.nn.functional.pad(weights, (0, -scores.shape[1] % BLOCK)).unflatten(
+        1, (-1, BLOCK)
+    )
+    upto = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    draw = draws[:, None] * upto[:, -1:]
+    hit = torch.searchsorted(upto, draw, right=True).clamp_(max=upto.shape[1] - 1)
+    block = blocks.gather(1, hit[..., None].expand(-1, 1, BLOCK))[:, 0].double()
+    inside = block.cumsum(-1) + (upto.gather(1, hit) - block.sum(-1, keepdim=True))
+    # Rounding may leave a draw just beyond the sum; then it is the last token that is allowed.
+    places = torch.arange(BLOCK, device=scores.device)
+    last = torch.where(block > 0, places, 0).amax(-1, keepdim=True)
+    within = torch.searchsorted(inside, draw, right=True).minimum(last)
+    return (hit * BLOCK + within)[:, 0]
 
 
 def restrict(scores: Tensor, setting: Decoding) -> Tensor:
@@ -254,11 +282,16 @@ def restrict(scores: Tensor, setting: Decoding) -> Tensor:
         kth = scores.topk(min(setting.top_k, scores.shape[-1])).values[:, -1:]
         scores = scores.masked_fill(scores < kth, -float("inf"))
     if setting.top_p < 1.0:
-        ordered, order = scores.sort(descending=True)
-        probabilities = ordered.softmax(-1)
+        whole = scores.logsumexp(-1, keepdim=True)
+        ordered, order = scores.topk(min(CANDIDATES, scores.shape[-1]))
+        upto = (ordered - whole).exp().cumsum(-1)
+        if bool((upto[:, -1] < setting.top_p).any()):  # a flat distribution needs them all
+            ordered, order = scores.sort(descending=True)
+            upto = (ordered - whole).exp().cumsum(-1)
         # Keep the smallest set that reaches top_p: drop what comes after it was reached.
-        beyond = probabilities.cumsum(-1) - probabilities >= setting.top_p
-        scores = scores.masked_fill(beyond.scatter(1, order, beyond), -float("inf"))
+        beyond = upto - (ordered - whole).exp() >= setting.top_p
+        kept = ordered.masked_fill(beyond, -float("inf"))
+        scores = torch.full_like(scores, -float("inf")).scatter_(1, order, kept)
     return scores
 
 
