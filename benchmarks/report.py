@@ -16,6 +16,7 @@ from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -60,6 +61,7 @@ NAMES = {
     "spectrum.lam": "lambda",
     "spectrum.s_min": "s_min",
     "spectrum.directions": "directions",
+    "spectrum.beyond": "beyond",
     "training.lr_b_ratio": "lr of B / lr of A",
     "adapter.r": "r",
 }
@@ -73,6 +75,7 @@ DEMO = (
 SELF, COUNT = "self", 256  # calibration: the model's own text, and the number to compare sources at
 DEFAULTS = "defaults"
 WHOLE = "all directions"
+KEPT, BEYOND = "spectrum.directions", "spectrum.beyond"
 PAGES = {
     Path("benchmarks/results.template.md"): Path("docs/results.md"),
     Path("benchmarks/speed.template.md"): Path("docs/speed.md"),
@@ -220,7 +223,7 @@ def turned(source: Source, plan: str, task: str, *others: str) -> Block:
         for r in source.maybe(name, task)
         if r.method == REFERENCE and (r.seed, rate_of(r)) in wanted
     ]
-    ordered = sorted(results, key=lambda r: [r.changes[knob] for knob in _knobs(r)])
+    ordered = sorted(results, key=lambda r: [str(r.changes.get(k, "")) for k in (BEYOND, KEPT)])
     together = [*whole, *(_relabelled(r, _setting(r)) for r in ordered)]
     table = comparison_table([without_scores(r) for r in together], task, reference=WHOLE)
     if any(r.stage.startswith("world") for r in results):
@@ -497,7 +500,10 @@ def _place(knob: str) -> tuple[int, str]:
 
 
 def _setting(result: Result) -> str:
-    return ", ".join(f"{_name(knob)} = {result.changes[knob]:g}" for knob in _knobs(result))
+    def text(value: Any) -> str:
+        return value if isinstance(value, str) else f"{value:g}"
+
+    return ", ".join(f"{_name(knob)} = {text(result.changes[knob])}" for knob in _knobs(result))
 
 
 def _source(result: Result) -> str:

@@ -28,6 +28,7 @@ def step_table(result: Mapping[str, Any]) -> Table:
     steps, shape = result["steps"], SHAPES[result["shape"]]
     modes = steps["modes"]
     passes = {m: _passes(modes[m]) for m in modes}
+    same = "threads" in result["machine"]  # a CPU: the host is the device
     shared = median(t for m in modes if same_forward(m) for t in passes[m])
     rows = []
     for name, found in modes.items():
@@ -49,7 +50,9 @@ def step_table(result: Mapping[str, Any]) -> Table:
                 _spread([1000 * s for s in found["optimizer_seconds"]], ".1f"),
                 _spread([100 * (r - 1) for r in ratios], "+.1f"),
                 *(f"{100 * x:+.2f}" for x in at),
-                f"{100 * own_bytes:+.1f}",
+                NONE
+                if same and MODES[name].options.get("storage") == "host"
+                else f"{100 * own_bytes:+.1f}",
                 _size(found["basis_bytes"] * shape.blocks / steps["blocks"]),
             )
         )
