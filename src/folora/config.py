@@ -476,7 +476,10 @@ def option_names(cls: Any = FoLoraConfig, prefix: str = "") -> dict[str, dict[st
 
 def _explain(error: Any, values: dict[str, Any]) -> str:
     """One sentence for one of pydantic's errors."""
-    name = ".".join(str(part) for part in error["loc"] if part not in ("str", "tuple[str, ...]"))
+    parts = [str(part) for part in error["loc"]]
+    # Of a value that may be of several types pydantic adds which one it tried.
+    tried = (".".join(parts[:end]) for end in range(1, len(parts)))
+    name = next((option for option in tried if option in option_names()), ".".join(parts))
     if name in option_names() and error["type"] == "unexpected_keyword_argument":
         section, _, option = name.partition(".")
         return f"option {name!r} must be nested in a file: {option} under {section}"
