@@ -14,6 +14,7 @@ from test_spectrum import moment
 import folora
 from folora.activations import InputGroup, Moments
 from folora.artifacts import read_json
+from folora.cli import main
 from folora.config import FoLoraConfig
 from folora.convergence import Convergence, watched
 from folora.pipeline import Run
@@ -132,6 +133,17 @@ def test_a_run_ends_sampling_early(early: FoLoraConfig) -> None:
     Run(never).sample()
     same = read_json(folder.parent / "never" / "1-samples" / "set" / "manifest.json")
     assert same["fingerprint"] == manifest["fingerprint"]
+
+
+def test_the_task_is_looked_at_before_the_model_is_loaded(
+    early: FoLoraConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    bad = early.changed({"dataset": str(tmp_path / "none.jsonl"), "output": str(tmp_path / "run")})
+    file.write_text(bad.to_yaml())
+    assert main(["sample", "--config", str(file)]) == 2
+    assert "none.jsonl" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_stricter_tolerance_goes_on_from_the_shards(early: FoLoraConfig) -> None:

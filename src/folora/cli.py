@@ -162,7 +162,8 @@ def _execute(options: argparse.Namespace, config: FoLoraConfig) -> None:
                 f"{report.worst_relative_error:.2%} ({report.worst_layer})"
             )
         return
-    run.check(needs_data=command in ("measure", "train"))
+    reads_task = command in ("measure", "train") or (command in ("sample", "base") and run.decides)
+    run.check(needs_data=reads_task)
     run.check_stage(command)
     run.write_config()
     if command == "base":

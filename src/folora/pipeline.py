@@ -172,6 +172,12 @@ class Run:
         """The token that sampling starts from."""
         return start_token_id(self.tokenizer, self.config.sampling.start_token)
 
+    @property
+    def decides(self) -> bool:
+        """Whether sampling ends when it is enough for the task, which it then reads."""
+        early = self.config.sampling.may_end_early and self.config.base is None
+        return early and self.config.dataset is not None
+
     def check(self, *, needs_data: bool) -> None:
         """Everything that can be found out without loading the model."""
         check_writable(self.folder, "output")
@@ -233,7 +239,7 @@ class Run:
         eos_ids = ending_ids(self.model, self.tokenizer, config)
         folder = self.folder / SAMPLES
         enough, decision = None, None
-        if self.config.dataset is not None and config.may_end_early:
+        if self.decides:
             self._measure_task()
             task = self.statistics("task")
             enough = convergence(self.model, self.groups, task.tensors, self.config)
