@@ -231,6 +231,15 @@ def turned(source: Source, plan: str, task: str, *others: str) -> Block:
     return Block(_paragraphs(table.markdown(), source.missing(plan, task)))
 
 
+def enough(source: Source, plan: str, count: str) -> Block:
+    """Numbers of sequences for C_pre, beside one of them."""
+    results = sorted(source.chosen(plan), key=_count)
+    rows = [_relabelled(r, _calibrated(r)) for r in results]
+    reference = next((row.title for row in rows if str(_count(row)) == count), rows[-1].title)
+    table = comparison_table(rows, _only_task(results), reference=reference)
+    return Block(_paragraphs(table.markdown(), source.missing(plan)))
+
+
 def steps(source: Source, device: str, shape: str) -> Block:
     """Time and memory of a step by mode on one shape."""
     return Block(step_table(source.measured(device, shape)[0]).markdown())
@@ -344,6 +353,7 @@ BLOCKS: dict[str, Callable[..., Block]] = {
     "compared": compared,
     "demo": demo,
     "turned": turned,
+    "enough": enough,
     "steps": steps,
     "preparation": preparation,
     "scale": scale,

@@ -31,6 +31,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 BASIS_KEYS = ("basis", "gate", "scale", "complement", "on_host")
+FINGERPRINT = "basis_fingerprint"  # what stands for them in a state
 COLUMNS_AT_ONCE = 2048  # of a basis kept in another dtype, widened for its products
 
 
@@ -219,8 +220,9 @@ class SAdam(Optimizer):
                 f"{len(self.param_groups)}"
             )
         for index, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
-            _check_same_basis(index, group, saved.get("basis_fingerprint"))
-        bases = [{k: g[k] for k in BASIS_KEYS if k in g} for g in self.param_groups]
+            _check_same_basis(index, group, saved.get(FINGERPRINT))
+        own = (*BASIS_KEYS, FINGERPRINT)
+        bases = [{k: g[k] for k in own if k in g} for g in self.param_groups]
         super().load_state_dict(state_dict)
         for group, basis, saved in zip(self.param_groups, bases, saved_groups, strict=True):
             group.update(basis)
@@ -397,7 +399,7 @@ def _prepare_basis(group: dict[str, Any]) -> None:
         "scale": scale,
         "complement": complement,
         "on_host": on_host,
-        "basis_fingerprint": fingerprint,
+        FINGERPRINT: fingerprint,
     }
 
 
@@ -407,7 +409,7 @@ def _check_same_basis(index: int, group: dict[str, Any], saved: Tensor | None) -
         raise ValueError(f"parameter group {index} has {have} basis, its saved state had {had} one")
     if saved is None:
         return
-    own = group["basis_fingerprint"]
+    own = group[FINGERPRINT]
     same_shape = saved.shape == own.shape
     scale = float(own.abs().max()) or 1.0
     if not same_shape or float((saved.cpu().double() - own).abs().max()) > 1e-5 * scale:
