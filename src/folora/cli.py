@@ -252,7 +252,10 @@ def _print_plan(found: Plan) -> None:
         )
     else:
         console.print(f"Training takes {_bytes(own.training)} {free}, and activations.")
-    console.print("Times are estimates from a second of measuring here; expect a factor of three.")
+    console.print(
+        "Times are estimates from a second of measuring here; expect a factor of three. Sampling may end "
+        "earlier (sampling.tolerance)."
+    )
 
 
 def _print_report(report: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from folora.preparation import check_adapter, solved_directions
 
 PROBE = 512
 DECODING_EFFICIENCY = 0.15  # of a large product's rate, for one token a row
-PART_OF_EIGH = 0.5  # of a whole solve, where LAPACK finds the leading vectors alone; measured
+PART_OF_EIGH = 0.4  # of a whole solve, where LAPACK finds the leading vectors alone; measured
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,8 @@ def plan(config: FoLoraConfig, task_tokens: int | None = None, rows: int | None 
     flops, eigh_seconds = _speed(device, dtype)
 
     sampling = config.sampling
-    sampled = sampling.num_sequences * (sampling.min_new_tokens + sampling.max_new_tokens) // 2
+    length = (sampling.min_new_tokens + sampling.max_new_tokens) // 2
+    sampled = 0 if config.base is not None else sampling.num_sequences * length  # at most
     text = model_config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 1)
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
