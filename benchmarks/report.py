@@ -214,7 +214,23 @@ def real(source: Source, plan: str, task: str) -> Block:
 
 
 def turned(source: Source, plan: str, task: str, *others: str) -> Block:
-    """Values of one knob of folora, beside its arms in other plans with the same seeds and rates."""
+    """How many directions are kept, beside arms of other plans, by the kept score."""
+    return _turned(source, plan, task, others, lambda result: result)
+
+
+def turned_by_meter(source: Source, plan: str, task: str, *others: str) -> Block:
+    """The same by the KL alone, which tells more than few questions do."""
+    return _turned(source, plan, task, others, without_scores)
+
+
+def _turned(
+    source: Source,
+    plan: str,
+    task: str,
+    others: Sequence[str],
+    seen: Callable[[Result], Result],
+) -> Block:
+    """Values of folora's knobs, beside its arms in other plans with the same seeds and rates."""
     results = source.chosen(plan, task)
     wanted = {(r.seed, rate_of(r)) for r in results}
     whole = [
@@ -225,9 +241,7 @@ def turned(source: Source, plan: str, task: str, *others: str) -> Block:
     ]
     ordered = sorted(results, key=lambda r: [str(r.changes.get(k, "")) for k in (BEYOND, KEPT)])
     together = [*whole, *(_relabelled(r, _setting(r)) for r in ordered)]
-    table = comparison_table([without_scores(r) for r in together], task, reference=WHOLE)
-    if any(r.stage.startswith("world") for r in results):
-        table = comparison_table(together, task, reference=WHOLE)
+    table = comparison_table([seen(r) for r in together], task, reference=WHOLE)
     return Block(_paragraphs(table.markdown(), source.missing(plan, task)))
 
 
@@ -353,6 +367,7 @@ BLOCKS: dict[str, Callable[..., Block]] = {
     "compared": compared,
     "demo": demo,
     "turned": turned,
+    "turned_by_meter": turned_by_meter,
     "enough": enough,
     "steps": steps,
     "preparation": preparation,

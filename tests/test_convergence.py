@@ -75,7 +75,11 @@ def test_a_few_inputs_are_watched_over_the_whole_model() -> None:
 class FakeEngine:
     """Forty random tokens for every number."""
 
+    def __init__(self) -> None:
+        self.written = 0
+
     def __call__(self, numbers: Sequence[int]) -> list[list[int]]:
+        self.written += len(numbers)
         return [
             torch.randint(3, 99, (40,), generator=torch.Generator().manual_seed(n)).tolist()
             for n in numbers
@@ -115,6 +119,15 @@ def early(
     )  # fmt: skip
     Run(config).run()
     return config
+
+
+def test_a_yes_comes_before_another_batch_is_decoded() -> None:
+    config = folora.SamplingConfig(
+        num_sequences=300, min_new_tokens=32, max_new_tokens=40, batch_size=64
+    )
+    engine = FakeEngine()
+    sample(engine, 1, [2], config, enough=lambda sequences: True)
+    assert engine.written == 64
 
 
 def test_a_run_ends_sampling_early(early: FoLoraConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from peft import LoraConfig, OSFConfig, get_peft_model
@@ -53,7 +54,7 @@ def statistics_times(model: PreTrainedModel, tokens: int, rounds: int) -> Times:
             model(**batch, use_cache=False)
 
     forward()
-    measure = lambda: second_moments(model, groups, batches)  # noqa: E731
+    measure = partial(second_moments, model, groups, batches)
     return alternated({"forward pass": forward, "statistics": measure}, rounds)
 
 

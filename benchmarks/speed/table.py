@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.speed.shapes import SHAPES, Shape
 from benchmarks.speed.steps import BASELINE, MODES
+from folora.activations import GRAM_SHARE
 from folora.report import NONE, Table
 
 LARGER = {
@@ -151,7 +152,7 @@ def scale_table(results: Sequence[Mapping[str, Any]]) -> Table:
                 _size(moments // 2),
                 _size(2 * 4 * max(shape.hidden, shape.inner) ** 2),
                 _size(moments / 2),
-                f"{100 * moments / 4 / shape.parameters:.0f}",
+                f"{100 * GRAM_SHARE * moments / 4 / shape.parameters:.0f}",
                 *(_time(s) for s in seconds),
             )
         )

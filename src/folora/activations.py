@@ -26,7 +26,8 @@ from folora.sadam import full_fp32_matmul
 
 logger = logging.getLogger(__name__)
 
-GRAM_BLOCKS = 4  # of columns; of the products then 5/8 are left
+GRAM_BLOCKS = 4  # of columns
+GRAM_SHARE = (GRAM_BLOCKS + 1) / (2 * GRAM_BLOCKS)  # of the products that are left then
 
 Batch = dict[str, Tensor]
 

@@ -303,13 +303,13 @@ class Run:
 
     def _take_samples(self) -> ProxySet:
         """The samples of the base file, instead of sampling."""
-        found = self._base_file()
         folder = self.folder / SAMPLES
         if (folder / "set").exists():
-            manifest = read_manifest(folder / "set", "samples")
-            if manifest.get("fingerprint") == found.proxies.fingerprint:
-                return found.proxies
+            wanted = read_base_manifest(Path(required(self.config.base, "base")), self.model_facts)
+            if read_manifest(folder / "set", "samples").get("fingerprint") == wanted["samples"]:
+                return load_proxy_set(folder, self.model_facts)
             self._set_aside(folder)
+        found = self._base_file()
         write_proxy_set(
             folder, found.proxies, {**self.model_facts, "base": found.manifest["sha256"]}
         )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from folora.activations import InputGroup, find_groups, target_layers
+from folora.activations import GRAM_SHARE, InputGroup, find_groups, target_layers
 from folora.config import FoLoraConfig
 from folora.loading import device_of, load_config, load_skeleton, required
 from folora.preparation import check_adapter, solved_directions
@@ -78,10 +78,9 @@ class Plan:
     @property
     def advice(self) -> Storage | None:
         """The first way that fits into what is free: as configured, or else the next best; or None."""
-        own, *others = self.storages
-        return next(
-            (s for s in [own, *others] if s.training < self.free and s.device <= own.device), None
-        )
+        most = self.storages[0].device
+        fitting = (s for s in self.storages if s.training < self.free and s.device <= most)
+        return next(fitting, None)
 
 
 def plan(config: FoLoraConfig, task_tokens: int | None = None, rows: int | None = None) -> Plan:
@@ -124,7 +123,7 @@ def plan(config: FoLoraConfig, task_tokens: int | None = None, rows: int | None 
     cache = 2 * text.num_hidden_layers * heads * head * dtype.itemsize
     cache *= sampling.batch_size * sampling.max_new_tokens
     task_measured = config.statistics.task_examples * min(config.data.max_length, 256)
-    gram = sum(2 * g.d_in**2 for g in groups)
+    gram = GRAM_SHARE * sum(2 * g.d_in**2 for g in groups)
     forward = 2 * parameters
     kept = solved_directions(config)
     spectrum = sum(4 * g.d_in * min(kept or g.d_in, g.d_in) for g in groups)
@@ -185,11 +184,9 @@ def ways(config: FoLoraConfig, groups: Sequence[InputGroup], without: int) -> li
         return Storage(title, flags, device, host, without + device)
 
     own = way(config.directions, config.spectrum.storage)
-    others = [way(None, s) for s in ("float32", "bfloat16", "host")] + [
-        way(config.adapter.r, "float32")
-    ]
-    others = [other for other in others if other != own]
-    return [own, *sorted(others, key=lambda s: -s.device)]
+    every = [way(None, s) for s in ("float32", "bfloat16", "host")]
+    every.append(way(config.adapter.r, "float32"))
+    return [own, *sorted((w for w in every if w != own), key=lambda w: -w.device)]
 
 
 def widths(groups: Sequence[InputGroup]) -> list[tuple[int, int, int]]:

@@ -61,7 +61,7 @@ class Complement:
         P      <- P - lr * gate * (X - X H T_k T_k')         back, and off the span of T_k
 
     Attributes:
-        dual: H T_k, shape (d, k), the same dtype and device as the basis.
+        dual: H T_k, shape (d, k), any floating dtype.
         weight: w, shape (d,).
         gate: Share of the step that they keep, in [0, 1].
     """

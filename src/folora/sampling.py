@@ -331,18 +331,18 @@ def sample(
             for tokens in batch:
                 if len(accepted) == config.num_sequences:
                     break
-                if enough and len(accepted) == look:
+                attempts += 1
+                body = tokens[:-1] if tokens and tokens[-1] in eos_ids else tokens
+                reason = rejection(body, seen)
+                if reason is not None:
+                    rejected[reason] += 1
+                    continue
+                accepted.append([start_id, *tokens])
+                if enough and len(accepted) == look:  # before another batch is decoded
                     found = _split(accepted, config, rejected)
                     if enough(found.calibration):
                         return found
                     look = next(looks, None)
-                attempts += 1
-                body = tokens[:-1] if tokens and tokens[-1] in eos_ids else tokens
-                reason = rejection(body, seen)
-                if reason is None:
-                    accepted.append([start_id, *tokens])
-                else:
-                    rejected[reason] += 1
             tick(len(accepted) - before, sum(map(len, batch)))
             if len(accepted) == config.num_sequences:
                 break
