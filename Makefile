@@ -4,13 +4,20 @@ ifeq (,$(shell command -v $(PYTHON) 2>/dev/null))
 PYTHON := python3
 endif
 VENV := .venv
+TOOLS := .venv-tools
+LOCK := requirements-dev.txt
+CPU_LOCK := requirements-cpu.txt
+TOOLS_LOCK := requirements-tools.txt
 RUN := $(VENV)/bin/python
+INSTALL := pip install --quiet --require-hashes --no-deps --no-build-isolation
+COMPILE = $(TOOLS)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+    --no-annotate --custom-compile-command 'make lock' $(UPGRADE)
 # Spinning OpenMP threads cost a multiple on shared cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test results lint format clean
+.PHONY: demo test results lint format lock sbom audit clean
 
 demo: $(VENV)/ready
 	$(RUN) -m demo --output demo/output
@@ -25,17 +32,45 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/pip check
 
 format: $(VENV)/ready
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-# torch first and by itself: pinned, it is a CPU build where one is on offer.
-$(VENV)/ready: pyproject.toml constraints.txt
+# Every file that is installed must have a hash in the lock file. It goes in by parts: the build
+# backend, which source packages need; the rest; and what CUDA needs, unless torch is a CPU build.
+$(VENV)/ready: pyproject.toml $(LOCK) $(CPU_LOCK)
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --constraint constraints.txt torch
-	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	awk '/^[a-z]/ { part = /^setuptools=/ ? "backend" : /^(cuda-|nvidia-|triton=)/ ? "cuda" : "rest" } \
+	    part { print > ("$(VENV)/" part ".txt") }' $(LOCK)
+	$(VENV)/bin/$(INSTALL) --requirement $(VENV)/backend.txt
+	$(VENV)/bin/$(INSTALL) --requirement $(CPU_LOCK) || echo "torch is taken from PyPI then"
+	$(VENV)/bin/$(INSTALL) --requirement $(VENV)/rest.txt
+	$(VENV)/bin/pip check >/dev/null || $(VENV)/bin/$(INSTALL) --requirement $(VENV)/cuda.txt
+	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	$(VENV)/bin/pip check
 	touch $@
 
+# What looks at the project from outside: none of it is imported, or could be beside what is.
+$(TOOLS)/ready: $(TOOLS_LOCK)
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/$(INSTALL) --requirement $(TOOLS_LOCK)
+	touch $@
+
+# Versions stay unless they no longer fit; for new ones: make lock UPGRADE=--upgrade
+lock: $(TOOLS)/ready
+	$(COMPILE) --extra dev --output-file $(LOCK) pyproject.toml
+	$(COMPILE) --group tools --output-file $(TOOLS_LOCK)
+
+# What is installed, as CycloneDX.
+sbom: $(VENV)/ready $(TOOLS)/ready
+	$(TOOLS)/bin/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml \
+	    --mc-type library --output-file sbom.json $(VENV)
+
+# Asks PyPI for known vulnerabilities; --strict, or a package it has no answer for would pass.
+audit: $(TOOLS)/ready
+	$(TOOLS)/bin/pip-audit --strict --disable-pip --require-hashes --requirement $(LOCK)
+
 clean:
-	rm -rf $(VENV) demo/output
+	rm -rf $(VENV) $(TOOLS) sbom.json demo/output

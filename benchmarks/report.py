@@ -39,8 +39,8 @@ from benchmarks.source import (
     settings,
 )
 from benchmarks.speed.table import sampling_table, scale_table, setup_table, solve_table, step_table
-from folora.artifacts import write_text
 from folora.config import FoLoraConfig
+from folora.disk import write_text
 from folora.errors import ConfigError, DataError, FoLoraError
 from folora.frontier import at_norm
 from folora.methods import METHODS

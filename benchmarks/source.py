@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.spectra import FORMAT as SPECTRA
 from benchmarks.speed.shapes import SHAPES
 from benchmarks.sweeps import planned, read_plan
-from folora.artifacts import read_json
+from folora.disk import read_json
 from folora.errors import ConfigError, DataError, nearest
 from folora.methods import METHODS
 from folora.results import Result, load_results

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from folora.artifacts import read_artifact, software_versions, write_text
+from folora.artifacts import read_artifact, software_versions
+from folora.disk import write_text
 from folora.pipeline import STATISTICS
 from folora.spectrum import (
     LAMBDA,

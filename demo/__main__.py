@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 from demo.facts import load_facts, score_facts
 from demo.model import smollm2
 from demo.word_problems import answer_of, split
-from folora.artifacts import software_versions, write_json, write_text
+from folora.artifacts import software_versions
 from folora.config import (
     AdapterConfig,
     DataConfig,
@@ -38,6 +38,7 @@ from folora.config import (
     TrainingConfig,
 )
 from folora.data import prepare_task
+from folora.disk import write_json, write_text
 from folora.meter import Meter
 from folora.pipeline import Run
 

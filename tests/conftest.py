@@ -37,6 +37,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from folora.disk import LOCK
+
 CHAT = (
     "{% for m in messages %}{{ '<s>' + m['role'][0] + ':' + m['content'] + '</s>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<s>a:' }}{% endif %}"
@@ -138,6 +140,11 @@ def json_rows() -> list[str]:
     import json
 
     return [json.dumps(row) for row in rows()]
+
+
+def temporary(folder: Path) -> list[Path]:
+    """What a writer that was killed left in a folder; its lock is there for good."""
+    return [p for p in folder.rglob(".*") if p.name != LOCK]
 
 
 TINY_PLAN_BASE = {

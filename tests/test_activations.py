@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from folora.activations import (
     add_upper_gram,
-    check_finite_weights,
     find_groups,
     linear_dims,
     second_moments,
@@ -20,6 +19,7 @@ from folora.activations import (
 )
 from folora.data import batches, text_examples
 from folora.errors import ConfigError, DataError, NumericsError
+from folora.finiteness import check_finite_weights
 
 
 def hooks(model: nn.Module) -> int:

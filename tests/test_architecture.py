@@ -12,9 +12,9 @@ SOURCE = Path(__file__).parents[1] / "src" / "folora"
 
 # From data to adapter and on; a file may import from files before it, never from later ones.
 ORDER = [
-    "errors", "sadam", "spectrum", "config", "artifacts", "filtering", "modes", "progress", "sampling",
+    "errors", "sadam", "spectrum", "config", "disk", "artifacts", "filtering", "modes", "progress", "finiteness", "sampling",
     "data", "activations", "basefile", "divergence", "solving", "convergence", "initialization", "frames", "adapter", "meter",
-    "preparation", "training", "loading", "pipeline", "evaluation", "frontier", "results", "methods", "comparison",
+    "preparation", "checkpoints", "interruption", "training", "loading", "pipeline", "evaluation", "frontier", "results", "methods", "comparison",
     "pictures", "report", "planning", "cli",
 ]  # fmt: skip
 

@@ -124,7 +124,7 @@ def test_another_model_and_damage_are_refused_before_the_run_starts(
     save_file({name: tensors[name]}, tmp_path / "plain.safetensors")
     (tmp_path / "text.safetensors").write_text("{}")
     for file, message in {
-        "cut": "is no base file", "plain": "'base' is needed here", "text": "is no base file",
+        "cut": "is no base file", "plain": "is no base file", "text": "is no base file",
         "absent": "is missing; make it",
     }.items():  # fmt: skip
         path = tmp_path / f"{file}.safetensors"

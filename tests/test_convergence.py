@@ -13,10 +13,10 @@ from test_spectrum import moment
 
 import folora
 from folora.activations import InputGroup, Moments
-from folora.artifacts import read_json
 from folora.cli import main
 from folora.config import FoLoraConfig
 from folora.convergence import Convergence, watched
+from folora.disk import read_json
 from folora.pipeline import Run
 from folora.sampling import sample
 from folora.spectrum import agreement, generalized_eigenbasis, spectral_gate

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -114,6 +115,25 @@ def test_columns_can_be_named() -> None:
 
 
 ROWS = [{"prompt": "p" * (n % 7 + 1), "completion": "c" * (n % 3 + 1)} for n in range(30)]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.parquet"])
+def test_a_data_file_that_unpacks_beyond_memory_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two million bytes of rows, and 4 MB of free memory."""
+    path = tmp_path / name
+    given = [{"prompt": "x" * 1000, "completion": f"{i}{'y' * 1000}"} for i in range(1000)]
+    lines = "\n".join(map(json.dumps, given)).encode()
+    if name.endswith("parquet"):
+        Dataset.from_list(given).to_parquet(path)
+    else:
+        path.write_bytes(gzip.compress(lines) if name.endswith("gz") else lines)
+    assert len(load_rows(str(path))) == 1000
+    free = SimpleNamespace(available=4_000_000)
+    monkeypatch.setattr("folora.data.psutil.virtual_memory", lambda: free)
+    with pytest.raises(DataError, match=rf"{name} cannot be read .*more than 0\.001 GB"):
+        load_rows(str(path))
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.jsonl.gz", "rows.parquet"])

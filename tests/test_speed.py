@@ -13,7 +13,7 @@ from benchmarks.speed.setup import alternated, peer_times, solve_times, statisti
 from benchmarks.speed.shapes import SHAPES, Shape, random_groups, random_model
 from benchmarks.speed.steps import MODES, Contender, _peak_of, race, random_batch
 from benchmarks.speed.table import sampling_table, scale_table, setup_table, solve_table, step_table
-from folora.artifacts import read_json
+from folora.disk import read_json
 
 TINY = Shape(64, 96, 4, 2, 16, 3, 1e6, 4)
 CPU = torch.device("cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from transformers import BertConfig, BertLMHeadModel, TrainerCallback
 
 import folora
 from folora.adapter import lora_factors
+from folora.checkpoints import SEAL, latest_checkpoint
 from folora.config import TrainingConfig
-from folora.errors import ConfigError, NumericsError
+from folora.errors import ArtifactError, ConfigError, NumericsError
 from folora.preparation import check_causal
-from folora.training import complete_checkpoints, sft_config, train
+from folora.training import sft_config, train
 
 
 def prepared(**changes: Any) -> folora.Prepared:
@@ -43,11 +45,10 @@ def test_resumed_equals_uninterrupted_to_the_last_bit(tmp_path: Path, init: str)
     cut = prepared(adapter={"init": init})
     with pytest.raises(KeyboardInterrupt):
         train(cut, make_tokenizer(), tmp_path / "cut", callbacks=[StopAt(5)])
-    (found,) = [p.name for p in complete_checkpoints(tmp_path / "cut")][-1:]
-    assert found == "checkpoint-4"
     # A checkpoint that was cut off while being written is passed over.
-    (tmp_path / "cut" / "checkpoint-5").mkdir()
-    (tmp_path / "cut" / "checkpoint-5" / "trainer_state.json").write_text("{")
+    shutil.copytree(tmp_path / "cut" / "checkpoint-4", tmp_path / "cut" / "checkpoint-5")
+    (tmp_path / "cut" / "checkpoint-5" / SEAL).unlink()
+    assert latest_checkpoint(tmp_path / "cut") == tmp_path / "cut" / "checkpoint-4"
     again = prepared(adapter={"init": init})
     trainer = train(again, make_tokenizer(), tmp_path / "cut")
     assert torch.equal(flat(again), flat(whole))
@@ -153,7 +154,7 @@ def test_another_bases_state_is_refused_on_resume(tmp_path: Path) -> None:
     first = prepared()
     with pytest.raises(KeyboardInterrupt):
         train(first, make_tokenizer(), tmp_path, callbacks=[StopAt(3)])
-    with pytest.raises(ValueError, match="another basis"):
+    with pytest.raises(ArtifactError, match=r"checkpoint-2: .*another basis.*Delete"):
         train(prepared(spectrum={"tau": 0.5}), make_tokenizer(), tmp_path)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from conftest import tiny_config
+from conftest import temporary, tiny_config
 from wrong_inputs import KINDS, Found, Wrong
 
 import folora.comparison
@@ -35,7 +35,7 @@ DOORS: list[tuple[Any, str, Found]] = [
     (folora.planning, "load_config", "files"),
     (folora.planning, "load_skeleton", "model"),
     (folora.pipeline, "load_model", "model"),
-    (folora.sampling, "write_json", "work"),
+    (folora.sampling, "write_sealed", "work"),
     (HuggingFaceEngine, "__call__", "work"),
     (folora.pipeline, "measure", "work"),
     (folora.pipeline, "solve", "work"),
@@ -139,7 +139,7 @@ def test_wrong_input(
         assert re.search(case.message.replace("HERE", re.escape(str(here))), message), message
         assert max(entered, key=ORDER.index) == case.found
         if case.found == "work":
-            assert not list(output.rglob(".*"))
+            assert not temporary(output)
             assert not (output / "5-adapter").exists()
             assert not (output / "report.json").exists()
         else:

@@ -35,6 +35,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
+from folora.disk import read_sealed, write_sealed
+
 Found = Literal["options", "files", "model", "work"]
 """What had to be read until it was found: the command line (and config file) alone; data, tokenizer
 and config.json; the weights; or only the computation itself can tell."""
@@ -119,6 +121,15 @@ def json_file(name: str, **changes: Any) -> Edit:
         values = json.loads((folder / name).read_text()) | changes
         kept = {k: v for k, v in values.items() if v is not None}
         (folder / name).write_text(json.dumps(kept))
+
+    return edit
+
+
+def resealed(name: str, **changes: Any) -> Edit:
+    """Set values in a sealed JSON file, as whoever may write it could."""
+
+    def edit(folder: Path) -> None:
+        write_sealed(folder / name, read_sealed(folder / name) | changes)
 
     return edit
 
@@ -646,7 +657,7 @@ MODELS = [
           weights(lambda t: (t[UP].mul_(1e25), t[DOWN].mul_(1e-25))),
           r"inputs of model\.layers\.0\.mlp\.down_proj are not finite or overflow", "work"),
     Wrong("gradients beyond fp32", "--lr 1e30 --training.max_grad_norm 0",
-          r"training diverged: .*model\.layers.*Lower training\.learning_rate \(now 1e\+30\)", "work"),
+          r"step \d: \d+ gradients are not finite.*lower training\.learning_rate \(now 1e\+30\)", "work"),
     Wrong("a loss that TRL does not know", "--training.extra '{loss_type: nlll}'", "training: .*nlll", "work"),
     model("no ridge for a basis that needs one", weights(lambda t: t[NORM][3].zero_()),
           r"model\.layers\.1\.self_attn\.q_proj: C_pre .* positive definite. Give a larger tau", "work",
@@ -736,19 +747,20 @@ OUTPUTS += [
             "options" if command == "export" else "files", command)
     for part, command in STAGES.items()
     for what, edit, message in (
-        ("an old format", lambda f: json_file(f, format_version=0), "format version 0, this folora reads 1"),
-        ("another kind", lambda f: json_file(f, kind="other"), "holds 'other', but"),
+        ("an old format", lambda f: json_file(f, format_version=1), "format version 1, this folora reads 2"),
+        ("another kind", lambda f: resealed(f, kind="other"), "holds 'other', but"),
+        ("a changed word", lambda f: json_file(f, kind="other"), "is damaged: its checksum"),
         ("garbage", lambda f: content(f, b"\xff{"), "cannot be read"),
     )
 ]  # fmt: skip
 OUTPUTS += [
-    damaged(f"another model's {part}", json_file(f"{part}/manifest.json", model="0" * 64),
+    damaged(f"another model's {part}", resealed(f"{part}/manifest.json", model="0" * 64),
             f"{part} belongs to another model", "model", command)
     for part, command in STAGES.items()
     if command != "export"
 ]  # fmt: skip
 OUTPUTS += [
-    damaged("a list for a manifest", content("3-spectrum/manifest.json", "[]"), "3-spectrum/manifest.json holds None"),
+    damaged("a list for a manifest", content("3-spectrum/manifest.json", "[]"), "3-spectrum/manifest.json has format version 1"),
     damaged("half a request for samples", content("1-samples/request.json", "{"), r"request\.json cannot be read"),
     damaged("samples cut off", cut("1-samples/set/tensors.safetensors", 99), "is damaged: its checksum", "model"),
     damaged("statistics without tensors", removed("2-statistics/pre/tensors.safetensors"),

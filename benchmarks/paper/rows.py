@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.paper.recipe import Rows
-from folora.artifacts import write_text
 from folora.data import load_rows
+from folora.disk import write_text
 from folora.errors import DataError
 
 

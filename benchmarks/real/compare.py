@@ -21,9 +21,9 @@ from benchmarks.gemma import gemma3_270m
 from benchmarks.real.targets import TARGETS, data_folder, target_rows
 from benchmarks.sweeps import Places, parser, planned, read_plan, shown, take_over
 from demo.model import smollm2
-from folora.artifacts import write_text
 from folora.comparison import READ_AT, Comparison, Score, Scores
 from folora.config import FoLoraConfig
+from folora.disk import write_text
 from folora.errors import ConfigError, nearest
 from folora.evaluation import Evaluation
 from folora.pipeline import Run

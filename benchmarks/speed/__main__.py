@@ -20,7 +20,8 @@ import torch
 from benchmarks.speed.setup import peer_times, sampling_rates, solve_times, statistics_times
 from benchmarks.speed.shapes import SHAPES, random_model
 from benchmarks.speed.steps import MODES, Contender, race, random_batch
-from folora.artifacts import read_json, software_versions, write_json
+from folora.artifacts import software_versions
+from folora.disk import read_json, write_json
 from folora.errors import ConfigError, nearest
 from folora.progress import progress
 

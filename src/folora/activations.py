@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 GRAM_BLOCKS = 4  # of columns
 GRAM_SHARE = (GRAM_BLOCKS + 1) / (2 * GRAM_BLOCKS)  # of the products that are left then
+LOOK_EVERY = 16  # batches
 
 Batch = dict[str, Tensor]
 
@@ -185,7 +186,7 @@ def second_moments(
         torch.no_grad(),
         full_fp32_matmul(),
     ):
-        for batch in batches:
+        for number, batch in enumerate(batches, 1):
             inputs = {k: v.to(model.device) for k, v in batch.items() if k != "labels"}
             given = inputs.get("attention_mask")
             mask = None if given is None else given.bool()
@@ -193,19 +194,31 @@ def second_moments(
             model(**inputs, use_cache=False)
             tokens += count
             on_batch(count)
+            if number % LOOK_EVERY == 0:  # hours may be left
+                _check_finite(sums)
     if tokens == 0:
         raise DataError("no tokens to measure: every batch is empty or fully masked")
     for name in leaders:
         if name not in sums:
             raise DataError(f"{name} saw no input in {tokens} tokens")
-        upper = sums[name].triu_()
+    _check_finite(sums)
+    for name, total in sums.items():
+        upper = total.triu_()
         sums[name] = (upper + upper.triu(1).T) / tokens
-        if not torch.isfinite(sums[name]).all():
+    return Moments(sums, tokens)
+
+
+def _check_finite(sums: dict[str, Tensor]) -> None:
+    """Raise NumericsError naming the first layer of the forward pass that read NaN, Inf or too much.
+
+    No product is larger than the largest square, so the diagonal tells.
+    """
+    for name, total in sums.items():
+        if not bool(torch.isfinite(total.diagonal()).all()):
             raise NumericsError(
                 f"the inputs of {name} are not finite or overflow; the weights hold NaN, or the "
                 "model needs bf16 or fp32 instead of fp16 (--dtype bfloat16)"
             )
-    return Moments(sums, tokens)
 
 
 def add_upper_gram(total: Float[Tensor, "d d"], rows: Float[Tensor, "n d"]) -> None:
@@ -218,16 +231,6 @@ def add_upper_gram(total: Float[Tensor, "d d"], rows: Float[Tensor, "n d"]) -> N
     for start in range(0, d, width):
         end = min(start + width, d)
         total[:end, start:end].addmm_(rows[:, :end].T, rows[:, start:end])
-
-
-def check_finite_weights(model: nn.Module) -> None:
-    """Raise NumericsError naming the first parameter that holds NaN or Inf."""
-    for name, p in model.named_parameters():
-        if p.is_floating_point() and not p.is_meta and not bool(torch.isfinite(p).all()):
-            raise NumericsError(
-                f"parameter {name} of the model holds NaN or Inf. The checkpoint is damaged, or "
-                "its values overflow in this dtype (--dtype float32)."
-            )
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from folora.artifacts import check_replaceable, write_atomically
+from folora.disk import check_replaceable, write_atomically
 from folora.errors import ConfigError, NumericsError
 from folora.frames import FRAME, Frame, Framed, layer_factors, product
 from folora.initialization import STARTS, Site, Start, leading_singular_spaces

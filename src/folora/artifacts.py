@@ -1,20 +1,15 @@
-"""What stages leave on disk: tensors in safetensors, facts about them in a JSON manifest.
+"""What stages leave on disk: tensors in safetensors, facts about them in a sealed manifest.
 
-An artifact is a folder with ``tensors.safetensors`` and ``manifest.json``. It is written under a
-temporary name, synced, and renamed, so it is there as a whole or not at all. The manifest says what
-the artifact belongs to (fingerprints of model, tokenizer and data) and carries a checksum; reading
-compares both before anything is trusted.
+An artifact is a folder with ``tensors.safetensors`` and ``manifest.json``, there as a whole or not at
+all. The manifest says what the artifact belongs to (fingerprints of model, tokenizer and data) and
+carries the checksum of the tensors; reading compares both before anything is trusted.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import secrets
-import shutil
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,12 +21,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from folora.errors import ArtifactError, ConfigError, MismatchError
+from folora.disk import (
+    check_fits_memory,
+    file_sha256,
+    json_fingerprint,
+    read_json,
+    sealed,
+    unsealed,
+    write_atomically,
+)
+from folora.errors import ArtifactError, MismatchError
 
-FORMAT_VERSION = 1
 TENSORS, MANIFEST = "tensors.safetensors", "manifest.json"
 FINGERPRINT_VALUES = 1024
-LONGEST_NAME = 255  # bytes; what common file systems take
 
 
 @dataclass(frozen=True)
@@ -53,91 +55,6 @@ def software_versions() -> dict[str, str]:
     return found
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Call `write` with a temporary path beside `path`, sync what it wrote, and rename it.
-
-    Works for a file and for a folder; a folder that is already there is replaced.
-
-    Raises:
-        ArtifactError: The disk or the folder does not allow it; the message names the path.
-    """
-    path = Path(path)
-    # Beside the target and not in a folder of its own: killed after the rename, nothing is left.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    replaced = temporary.with_name(f"{temporary.name}.replaced")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for stale in path.parent.glob(f".{path.name}.*"):  # of a writer that was killed
-            _remove(stale)
-        write(temporary)
-        for file in [temporary] if temporary.is_file() else sorted(temporary.rglob("*")):
-            if file.is_file():
-                _sync(file)
-        if path.is_dir():
-            path.rename(replaced)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise ArtifactError(f"cannot write {path}: {error}") from error
-    finally:
-        _remove(temporary)
-        _remove(replaced)
-
-
-def check_writable(folder: Path, what: str) -> None:
-    """Refuse, before any work is done for it, a folder that cannot be. Raises ConfigError."""
-    place = os.path.abspath(folder)
-    while not os.path.lexists(place) and os.path.dirname(place) != place:
-        if "\0" in place or len(os.fsencode(os.path.basename(place))) > LONGEST_NAME:
-            raise ConfigError(f"{what} {str(folder)!r} is no name that a folder can have")
-        place = os.path.dirname(place)
-    if not os.path.isdir(place):
-        raise ConfigError(f"{what} {folder} must be a folder, or become one, but {place} is a file")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise ConfigError(f"{what} {folder} cannot be written: no permission in {place}")
-
-
-def check_replaceable(folder: Path, own: Collection[str]) -> None:
-    """Refuse to replace a folder that holds something else than `own` files. Raises ConfigError."""
-    if folder.is_dir() and (others := sorted({p.name for p in folder.iterdir()} - set(own))):
-        raise ConfigError(
-            f"{folder} holds {others[0]!r}, which would be lost; give a new or an empty folder"
-        )
-
-
-def _remove(path: Path) -> None:
-    """Remove a file or a folder if it is there and can be."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-
-    def write(target: Path) -> None:
-        target.write_text(text, encoding="utf-8")
-
-    write_atomically(Path(path), write)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically."""
-    write_text(Path(path), json.dumps(value, indent=1) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises ArtifactError naming the file if it is missing or damaged."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}") from error
-
-
 def write_artifact(
     path: Path, kind: str, tensors: dict[str, Tensor], facts: dict[str, Any]
 ) -> None:
@@ -156,12 +73,12 @@ def write_artifact(
         save_file(stored, target / TENSORS)
         manifest = {
             "kind": kind,
-            "format_version": FORMAT_VERSION,
             "sha256": file_sha256(target / TENSORS),
             "versions": software_versions(),
             **facts,
         }
-        (target / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(sealed(manifest), indent=1) + "\n"
+        (target / MANIFEST).write_text(text, encoding="utf-8")
 
     write_atomically(Path(path), write)
 
@@ -193,14 +110,9 @@ def check_manifest(
 
     See `read_manifest` for what is raised.
     """
-    if not isinstance(manifest, dict) or manifest.get("kind") != kind:
-        found = manifest.get("kind") if isinstance(manifest, dict) else None
-        raise ArtifactError(f"{file} holds {found!r}, but {kind!r} is needed here")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise ArtifactError(
-            f"{file} has format version {manifest.get('format_version')}, this folora reads "
-            f"{FORMAT_VERSION}; make it again"
-        )
+    manifest = unsealed(manifest, file, artifact)
+    if manifest.get("kind") != kind:
+        raise ArtifactError(f"{file} holds {manifest.get('kind')!r}, but {kind!r} is needed here")
     for name, value in (expected or {}).items():
         if manifest.get(name) != value:
             raise MismatchError(
@@ -216,6 +128,7 @@ def read_artifact(path: Path, kind: str, expected: dict[str, Any] | None = None)
     manifest = read_manifest(path, kind, expected)
     file = Path(path) / TENSORS
     try:
+        check_fits_memory(file)
         checksum = file_sha256(file)
         if checksum != manifest.get("sha256"):
             raise ArtifactError(
@@ -225,18 +138,6 @@ def read_artifact(path: Path, kind: str, expected: dict[str, Any] | None = None)
         return Artifact(load_file(file), manifest)
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{file} cannot be read: {error}") from error
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def json_fingerprint(value: Any) -> str:
-    """SHA-256 of a JSON value in canonical form."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def tokens_fingerprint(rows: Iterable[Iterable[int]]) -> str:
@@ -275,11 +176,3 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _short(value: Any) -> str:
     return value[:12] if isinstance(value, str) else repr(value)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

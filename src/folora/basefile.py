@@ -21,12 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from folora.activations import InputGroup
-from folora.artifacts import (
-    FORMAT_VERSION,
-    check_manifest,
-    software_versions,
-    write_atomically,
-)
+from folora.artifacts import check_manifest, software_versions
+from folora.disk import check_fits_memory, sealed, write_atomically
 from folora.errors import ArtifactError, ConfigError
 from folora.sampling import ProxySet, proxies_from_tensors, proxies_to_tensors
 
@@ -61,7 +57,7 @@ class BaseFile:
         found = {}
         for group in groups:
             home = next((g for g in self.groups if {*group.layers} <= {*g.layers}), None)
-            if home is None:
+            if home is None or home.d_in != group.d_in:
                 raise ConfigError(
                     f"{self.path} has no statistics of what {group.name} reads; it was made for other "
                     "target modules. Make one for these, or for all: folora base"
@@ -105,7 +101,6 @@ def write_base_file(
     tensors |= {f"{g.name}/c_pre": packed(moments[g.name].cpu().float()) for g in groups}
     manifest = {
         "kind": KIND,
-        "format_version": FORMAT_VERSION,
         "sha256": _checksum(tensors),
         "versions": software_versions(),
         "samples": proxies.fingerprint,
@@ -114,7 +109,7 @@ def write_base_file(
         "groups": [{"layers": g.layers, "d_in": g.d_in} for g in groups],
         **facts,
     }
-    header = {HEADER: json.dumps(manifest)}
+    header = {HEADER: json.dumps(sealed(manifest))}
     write_atomically(path, lambda target: save_file(tensors, target, metadata=header))
 
 
@@ -130,8 +125,10 @@ def read_base_manifest(path: Path, expected: Mapping[str, Any] | None = None) ->
             manifest = json.loads((file.metadata() or {}).get(HEADER, "null"))
     except FileNotFoundError:
         raise ArtifactError(f"{path} is missing; make it: folora base") from None
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise ArtifactError(f"{path} is no base file: {error}") from error
+    if manifest is None:
+        raise ArtifactError(f"{path} is no base file: its header says nothing of folora")
     return check_manifest(manifest, path, path, KIND, expected)
 
 
@@ -139,6 +136,7 @@ def read_base_file(path: Path, expected: Mapping[str, Any] | None = None) -> Bas
     """Read a base file after checking manifest and checksum; see `read_base_manifest`."""
     manifest = read_base_manifest(path, expected)
     try:
+        check_fits_memory(path)
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
@@ -151,9 +149,16 @@ def read_base_file(path: Path, expected: Mapping[str, Any] | None = None) -> Bas
         groups = [InputGroup(tuple(g["layers"]), int(g["d_in"])) for g in manifest["groups"]]
         proxies = proxies_from_tensors(tensors, manifest["held_out"], manifest["rejected"])
         triangles = {g.name: tensors[f"{g.name}/c_pre"] for g in groups}
+        if wrong := [g.name for g in groups if len(triangles[g.name]) != _size(g.d_in)]:
+            raise ValueError(f"the triangle of {wrong[0]} has another size than its width asks for")
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"the header of {path} does not fit its contents: {error!r}") from error
     return BaseFile(proxies, groups, triangles, manifest, path)
+
+
+def _size(d: int) -> int:
+    """How many numbers are in the upper triangle of a (d, d) matrix."""
+    return d * (d + 1) // 2
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -21,10 +23,11 @@ from rich.markup import escape
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from folora.artifacts import write_text
 from folora.comparison import Comparison, arms
 from folora.config import FoLoraConfig, option_names, parse_yaml, read_yaml
+from folora.disk import write_text
 from folora.errors import ConfigError, FoLoraError, nearest
+from folora.interruption import Interrupted
 from folora.loading import required
 from folora.methods import METHODS
 from folora.pictures import frontier_picture, norm_picture
@@ -125,18 +128,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FoLoraError as error:
         console.print(f"[bold red]folora:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         console.print(
             "\n[bold]folora:[/] stopped. What is finished is on disk; give the same command again "
             "to go on."
         )
-        return 130
+        return error.exit_code if isinstance(error, Interrupted) else 128 + signal.SIGINT
     return 0
 
 
-def entry() -> None:
-    """Console script."""
-    sys.exit(main())
+def entry() -> NoReturn:
+    """Console script; SIGTERM ends it as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    code = main()
+    if code > 128:  # at once, and not when threads in the middle of an eigenproblem are done
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _interrupt(signum: int, frame: Any) -> NoReturn:
+    raise Interrupted(signum)
 
 
 def _execute(options: argparse.Namespace, config: FoLoraConfig) -> None:
@@ -165,13 +177,14 @@ def _execute(options: argparse.Namespace, config: FoLoraConfig) -> None:
     reads_task = command in ("measure", "train") or (command in ("sample", "base") and run.decides)
     run.check(needs_data=reads_task)
     run.check_stage(command)
-    run.write_config()
-    if command == "base":
-        print(f"wrote {run.share(Path(options.to) if options.to else None)}")
-        return
-    getattr(run, command)()
-    if command == "train":
-        _print_report(run.report())
+    with run.alone():
+        run.write_config()
+        if command == "base":
+            print(f"wrote {run.share(Path(options.to) if options.to else None)}")
+            return
+        getattr(run, command)()
+        if command == "train":
+            _print_report(run.report())
 
 
 def _compare(run: Run, options: argparse.Namespace) -> None:
@@ -191,9 +204,10 @@ def _compare(run: Run, options: argparse.Namespace) -> None:
     run.check(needs_data=True)
     run.check_stage("compare")
     comparison.check(chosen)
-    run.write_config()
-    for _ in comparison.run_all(chosen):
-        pass
+    with run.alone():
+        run.write_config()
+        for _ in comparison.run_all(chosen):
+            pass
     results = [r for r in load_results(folder) if r.task == task and r.stage == run.name]
     table = comparison_table(results, task)
     write_text(folder / "comparison.md", table.markdown())

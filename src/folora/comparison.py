@@ -21,8 +21,9 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from folora.artifacts import read_json, software_versions, write_text
+from folora.artifacts import software_versions
 from folora.config import FoLoraConfig
+from folora.disk import read_json, write_text
 from folora.errors import ArtifactError, ConfigError, DataError
 from folora.meter import total_norm
 from folora.methods import configured, method

@@ -264,6 +264,9 @@ class TrainingConfig:
     warmup_ratio: float = _option(0.03, "share of the steps for warm-up")
     lr_scheduler_type: str = _option("cosine", "any schedule of transformers")
     max_grad_norm: float = _option(1.0, "gradient clipping")
+    non_finite: Literal["stop", "skip"] = _option(
+        "stop", "at a gradient with NaN or Inf: end with its layer's name, or pass over the step"
+    )
     eval_steps: int = _option(0, "run the meter every so many steps; 0: only at the end")
     save_steps: int = _option(200, "steps between checkpoints")
     logging_steps: int = _option(10, "steps between log lines")

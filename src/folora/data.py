@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from datasets import Dataset, load_dataset
+from pyarrow.parquet import ParquetFile
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -123,10 +125,14 @@ def _read_local(path: Path, kind: str | None) -> list[Row]:
     if kind == "json":
         return _read_json(path)
     try:
-        return list(load_dataset(kind, data_files=str(path), split="train"))
-    except Exception as error:  # pyarrow's and the Hub's parsers raise many kinds
-        cause = error.__cause__ or error
-        raise DataError(f"data file {path} cannot be read as {kind}: {cause}") from error
+        with ParquetFile(path) as file:
+            groups = (file.metadata.row_group(i) for i in range(file.num_row_groups))
+            size = sum(group.total_byte_size for group in groups)
+            if size > (most := _most_bytes()):
+                raise ValueError(_too_large(most))
+            return file.read().to_pylist()
+    except Exception as error:  # pyarrow raises many kinds
+        raise DataError(f"data file {path} cannot be read as {kind}: {error}") from error
 
 
 def _read_json(path: Path) -> list[Row]:
@@ -136,9 +142,7 @@ def _read_json(path: Path) -> list[Row]:
     on a line that holds null.
     """
     try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
+        content = _read_bytes(path)
         values = list(_json_values(content.decode("utf-8-sig")))
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         raise DataError(f"data file {path} cannot be read as json: {error}") from error
@@ -150,6 +154,25 @@ def _read_json(path: Path) -> list[Row]:
                 "with named columns"
             )
     return rows
+
+
+def _read_bytes(path: Path) -> bytes:
+    """The file's bytes, unpacked, if there is room for them and for what is made of them."""
+    most = _most_bytes()
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(_too_large(most))
+    return content
+
+
+def _most_bytes() -> int:
+    """How large a data file may be, so that there is room for what is made of it."""
+    return psutil.virtual_memory().available // 4
+
+
+def _too_large(most: int) -> str:
+    return f"it holds more than {most / 1e9:.3g} GB, a quarter of the memory that is free"
 
 
 def _json_values(text: str) -> Iterator[Any]:

@@ -21,31 +21,26 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from folora.activations import InputGroup, check_finite_weights
+from folora.activations import InputGroup
 from folora.adapter import ExportReport, lora_factors, write_adapter, write_merged
 from folora.artifacts import (
     Artifact,
-    check_replaceable,
-    check_writable,
-    json_fingerprint,
     model_fingerprint,
     read_artifact,
-    read_json,
     read_manifest,
     tokenizer_fingerprint,
     write_artifact,
-    write_json,
-    write_text,
 )
 from folora.basefile import BaseFile, read_base_file, read_base_manifest, write_base_file
 from folora.config import FoLoraConfig
@@ -58,7 +53,19 @@ from folora.data import (
     prepare_task,
     text_examples,
 )
+from folora.disk import (
+    alone,
+    check_replaceable,
+    check_writable,
+    json_fingerprint,
+    lock_of,
+    read_sealed,
+    write_json,
+    write_sealed,
+    write_text,
+)
 from folora.errors import ArtifactError, ConfigError, MismatchError, NumericsError
+from folora.finiteness import check_finite_weights
 from folora.loading import device_of, load_config, load_model, load_tokenizer, required
 from folora.meter import Reading, total_norm
 from folora.modes import without_adapter
@@ -84,7 +91,7 @@ from folora.sampling import (
     start_token_id,
     write_proxy_set,
 )
-from folora.solving import bases_from_tensors, bases_to_tensors, solve
+from folora.solving import GroupBasis, bases_from_tensors, bases_to_tensors, solve
 from folora.spectrum import BASES
 from folora.training import FoLoraTrainer, sft_config, train
 
@@ -108,7 +115,25 @@ MADE = {
 STAGE_READS = {"measure": (SET,), "solve": (PRE, TASK), "train": (SET, SPECTRUM)}
 """What a stage finds in the folder."""
 
+WITHOUT_EFFECT = frozenset({"non_finite"})
+"""Options that may change in the middle of a training: what was done so far is the same."""
+
 ExportKind = Literal["adapter", "merged"]
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _alone(method: Callable[Concatenate[Run, P], R]) -> Callable[Concatenate[Run, P], R]:
+    """A method of `Run` during which no other process works in its folder."""
+
+    @wraps(method)
+    def held(self: Run, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self.alone():
+            return method(self, *args, **kwargs)
+
+    return held
 
 
 class Run:
@@ -127,6 +152,16 @@ class Run:
         self.folder = Path(required(config.output, "output"))
         if os.path.isfile(self.folder):  # False for a name too long, at which Path raises
             raise ConfigError(f"output {self.folder} is a file, but must be a folder")
+
+        self._lock = lock_of(self.folder)
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Hold the folder against other processes; every stage does, for its own time.
+
+        Raises:
+            ArtifactError: Another process of folora works there.
+        """
+        return alone(self._lock)
 
     # What the stages are about; loaded when first needed.
 
@@ -216,18 +251,21 @@ class Run:
         """All stages; returns the report."""
         self.check(needs_data=True)
         self.check_stage("run")
-        self.write_config()
-        self.sample()
-        self.measure()
-        self.solve()
-        self.train()
-        self.export()
-        return self.report()
+        with self.alone():
+            self.write_config()
+            self.sample()
+            self.measure()
+            self.solve()
+            self.train()
+            self.export()
+            return self.report()
 
+    @_alone
     def write_config(self) -> None:
         """Leave the resolved config where a reader looks for it."""
         write_text(self.folder / "config.yaml", self.config.to_yaml())
 
+    @_alone
     def sample(self) -> ProxySet:
         """Stage 1: the proxy set."""
         if self.config.base is not None:
@@ -253,11 +291,13 @@ class Run:
             self._set_aside(folder)
             return sample_to_folder(*arguments)
 
+    @_alone
     def measure(self) -> None:
         """Stage 2: C_pre, which belongs to the base model, and C_task."""
         self._measure_pre()
         self._measure_task()
 
+    @_alone
     def share(self, path: Path | None = None) -> Path:
         """Samples and C_pre in one file, for any task on this model; returns its path."""
         proxies = self.sample()
@@ -315,6 +355,7 @@ class Run:
         )
         return found.proxies
 
+    @_alone
     def solve(self) -> None:
         """Stage 3: the eigenbases."""
         pre, task = self.statistics("pre"), self.statistics("task")
@@ -345,6 +386,7 @@ class Run:
 
         self._unless_done(self.folder / SPECTRUM, "spectrum", facts, make)
 
+    @_alone
     def train(self, source: Run | None = None) -> None:
         """Stage 4: training, from the latest checkpoint if there is one.
 
@@ -363,18 +405,21 @@ class Run:
             "data": self.task.fingerprint,
             "held_out": proxies.fingerprint,
             "options": json_fingerprint(
-                [asdict(section) for section in (config.training, config.adapter, config.spectrum)]
+                [
+                    {k: v for k, v in asdict(section).items() if k not in WITHOUT_EFFECT}
+                    for section in (config.training, config.adapter, config.spectrum)
+                ]
             ),
         }
         request_file = folder / "request.json"
-        if request_file.exists() and read_json(request_file) != request:
+        if request_file.exists() and read_sealed(request_file) != request:
             self._set_aside(folder)
         if (folder / "result").exists():
             read_manifest(folder / "result", "training", request)
             logger.info("training: done already")
             return
-        write_json(request_file, request)
-        bases = bases_from_tensors(spectrum.tensors, spectrum.manifest["groups"])
+        write_sealed(request_file, request)
+        bases = source._bases(spectrum)
         prepared = assemble(self.model, bases, self.task, proxies, config)
         trainer = train(prepared, self.tokenizer, folder)
         self._write_result(prepared, trainer, request)
@@ -427,23 +472,24 @@ class Run:
             name: (result.tensors[f"{name}/A"], result.tensors[f"{name}/B"], scaling)
             for name, scaling in result.manifest["scaling"].items()
         }
-        if kind == "merged":
-            base = load_model(self.config, self.name)  # afresh: training wraps the layers
-            if model_fingerprint(base) != result.manifest["model"]:
-                raise MismatchError(
-                    f"{self.name} is not the model that was trained in {self.folder}"
-                )
-            target = path or self.folder / "merged"
-            write_merged(base, base.state_dict(), factors, target)
-            self.tokenizer.save_pretrained(target)
-            return ExportReport(0, 0.0, "", 0.0)
-        return write_adapter(
-            factors,
-            path or self.folder / ADAPTER,
-            base_model=self.name,
-            fan_in_fan_out=result.manifest["fan_in_fan_out"],
-            rank=rank,
-        )
+        with self.alone():
+            if kind == "merged":
+                base = load_model(self.config, self.name)  # afresh: training wraps the layers
+                if model_fingerprint(base) != result.manifest["model"]:
+                    raise MismatchError(
+                        f"{self.name} is not the model that was trained in {self.folder}"
+                    )
+                target = path or self.folder / "merged"
+                write_merged(base, base.state_dict(), factors, target)
+                self.tokenizer.save_pretrained(target)
+                return ExportReport(0, 0.0, "", 0.0)
+            return write_adapter(
+                factors,
+                path or self.folder / ADAPTER,
+                base_model=self.name,
+                fan_in_fan_out=result.manifest["fan_in_fan_out"],
+                rank=rank,
+            )
 
     def report(self) -> dict[str, Any]:
         """What was learned, kept and paid; written to ``report.json`` and returned."""
@@ -469,7 +515,22 @@ class Run:
 
     def statistics(self, part: str) -> Artifact:
         """C_pre (``"pre"``) or C_task (``"task"``) of this model."""
-        return self._read(f"{STATISTICS}/{part}", self.model_facts)
+        path = f"{STATISTICS}/{part}"
+        found = self._read(path, self.model_facts)
+        self._check_groups(path, set(found.tensors), {group.name for group in self.groups})
+        return found
+
+    def _bases(self, spectrum: Artifact) -> list[GroupBasis]:
+        bases = bases_from_tensors(spectrum.tensors, spectrum.manifest["groups"])
+        self._check_groups(SPECTRUM, {b.group for b in bases}, set(self.groups))
+        return bases
+
+    def _check_groups(self, part: str, found: set[Any], wanted: set[Any]) -> None:
+        if found != wanted:
+            raise MismatchError(
+                f"{self.folder / part} is of other layers than adapter.target_modules "
+                f"{self.config.adapter.target_modules!r}; make it again: folora {MADE[part][1]}"
+            )
 
     def _read(self, part: str, expected: dict[str, Any] | None = None) -> Artifact:
         self._require(part)

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from folora.activations import (
     InputGroup,
     Moments,
-    check_finite_weights,
     find_groups,
     linear_dims,
     second_moments,
@@ -38,6 +37,7 @@ from folora.data import (
     text_examples,
 )
 from folora.errors import ConfigError
+from folora.finiteness import check_finite_weights
 from folora.initialization import NEED_NULL_BASIS, NEED_WHOLE_BASIS, check_singular_values
 from folora.meter import Meter
 from folora.modes import evaluating

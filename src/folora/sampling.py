@@ -27,17 +27,16 @@ from transformers import (
 )
 
 from folora.artifacts import (
-    json_fingerprint,
     read_artifact,
-    read_json,
     tokenizer_fingerprint,
     tokens_fingerprint,
     write_artifact,
-    write_json,
 )
 from folora.config import FIRST_LOOK, SamplingConfig
-from folora.errors import ArtifactError, DataError, MismatchError, NumericsError
+from folora.disk import json_fingerprint, read_sealed, write_sealed
+from folora.errors import DataError, MismatchError, NumericsError
 from folora.filtering import REASONS, rejection
+from folora.finiteness import where_it_breaks
 from folora.modes import evaluating
 from folora.progress import progress
 
@@ -208,7 +207,7 @@ class HuggingFaceEngine:
                     repetition_penalty=1.0,
                 ),
                 logits_processor=LogitsProcessorList(
-                    [_SequenceDraws(wanted, self.eos_ids, config)]
+                    [_SequenceDraws(self.model, wanted, self.eos_ids, config)]
                 ),
             )
         rows = output[: len(numbers), 1:].tolist()
@@ -221,7 +220,10 @@ class _SequenceDraws(LogitsProcessor):
     Returns scores whose argmax is the choice, so that greedy search takes it.
     """
 
-    def __init__(self, numbers: Sequence[int], eos_ids: list[int], config: SamplingConfig) -> None:
+    def __init__(
+        self, model: Any, numbers: Sequence[int], eos_ids: list[int], config: SamplingConfig
+    ) -> None:
+        self.model = model
         self.settings = [decoding_of(n) for n in numbers]
         self.draws = torch.stack(
             [_draws(config.seed, number, config.max_new_tokens) for number in numbers]
@@ -233,8 +235,9 @@ class _SequenceDraws(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores = scores.float()
         if not torch.isfinite(scores).all():
+            where = where_it_breaks(self.model, {"input_ids": input_ids, "use_cache": False})
             raise NumericsError(
-                "the model's logits are not finite while sampling; its weights hold NaN or "
+                f"the model's logits are not finite while sampling: {where}. Its weights hold NaN or "
                 "overflow in this dtype. Check the weights, or load the model in bf16 or fp32."
             )
         if self.step < self.min_new_tokens and self.eos_ids:
@@ -412,13 +415,13 @@ def sample_to_folder(
     }
     request_file = folder / "request.json"
     if request_file.exists():
-        if read_json(request_file) != request:
+        if read_sealed(request_file) != request:
             raise MismatchError(
                 f"{folder} holds samples of another model, start token, length or seed. Choose "
                 "another output folder, or move that one away."
             )
     else:
-        write_json(request_file, request)
+        write_sealed(request_file, request)
     complete = {**request, "asked": [config.num_sequences, config.num_held_out, decision]}
     if (folder / "set").exists():
         try:
@@ -447,9 +450,13 @@ def proxies_to_tensors(proxies: ProxySet) -> dict[str, Tensor]:
 def proxies_from_tensors(
     tensors: Mapping[str, Tensor], held_out: int, rejected: dict[str, int]
 ) -> ProxySet:
-    """Inverse of `proxies_to_tensors`."""
-    lengths = tensors["lengths"].tolist()
-    rows = [row.tolist() for row in tensors["tokens"].split(lengths)]
+    """Inverse of `proxies_to_tensors`. Raises ValueError if lengths do not fit the tokens."""
+    tokens, lengths = tensors["tokens"], tensors["lengths"].tolist()
+    if sum(lengths) != len(tokens) or min(lengths, default=1) < 1:
+        raise ValueError(f"lengths of sequences do not add up to {len(tokens)} tokens")
+    if not 0 <= held_out < len(lengths):
+        raise ValueError(f"{held_out} of {len(lengths)} sequences are held out")
+    rows = [row.tolist() for row in tokens.split(lengths)]
     cut = len(rows) - held_out
     return ProxySet(rows[:cut], rows[cut:], rejected)
 
@@ -480,23 +487,13 @@ def _batches(engine: Engine, size: int, shards: Path | None) -> Iterator[list[li
     while True:
         file = shards / f"shard-{number:06d}.json" if shards is not None else None
         if file is not None and file.exists():
-            batch = read_json(file)
-            if not _is_batch(batch):
-                raise ArtifactError(f"{file} is damaged. Delete it; it will be sampled again.")
+            batch = read_sealed(file)["sequences"]
         else:
             batch = engine(range(number, number + size))
             if file is not None:
-                write_json(file, batch)
+                write_sealed(file, {"sequences": batch})
         yield batch
         number += len(batch)
-
-
-def _is_batch(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) > 0
-        and all(isinstance(row, list) and all(isinstance(t, int) for t in row) for row in value)
-    )
 
 
 def _draws(seed: int, number: int, count: int) -> Tensor:

@@ -114,7 +114,7 @@ def _one_thread_each(
         with threadpool_limits(1):  # scipy's LAPACK has threads of its own
             yield from pool.map(work, groups)
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)  # interrupted, it does not wait for LAPACK
         torch.set_num_threads(threads)  # part of the setting is shared by all threads
 
 

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
 from datasets import Dataset
 from pydantic import TypeAdapter, ValidationError
-from torch import Tensor
+from safetensors import SafetensorError
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from folora.checkpoints import latest_checkpoint, seal_checkpoint, way_out
 from folora.config import TrainingConfig
 from folora.data import pad_batch, text_examples
 from folora.divergence import kl, labelled_logits, masked_target_kl
-from folora.errors import ConfigError, nearest
+from folora.errors import ArtifactError, ConfigError, FoLoraError, NumericsError, nearest
+from folora.finiteness import unsound_gradients, where_it_breaks
+from folora.interruption import StopAfterStep, finishing_step
 from folora.meter import LayerNorms, Reading, total_norm, update_norms
 from folora.modes import without_adapter
 from folora.preparation import Prepared, to_dataset
 
 logger = logging.getLogger(__name__)
+
+MOST_SKIPPED = 20  # steps in a row
 
 CHECKED = {
     "learning_rate": "learning_rate",
@@ -47,6 +52,9 @@ CHECKED = {
 class FoLoraTrainer(SFTTrainer):
     """SFTTrainer on a `Prepared` model: `evaluate` reads the meter and logs what it says.
 
+    A gradient that is not finite never reaches the optimizer: training ends with a NumericsError, or
+    passes over the step, by ``training.non_finite``. Checkpoints are sealed; see `checkpoints`.
+
     Args:
         prepared: From `prepare`.
         args: Any SFTConfig; see `sft_config` for one that follows a `TrainingConfig`.
@@ -62,6 +70,7 @@ class FoLoraTrainer(SFTTrainer):
         **kwargs: Any,
     ) -> None:
         self.prepared = prepared
+        self._unsound, self._skipped_in_a_row = False, 0
         held_out = prepared.task.held_out
         super().__init__(
             model=prepared.model,
@@ -89,6 +98,60 @@ class FoLoraTrainer(SFTTrainer):
         if num_items_in_batch is not None:
             penalty = penalty / self.current_gradient_accumulation_steps
         return (result[0] + penalty, result[1]) if return_outputs else result + penalty
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """SFTTrainer's forward and backward pass, and a look at the gradients before they are used."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        # fp16's scaler skips such steps itself, and looks for its scale by them.
+        if self.accelerator.scaler is None:
+            self._check_gradients(model, inputs)
+        return loss
+
+    def _check_gradients(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """End or pass over a step with a gradient that is not finite. Raises NumericsError."""
+        names = [] if self._unsound else unsound_gradients(model)
+        self._unsound = self._unsound or bool(names)
+        if names:
+            self._stop_or_skip(names, model, inputs)
+        if self._unsound and self.accelerator.sync_gradients:
+            model.zero_grad()  # the optimizer passes over parameters without a gradient
+            self._unsound, self._skipped_in_a_row = False, self._skipped_in_a_row + 1
+        elif self.accelerator.sync_gradients:
+            self._skipped_in_a_row = 0
+
+    def _stop_or_skip(self, names: list[str], model: nn.Module, inputs: dict[str, Any]) -> None:
+        with self.compute_loss_context_manager():
+            where = where_it_breaks(model, inputs)
+        step = self.state.global_step + 1
+        said = f"step {step}: {len(names)} gradients are not finite, such as {names[0]}'s; {where}"
+        skips = self.prepared.config.training.non_finite == "skip"
+        if skips and self._skipped_in_a_row < MOST_SKIPPED:
+            logger.warning("%s. The step is passed over.", said)
+            return
+        rate = self.prepared.config.training.learning_rate
+        way_out = (
+            f"{MOST_SKIPPED} steps in a row were passed over: the model is lost or its data are wrong."
+            if skips
+            else "Look at the rows of this step, or pass over such steps: --training.non_finite skip."
+        )
+        raise NumericsError(
+            f"{said}. The optimizer has seen nothing of it, and checkpoints are sound. {way_out} If it "
+            f"is the model that overflows, lower training.learning_rate (now {rate:g}), or train in "
+            "bf16 or fp32."
+        )
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The Trainer's checkpoint, sealed when it is whole. Raises ArtifactError."""
+        step = self.state.global_step
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: of torch.save
+            raise ArtifactError(f"cannot write the checkpoint {folder}: {error}") from error
+        if self.args.should_save:
+            seal_checkpoint(folder)
 
     def _penalty(self, model: Any, inputs: dict[str, Any]) -> Tensor | None:
         """Weighted divergence from the base on self-samples and on the task; None if unweighted."""
@@ -220,25 +283,18 @@ def _check_extra(extra: dict[str, Any]) -> None:
             raise ConfigError(f"training.extra: {name} is {value!r}: {reason}") from error
 
 
-def complete_checkpoints(folder: Path) -> Sequence[Path]:
-    """Checkpoints of the Trainer that were written to the end, latest last.
-
-    ``trainer_state.json`` is what the Trainer writes last.
-    """
-    found = []
-    for path in folder.glob("checkpoint-*"):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            found.append((int(path.name.rsplit("-", 1)[-1]), path))
-        except (OSError, ValueError):
-            logger.warning("%s was not written to the end and is passed over", path)
-    return [path for _, path in sorted(found)]
-
-
 def train(
     prepared: Prepared, tokenizer: PreTrainedTokenizerBase, folder: Path, **kwargs: Any
 ) -> FoLoraTrainer:
-    """Train to the end, going on from the latest complete checkpoint in `folder`."""
+    """Train to the end, going on from the latest complete checkpoint in `folder`.
+
+    Raises:
+        ConfigError: TRL refuses a combination of options.
+        ArtifactError: A checkpoint cannot be written, or the latest one is damaged or of another
+            basis or model.
+        NumericsError: See `FoLoraTrainer`.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint was written after the last step.
+    """
     config = prepared.config.training
     on_cpu = prepared.model.device.type == "cpu"
     args = sft_config(config, folder, evaluates=bool(prepared.task.held_out), on_cpu=on_cpu)
@@ -246,6 +302,17 @@ def train(
         trainer = FoLoraTrainer(prepared, args, tokenizer, **kwargs)
     except ValueError as error:  # combinations that TRL looks at only here
         raise ConfigError(f"training: {error}") from error
-    checkpoints = complete_checkpoints(folder)
-    trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+    checkpoint = latest_checkpoint(folder)
+    trainer.add_callback(stop := StopAfterStep())
+    try:
+        with finishing_step(stop):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except FoLoraError:
+        raise
+    except Exception as error:  # loaders of states raise what they like
+        if checkpoint is None or stop.began:
+            raise
+        raise ArtifactError(
+            f"training cannot go on from {checkpoint}: {error}. {way_out(checkpoint)}"
+        ) from error
     return trainer

@@ -1,0 +1,232 @@
+"""Files that are there as a whole or not at all, and that tell when they are damaged.
+
+Everything is written under a temporary name beside its place, synced, and renamed. JSON that a later
+stage relies on is sealed: it carries the checksum of what it says. One process at a time works in a
+folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import json
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from folora.errors import ArtifactError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 2
+VERSION, CHECKSUM = "format_version", "checksum"
+LOCK = ".lock"
+LOCK_SECONDS = 3.0  # to wait for another process
+LONGEST_NAME = 255  # bytes; what common file systems take
+LARGEST_JSON = 2**28  # bytes
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write` with a temporary path beside `path`, sync what it wrote, and rename it.
+
+    Works for a file and for a folder; a folder that is already there is replaced.
+
+    Raises:
+        ArtifactError: The disk or the folder does not allow it; the message names the path.
+    """
+    path = Path(path)
+    # Beside the target and not in a folder of its own: killed after the rename, nothing is left.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    replaced = temporary.with_name(f"{temporary.name}.replaced")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for stale in path.parent.glob(
+            f".{glob.escape(path.name)}.*"
+        ):  # of a writer that was killed
+            _remove(stale)
+        write(temporary)
+        sync(temporary)
+        if path.is_dir():
+            path.rename(replaced)
+        os.replace(temporary, path)
+        _sync_one(path.parent)
+    except (OSError, ValueError, SafetensorError) as error:  # ValueError: a NUL in the name
+        raise ArtifactError(f"cannot write {path}: {error}") from error
+    finally:
+        _remove(temporary)
+        _remove(replaced)
+
+
+def sync(path: Path) -> None:
+    """Have a file, or a folder with all that is in it, reach the disk. Raises OSError."""
+    if path.is_dir():
+        for inside in sorted(path.rglob("*")):
+            _sync_one(inside)
+    _sync_one(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically. Raises ArtifactError."""
+
+    def write(target: Path) -> None:
+        target.write_text(text, encoding="utf-8")
+
+    write_atomically(Path(path), write)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically. Raises ArtifactError."""
+    write_text(Path(path), json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises ArtifactError naming the file if it is missing or damaged."""
+    path = Path(path)
+    try:
+        if (size := path.stat().st_size) > LARGEST_JSON:
+            raise ArtifactError(f"{path} has {size} bytes, but must have at most {LARGEST_JSON}")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from error
+
+
+def sealed(values: dict[str, Any]) -> dict[str, Any]:
+    """Values for JSON with the version of their format and a checksum; see `unsealed`."""
+    versioned = json.loads(json.dumps({VERSION: FORMAT_VERSION, **values}))  # as it will be read
+    return {**versioned, CHECKSUM: json_fingerprint(versioned)}
+
+
+def unsealed(found: Any, file: Path, owner: Path | None = None) -> dict[str, Any]:
+    """The values of a sealed JSON object.
+
+    Args:
+        found: What was parsed.
+        file: Where it was read, for messages.
+        owner: The folder that is worth nothing without this file, if there is one.
+
+    Raises:
+        ArtifactError: It is of another version, or not what was written.
+    """
+    version = found.get(VERSION) if isinstance(found, dict) else None
+    if version != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{file} has format version {version if version is not None else 1}, this folora reads "
+            f"{FORMAT_VERSION}; move {owner or file} away, so that it is made again"
+        )
+    values = {name: value for name, value in found.items() if name != CHECKSUM}
+    checksum = json_fingerprint(values)
+    del values[VERSION]
+    if checksum != found.get(CHECKSUM):
+        raise ArtifactError(
+            f"{file} is damaged: its checksum is {checksum[:12]}, but it says "
+            f"{str(found.get(CHECKSUM))[:12]}. Delete {owner or file}; it will be made again."
+        )
+    return values
+
+
+def write_sealed(path: Path, values: dict[str, Any]) -> None:
+    """Write a sealed JSON file atomically. Raises ArtifactError."""
+    write_json(path, sealed(values))
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Read a sealed JSON file. Raises ArtifactError as `read_json` and `unsealed`."""
+    return unsealed(read_json(path), Path(path))
+
+
+def json_fingerprint(value: Any) -> str:
+    """SHA-256 of a JSON value in canonical form."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes. Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_fits_memory(path: Path) -> None:
+    """Refuse, before it is read, a file that is larger than what is free. Raises ArtifactError."""
+    size, free = os.path.getsize(path), psutil.virtual_memory().available
+    if size > free:
+        raise ArtifactError(f"{path} has {size / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free")
+
+
+def check_writable(folder: Path, what: str) -> None:
+    """Refuse, before any work is done for it, a folder that cannot be. Raises ConfigError."""
+    place = os.path.abspath(folder)
+    while not os.path.lexists(place) and os.path.dirname(place) != place:
+        if "\0" in place or len(os.fsencode(os.path.basename(place))) > LONGEST_NAME:
+            raise ConfigError(f"{what} {str(folder)!r} is no name that a folder can have")
+        place = os.path.dirname(place)
+    if not os.path.isdir(place):
+        raise ConfigError(f"{what} {folder} must be a folder, or become one, but {place} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"{what} {folder} cannot be written: no permission in {place}")
+
+
+def check_replaceable(folder: Path, own: Collection[str]) -> None:
+    """Refuse to replace a folder that holds something else than `own` files. Raises ConfigError."""
+    if folder.is_dir() and (others := sorted({p.name for p in folder.iterdir()} - set(own))):
+        raise ConfigError(
+            f"{folder} holds {others[0]!r}, which would be lost; give a new or an empty folder"
+        )
+
+
+def lock_of(folder: Path) -> FileLock:
+    """The lock of a folder, for `alone`; one object may be taken again by who holds it."""
+    return FileLock(folder / LOCK, timeout=LOCK_SECONDS)
+
+
+@contextlib.contextmanager
+def alone(lock: FileLock) -> Iterator[None]:
+    """Work in a folder with no other process of folora in it; the system frees it after a kill.
+
+    Raises:
+        ArtifactError: Another process works there, or the folder cannot be written.
+    """
+    folder = Path(lock.lock_file).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise ArtifactError(
+            f"another process of folora works in {folder}; wait for it, or choose another output"
+        ) from None
+    except NotImplementedError:  # some network file systems
+        logger.warning("%s cannot be locked; let no other process work there", folder)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {folder}: {error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder if it is there and can be."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,202 @@
+"""What is written is there as a whole; what is damaged, full, forbidden or taken is named."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import temporary
+from hypothesis import given
+from hypothesis import strategies as st
+
+import folora.disk
+from folora.artifacts import read_artifact, read_manifest, write_artifact
+from folora.disk import (
+    FORMAT_VERSION,
+    alone,
+    lock_of,
+    read_json,
+    read_sealed,
+    sealed,
+    unsealed,
+    write_atomically,
+    write_sealed,
+)
+from folora.errors import ArtifactError
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inside: st.lists(inside) | st.dictionaries(st.text(), inside),
+    max_leaves=12,
+)
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """A disk on which no file can grow beyond `size` bytes; the error differs from ENOSPC in name."""
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, former[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+
+
+@given(
+    st.dictionaries(
+        st.text().filter(lambda n: n not in ("checksum", "format_version")), json_values
+    )
+)
+def test_sealed_values_come_back(values: dict[str, Any]) -> None:
+    found = json.loads(json.dumps(sealed(values)))
+    assert unsealed(found, Path("x.json")) == values
+
+
+@given(st.data())
+def test_no_flipped_bit_of_a_sealed_file_goes_unseen(data: st.DataObject) -> None:
+    values = {"kind": "samples", "held_out": 16, "rejected": {"short": 3}, "scaling": 1.25}
+    content = bytearray(json.dumps(sealed(values), indent=1).encode())
+    bit = data.draw(st.integers(0, 8 * len(content) - 1))
+    content[bit // 8] ^= 1 << bit % 8
+    try:
+        found = unsealed(json.loads(content.decode()), Path("x.json"))
+    except (ArtifactError, ValueError):
+        return
+    assert found == values  # a blank became another blank
+
+
+@pytest.mark.parametrize("version", [None, 1, FORMAT_VERSION + 1, "2"])
+def test_another_format_is_refused_by_name(tmp_path: Path, version: Any) -> None:
+    file = tmp_path / "request.json"
+    values = sealed({"a": 1}) | {"format_version": version}
+    file.write_text(json.dumps(values))
+    with pytest.raises(ArtifactError, match=rf"request.json has format version .*{FORMAT_VERSION}"):
+        read_sealed(file)
+
+
+def test_a_manifest_with_a_changed_number_is_damaged(tmp_path: Path) -> None:
+    write_artifact(tmp_path / "a", "training", {"x": torch.ones(3)}, {"scaling": {"q": 1.0}})
+    file = tmp_path / "a" / "manifest.json"
+    file.write_text(file.read_text().replace('"q": 1.0', '"q": 9.0'))
+    with pytest.raises(ArtifactError, match=r"manifest.json is damaged.*Delete .*/a; it will"):
+        read_manifest(tmp_path / "a", "training")
+
+
+@pytest.mark.parametrize("size", [0, 10, 200])
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, size: int) -> None:
+    """The tensors take less than 100 bytes, the manifest more than 200."""
+    write_artifact(tmp_path / "a", "samples", {"x": torch.zeros(2)}, {"made": "before"})
+    write_sealed(tmp_path / "b.json", {"made": "before", "text": "x" * 200})
+    with files_of_at_most(size):
+        with pytest.raises(ArtifactError, match=f"cannot write {tmp_path / 'a'}.*too large"):
+            write_artifact(tmp_path / "a", "samples", {"x": torch.ones(2)}, {"made": "after"})
+        with pytest.raises(ArtifactError, match=r"cannot write .*b\.json.*too large"):
+            write_sealed(tmp_path / "b.json", {"made": "after", "text": "x" * 200})
+    assert not temporary(tmp_path)
+    assert read_artifact(tmp_path / "a", "samples").manifest["made"] == "before"
+    assert read_sealed(tmp_path / "b.json")["made"] == "before"
+
+
+def test_a_read_only_folder_is_named() -> None:
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o555)
+    user = os.geteuid()
+    try:
+        if user == 0:  # who may write everywhere
+            os.seteuid(65534)
+        with pytest.raises(ArtifactError, match=f"cannot write {folder / 'b.json'}"):
+            write_sealed(folder / "b.json", {})
+        with pytest.raises(ArtifactError, match=f"cannot write {folder}"), alone(lock_of(folder)):
+            pass
+    finally:
+        os.seteuid(user)
+        folder.chmod(0o755)
+        shutil.rmtree(folder)
+
+
+def test_a_folder_that_vanishes_while_it_is_written_to_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+
+    def write(target: Path) -> None:
+        target.write_text("x")
+        shutil.rmtree(folder)
+
+    with pytest.raises(ArtifactError, match=r"cannot write .*run/a.txt"):
+        write_atomically(folder / "a.txt", write)
+
+
+def test_everything_is_synced_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By inode: every file and folder of the artifact, then the rename, then the parent."""
+    done: list[Any] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(descriptor: int) -> None:
+        done.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def noted_replace(source: Any, target: Any) -> None:
+        done.append("renamed")
+        replace(source, target)
+
+    monkeypatch.setattr(folora.disk.os, "fsync", noted_fsync)
+    monkeypatch.setattr(folora.disk.os, "replace", noted_replace)
+    write_artifact(tmp_path / "a", "samples", {"x": torch.ones(3)}, {})
+    inside = {p.stat().st_ino for p in [tmp_path / "a", *(tmp_path / "a").iterdir()]}
+    cut = done.index("renamed")
+    assert set(done[:cut]) == inside
+    assert done[cut + 1 :] == [tmp_path.stat().st_ino]
+
+
+def test_a_json_file_of_gigabytes_is_not_read(tmp_path: Path) -> None:
+    file = tmp_path / "request.json"
+    with open(file, "wb") as opened:
+        opened.truncate(2**40)  # sparse
+    began = time.monotonic()
+    with pytest.raises(ArtifactError, match=r"request.json has 1099511627776 bytes"):
+        read_json(file)
+    write_artifact(tmp_path / "a", "samples", {"x": torch.ones(3)}, {})
+    with open(tmp_path / "a" / "tensors.safetensors", "r+b") as opened:
+        opened.truncate(2**40)
+    with pytest.raises(ArtifactError, match=r"tensors.safetensors has 1099\.5 GB, but .* are free"):
+        read_artifact(tmp_path / "a", "samples")
+    assert time.monotonic() - began < 5
+
+
+def hold(folder: Path, held: Any, enough: Any) -> None:
+    with alone(lock_of(folder)):
+        held.set()
+        enough.wait(60)
+
+
+@pytest.mark.parametrize("end", ["leaves", "is killed"])
+def test_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    monkeypatch.setattr(folora.disk, "LOCK_SECONDS", 0.05)
+    fork = multiprocessing.get_context("fork")
+    held, enough = fork.Event(), fork.Event()
+    other = fork.Process(target=hold, args=(tmp_path, held, enough))
+    other.start()
+    assert held.wait(60)
+    lock = lock_of(tmp_path)
+    taken = pytest.raises(ArtifactError, match=f"another process of folora works in {tmp_path}")
+    with taken, alone(lock):
+        pass
+    if end == "leaves":
+        enough.set()
+    else:
+        other.kill()
+    other.join()
+    with alone(lock), alone(lock):  # who holds it may take it again
+        pass
