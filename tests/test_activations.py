@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_gpt2, make_llama
 from torch import nn
 from transformers import PreTrainedModel
 
+from benchmarks.tiny import make_gpt2, make_llama
 from folora.activations import (
     add_upper_gram,
     find_groups,

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MAKERS, make_llama
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks.tiny import MAKERS, make_llama
 from folora.activations import find_groups, second_moments, target_layers
 from folora.adapter import (
     attach,

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from benchmarks.tiny import make_llama, make_tokenizer, tiny_config
 from folora.artifacts import read_artifact
 from folora.basefile import packed, read_base_file, read_base_manifest, unpacked
 from folora.cli import main

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import make_llama, make_tokenizer
 
+from benchmarks.tiny import make_llama, make_tokenizer
 from folora.cli import main
 from folora.config import FoLoraConfig
 from folora.planning import plan

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_config
 
+from benchmarks.tiny import tiny_config
 from folora.cli import main
 from folora.comparison import Arm, Comparison, arms
 from folora.config import FoLoraConfig

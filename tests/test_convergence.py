@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer, rows, tiny_config
 from test_spectrum import moment
 
 import folora
+from benchmarks.tiny import make_llama, make_tokenizer, rows, tiny_config
 from folora.activations import InputGroup, Moments
 from folora.cli import main
 from folora.config import FoLoraConfig

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tokenizer
 from datasets import Dataset
 
+from benchmarks.tiny import make_tokenizer
 from folora.config import DataConfig
 from folora.data import (
     ALPACA,

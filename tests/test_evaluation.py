@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer
 from peft import LoraConfig, get_peft_model
 
 from benchmarks.tasks import utils
+from benchmarks.tiny import make_llama, make_tokenizer
 from folora.errors import ConfigError, DataError
 from folora.evaluation import Evaluation
 

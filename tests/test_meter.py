@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from conftest import make_llama
 from peft import LoraConfig, get_peft_model
 
+from benchmarks.tiny import make_llama
 from folora.data import IGNORE, Example
 from folora.errors import DataError
 from folora.meter import Meter

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from conftest import make_gpt2, make_llama, make_tokenizer, rows, tiny_config
 from peft import LoraConfig, OSFConfig, get_peft_model
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from transformers import PreTrainedModel
 
 import folora
+from benchmarks.tiny import make_gpt2, make_llama, make_tokenizer, rows, tiny_config
 from folora.activations import find_groups, second_moments, target_layers
 from folora.adapter import attach, lora_factors
 from folora.config import FoLoraConfig

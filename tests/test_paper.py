@@ -21,7 +21,6 @@ import nltk
 import pytest
 import torch
 import yaml
-from conftest import make_llama
 from datasets import Dataset, DatasetDict
 from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -35,6 +34,7 @@ from benchmarks.paper.rows import write_rows
 from benchmarks.paper.sandbox import Limits, permission, run
 from benchmarks.paper.scoring import load_passages, scorer, token_loss
 from benchmarks.paper.tasks import functions
+from benchmarks.tiny import make_llama
 from folora.errors import ConfigError, DataError
 from folora.evaluation import Evaluation
 from folora.results import load_results

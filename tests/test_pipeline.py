@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_gpt2, make_llama, make_tokenizer, temporary, tiny_config
+from conftest import temporary
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from benchmarks.tiny import make_gpt2, make_llama, make_tokenizer, tiny_config
 from folora.artifacts import read_artifact, write_artifact
 from folora.config import FoLoraConfig
 from folora.disk import LOCK

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama
 from peft import PeftModel
 from test_adapter import IDS, bases_for, trained
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from benchmarks.tiny import make_llama
 from folora.adapter import attach, export_adapter, export_merged
 from folora.errors import ConfigError
 from folora.initialization import STARTS

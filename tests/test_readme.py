@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import json_rows, tiny_config
 
 import folora
+from benchmarks.tiny import tiny_config, write_rows
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -24,7 +24,7 @@ def test_the_python_example_runs(
         b for b in re.findall(r"```python\n(.*?)```", README, re.S) if "folora.prepare(" in b
     ]
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "rows.jsonl").write_text("\n".join(json_rows()))
+    write_rows(tmp_path / "rows.jsonl")
     small = tiny_config()
     monkeypatch.setattr(folora, "FoLoraConfig", lambda: small)
     ids = torch.randint(3, 50, (2, 12))

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer, rows, tiny_config
 from transformers import TrainerCallback
 
 import folora
+from benchmarks.tiny import make_llama, make_tokenizer, rows, tiny_config
 from folora.adapter import lora_factors
 from folora.checkpoints import SEAL, check_checkpoint, latest_checkpoint
 from folora.errors import ArtifactError, NumericsError
@@ -99,6 +99,17 @@ def test_training_in_another_thread_leaves_signals_alone(tmp_path: Path) -> None
     thread.start()
     thread.join()
     assert steps == [6]
+
+
+def test_no_step_is_taken_beyond_the_last(tmp_path: Path) -> None:
+    """Killed between the last checkpoint and the result; transformers' Trainer would step once more."""
+    constant: Any = {"training": {"lr_scheduler_type": "constant"}}
+    first, again = prepared(**constant), prepared(**constant)
+    train(first, make_tokenizer(), tmp_path)
+    trainer = train(again, make_tokenizer(), tmp_path)
+    assert trainer.state.global_step == 6
+    assert torch.equal(flat(again), flat(first))
+    assert trainer.read()[0].kl > 0
 
 
 @pytest.mark.parametrize("file", [*STATES, "trainer_state.json", SEAL])

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer, tiny_config
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
+from benchmarks.tiny import make_llama, make_tokenizer, tiny_config
 from folora.config import SamplingConfig
 from folora.errors import ArtifactError, DataError, MismatchError, NumericsError
 from folora.sampling import (

@@ -21,9 +21,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_config
 from safetensors.torch import load_file, save_file
 
+from benchmarks.tiny import tiny_config
 from folora.artifacts import read_artifact, write_artifact
 from folora.basefile import HEADER, read_base_file, write_base_file
 from folora.checkpoints import seal_checkpoint

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_gpt2, make_llama, make_tokenizer, rows, tiny_config
 from transformers import BertConfig, BertLMHeadModel, TrainerCallback
 
 import folora
+from benchmarks.tiny import make_gpt2, make_llama, make_tokenizer, rows, tiny_config
 from folora.adapter import lora_factors
 from folora.checkpoints import SEAL, latest_checkpoint
 from folora.config import TrainingConfig

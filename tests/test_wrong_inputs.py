@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from conftest import temporary, tiny_config
+from conftest import temporary
 from wrong_inputs import KINDS, Found, Wrong
 
 import folora.comparison
 import folora.pipeline
 import folora.planning
 import folora.sampling
+from benchmarks.tiny import tiny_config
 from folora.cli import main
 from folora.sampling import HuggingFaceEngine
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from conftest import CHAT, make_llama, make_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -35,6 +34,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
+from benchmarks.tiny import CHAT, make_llama, make_tokenizer
 from folora.disk import read_sealed, write_sealed
 
 Found = Literal["options", "files", "model", "work"]

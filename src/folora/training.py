@@ -9,10 +9,14 @@ from typing import Any, get_type_hints
 
 import torch
 from datasets import Dataset
+from peft import set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
@@ -283,6 +287,20 @@ def _check_extra(extra: dict[str, Any]) -> None:
             raise ConfigError(f"training.extra: {name} is {value!r}: {reason}") from error
 
 
+def _take_if_finished(trainer: FoLoraTrainer, checkpoint: Path) -> bool:
+    """Take the weights of a checkpoint after which nothing is left to do; False if something is.
+
+    The Trainer would take one step more: it looks for its end after a step.
+    """
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    if state.global_step < state.max_steps:
+        return False
+    weights = load_file(checkpoint / SAFETENSORS_WEIGHTS_NAME)
+    set_peft_model_state_dict(trainer.prepared.model, weights)
+    trainer.state = state
+    return True
+
+
 def train(
     prepared: Prepared, tokenizer: PreTrainedTokenizerBase, folder: Path, **kwargs: Any
 ) -> FoLoraTrainer:
@@ -305,6 +323,8 @@ def train(
     checkpoint = latest_checkpoint(folder)
     trainer.add_callback(stop := StopAfterStep())
     try:
+        if checkpoint and _take_if_finished(trainer, checkpoint):
+            return trainer
         with finishing_step(stop):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except FoLoraError:

@@ -1,0 +1,321 @@
+"""Disturb runs in every way that a machine does, and count what was lost: ``python -m benchmarks.reliability.chaos``.
+
+Kinds of trouble, each at moments drawn from a seed:
+
+- *kill*: SIGKILL in every stage of the same run, before some write of the stage or at some time in it.
+- *signal*: Ctrl-C or SIGTERM in every stage; also how long it takes to end.
+- *full disk*: no file can grow beyond some size.
+- *gone*: the output folder is removed in the middle.
+- *two*: a second process is started on the same folder.
+- *damage*: some file of a run is cut, changed by a bit or removed.
+
+After each, the same command is given again. Lost is what then differs, by a byte, from a run that nothing
+disturbed, and what was finished before and was made once more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.reliability.stand import FOLDERS, PATIENCE, STAGES, Stand, on_write
+from benchmarks.tiny import make_llama
+from folora.artifacts import software_versions
+from folora.config import FoLoraConfig
+from folora.disk import write_json
+from folora.progress import progress
+
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+
+
+@dataclass
+class Trial:
+    """One run and what was done to it.
+
+    Attributes:
+        kind: Which trouble.
+        number: Its number, which with the seed gives every moment again.
+        hits: Disturbances that came through, by stage.
+        codes: Exit codes by how often.
+        lost: Differences to the undisturbed run, and other breaches of a promise.
+        slowest: Longest seconds from a signal to the end.
+    """
+
+    kind: str
+    number: int
+    hits: dict[str, int] = field(default_factory=dict)
+    codes: dict[int, int] = field(default_factory=dict)
+    lost: list[str] = field(default_factory=list)
+    slowest: float = 0.0
+
+    def hit(self, stage: str, code: int) -> None:
+        """Count a disturbance and how the attempt ended."""
+        self.hits[stage] = self.hits.get(stage, 0) + 1
+        self.codes[code] = self.codes.get(code, 0) + 1
+
+
+def at_write(stand: Stand, stage: str, count: int, act: Callable[[], None]) -> Callable[[], None]:
+    """What an attempt prepares, so that `act` comes before its write number `count` in a stage.
+
+    With fewer writes left in the stage it comes before the first of a later stage.
+    """
+    order = list(FOLDERS)
+    later = tuple(FOLDERS[name] for name in order[order.index(stage) + 1 :])
+    seen = 0
+
+    def tell(path: str) -> None:
+        nonlocal seen
+        seen += path.startswith(FOLDERS[stage])
+        if seen == count or path.startswith((*later, "report.json")):
+            seen = count + 1
+            act()
+
+    return lambda: on_write(stand.run, tell)
+
+
+def in_stage(
+    stand: Stand, stage: str, after: float, number: int, prepare: Callable[[], None] | None = None
+) -> tuple[int, float, float]:
+    """An attempt that is sent a signal when it has been in a stage for `after` seconds.
+
+    Returns:
+        The process, when it was started, and when the signal was sent.
+    """
+    order = list(STAGES)
+    before = order.index(stage) - 1
+    marker = stand.run / (STAGES[order[before]] if before >= 0 else "config.yaml")
+    began = time.monotonic()
+    process = stand.attempt(prepare or (lambda: None))
+    while not marker.exists() and time.monotonic() - began < PATIENCE and _lives(process):
+        time.sleep(0.0005)
+    time.sleep(after)
+    sent = time.monotonic()
+    if _lives(process):
+        os.kill(process, number)
+    return process, began, sent
+
+
+def _lives(process: int) -> bool:
+    found = os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    return found is None
+
+
+def _kill_self() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill(stand: Stand, seconds: dict[str, float], draw: random.Random, trial: Trial) -> None:
+    """SIGKILL once in every stage, one after the other, and then to the end."""
+    for stage in STAGES:
+        before = stand.done()
+        if draw.random() < 0.5:
+            ended = stand.go(at_write(stand, stage, draw.randint(1, WRITES[stage]), _kill_self))
+        else:
+            after = draw.uniform(0, seconds[stage])
+            process, began, _ = in_stage(stand, stage, after, signal.SIGKILL)
+            ended = stand.ended(process, began)
+        trial.hit(stage, ended.code)
+        if ended.code not in (-signal.SIGKILL, 0):
+            trial.lost.append(f"{stage}: ended with {ended.code}: {ended.said[-300:]}")
+        trial.lost += [f"{stage}: made again: {p}" for p in stand.redone(before)]
+    _finish(stand, trial)
+
+
+WRITES = {"sample": 12, "measure": 12, "solve": 6, "train": 60, "export": 5}
+"""Roughly how many times Python writes, renames or makes something in a stage of the tiny run."""
+
+
+def interrupt(stand: Stand, seconds: dict[str, float], draw: random.Random, trial: Trial) -> None:
+    """Ctrl-C or SIGTERM once in every stage; each ends soon and says how to go on."""
+    for stage in STAGES:
+        before = stand.done()
+        number = draw.choice((signal.SIGINT, signal.SIGTERM))
+        after = draw.uniform(0, seconds[stage])
+        process, began, sent = in_stage(stand, stage, after, number)
+        ended = stand.ended(process, began)
+        trial.hit(stage, ended.code)
+        trial.slowest = max(trial.slowest, began + ended.seconds - sent)
+        if ended.code not in (*STOPPED, 0) or "Traceback" in ended.said:
+            trial.lost.append(f"{stage}: ended with {ended.code}: {ended.said[-300:]}")
+        elif ended.code and "give the same command again" not in " ".join(ended.said.split()):
+            trial.lost.append(f"{stage}: did not say how to go on: {ended.said[-300:]}")
+        trial.lost += [f"{stage}: made again: {p}" for p in stand.redone(before)]
+    _finish(stand, trial)
+
+
+def full_disk(stand: Stand, seconds: dict[str, float], draw: random.Random, trial: Trial) -> None:
+    """Files of at most so many bytes; what stderr says goes to a file as well, and needs some."""
+    size = round(10 ** draw.uniform(3.5, 5.5))
+
+    def prepare() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    ended = stand.go(prepare)
+    trial.hit(_stage_of(stand), ended.code)
+    if not ended.plain or (ended.code == 2 and "cannot write" not in ended.said):
+        trial.lost.append(f"{size} bytes: ended with {ended.code}: {ended.said[-300:]}")
+    _finish(stand, trial)
+
+
+def gone(stand: Stand, seconds: dict[str, float], draw: random.Random, trial: Trial) -> None:
+    """The output folder vanishes before some write; what is there at the end is whole or refused."""
+    stage = draw.choice(list(STAGES))
+
+    def remove() -> None:
+        shutil.rmtree(stand.run, ignore_errors=True)
+
+    ended = stand.go(at_write(stand, stage, draw.randint(1, WRITES[stage]), remove))
+    trial.hit(stage, ended.code)
+    if not ended.plain:
+        trial.lost.append(f"{stage}: ended with {ended.code}: {ended.said[-300:]}")
+    _finish(stand, trial)
+
+
+def two(stand: Stand, seconds: dict[str, float], draw: random.Random, trial: Trial) -> None:
+    """A second process begins while the first one works; one of the two may be refused."""
+    began = time.monotonic()
+    first = stand.attempt()
+    time.sleep(draw.uniform(0, sum(seconds.values())))
+    second = stand.attempt()
+    ended = [stand.ended(first, began), stand.ended(second, began)]
+    for which, one in zip(("first", "second"), ended, strict=True):
+        trial.hit(which, one.code)
+    codes = [one.code for one in ended]
+    if 0 not in codes or not set(codes) <= {0, 2}:
+        trial.lost.append(f"ended with {codes}: {ended[1].said[-300:]}")
+    _finish(stand, trial)
+
+
+def damage(stand: Stand, seconds: dict[str, float], draw: random.Random, trial: Trial) -> None:
+    """Some file of a finished run, or of one that was stopped, is not what it was."""
+    stand.afresh(finished=True)
+    stage = draw.choice([*STAGES, "finished"])
+    for name in list(STAGES)[list(STAGES).index(stage) :] if stage != "finished" else []:
+        part = stand.run / (RESULTS[name])
+        shutil.rmtree(part)
+    files = sorted(n for n in stand.contents() if (stand.run / n).stat().st_size)
+    name = draw.choice(files)
+    file = stand.run / name
+    content = bytearray(file.read_bytes())
+    how = draw.choice(("bit", "cut", "gone"))
+    if how == "bit":
+        bit = draw.randrange(8 * len(content))
+        content[bit // 8] ^= 1 << bit % 8
+    if how == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(content if how == "bit" else content[: draw.randrange(len(content))])
+    ended = stand.go()
+    trial.hit(stage, ended.code)
+    said = " ".join(ended.said.split())
+    if not ended.plain or (ended.code == 2 and Path(name).name not in said):
+        trial.lost.append(f"{name} {how}: ended with {ended.code}: {ended.said[-300:]}")
+    if ended.code == 0:  # it was not needed, or was seen and made again
+        trial.lost += [f"{name} {how}: differs: {n}" for n in stand.lost(but=name)]
+        return
+    shutil.copy(stand.whole / name, file)
+    _finish(stand, trial)
+
+
+RESULTS = {**STAGES, "measure": FOLDERS["measure"], "export": FOLDERS["export"]}
+"""What is removed of a finished run so that it looks as if it had been stopped before a stage."""
+
+KINDS: dict[str, Callable[[Stand, dict[str, float], random.Random, Trial], None]] = {
+    "kill": kill,
+    "signal": interrupt,
+    "full disk": full_disk,
+    "gone": gone,
+    "two": two,
+    "damage": damage,
+}
+
+
+def _finish(stand: Stand, trial: Trial) -> None:
+    """The same command once more, undisturbed."""
+    ended = stand.go()
+    if ended.code != 0:
+        trial.lost.append(f"does not go on: {ended.code}: {ended.said[-500:]}")
+    else:
+        trial.lost += [f"differs: {name}" for name in stand.lost()]
+
+
+def _stage_of(stand: Stand) -> str:
+    """The stage that was not finished."""
+    return next((name for name, part in STAGES.items() if not (stand.run / part).exists()), "none")
+
+
+def disturb(
+    place: Path, seed: int, counts: dict[str, int], changes: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """All trials.
+
+    Args:
+        place: An empty folder.
+        seed: Of every moment and every choice.
+        counts: Trials by kind.
+        changes: Of the tiny run's config.
+
+    Returns:
+        JSON: one entry a trial, what two undisturbed runs do not share, and seconds by stage.
+    """
+    stand = Stand(place, changes or {})
+    seconds = stand.reference()
+    began = time.monotonic()
+    trials = []
+    with progress("trials", sum(counts.values())) as tick:
+        for kind, count in counts.items():
+            for number in range(count):
+                stand.afresh()
+                trial = Trial(kind, number)
+                KINDS[kind](stand, seconds, random.Random(f"{seed} {kind} {number}"), trial)
+                trials.append(trial)
+                for line in trial.lost:
+                    print(f"{kind} {number}: {line}", flush=True)
+                tick()
+    return {
+        "seed": seed,
+        "seconds": round(time.monotonic() - began, 1),
+        "stages": {name: round(s, 3) for name, s in seconds.items()},
+        "varying": sorted(stand.varying),
+        "trials": [asdict(trial) for trial in trials],
+        "versions": software_versions(),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; 1 if anything was lost."""
+    known = argparse.ArgumentParser(prog="benchmarks.reliability.chaos", description=__doc__)
+    known.add_argument("--seed", type=int, default=0)
+    known.add_argument("--count", type=int, default=50, help="trials of each kind [%(default)s]")
+    known.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    known.add_argument("--output", type=Path, help="JSON file")
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    options = known.parse_args(given)
+    torch.set_num_threads(1)  # a fork inherits no threads
+    make_llama()  # loads what forks would each load
+    FoLoraConfig()
+    with tempfile.TemporaryDirectory() as place:
+        found = disturb(Path(place), options.seed, dict.fromkeys(options.kinds, options.count))
+    lost = sum(len(trial["lost"]) for trial in found["trials"])
+    print(f"{len(found['trials'])} runs disturbed in {found['seconds']:.0f} s; lost: {lost}")
+    if options.output:
+        command = " ".join(["python -m benchmarks.reliability.chaos", *given])
+        write_json(options.output, {"command": command, **found})
+    return int(lost > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,236 @@
+"""Where runs are tormented: a tiny run that takes seconds, started in a fork, and compared file by file.
+
+A fork of a process that has everything imported begins at once, so that hundreds of runs are affordable.
+What happens inside is folora's own command line. Python tells of every file that is opened for writing,
+renamed, made or removed (its audit events), which gives moments that no clock would hit.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from transformers.trainer import TRAINER_STATE_NAME
+
+from benchmarks.tiny import tiny_config, write_model, write_rows
+from folora.checkpoints import SEAL
+from folora.cli import entry
+from folora.disk import LOCK, file_sha256, json_fingerprint, read_json
+from folora.errors import ArtifactError
+from folora.pipeline import ADAPTER, PRE, RESULT, SET, SPECTRUM, TASK
+
+STAGES = {
+    "sample": SET,
+    "measure": TASK,
+    "solve": SPECTRUM,
+    "train": RESULT,
+    "export": f"{ADAPTER}/adapter_model.safetensors",
+}
+"""What is there when a stage is done, in order."""
+FOLDERS = {
+    "sample": "1-samples",
+    "measure": "2-statistics",
+    "solve": SPECTRUM,
+    "train": "4-training",
+    "export": ADAPTER,
+}
+STEPS = 6  # of the tiny config's training
+PATIENCE = 120.0  # seconds for a run that takes two
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+Event = Callable[[str], None]
+"""Told the path, relative to the run, before anything is written, renamed, made or removed there."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How an attempt ended.
+
+    Attributes:
+        code: Exit code; negative for a signal.
+        said: What it wrote to stderr.
+        seconds: From its start.
+    """
+
+    code: int
+    said: str
+    seconds: float
+
+    @property
+    def plain(self) -> bool:
+        """Done, or refused with one of folora's sentences: no traceback."""
+        return self.code in (0, 2) and "Traceback" not in self.said
+
+
+@dataclass
+class Stand:
+    """A place with a tiny model, its rows, and the run that is tormented.
+
+    Args:
+        place: An empty folder.
+        changes: Of the run's config.
+    """
+
+    place: Path
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.run = self.place / "run"
+        self.whole = self.place / "whole"
+        model = write_model(self.place / "model")
+        rows = write_rows(self.place / "rows.jsonl")
+        config = tiny_config(model=str(model), dataset=str(rows), output=str(self.run))
+        self.config = self.place / "config.yaml"
+        self.config.write_text(config.changed(self.changes).to_yaml())
+
+    def attempt(self, prepare: Callable[[], None] = lambda: None) -> int:
+        """Start the run in a fork and return its process; `prepare` is called in it first."""
+        process = os.fork()
+        if process == 0:
+            self._child(prepare)
+        return process
+
+    def ended(self, process: int, began: float) -> Ended:
+        """Wait for an attempt, and end one that has lost its patience."""
+        while (found := os.waitpid(process, os.WNOHANG))[0] == 0:
+            if time.monotonic() - began > PATIENCE:
+                os.kill(process, signal.SIGKILL)
+            time.sleep(0.001)
+        said = (self.place / "stderr").read_text(errors="replace")
+        return Ended(os.waitstatus_to_exitcode(found[1]), said, time.monotonic() - began)
+
+    def go(self, prepare: Callable[[], None] = lambda: None) -> Ended:
+        """An attempt to its end."""
+        began = time.monotonic()
+        return self.ended(self.attempt(prepare), began)
+
+    def _child(self, prepare: Callable[[], None]) -> NoReturn:
+        try:
+            for name, stream in (("stdout", 1), ("stderr", 2)):
+                file = os.open(self.place / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+                os.dup2(file, stream)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            sys.argv = ["folora", "run", "--config", str(self.config)]
+            prepare()
+            entry()
+        except SystemExit as error:
+            _leave(error.code if isinstance(error.code, int) else 1)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        _leave(1)
+
+    def reference(self) -> dict[str, float]:
+        """Two runs that nothing disturbs: one to compare with, one to know what differs anyhow.
+
+        Returns:
+            Seconds that each stage took.
+        """
+        found = []
+        for _ in range(2):
+            shutil.rmtree(self.run, ignore_errors=True)
+            ended = self.go()
+            if ended.code != 0:
+                raise RuntimeError(ended.said)
+            found.append(self.contents())
+        self.varying = {n for n in found[0] | found[1] if found[0].get(n) != found[1].get(n)}
+        self.expected = found[1]
+        times = [(self.run / "config.yaml").stat().st_mtime]
+        times += [(self.run / part).stat().st_mtime for part in STAGES.values()]
+        shutil.rmtree(self.whole, ignore_errors=True)
+        shutil.copytree(self.run, self.whole)
+        return dict(
+            zip(STAGES, (b - a for a, b in zip(times, times[1:], strict=False)), strict=True)
+        )
+
+    def afresh(self, finished: bool = False) -> None:
+        """An empty run folder, or a copy of the finished run."""
+        shutil.rmtree(self.run, ignore_errors=True)
+        if finished:
+            shutil.copytree(self.whole, self.run)
+
+    def contents(self) -> dict[str, str]:
+        """Checksum of every file of the run, by its name; the Trainer's state without its log.
+
+        What the Trainer logs after going on is averaged over the steps since, and TRL counts tokens
+        from there.
+        """
+        files = (p for p in self.run.rglob("*") if p.is_file() and p.name != LOCK)
+        return {p.relative_to(self.run).as_posix(): _checksum(p) for p in files}
+
+    def lost(self, but: str = "") -> list[str]:
+        """Files that differ from the run that nothing disturbed, are missing, or are left over.
+
+        Checkpoints on the way are there for going on only: which there are depends on where it was
+        stopped. Of the last one the seal is left out, since it covers the log.
+
+        Args:
+            but: A file that the attempt itself has damaged.
+        """
+        last = f"{FOLDERS['train']}/checkpoint-{STEPS}/"
+        found = self.contents()
+        return sorted(
+            name
+            for name in (found.keys() | self.expected.keys()) - self.varying - {but}
+            if found.get(name) != self.expected.get(name)
+            and ("checkpoint-" not in name or name.startswith(last))
+            and not name.endswith(SEAL)
+        )
+
+    def done(self) -> dict[str, int]:
+        """What is finished by now, shards and checkpoints included, with when it was written."""
+        parts = [self.run / part for part in (SET, PRE, TASK, SPECTRUM, RESULT)]
+        parts += (self.run / FOLDERS["sample"]).glob("shard-*")
+        parts += (p.parent for p in (self.run / FOLDERS["train"]).glob(f"checkpoint-*/{SEAL}"))
+        return {str(p): p.stat().st_mtime_ns for p in parts if p.exists()}
+
+    def redone(self, before: dict[str, int]) -> list[str]:
+        """What of `done` was made once more; checkpoints that were rotated away do not count."""
+        after = {path: Path(path).stat().st_mtime_ns for path in before if Path(path).exists()}
+        return [p for p, when in before.items() if after.get(p, when) != when]
+
+
+def on_write(folder: Path, tell: Event) -> None:
+    """Have `tell` called before Python changes anything under a folder, for the rest of the process."""
+    start = f"{folder}{os.sep}"
+    busy = False
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal busy
+        if busy or event not in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"):
+            return
+        path = arguments[0]
+        if isinstance(path, bytes):
+            path = os.fsdecode(path)
+        if not isinstance(path, str | os.PathLike) or not os.fspath(path).startswith(start):
+            return
+        if event == "open" and not (arguments[2] or 0) & WRITES:
+            return
+        busy = True
+        try:
+            tell(os.fspath(path)[len(start) :])
+        finally:
+            busy = False
+
+    sys.addaudithook(watch)
+
+
+def _checksum(file: Path) -> str:
+    if file.name != TRAINER_STATE_NAME:
+        return file_sha256(file)
+    try:
+        return json_fingerprint(read_json(file) | {"log_history": None})
+    except ArtifactError:  # damaged on purpose
+        return "damaged"
+
+
+def _leave(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
