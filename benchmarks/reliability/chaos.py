@@ -31,13 +31,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.reliability.stand import FOLDERS, PATIENCE, STAGES, Stand, on_write
+from benchmarks.reliability.stand import FOLDERS, PATIENCE, STAGES, Stand, on_write, stage_of
 from benchmarks.tiny import make_llama
 from folora.artifacts import software_versions
 from folora.config import FoLoraConfig
 from folora.disk import write_json
+from folora.pipeline import REPORT
 from folora.progress import progress
 
+STARTING = 0.02  # seconds, after which a process has its signal handlers
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
@@ -72,23 +74,20 @@ def at_write(stand: Stand, stage: str, count: int, act: Callable[[], None]) -> C
 
     With fewer writes left in the stage it comes before the first of a later stage.
     """
-    order = list(FOLDERS)
-    later = tuple(FOLDERS[name] for name in order[order.index(stage) + 1 :])
+    later = {*list(STAGES)[list(STAGES).index(stage) + 1 :]}
     seen = 0
 
     def tell(path: str) -> None:
         nonlocal seen
-        seen += path.startswith(FOLDERS[stage])
-        if seen == count or path.startswith((*later, "report.json")):
+        seen += stage_of(path) == stage
+        if seen == count or stage_of(path) in later or path.lstrip(".").startswith(REPORT):
             seen = count + 1
             act()
 
     return lambda: on_write(stand.run, tell)
 
 
-def in_stage(
-    stand: Stand, stage: str, after: float, number: int, prepare: Callable[[], None] | None = None
-) -> tuple[int, float, float]:
+def in_stage(stand: Stand, stage: str, after: float, number: int) -> tuple[int, float, float]:
     """An attempt that is sent a signal when it has been in a stage for `after` seconds.
 
     Returns:
@@ -98,10 +97,12 @@ def in_stage(
     before = order.index(stage) - 1
     marker = stand.run / (STAGES[order[before]] if before >= 0 else "config.yaml")
     began = time.monotonic()
-    process = stand.attempt(prepare or (lambda: None))
-    while not marker.exists() and time.monotonic() - began < PATIENCE and _lives(process):
+    process = stand.attempt()
+    while not (marker.exists() and stand.begun.exists()) and _lives(process):
+        if time.monotonic() - began > PATIENCE:
+            break
         time.sleep(0.0005)
-    time.sleep(after)
+    time.sleep(STARTING + after)
     sent = time.monotonic()
     if _lives(process):
         os.kill(process, number)
@@ -122,7 +123,9 @@ def kill(stand: Stand, seconds: dict[str, float], draw: random.Random, trial: Tr
     for stage in STAGES:
         before = stand.done()
         if draw.random() < 0.5:
-            ended = stand.go(at_write(stand, stage, draw.randint(1, WRITES[stage]), _kill_self))
+            ended = stand.go(
+                at_write(stand, stage, draw.randint(1, stand.writes[stage]), _kill_self)
+            )
         else:
             after = draw.uniform(0, seconds[stage])
             process, began, _ = in_stage(stand, stage, after, signal.SIGKILL)
@@ -132,10 +135,6 @@ def kill(stand: Stand, seconds: dict[str, float], draw: random.Random, trial: Tr
             trial.lost.append(f"{stage}: ended with {ended.code}: {ended.said[-300:]}")
         trial.lost += [f"{stage}: made again: {p}" for p in stand.redone(before)]
     _finish(stand, trial)
-
-
-WRITES = {"sample": 12, "measure": 12, "solve": 6, "train": 60, "export": 5}
-"""Roughly how many times Python writes, renames or makes something in a stage of the tiny run."""
 
 
 def interrupt(stand: Stand, seconds: dict[str, float], draw: random.Random, trial: Trial) -> None:
@@ -177,7 +176,7 @@ def gone(stand: Stand, seconds: dict[str, float], draw: random.Random, trial: Tr
     def remove() -> None:
         shutil.rmtree(stand.run, ignore_errors=True)
 
-    ended = stand.go(at_write(stand, stage, draw.randint(1, WRITES[stage]), remove))
+    ended = stand.go(at_write(stand, stage, draw.randint(1, stand.writes[stage]), remove))
     trial.hit(stage, ended.code)
     if not ended.plain:
         trial.lost.append(f"{stage}: ended with {ended.code}: {ended.said[-300:]}")
@@ -289,6 +288,7 @@ def disturb(
         "seed": seed,
         "seconds": round(time.monotonic() - began, 1),
         "stages": {name: round(s, 3) for name, s in seconds.items()},
+        "writes": stand.writes,
         "varying": sorted(stand.varying),
         "trials": [asdict(trial) for trial in trials],
         "versions": software_versions(),

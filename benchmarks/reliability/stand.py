@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -84,6 +85,7 @@ class Stand:
     def __post_init__(self) -> None:
         self.run = self.place / "run"
         self.whole = self.place / "whole"
+        self.begun = self.place / "begun"  # there as soon as folora is on its own
         model = write_model(self.place / "model")
         rows = write_rows(self.place / "rows.jsonl")
         config = tiny_config(model=str(model), dataset=str(rows), output=str(self.run))
@@ -92,6 +94,7 @@ class Stand:
 
     def attempt(self, prepare: Callable[[], None] = lambda: None) -> int:
         """Start the run in a fork and return its process; `prepare` is called in it first."""
+        self.begun.unlink(missing_ok=True)
         process = os.fork()
         if process == 0:
             self._child(prepare)
@@ -119,6 +122,7 @@ class Stand:
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
             sys.argv = ["folora", "run", "--config", str(self.config)]
             prepare()
+            self.begun.touch()
             entry()
         except SystemExit as error:
             _leave(error.code if isinstance(error.code, int) else 1)
@@ -129,25 +133,29 @@ class Stand:
     def reference(self) -> dict[str, float]:
         """Two runs that nothing disturbs: one to compare with, one to know what differs anyhow.
 
+        Writes are counted by stage.
+
         Returns:
             Seconds that each stage took.
         """
         found = []
+        noted = self.place / "writes"
         for _ in range(2):
+            noted.unlink(missing_ok=True)
             shutil.rmtree(self.run, ignore_errors=True)
-            ended = self.go()
+            ended = self.go(lambda: on_write(self.run, lambda path: _note(noted, path)))
             if ended.code != 0:
                 raise RuntimeError(ended.said)
             found.append(self.contents())
         self.varying = {n for n in found[0] | found[1] if found[0].get(n) != found[1].get(n)}
         self.expected = found[1]
+        stages = [stage_of(path) for path in noted.read_text().splitlines()]
+        self.writes = {stage: stages.count(stage) for stage in STAGES}
         times = [(self.run / "config.yaml").stat().st_mtime]
         times += [(self.run / part).stat().st_mtime for part in STAGES.values()]
         shutil.rmtree(self.whole, ignore_errors=True)
         shutil.copytree(self.run, self.whole)
-        return dict(
-            zip(STAGES, (b - a for a, b in zip(times, times[1:], strict=False)), strict=True)
-        )
+        return dict(zip(STAGES, (b - a for a, b in pairwise(times)), strict=True))
 
     def afresh(self, finished: bool = False) -> None:
         """An empty run folder, or a copy of the finished run."""
@@ -196,6 +204,11 @@ class Stand:
         return [p for p, when in before.items() if after.get(p, when) != when]
 
 
+def stage_of(path: str) -> str | None:
+    """The stage that writes a path of the run, temporary names included."""
+    return next((s for s, f in FOLDERS.items() if path.lstrip(".").startswith(f)), None)
+
+
 def on_write(folder: Path, tell: Event) -> None:
     """Have `tell` called before Python changes anything under a folder, for the rest of the process."""
     start = f"{folder}{os.sep}"
@@ -219,6 +232,11 @@ def on_write(folder: Path, tell: Event) -> None:
             busy = False
 
     sys.addaudithook(watch)
+
+
+def _note(file: Path, line: str) -> None:
+    with open(file, "a") as noted:
+        noted.write(f"{line}\n")
 
 
 def _checksum(file: Path) -> str:

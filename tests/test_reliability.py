@@ -1,0 +1,94 @@
+"""The short form of `make chaos` and `make soak`, and that both find what is planted for them."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import folora.artifacts
+import folora.pipeline
+import folora.sadam
+from benchmarks.reliability.chaos import KINDS, disturb
+from benchmarks.reliability.soak import breaches, soak
+
+
+def test_nothing_is_lost(tmp_path: Path) -> None:
+    found = disturb(tmp_path, seed=7, counts=dict.fromkeys(KINDS, 1))
+    assert [trial["lost"] for trial in found["trials"]] == [[]] * len(KINDS)
+    assert found["varying"] == []  # two undisturbed runs are the same to the byte
+    codes = {
+        kind: {c for t in found["trials"] if t["kind"] == kind for c in t["codes"]}
+        for kind in KINDS
+    }
+    assert -9 in codes["kill"]
+    assert codes["signal"] & {130, 143}
+
+
+def test_a_writer_without_a_temporary_name_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def direct(path: Path, write: Callable[[Path], None]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path)
+
+    monkeypatch.setattr(folora.artifacts, "write_atomically", direct)
+    found = disturb(tmp_path, seed=3, counts={"kill": 1})  # between tensors and manifest
+    assert any("does not go on" in line for trial in found["trials"] for line in trial["lost"])
+
+
+def test_work_that_is_done_twice_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = folora.pipeline.read_manifest
+
+    def forgetful(path: Path, kind: str, *more: Any) -> dict[str, Any]:
+        return {} if kind == "spectrum" and not more else read(path, kind, *more)
+
+    monkeypatch.setattr(folora.pipeline, "read_manifest", forgetful)
+    found = disturb(tmp_path, seed=0, counts={"kill": 1})
+    assert any("made again" in line for trial in found["trials"] for line in trial["lost"])
+
+
+def soaked(place: Path, **more: Any) -> list[str]:
+    with redirect_stdout(io.StringIO()):
+        return breaches(soak(place, 150, **more))
+
+
+def test_nothing_grows_and_stops_change_nothing(tmp_path: Path) -> None:
+    assert soaked(tmp_path) == []
+
+
+def leaking_memory() -> Callable[[int], None]:
+    kept: list[bytearray] = []
+    return lambda step: kept.append(bytearray(os.urandom(2 * 10**7)))
+
+
+def leaking_handles() -> Callable[[int], None]:
+    kept: list[Any] = []
+    return lambda step: kept.append(open(os.devnull))
+
+
+@pytest.mark.parametrize(
+    ("leak", "said"), [(leaking_memory, "memory grew by"), (leaking_handles, "handles grew by")]
+)
+def test_what_grows_is_found(leak: Callable[[], Any], said: str, tmp_path: Path) -> None:
+    assert any(said in line for line in soaked(tmp_path, disturb=leak()))
+
+
+def test_a_moment_that_is_not_saved_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = folora.sadam.SAdam.load_state_dict
+
+    def forgetful(optimizer: Any, state: dict[str, Any]) -> None:
+        load(optimizer, state)
+        for moments in optimizer.state.values():
+            moments["exp_avg_sq"] = torch.zeros_like(moments["exp_avg_sq"])
+
+    monkeypatch.setattr(folora.sadam.SAdam, "load_state_dict", forgetful)
+    assert any("exp_avg_sq" in line and "differs" in line for line in soaked(tmp_path))
