@@ -1,4 +1,4 @@
-"""From result files to docs/results.md and docs/speed.md: ``python -m benchmarks.report``, or ``make results``.
+"""From result files to the pages of docs that hold figures: ``python -m benchmarks.report``, or ``make results``.
 
 The template is written by hand. A line ``{{ name argument ... }}`` in it stands for a block, tables
 and pictures made by the function of that name in `BLOCKS`; what has no result yet is said there.
@@ -29,6 +29,8 @@ from benchmarks.charts import (
     knob_picture,
     spectra_picture,
 )
+from benchmarks.reliability.fuzz import fuzz_table
+from benchmarks.reliability.table import disturbance_table, soak_table
 from benchmarks.source import (
     MAIN,
     RATE,
@@ -79,6 +81,7 @@ KEPT, BEYOND = "spectrum.directions", "spectrum.beyond"
 PAGES = {
     Path("benchmarks/results.template.md"): Path("docs/results.md"),
     Path("benchmarks/speed.template.md"): Path("docs/speed.md"),
+    Path("benchmarks/reliability.template.md"): Path("docs/reliability.md"),
 }
 PICTURES = "pictures"  # folder beside the page
 
@@ -271,6 +274,21 @@ def scale(source: Source, device: str) -> Block:
     return Block(scale_table(source.measured(device)).markdown())
 
 
+def disturbed(source: Source) -> Block:
+    """Runs that were killed, interrupted, starved and damaged, and what was lost."""
+    return Block(disturbance_table(source.tormented("chaos")).markdown())
+
+
+def soaked(source: Source) -> Block:
+    """What grew in a long training, and what many stops changed."""
+    return Block(soak_table(source.tormented("soak")).markdown())
+
+
+def fuzzed(source: Source) -> Block:
+    """Mutated files by parser, and what was found."""
+    return Block(fuzz_table(source.tormented("fuzz")).markdown())
+
+
 def calibration(source: Source) -> Block:
     """What C_pre was measured on: its source, and how many sequences; a table for each method."""
     results = source.chosen(CALIBRATION)
@@ -372,6 +390,9 @@ BLOCKS: dict[str, Callable[..., Block]] = {
     "steps": steps,
     "preparation": preparation,
     "scale": scale,
+    "disturbed": disturbed,
+    "soaked": soaked,
+    "fuzzed": fuzzed,
 }
 
 

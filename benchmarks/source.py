@@ -36,6 +36,7 @@ class Source:
         spectra: What `benchmarks.spectra` wrote.
         demo: What `make demo` wrote; empty if it is not there.
         speed: What `benchmarks.speed` wrote, by device and shape, ``"cpu-smollm2-135m"``.
+        reliability: What `benchmarks.reliability` wrote, by harness.
     """
 
     plans: Mapping[str, Mapping[str, Any]]
@@ -43,6 +44,7 @@ class Source:
     spectra: Sequence[Mapping[str, Any]]
     demo: Mapping[str, Any] = field(default_factory=dict)
     speed: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    reliability: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def load(cls, results: Path, plans: Path, demo: Path) -> Source:
@@ -56,7 +58,10 @@ class Source:
             found,
             [values for values in spectra if values.get("format") == SPECTRA],
             read_json(demo) if demo.exists() else {},
-            {path.stem: read_json(path) for path in sorted((results / "speed").glob("*.json"))},
+            *(
+                {path.stem: read_json(path) for path in sorted((results / name).glob("*.json"))}
+                for name in ("speed", "reliability")
+            ),
         )
 
     def measured(self, device: str, shape: str = "") -> list[Mapping[str, Any]]:
@@ -68,6 +73,12 @@ class Source:
                 f"No times on `{device}` {shape} yet: `python -m benchmarks.speed`."
             )
         return [self.speed[name] for name in names]
+
+    def tormented(self, harness: str) -> Mapping[str, Any]:
+        """What a harness of `benchmarks.reliability` found. Raises NoResultsError if it has not run."""
+        if harness not in self.reliability:
+            raise NoResultsError(f"No figures of `make {harness}` yet.")
+        return self.reliability[harness]
 
     def tasks(self) -> list[str]:
         """Tasks of all plans and results."""

@@ -6,14 +6,46 @@ import argparse
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from os.path import normpath
 from pathlib import Path
 from typing import Any
 
-from folora.comparison import Arm, arms
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from folora.comparison import READ_AT, Arm, arms
 from folora.config import read_yaml
 from folora.errors import ConfigError
 from folora.pipeline import SAMPLES, STATISTICS
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Methods, each with all learning rates and every value of further options (``knobs``)."""
+
+    __pydantic_config__ = _STRICT
+    methods: list[str]
+    learning_rates: list[float]
+    knobs: dict[str, list[Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The names in a plan and their types; what they mean: `benchmarks.world`, `benchmarks.real`."""
+
+    __pydantic_config__ = _STRICT
+    base: dict[str, Any]
+    tasks: list[str]
+    seeds: list[int]
+    sweeps: list[Sweep]
+    runs: str
+    model: str = ""
+    calibration: list[dict[str, Any] | None] = field(default_factory=lambda: [None])
+    read_at: list[float] = field(default_factory=lambda: [*READ_AT])
+    score_at: list[float] | None = None
+    evaluation: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,8 +99,11 @@ def _joined(path: Path, outer: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"{path} includes itself")
     values = read_yaml(path)
     found: dict[str, Any] = {}
-    for name in values.pop("include", []):
-        _join(found, _joined(path.parent / name, (*outer, path)))
+    included = values.pop("include", [])
+    if not isinstance(included, list) or not all(isinstance(name, str) for name in included):
+        raise ConfigError(f"{path}: include is {included!r:.80}, but must be a list of files")
+    for name in included:
+        _join(found, _joined(Path(normpath(path.parent / name)), (*outer, path)))
     _join(found, values)
     return found
 
@@ -79,6 +114,15 @@ def _join(target: dict[str, Any], values: Mapping[str, Any]) -> None:
             _join(target[name], value)
         else:
             target[name] = value
+
+
+def checked_plan(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan with the names and types that a comparison needs. Raises ConfigError."""
+    try:
+        return asdict(TypeAdapter(Plan).validate_python(values))
+    except ValidationError as error:
+        said = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ConfigError(f"the plan cannot be used: {said}") from None
 
 
 def planned(plan: Mapping[str, Any]) -> list[Arm]:

@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "folora"
 
 # From data to adapter and on; a file may import from files before it, never from later ones.
 ORDER = [
-    "errors", "sadam", "spectrum", "config", "disk", "artifacts", "filtering", "modes", "progress", "finiteness", "sampling",
+    "errors", "ranks", "sadam", "spectrum", "config", "disk", "artifacts", "filtering", "modes", "progress", "finiteness", "sampling",
     "data", "activations", "basefile", "divergence", "solving", "convergence", "initialization", "frames", "adapter", "meter",
     "preparation", "checkpoints", "interruption", "training", "loading", "pipeline", "evaluation", "frontier", "results", "methods", "comparison",
     "pictures", "report", "planning", "cli",
@@ -24,6 +24,8 @@ def imports(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "folora":
+            found |= {f"folora.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module)
     return found

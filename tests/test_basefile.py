@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,17 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.tiny import make_llama, make_tokenizer, tiny_config
 from folora.artifacts import read_artifact
-from folora.basefile import packed, read_base_file, read_base_manifest, unpacked
+from folora.basefile import (
+    HEADER,
+    packed,
+    read_base_file,
+    read_base_manifest,
+    tensors_sha256,
+    unpacked,
+)
 from folora.cli import main
 from folora.config import FoLoraConfig
+from folora.disk import sealed
 from folora.errors import ArtifactError, ConfigError, MismatchError
 from folora.pipeline import Run
 
@@ -131,3 +140,41 @@ def test_another_model_and_damage_are_refused_before_the_run_starts(
         with pytest.raises(ArtifactError, match=message):
             Run(replace(config, base=str(path))).run()
     assert not (tmp_path / "run").exists()
+
+
+def resealed(base: Path, file: Path, tensors: dict[str, Any], **facts: Any) -> None:
+    """A copy with other tensors and facts, of which every checksum is right."""
+    found = {name: t for name, t in {**load_file(base), **tensors}.items() if t is not None}
+    own = {**read_base_manifest(base), "sha256": tensors_sha256(found), **facts}
+    manifest = {name: value for name, value in own.items() if value != "gone"}
+    save_file(found, file, metadata={HEADER: json.dumps(sealed(manifest))})
+
+
+GROUP = {"layers": ["x"], "d_in": 3}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "facts", "message"),
+    [
+        ({"tokens": torch.tensor(1)}, {}, "does not hold"),
+        ({"lengths": None}, {}, "does not hold"),
+        ({}, {"sha256": "gone"}, "does not say 'sha256'"),
+        ({}, {"groups": "gone"}, "does not say 'groups'"),
+        ({}, {"held_out": "gone"}, "does not say 'held_out'"),
+        ({}, {"groups": [{"layers": [], "d_in": 3}]}, "is no group of layers"),
+        ({}, {"groups": [{**GROUP, "d_in": 10**30}]}, "KeyError"),
+        ({"x/c_pre": torch.ones(5)}, {"groups": [GROUP]}, r"\(5,\) values of torch.float32"),
+        ({"x/c_pre": torch.ones(6, 1)}, {"groups": [GROUP]}, r"\(6, 1\) values"),
+        ({"x/c_pre": torch.ones(6).half()}, {"groups": [GROUP]}, r"values of torch.float16"),
+        ({"x/c_pre": torch.tensor(1.0)}, {"groups": [GROUP]}, r"\(\) values"),
+    ],
+)
+def test_sound_checksums_of_something_else(
+    base: Path, tmp_path: Path, tensors: dict[str, Any], facts: dict[str, Any], message: str
+) -> None:
+    file = tmp_path / "other.safetensors"
+    resealed(base, file, {})
+    assert read_base_file(file).proxies == read_base_file(base).proxies
+    resealed(base, file, tensors, **facts)
+    with pytest.raises(ArtifactError, match=rf"other\.safetensors .*{message}"):
+        read_base_file(file)

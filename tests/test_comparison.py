@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.tiny import tiny_config
 from folora.cli import main
-from folora.comparison import Arm, Comparison, arms
+from folora.comparison import Arm, Comparison, arms, read_arm
 from folora.config import FoLoraConfig
 from folora.errors import ArtifactError, ConfigError, DataError
 from folora.pipeline import Run
@@ -220,3 +220,12 @@ def test_the_command_compares_and_says_where_things_are(
     out = capsys.readouterr().out
     assert "LoRA" in out
     assert str(folder) in out
+
+
+@pytest.mark.parametrize(
+    "text", ["null", "[1]", "3", '"x"', '{"config": []}', '{"config": {"x": 1}}']
+)
+def test_json_that_is_no_result_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "arm.json").write_text(text)
+    with pytest.raises(ArtifactError, match=r"arm\.json is .*; move it away"):
+        read_arm(tmp_path / "arm.json", FoLoraConfig())

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from folora.cli import parse
 from folora.config import AdapterConfig, FoLoraConfig, SamplingConfig, option_names, read_yaml
+from folora.disk import json_fingerprint, write_text
 from folora.errors import ConfigError
 
 
@@ -52,6 +59,9 @@ def test_paper_settings() -> None:
         ({"training": {"learning_rate": 0}}, "training.learning_rate"),
         ({"training": {"batch_size": 0}}, "training.batch_size"),
         ({"quantize": "2bit"}, "quantize"),
+        ({"adapter": {"target_modules": "("}}, "no regular expression"),
+        ({"adapter": {"target_modules": "a{99999999999}"}}, "no regular expression"),
+        ({"adapter": {"target_modules": "(" * 5000 + ")" * 5000}}, "no regular expression"),
     ],
 )
 def test_wrong_values_are_named(values: dict[str, Any], message: str) -> None:
@@ -92,3 +102,117 @@ def test_every_option_has_help_and_held_out_is_at_least_sixteen() -> None:
     assert all(info["help"] for info in option_names().values())
     assert "sampling.num_sequences" in option_names()
     assert SamplingConfig(num_sequences=100).num_held_out == 16
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63)
+    | st.floats(allow_nan=False)
+    | st.text(),
+    lambda inside: st.lists(inside, max_size=3) | st.dictionaries(st.text(), inside, max_size=3),
+    max_leaves=6,
+)
+anything = st.one_of(
+    st.integers(-1, 600),
+    st.integers(),
+    st.floats(),
+    st.text(st.characters()),
+    st.lists(st.text(min_size=1), min_size=1, max_size=3),
+    st.dictionaries(st.text(), json_values, max_size=3),
+    st.none(),
+    st.booleans(),
+)
+
+
+def fitting(kind: Any) -> st.SearchStrategy[Any]:
+    """Values of an option's type, also such as its interval refuses."""
+    if get_origin(kind) is Literal:
+        return st.sampled_from(get_args(kind))
+    if get_origin(kind) in (Union, UnionType):
+        return st.one_of(*map(fitting, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return st.lists(st.text(min_size=1), min_size=1, max_size=3).map(tuple)
+    if get_origin(kind) is dict:
+        return st.dictionaries(st.text(), json_values, max_size=3)
+    return {
+        int: st.integers(1, 600), float: st.floats(0, 1) | st.floats(allow_nan=False),
+        str: st.text(st.characters()), bool: st.booleans(), type(None): st.none(),
+    }[kind]  # fmt: skip
+
+
+OPTIONS = option_names()
+changes = st.lists(st.sampled_from(sorted(OPTIONS)), max_size=6, unique=True).flatmap(
+    lambda names: st.fixed_dictionaries({n: fitting(OPTIONS[n]["type"]) for n in names})
+)
+
+
+def configured(given: dict[str, Any]) -> FoLoraConfig:
+    """The default with as many of these changes as are possible together."""
+    config = FoLoraConfig()
+    for name, value in given.items():
+        with contextlib.suppress(ConfigError):
+            config = config.changed({name: value})
+    return config
+
+
+@settings(max_examples=40, deadline=None)
+@given(changes)
+def test_any_config_survives_its_file(given: dict[str, Any]) -> None:
+    config = configured(given)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "c.yaml"
+        write_text(file, config.to_yaml())
+        assert FoLoraConfig.from_yaml(file) == config
+    assert FoLoraConfig.from_dict(config.to_dict()) == config
+    assert FoLoraConfig().changed(config.differences()) == config
+    json_fingerprint(config.to_dict())  # as requests keep it
+
+
+@settings(max_examples=60, deadline=None)
+@given(changes, st.sampled_from(sorted(OPTIONS)), st.data())
+def test_a_change_is_refused_or_changes_this_option_alone(
+    given: dict[str, Any], name: str, data: st.DataObject
+) -> None:
+    before = configured(given)
+    value = data.draw(fitting(OPTIONS[name]["type"]) | anything)
+    try:
+        after = before.changed({name: value})
+    except ConfigError as error:
+        assert str(error)
+        return
+    for option in OPTIONS:
+        if option != name:
+            assert attrgetter(option)(after) == attrgetter(option)(before)
+    found = attrgetter(name)(after)
+    assert found == value or found == type(found)(value)  # a list as a tuple, a number as another
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "model.x", "spectrum.tau.x", "x.y.z", "sampling.", ".seed", "sampling..seed", 3],
+)
+def test_a_name_that_is_no_option(name: Any) -> None:
+    with pytest.raises(ConfigError, match="unknown option"):
+        FoLoraConfig().changed({name: 1})
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["!!int ''", "!!int '+'", "!!float ''", "!!bool maybe", "!!timestamp soon", "!!timestamp ''",
+     "0x" + "f" * 5000, "0b1" + "0" * 70, "!!python/object:os.system x"],
+)  # fmt: skip
+def test_yaml_that_pyyaml_itself_stumbles_over(tmp_path: Path, text: str) -> None:
+    """An IndexError, a KeyError, an AttributeError, or a number that Python refuses to print."""
+    (tmp_path / "c.yaml").write_text(f"sampling:\n  seed: {text}\n")
+    with pytest.raises(ConfigError):
+        FoLoraConfig.from_yaml(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize(
+    "text", ["2001-02-03", "!!binary YQ==", "!!set {a, b}", "{1: a, b: c}", ".nan"]
+)
+def test_extra_holds_what_a_request_can_keep(tmp_path: Path, text: str) -> None:
+    (tmp_path / "c.yaml").write_text(f"training:\n  extra:\n    model_init_kwargs: {{x: {text}}}\n")
+    with pytest.raises(ConfigError, match=r"training\.extra"):
+        FoLoraConfig.from_yaml(tmp_path / "c.yaml")

@@ -210,3 +210,35 @@ def test_batches_are_padded_and_masked() -> None:
     assert batch["labels"][1].tolist() == [4, IGNORE, IGNORE]
     seen = torch.cat([b["attention_mask"].sum(1) for b in batches(examples, 2)])
     assert seen.tolist() == [3, 2, 1]
+
+
+def test_no_more_memory_is_asked_for_than_a_file_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much is free: reading up to a limit by one call asks for as much as the limit."""
+    free = SimpleNamespace(available=2**60)
+    monkeypatch.setattr("folora.data.psutil.virtual_memory", lambda: free)
+    content = (json.dumps(ROWS[0]) + "\n").encode()
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(content))
+    for name in ("rows.jsonl", "rows.jsonl.gz"):
+        assert load_rows(str(tmp_path / name)) == ROWS[:1]
+
+
+@pytest.mark.parametrize(
+    ("row", "where"),
+    [
+        ({"messages": [{"role": "\ud800"}, {"role": "assistant"}]}, "the chat"),
+        ({"messages": [{"role": "user"}, {"role": "assistant", "content": "\udfff"}]}, "the chat"),
+        ({"instruction": "x", "input": "\ud800", "response": "y"}, "column 'input'"),
+        ({"instruction": "x", "input": "z", "response": "\ud800"}, "column 'response'"),
+    ],
+)
+def test_half_a_surrogate_pair_is_refused_wherever_it_stands(
+    row: dict[str, Any], where: str
+) -> None:
+    for message in row.get("messages", []):
+        message.setdefault("content", "x")
+    formatter = Formatter(list(row), make_tokenizer(chat=True), DataConfig())
+    with pytest.raises(DataError, match=f"row 3: {where} holds half of a surrogate pair"):
+        formatter(row, 3)

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import temporary
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import folora.disk
-from folora.artifacts import read_artifact, read_manifest, write_artifact
+from folora.artifacts import read_artifact, read_manifest, read_tensors, write_artifact
 from folora.disk import (
     FORMAT_VERSION,
     alone,
@@ -61,6 +61,74 @@ def files_of_at_most(size: int) -> Iterator[None]:
 def test_sealed_values_come_back(values: dict[str, Any]) -> None:
     found = json.loads(json.dumps(sealed(values)))
     assert unsealed(found, Path("x.json")) == values
+
+
+OWN = {"kind", "sha256", "versions", "checksum", "format_version"}
+DTYPES = (
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64,
+)  # fmt: skip
+any_text = st.text(st.characters())  # half surrogate pairs too, which JSON can hold
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.dictionaries(any_text.filter(lambda name: name not in OWN), json_values, max_size=5),
+    st.dictionaries(
+        st.text().filter(lambda name: name != "__metadata__"),
+        st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 3), max_size=3), st.integers(0)),
+        max_size=4,
+    ),
+)
+def test_any_facts_and_tensors_come_back(
+    facts: dict[str, Any], wanted: dict[str, tuple[torch.dtype, list[int], int]]
+) -> None:
+    """Bit for bit, NaN and -0 among them, also when they are no contiguous part of memory."""
+    tensors = {}
+    for name, (dtype, shape, seed) in wanted.items():
+        generator = torch.Generator().manual_seed(seed % 2**63)
+        size = [*shape, torch.empty(0, dtype=dtype).element_size()]
+        bits = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
+        bits = bits % 2 if dtype is torch.bool else bits
+        tensor = bits.view(dtype)[..., 0]
+        tensors[name] = tensor.mT if tensor.ndim > 1 else tensor
+    with tempfile.TemporaryDirectory() as folder:
+        write_artifact(Path(folder) / "a", "any", tensors, facts)
+        found = read_artifact(Path(folder) / "a", "any", facts)
+    assert {name: found.manifest[name] for name in facts} == facts
+    assert found.tensors.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        back = found.tensors[name]
+        assert (back.dtype, back.shape) == (tensor.dtype, tensor.shape)
+        assert bits_of(back) == bits_of(tensor)
+
+
+def bits_of(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def test_what_a_manifest_does_not_say_is_named(tmp_path: Path) -> None:
+    write_artifact(tmp_path / "a", "samples", {"x": torch.ones(3)}, {"made": 1})
+    manifest = read_manifest(tmp_path / "a", "samples")
+    assert (manifest["made"], manifest.get("held_out")) == (1, None)
+    with pytest.raises(ArtifactError, match=r"a/manifest.json does not say 'held_out'"):
+        manifest["held_out"]
+
+
+@pytest.mark.parametrize("text", ["[" * 70 + "]" * 70, '{"a":' * 500 + "1" + "}" * 500])
+def test_deep_json_is_refused_before_anything_descends_into_it(tmp_path: Path, text: str) -> None:
+    """Python reads more brackets than it can then compare, write or copy."""
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ArtifactError, match=r"x.json cannot be read: .*brackets in brackets"):
+        read_json(tmp_path / "x.json")
+
+
+def test_tensors_of_a_type_that_torch_has_not_are_refused(tmp_path: Path) -> None:
+    header = json.dumps({"x": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}).encode()
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + b"abc")
+    with pytest.raises(ArtifactError, match=r"x.safetensors cannot be read"):
+        read_tensors(file)
 
 
 @given(st.data())

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -22,6 +23,8 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset, DatasetDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -37,6 +40,7 @@ from benchmarks.paper.tasks import functions
 from benchmarks.tiny import make_llama
 from folora.errors import ConfigError, DataError
 from folora.evaluation import Evaluation
+from folora.methods import METHODS
 from folora.results import load_results
 from folora.training import sft_config
 
@@ -427,6 +431,37 @@ def small_recipe(folder: Path, **changes: Any) -> Path:
 def test_a_wrong_recipe_is_refused(tmp_path: Path, changes: Row, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_recipe(small_recipe(tmp_path, **changes))
+
+
+rates = st.lists(st.floats(1e-9, 1e3), min_size=1, max_size=3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from(sorted(METHODS)), rates, min_size=1, max_size=3),
+    st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=3),
+    st.text(),
+    st.sets(st.sampled_from(["methods", "seeds", "data", "base", "benchmarks", "target"])),
+)
+def test_any_recipe_is_read_as_it_was_written_in_one_file_or_two(
+    methods: dict[str, list[float]], seeds: list[int], prompt: str, outside: set[str]
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        data = {"dataset": "x", "count": 5, "prompt": prompt, "completion": "{y}"}
+        path = small_recipe(Path(folder), methods=methods, seeds=seeds, data=data)
+        recipe = read_recipe(path)
+        assert (recipe.methods, recipe.seeds, recipe.data.prompt) == (methods, seeds, prompt)
+        arms = recipe.arms()
+        assert len(arms) == len(seeds) * sum(map(len, methods.values()))
+        assert {(a.method, a.changes["training.learning_rate"]) for a in arms} == {
+            (method, rate) for method, chosen in methods.items() for rate in chosen
+        }
+        values = yaml.safe_load(path.read_text())
+        parts = {name: value for name, value in values.items() if name in outside}
+        rest = {name: value for name, value in values.items() if name not in outside}
+        (Path(folder) / "part.yaml").write_text(yaml.safe_dump(parts))
+        path.write_text(yaml.safe_dump({**rest, "include": ["part.yaml"]}))
+        assert read_recipe(path) == recipe
 
 
 def test_included_values_are_joined_and_a_circle_is_refused(tmp_path: Path) -> None:

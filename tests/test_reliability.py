@@ -15,8 +15,9 @@ import torch
 import folora.artifacts
 import folora.pipeline
 import folora.sadam
-from benchmarks.reliability.chaos import KINDS, disturb
+from benchmarks.reliability.chaos import KINDS, Trial, at_write, disturb, finish, kill_self
 from benchmarks.reliability.soak import breaches, soak
+from benchmarks.reliability.stand import Stand
 
 
 def test_nothing_is_lost(tmp_path: Path) -> None:
@@ -39,8 +40,13 @@ def test_a_writer_without_a_temporary_name_is_found(
         write(path)
 
     monkeypatch.setattr(folora.artifacts, "write_atomically", direct)
-    found = disturb(tmp_path, seed=3, counts={"kill": 1})  # between tensors and manifest
-    assert any("does not go on" in line for trial in found["trials"] for line in trial["lost"])
+    stand, trial = Stand(tmp_path), Trial("kill", 0)
+    stand.reference()
+    stand.afresh()
+    assert stand.writes["solve"] == 2  # the folder and the manifest: it is killed between them
+    assert stand.attempt(at_write(stand, "solve", 2, kill_self)).ended().code == -9
+    finish(stand, trial)
+    assert "3-spectrum/manifest.json is missing" in trial.lost[0]
 
 
 def test_work_that_is_done_twice_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

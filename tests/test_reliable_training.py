@@ -19,9 +19,10 @@ import folora
 from benchmarks.tiny import make_llama, make_tokenizer, rows, tiny_config
 from folora.adapter import lora_factors
 from folora.checkpoints import SEAL, check_checkpoint, latest_checkpoint
+from folora.disk import write_sealed
 from folora.errors import ArtifactError, NumericsError
 from folora.finiteness import unsound_gradients, where_it_breaks
-from folora.interruption import Interrupted
+from folora.interruption import Interrupted, interruptible
 from folora.training import MOST_SKIPPED, train
 
 STATES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
@@ -77,6 +78,17 @@ def test_a_signal_ends_training_with_a_checkpoint(
     assert train(again, make_tokenizer(), tmp_path).state.global_step == 6
     assert torch.equal(flat(again), flat(whole[0]))
     assert all(map(torch.equal, moments(again), moments(whole[0])))
+
+
+def test_an_interruption_that_native_code_turned_into_an_error_is_one() -> None:
+    with pytest.raises(Interrupted) as stopped, interruptible():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape of object type") from None
+    assert stopped.value.exit_code == 143
+    with pytest.raises(ValueError, match="of its own"), interruptible():
+        raise ValueError("of its own")
 
 
 def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
@@ -279,3 +291,28 @@ def test_fp16_overflow_is_found_where_it_happens() -> None:
     model.model.layers[1].mlp.down_proj.weight.data.fill_(3e4)
     said = where_it_breaks(model, {"input_ids": torch.tensor([[1, 2, 3]])})
     assert "model.layers.1.mlp.down_proj is the first" in said
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "does not say 'files'"),
+        ({"files": 3}, "does not hold what it should"),
+        ({"files": ["a"]}, "does not hold what it should"),
+        ({"files": {"a": None}}, "checkpoint-2/a is damaged"),
+        ({"files": {"a": "x", "../checkpoint-1/b": "x"}}, "checkpoint-1/b is missing|a is damaged"),
+        ({"files": {"\0": "x"}}, "is missing"),
+        ({"files": {"x" * 300: "x"}}, "is missing"),
+        ({"files": {"\ud800": "x"}}, "is missing"),
+        ({"files": {"": "x", ".": "x"}}, "is missing"),
+    ],
+)
+def test_a_seal_that_says_something_else_is_refused(
+    tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
+    """Its checksum is right; no file outside of the checkpoint is looked for."""
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "a").write_text("a")
+    write_sealed(tmp_path / "checkpoint-2" / SEAL, values)
+    with pytest.raises(ArtifactError, match=message):
+        latest_checkpoint(tmp_path)

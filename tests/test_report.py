@@ -159,8 +159,9 @@ def test_other_json_and_hidden_files_are_passed_over(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"format": 1, "task": ', "cannot read"),
-        (b"\xff\xfe", "cannot read"),
+        (b'{"format": 1, "task": ', "cannot be read"),
+        (b"\xff\xfe", "cannot be read"),
+        (b'{"format": 1, "task": ' + b"[" * 5000 + b"]" * 5000 + b"}", "cannot be read"),
         (b'{"format": 1}', "no 'stage'"),
     ],
 )
@@ -180,6 +181,8 @@ def test_a_broken_file_is_named(tmp_path: Path, content: bytes, message: str) ->
         {"readings": [{"step": 25}]},
         {"readings": [7]},
         {"readings": [{**reading(25, 0.1, 0.1, 0.1), "kl": "small"}]},
+        {"readings": [{**reading(25, 0.1, 0.1, 0.1), "kl": 10**400}]},
+        {"readings": [{**reading(25, 0.1, 0.1, 0.1), "step": float("inf")}]},
         {"readings": [{**reading(25, 0.1, 0.1, 0.1), "task": 0.5}]},
     ],
 )

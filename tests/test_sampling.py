@@ -6,18 +6,22 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from benchmarks.tiny import make_llama, make_tokenizer, tiny_config
+from folora.artifacts import write_artifact
 from folora.config import SamplingConfig
+from folora.disk import write_sealed
 from folora.errors import ArtifactError, DataError, MismatchError, NumericsError
 from folora.sampling import (
     MIXTURE,
     Decoding,
     HuggingFaceEngine,
+    ProxySet,
     check_same_tokenizer,
     decoding_of,
     ending_ids,
@@ -262,3 +266,52 @@ def test_training_mode_is_restored() -> None:
 
 def test_config_of_tests_is_valid() -> None:
     assert tiny_config().sampling == CONFIG
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [[], None, 3, {"0": [4]}, [3], ["ab"], [[4, "5"]], [[4, None]], [[4.0]], [[True]], [[-1]], [[2**31]],
+     [[2**70]], [[[4]]], [["\ud800"]]],
+)  # fmt: skip
+def test_a_sealed_shard_of_something_else_is_named(tmp_path: Path, batch: Any) -> None:
+    """Its checksum is right; an empty one would be read for ever."""
+    write_sealed(tmp_path / "shard-000000.json", {"sequences": batch})
+    with pytest.raises(ArtifactError, match=r"shard-000000\.json does not hold what it should"):
+        sample(engine(), 1, [2], CONFIG, tmp_path)
+    write_sealed(tmp_path / "shard-000000.json", {"sequence": [[4]]})
+    with pytest.raises(ArtifactError, match=r"shard-000000\.json does not say 'sequences'"):
+        sample(engine(), 1, [2], CONFIG, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "facts"),
+    [
+        ({"tokens": None}, {}),
+        ({"lengths": None}, {}),
+        ({"tokens": torch.ones(6)}, {}),
+        ({"tokens": torch.ones(2, 3, dtype=torch.int64)}, {}),
+        ({"tokens": torch.tensor(3)}, {}),
+        ({"tokens": -torch.ones(6, dtype=torch.int64)}, {}),
+        ({"lengths": torch.tensor([3.0, 3.0])}, {}),
+        ({"lengths": torch.tensor([7, -1])}, {}),
+        ({"lengths": torch.tensor([3, 4])}, {}),
+        ({}, {"sequences": None}),
+        ({}, {"sequences": [2]}),
+        ({}, {"sequences": [2, 2]}),
+        ({}, {"sequences": [2, -1]}),
+        ({}, {"sequences": [2, 1.0]}),
+        ({}, {"sequences": [2, True]}),
+        ({}, {"sequences": [2, "1"]}),
+    ],
+)
+def test_a_sealed_set_of_something_else_is_named(
+    tmp_path: Path, tensors: dict[str, Any], facts: dict[str, Any]
+) -> None:
+    good = {"tokens": torch.arange(6), "lengths": torch.tensor([3, 3])}
+    said = {"sequences": [2, 1], "rejected": {}}
+    write_artifact(tmp_path / "set", "samples", good, said)
+    assert load_proxy_set(tmp_path) == ProxySet([[0, 1, 2]], [[3, 4, 5]], {})
+    bad = {name: t for name, t in {**good, **tensors}.items() if t is not None}
+    write_artifact(tmp_path / "set", "samples", bad, {**said, **facts})
+    with pytest.raises(ArtifactError, match="set does not hold what it should"):
+        load_proxy_set(tmp_path)

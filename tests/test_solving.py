@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from test_spectrum import moment
 
 from folora.activations import InputGroup
-from folora.errors import ConfigError, NumericsError
+from folora.errors import ArtifactError, ConfigError, NumericsError
 from folora.solving import bases_from_tensors, bases_to_tensors, solve
 from folora.spectrum import generalized_eigenbasis
 
@@ -51,3 +54,43 @@ def test_tensors_round_trip() -> None:
         assert a.task_trace == b.task_trace
         assert torch.equal(a.basis, b.basis)
         assert torch.equal(a.gamma, b.gamma)
+
+
+def spoiled(kind: str) -> tuple[dict[str, torch.Tensor], Any]:
+    """A spectrum whose parts do not fit each other, as a file of the right checksum may have it."""
+    tensors, facts = bases_to_tensors(solve(GROUPS[:2], PRE, TASK, tau=1e-3, null_rank=2))
+    first: Any = facts[0]
+    changes: dict[str, Callable[[], object]] = {
+        "no tensor": lambda: tensors.pop("layer0/basis"),
+        "narrow": lambda: tensors.update({"layer0/basis": tensors["layer0/basis"][:, :3]}),
+        "flat": lambda: tensors.update({"layer0/basis": tensors["layer0/basis"].flatten()}),
+        "scalar gamma": lambda: tensors.update({"layer0/gamma": torch.tensor(1.0)}),
+        "float64": lambda: tensors.update({"layer0/basis": tensors["layer0/basis"].double()}),
+        "integers": lambda: tensors.update(
+            {"layer0/null_basis": tensors["layer0/null_basis"].long()}
+        ),
+        "short null": lambda: tensors.update({"layer0/null_basis": torch.zeros(3, 2)}),
+        "nan": lambda: tensors["layer0/gamma"].fill_(float("nan")),
+        "negative": lambda: tensors["layer0/gamma"].neg_(),
+        "no layers": lambda: first.update(layers=[]),
+        "a word for layers": lambda: first.update(layers="layer0"),
+        "numbers for layers": lambda: first.update(layers=[1, 2]),
+        "another width": lambda: first.update(d_in=9),
+        "a huge width": lambda: first.update(d_in=float("inf")),
+        "no width": lambda: first.pop("d_in"),
+        "no trace": lambda: first.update(task_trace=None),
+        "a huge trace": lambda: first.update(task_trace=10**400),
+    }
+    changes[kind]() if kind in changes else None
+    return tensors, {"no list": 3, "no facts": [3], "a mapping": {"layers": []}}.get(kind, facts)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["no tensor", "narrow", "flat", "scalar gamma", "float64", "integers", "short null", "nan", "negative",
+     "no layers", "a word for layers", "numbers for layers", "another width", "a huge width", "no width",
+     "no trace", "a huge trace", "no list", "no facts", "a mapping"],
+)  # fmt: skip
+def test_parts_that_do_not_fit_are_refused(kind: str) -> None:
+    with pytest.raises(ArtifactError, match="the spectrum does not hold what it should"):
+        bases_from_tensors(*spoiled(kind))

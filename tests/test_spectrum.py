@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from folora.errors import NumericsError
 from folora.spectrum import (
     BASES,
+    Spectrum,
     complement_frame,
     generalized_eigenbasis,
     smallest_eigenvectors,
@@ -208,3 +209,107 @@ def test_smallest_eigenvectors() -> None:
     assert torch.allclose(u.abs(), torch.eye(4).double()[:, [3, 1]])
     with pytest.raises(NumericsError, match="r is 5"):
         smallest_eigenvectors(c, 5, "o_proj")
+
+
+pairs = st.tuples(st.integers(1, 12), st.integers(0, 999), st.floats(0, 3), st.floats(1e-4, 10))
+
+
+def pair(d: int, seed: int, decay: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """C_pre of any decay, and a C_task of half the rank."""
+    return moment(d, seed=seed, decay=decay), moment(d, rank=max(1, d // 2), seed=seed + 1)
+
+
+def orthogonal(d: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))[0]
+
+
+def ridged(c_pre: torch.Tensor, tau: float) -> torch.Tensor:
+    return c_pre + tau * c_pre.diagonal().mean() * torch.eye(len(c_pre), dtype=c_pre.dtype)
+
+
+@settings(max_examples=40, deadline=None)
+@given(pairs)
+def test_any_pair_agrees_with_scipy(drawn: tuple[int, int, float, float]) -> None:
+    """Values, T'HT = I and T'C_task T = diag(gamma), and the traces of both sides."""
+    d, seed, decay, tau = drawn
+    pre, task = pair(d, seed, decay)
+    h = ridged(pre, tau)
+    found = generalized_eigenbasis(pre, task, tau=tau)
+    expected = scipy.linalg.eigh(task.numpy(), h.numpy(), eigvals_only=True)[::-1].copy()
+    most = float(found.gamma[0])
+    assert torch.allclose(found.gamma, torch.from_numpy(expected), rtol=1e-8, atol=1e-9 * most)
+    t = found.basis
+    assert torch.allclose(t.T @ h @ t, torch.eye(d).double(), atol=1e-8)
+    assert torch.allclose(t.T @ task @ t, torch.diag(found.gamma), atol=1e-8 * most)
+    # T T' = H^-1, so that the gammas sum to trace(H^-1 C_task), and T'HT to the width.
+    assert torch.allclose(t @ t.T @ h, torch.eye(d).double(), atol=1e-6)
+    assert float(found.gamma.sum()) == pytest.approx(float(torch.linalg.solve(h, task).trace()))
+    assert found.rest == pytest.approx(0, abs=1e-9 * most)
+
+
+def assert_same_operator(
+    one: Spectrum, basis: torch.Tensor, factor: float, other: Spectrum
+) -> None:
+    """T diag(gamma) T' and T T': equal when bases are, up to signs and rotations at equal gammas."""
+    for a, b in ((factor * one.gamma, other.gamma), (one.gamma**0, other.gamma**0)):
+        expected, found = (basis * a) @ basis.T, (other.basis * b) @ other.basis.T
+        assert torch.allclose(expected, found, rtol=0, atol=1e-7 * float(found.abs().max()))
+
+
+@settings(max_examples=40, deadline=None)
+@given(pairs, st.floats(1e-3, 1e3))
+def test_scaling_the_task_scales_gamma_alone(
+    drawn: tuple[int, int, float, float], factor: float
+) -> None:
+    d, seed, decay, tau = drawn
+    pre, task = pair(d, seed, decay)
+    one = generalized_eigenbasis(pre, task, tau=tau)
+    other = generalized_eigenbasis(pre, factor * task, tau=tau)
+    most = float(other.gamma[0])
+    assert torch.allclose(other.gamma, factor * one.gamma, rtol=1e-8, atol=1e-9 * most)
+    assert other.task_trace == pytest.approx(factor * one.task_trace)
+    assert_same_operator(one, one.basis, factor, other)
+
+
+@settings(max_examples=40, deadline=None)
+@given(pairs, st.integers(0, 99))
+def test_another_frame_turns_the_basis(drawn: tuple[int, int, float, float], turn: int) -> None:
+    """In coordinates x' = Q'x: the same gammas, and Q'T for T."""
+    d, seed, decay, tau = drawn
+    pre, task = pair(d, seed, decay)
+    q = orthogonal(d, turn)
+    one = generalized_eigenbasis(pre, task, tau=tau)
+    other = generalized_eigenbasis(q.T @ pre @ q, q.T @ task @ q, tau=tau)
+    most = float(one.gamma[0])
+    assert torch.allclose(other.gamma, one.gamma, rtol=1e-7, atol=1e-9 * most)
+    assert_same_operator(one, q.T @ one.basis, 1.0, other)
+
+
+gammas = st.lists(st.floats(0, 1e12), min_size=1, max_size=20).map(
+    lambda values: torch.tensor(sorted(values, reverse=True), dtype=torch.float64)
+)
+
+
+@given(gammas, st.floats(0, 1e12), st.floats(0, 1))
+def test_the_gate_is_monotone_and_bounded(gamma: torch.Tensor, lam: float, s_min: float) -> None:
+    gate = spectral_gate(gamma, lam, s_min)
+    assert bool((gate >= s_min).all() and (gate <= 1).all())
+    assert bool((gate[:-1] >= gate[1:]).all())  # as gamma is
+    assert bool((spectral_gate(gamma, 2 * lam + 1, s_min) <= gate).all())
+    assert bool((spectral_gate(gamma, lam, 1.0) == 1).all())
+    assert torch.equal(gate, spectral_gate(gamma, lam, 0.0).clamp(min=s_min))
+
+
+@given(gammas, st.floats(0, 1))
+def test_the_gates_limits(gamma: torch.Tensor, s_min: float) -> None:
+    """No lambda: open wherever there is any use. An endless one: closed to the floor."""
+    used = gamma > 0
+    assert bool((spectral_gate(gamma, 0.0, s_min)[used] == 1).all())
+    assert bool((spectral_gate(gamma, 0.0, s_min)[~used] == s_min).all())
+    assert torch.allclose(
+        spectral_gate(gamma, 1e300, s_min), torch.full_like(gamma, s_min), atol=1e-9
+    )
+    least = float(gamma[used].min()) if used.any() else 1.0
+    small = spectral_gate(gamma, 1e-9 * least, s_min)
+    assert torch.allclose(small, spectral_gate(gamma, 0.0, s_min), atol=1e-8)

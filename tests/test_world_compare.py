@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from conftest import TINY_PLAN_BASE
 
-from benchmarks.sweeps import planned, read_plan
+from benchmarks.sweeps import checked_plan, planned, read_plan
 from benchmarks.world.compare import calibration_texts, main, prepared_run
 from benchmarks.world.language import World, tasks
 from benchmarks.world.pretrain import pretrain
+from folora.comparison import Arm
 from folora.config import FoLoraConfig
+from folora.errors import ConfigError
 from folora.results import load_results
 
 PLANS = sorted((Path(__file__).parents[1] / "benchmarks" / "plans").glob("*.yaml"))
@@ -148,3 +151,54 @@ def test_a_plan_may_change_another(tmp_path: Path) -> None:
         "base": {"x": 1, "y": 3, "z": 4},
         "sweeps": [],
     }
+
+
+GOOD: dict[str, Any] = {
+    "base": {}, "tasks": ["a"], "seeds": [0], "runs": "r",
+    "sweeps": [{"methods": ["lora"], "learning_rates": [1e-3]}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sweeps": 3}, "sweeps: "),
+        ({"sweeps": [{"methods": ["lora"]}]}, r"sweeps\.0\.learning_rates: "),
+        ({"sweeps": [{"methods": [["lora"]], "learning_rates": [1e-3]}]}, r"sweeps\.0\.methods"),
+        ({"sweeps": [{**GOOD["sweeps"][0], "knobs": {"adapter.r": 3}}]}, r"knobs\.adapter\.r"),
+        ({"base": [1]}, "base: "),
+        ({"seeds": None}, "seeds: "),
+        ({"sweps": []}, "sweps: "),
+    ],
+)
+def test_a_plan_of_other_types_is_refused(changes: dict[str, Any], message: str) -> None:
+    assert planned(checked_plan(GOOD)) == [Arm("lora", {"training.learning_rate": 1e-3})]
+    with pytest.raises(ConfigError, match=f"the plan cannot be used: .*{message}"):
+        checked_plan({**GOOD, **changes})
+    for name in GOOD:
+        with pytest.raises(ConfigError, match=name):
+            checked_plan({k: v for k, v in GOOD.items() if k != name})
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda p: p.stem)
+def test_committed_plans_have_the_types_that_are_needed(path: Path) -> None:
+    plan = checked_plan(read_plan(path))
+    assert planned(plan) == planned(read_plan(path))
+
+
+@pytest.mark.parametrize("text", ["3", "[3]", "x.yaml", "null", "[[x.yaml]]", "{x: y}"])
+def test_what_is_included_is_a_list_of_files(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.yaml").write_text("tasks: [a]\n")
+    (tmp_path / "plan.yaml").write_text(f"include: {text}\n")
+    with pytest.raises(
+        ConfigError, match=r"plan\.yaml: include is .*, but must be a list of files"
+    ):
+        read_plan(tmp_path / "plan.yaml")
+
+
+def test_a_circle_by_another_way_is_a_circle(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.yaml").write_text("include: [../a/y.yaml]\n")
+    (tmp_path / "a" / "y.yaml").write_text("include: [../a/../a/x.yaml]\n")
+    with pytest.raises(ConfigError, match="includes itself"):
+        read_plan(tmp_path / "a" / "x.yaml")

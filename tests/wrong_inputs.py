@@ -543,7 +543,7 @@ CHATS = [
     chat("a message without content", {"messages": [USER, {"role": "assistant"}]}, NO_CHAT),
     chat("null for content", {"messages": [USER, {**ANSWER, "content": None}]}, NO_CHAT),
     chat("pictures for content", {"messages": [{**USER, "content": [{"type": "image"}]}, ANSWER]}, NO_CHAT),
-    chat("a chat with half of a surrogate pair", {"messages": [USER, {**ANSWER, "content": "\ud800"}]}, NO_CHAT),
+    chat("a chat with half of a surrogate pair", {"messages": [USER, {**ANSWER, "content": "\ud800"}]}, "row 0: the chat holds half of a surrogate"),
     chat("a chat before text", {"prompt": [USER], "completion": "b"}, "column 'prompt' holds list"),
     chat("a template that refuses", {"messages": [USER, ANSWER]}, "row 0: .*template refuses this chat: roles",
          "{{ raise_exception('roles') }}"),

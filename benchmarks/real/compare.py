@@ -19,7 +19,7 @@ from peft import PeftModel
 
 from benchmarks.gemma import gemma3_270m
 from benchmarks.real.targets import TARGETS, data_folder, target_rows
-from benchmarks.sweeps import Places, parser, planned, read_plan, shown, take_over
+from benchmarks.sweeps import Places, checked_plan, parser, planned, read_plan, shown, take_over
 from demo.model import smollm2
 from folora.comparison import READ_AT, Comparison, Score, Scores
 from folora.config import FoLoraConfig
@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger("folora").setLevel(logging.INFO)
     if options.threads:
         torch.set_num_threads(options.threads)
-    plan = read_plan(options.plan)
+    plan = checked_plan(read_plan(options.plan))
     if options.targets:
         plan["tasks"] = options.targets
     check(plan, options.methods or ())

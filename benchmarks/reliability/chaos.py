@@ -31,7 +31,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.reliability.stand import FOLDERS, PATIENCE, STAGES, Stand, on_write, stage_of
+from benchmarks.forks import PATIENCE, Fork
+from benchmarks.reliability.stand import FOLDERS, STAGES, Stand, on_write, stage_of
 from benchmarks.tiny import make_llama
 from folora.artifacts import software_versions
 from folora.config import FoLoraConfig
@@ -87,34 +88,23 @@ def at_write(stand: Stand, stage: str, count: int, act: Callable[[], None]) -> C
     return lambda: on_write(stand.run, tell)
 
 
-def in_stage(stand: Stand, stage: str, after: float, number: int) -> tuple[int, float, float]:
-    """An attempt that is sent a signal when it has been in a stage for `after` seconds.
-
-    Returns:
-        The process, when it was started, and when the signal was sent.
-    """
-    order = list(STAGES)
-    before = order.index(stage) - 1
-    marker = stand.run / (STAGES[order[before]] if before >= 0 else "config.yaml")
-    began = time.monotonic()
-    process = stand.attempt()
-    while not (marker.exists() and stand.begun.exists()) and _lives(process):
-        if time.monotonic() - began > PATIENCE:
+def in_stage(stand: Stand, stage: str, after: float, signum: int) -> tuple[Fork, float]:
+    """An attempt that is sent a signal when it has been in a stage for `after` seconds, and when."""
+    before = list(STAGES).index(stage) - 1
+    marker = stand.run / (list(STAGES.values())[before] if before >= 0 else "config.yaml")
+    fork = stand.attempt()
+    while not (marker.exists() and fork.begun.exists()) and fork.lives():
+        if time.monotonic() - fork.began > PATIENCE:
             break
         time.sleep(0.0005)
     time.sleep(STARTING + after)
     sent = time.monotonic()
-    if _lives(process):
-        os.kill(process, number)
-    return process, began, sent
+    fork.send(signum)
+    return fork, sent
 
 
-def _lives(process: int) -> bool:
-    found = os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    return found is None
-
-
-def _kill_self() -> None:
+def kill_self() -> None:
+    """What SIGKILL is."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -123,18 +113,16 @@ def kill(stand: Stand, seconds: dict[str, float], draw: random.Random, trial: Tr
     for stage in STAGES:
         before = stand.done()
         if draw.random() < 0.5:
-            ended = stand.go(
-                at_write(stand, stage, draw.randint(1, stand.writes[stage]), _kill_self)
-            )
+            write = draw.randint(1, stand.writes[stage])
+            ended = stand.attempt(at_write(stand, stage, write, kill_self)).ended()
         else:
             after = draw.uniform(0, seconds[stage])
-            process, began, _ = in_stage(stand, stage, after, signal.SIGKILL)
-            ended = stand.ended(process, began)
+            ended = in_stage(stand, stage, after, signal.SIGKILL)[0].ended()
         trial.hit(stage, ended.code)
         if ended.code not in (-signal.SIGKILL, 0):
             trial.lost.append(f"{stage}: ended with {ended.code}: {ended.said[-300:]}")
         trial.lost += [f"{stage}: made again: {p}" for p in stand.redone(before)]
-    _finish(stand, trial)
+    finish(stand, trial)
 
 
 def interrupt(stand: Stand, seconds: dict[str, float], draw: random.Random, trial: Trial) -> None:
@@ -143,16 +131,16 @@ def interrupt(stand: Stand, seconds: dict[str, float], draw: random.Random, tria
         before = stand.done()
         number = draw.choice((signal.SIGINT, signal.SIGTERM))
         after = draw.uniform(0, seconds[stage])
-        process, began, sent = in_stage(stand, stage, after, number)
-        ended = stand.ended(process, began)
+        fork, sent = in_stage(stand, stage, after, number)
+        ended = fork.ended()
         trial.hit(stage, ended.code)
-        trial.slowest = max(trial.slowest, began + ended.seconds - sent)
+        trial.slowest = max(trial.slowest, fork.began + ended.seconds - sent)
         if ended.code not in (*STOPPED, 0) or "Traceback" in ended.said:
             trial.lost.append(f"{stage}: ended with {ended.code}: {ended.said[-300:]}")
         elif ended.code and "give the same command again" not in " ".join(ended.said.split()):
             trial.lost.append(f"{stage}: did not say how to go on: {ended.said[-300:]}")
         trial.lost += [f"{stage}: made again: {p}" for p in stand.redone(before)]
-    _finish(stand, trial)
+    finish(stand, trial)
 
 
 def full_disk(stand: Stand, seconds: dict[str, float], draw: random.Random, trial: Trial) -> None:
@@ -162,11 +150,11 @@ def full_disk(stand: Stand, seconds: dict[str, float], draw: random.Random, tria
     def prepare() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
-    ended = stand.go(prepare)
+    ended = stand.attempt(prepare).ended()
     trial.hit(_stage_of(stand), ended.code)
     if not ended.plain or (ended.code == 2 and "cannot write" not in ended.said):
         trial.lost.append(f"{size} bytes: ended with {ended.code}: {ended.said[-300:]}")
-    _finish(stand, trial)
+    finish(stand, trial)
 
 
 def gone(stand: Stand, seconds: dict[str, float], draw: random.Random, trial: Trial) -> None:
@@ -176,26 +164,27 @@ def gone(stand: Stand, seconds: dict[str, float], draw: random.Random, trial: Tr
     def remove() -> None:
         shutil.rmtree(stand.run, ignore_errors=True)
 
-    ended = stand.go(at_write(stand, stage, draw.randint(1, stand.writes[stage]), remove))
+    ended = stand.attempt(
+        at_write(stand, stage, draw.randint(1, stand.writes[stage]), remove)
+    ).ended()
     trial.hit(stage, ended.code)
     if not ended.plain:
         trial.lost.append(f"{stage}: ended with {ended.code}: {ended.said[-300:]}")
-    _finish(stand, trial)
+    finish(stand, trial)
 
 
 def two(stand: Stand, seconds: dict[str, float], draw: random.Random, trial: Trial) -> None:
     """A second process begins while the first one works; one of the two may be refused."""
-    began = time.monotonic()
-    first = stand.attempt()
+    forks = [stand.attempt()]
     time.sleep(draw.uniform(0, sum(seconds.values())))
-    second = stand.attempt()
-    ended = [stand.ended(first, began), stand.ended(second, began)]
+    forks.append(Fork(forks[0].words, stand.place, "second"))
+    ended = [fork.ended() for fork in forks]
     for which, one in zip(("first", "second"), ended, strict=True):
         trial.hit(which, one.code)
     codes = [one.code for one in ended]
     if 0 not in codes or not set(codes) <= {0, 2}:
         trial.lost.append(f"ended with {codes}: {ended[1].said[-300:]}")
-    _finish(stand, trial)
+    finish(stand, trial)
 
 
 def damage(stand: Stand, seconds: dict[str, float], draw: random.Random, trial: Trial) -> None:
@@ -217,7 +206,7 @@ def damage(stand: Stand, seconds: dict[str, float], draw: random.Random, trial: 
         file.unlink()
     else:
         file.write_bytes(content if how == "bit" else content[: draw.randrange(len(content))])
-    ended = stand.go()
+    ended = stand.attempt().ended()
     trial.hit(stage, ended.code)
     said = " ".join(ended.said.split())
     if not ended.plain or (ended.code == 2 and Path(name).name not in said):
@@ -226,7 +215,7 @@ def damage(stand: Stand, seconds: dict[str, float], draw: random.Random, trial: 
         trial.lost += [f"{name} {how}: differs: {n}" for n in stand.lost(but=name)]
         return
     shutil.copy(stand.whole / name, file)
-    _finish(stand, trial)
+    finish(stand, trial)
 
 
 RESULTS = {**STAGES, "measure": FOLDERS["measure"], "export": FOLDERS["export"]}
@@ -242,9 +231,9 @@ KINDS: dict[str, Callable[[Stand, dict[str, float], random.Random, Trial], None]
 }
 
 
-def _finish(stand: Stand, trial: Trial) -> None:
+def finish(stand: Stand, trial: Trial) -> None:
     """The same command once more, undisturbed."""
-    ended = stand.go()
+    ended = stand.attempt().ended()
     if ended.code != 0:
         trial.lost.append(f"does not go on: {ended.code}: {ended.said[-500:]}")
     else:

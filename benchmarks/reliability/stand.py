@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 
+from benchmarks.forks import Fork
 from benchmarks.tiny import tiny_config, write_model, write_rows
 from folora.checkpoints import SEAL
-from folora.cli import entry
 from folora.disk import LOCK, file_sha256, json_fingerprint, read_json
 from folora.errors import ArtifactError
 from folora.pipeline import ADAPTER, PRE, RESULT, SET, SPECTRUM, TASK
@@ -43,31 +41,10 @@ FOLDERS = {
     "export": ADAPTER,
 }
 STEPS = 6  # of the tiny config's training
-PATIENCE = 120.0  # seconds for a run that takes two
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 Event = Callable[[str], None]
 """Told the path, relative to the run, before anything is written, renamed, made or removed there."""
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How an attempt ended.
-
-    Attributes:
-        code: Exit code; negative for a signal.
-        said: What it wrote to stderr.
-        seconds: From its start.
-    """
-
-    code: int
-    said: str
-    seconds: float
-
-    @property
-    def plain(self) -> bool:
-        """Done, or refused with one of folora's sentences: no traceback."""
-        return self.code in (0, 2) and "Traceback" not in self.said
 
 
 @dataclass
@@ -85,50 +62,15 @@ class Stand:
     def __post_init__(self) -> None:
         self.run = self.place / "run"
         self.whole = self.place / "whole"
-        self.begun = self.place / "begun"  # there as soon as folora is on its own
         model = write_model(self.place / "model")
         rows = write_rows(self.place / "rows.jsonl")
         config = tiny_config(model=str(model), dataset=str(rows), output=str(self.run))
         self.config = self.place / "config.yaml"
         self.config.write_text(config.changed(self.changes).to_yaml())
 
-    def attempt(self, prepare: Callable[[], None] = lambda: None) -> int:
-        """Start the run in a fork and return its process; `prepare` is called in it first."""
-        self.begun.unlink(missing_ok=True)
-        process = os.fork()
-        if process == 0:
-            self._child(prepare)
-        return process
-
-    def ended(self, process: int, began: float) -> Ended:
-        """Wait for an attempt, and end one that has lost its patience."""
-        while (found := os.waitpid(process, os.WNOHANG))[0] == 0:
-            if time.monotonic() - began > PATIENCE:
-                os.kill(process, signal.SIGKILL)
-            time.sleep(0.001)
-        said = (self.place / "stderr").read_text(errors="replace")
-        return Ended(os.waitstatus_to_exitcode(found[1]), said, time.monotonic() - began)
-
-    def go(self, prepare: Callable[[], None] = lambda: None) -> Ended:
-        """An attempt to its end."""
-        began = time.monotonic()
-        return self.ended(self.attempt(prepare), began)
-
-    def _child(self, prepare: Callable[[], None]) -> NoReturn:
-        try:
-            for name, stream in (("stdout", 1), ("stderr", 2)):
-                file = os.open(self.place / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-                os.dup2(file, stream)
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-            sys.argv = ["folora", "run", "--config", str(self.config)]
-            prepare()
-            self.begun.touch()
-            entry()
-        except SystemExit as error:
-            _leave(error.code if isinstance(error.code, int) else 1)
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-        _leave(1)
+    def attempt(self, prepare: Callable[[], None] = lambda: None) -> Fork:
+        """Start the run; `prepare` is called in its process first."""
+        return Fork(["run", "--config", str(self.config)], self.place, prepare=prepare)
 
     def reference(self) -> dict[str, float]:
         """Two runs that nothing disturbs: one to compare with, one to know what differs anyhow.
@@ -143,7 +85,9 @@ class Stand:
         for _ in range(2):
             noted.unlink(missing_ok=True)
             shutil.rmtree(self.run, ignore_errors=True)
-            ended = self.go(lambda: on_write(self.run, lambda path: _note(noted, path)))
+            ended = self.attempt(
+                lambda: on_write(self.run, lambda path: _note(noted, path))
+            ).ended()
             if ended.code != 0:
                 raise RuntimeError(ended.said)
             found.append(self.contents())
@@ -246,9 +190,3 @@ def _checksum(file: Path) -> str:
         return json_fingerprint(read_json(file) | {"log_history": None})
     except ArtifactError:  # damaged on purpose
         return "damaged"
-
-
-def _leave(code: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from benchmarks.sweeps import Places, parser, planned, read_plan, shown, take_over
+from benchmarks.sweeps import Places, checked_plan, parser, planned, read_plan, shown, take_over
 from benchmarks.world.language import Row, Task, World, pretraining_documents, tasks
 from benchmarks.world.pretrain import STEPS, pretrain
 from benchmarks.world.score import score_rows, score_skills
@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     known.add_argument("--test", type=Path, help="its test rows")
     options = known.parse_args(given)
     torch.set_num_threads(1)
-    plan = read_plan(options.plan)
+    plan = checked_plan(read_plan(options.plan))
     chosen = None
     if options.train:
         chosen = {options.train.stem: Task(read_rows(options.train), read_rows(options.test))}

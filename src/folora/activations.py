@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from folora import ranks
 from folora.errors import ConfigError, DataError, NumericsError, nearest
 from folora.modes import evaluating
 from folora.sadam import full_fp32_matmul
@@ -44,6 +46,15 @@ class InputGroup:
     def name(self) -> str:
         """Name of the first layer, in the order of the forward pass."""
         return self.layers[0]
+
+
+def group_of(fact: Mapping[str, Any]) -> InputGroup:
+    """A group as a manifest has it: its ``layers`` and ``d_in``. Raises ValueError."""
+    layers, d_in = fact["layers"], fact["d_in"]
+    named = isinstance(layers, list | tuple) and layers and all(isinstance(n, str) for n in layers)
+    if not named or type(d_in) is not int or d_in < 1:
+        raise ValueError(f"{fact!r:.80} is no group of layers")
+    return InputGroup(tuple(layers), d_in)
 
 
 @dataclass(frozen=True)
@@ -147,6 +158,8 @@ def second_moments(
 ) -> Moments:
     """Average x x' over the unmasked tokens of all batches, for every group.
 
+    Of several processes each takes its share of the batches; all get the same matrices.
+
     Args:
         model: The base model, any dtype or quantization; products are full float32.
         groups: From `find_groups`.
@@ -180,13 +193,9 @@ def second_moments(
             sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
         add_upper_gram(sums[name], rows)
 
-    with (
-        evaluating(model),
-        _watching(model, leaders, accumulate),
-        torch.no_grad(),
-        full_fp32_matmul(),
-    ):
-        for number, batch in enumerate(batches, 1):
+    def own_share() -> None:
+        nonlocal tokens, mask
+        for number, batch in enumerate(islice(batches, ranks.rank(), None, ranks.count()), 1):
             inputs = {k: v.to(model.device) for k, v in batch.items() if k != "labels"}
             given = inputs.get("attention_mask")
             mask = None if given is None else given.bool()
@@ -196,14 +205,24 @@ def second_moments(
             on_batch(count)
             if number % LOOK_EVERY == 0:  # hours may be left
                 _check_finite(sums)
+        _check_finite(sums)
+
+    with (
+        evaluating(model),
+        _watching(model, leaders, accumulate),
+        torch.no_grad(),
+        full_fp32_matmul(),
+    ):
+        ranks.agree(own_share)
+    tokens = int(ranks.add_(torch.tensor(tokens, device=model.device)))
     if tokens == 0:
         raise DataError("no tokens to measure: every batch is empty or fully masked")
-    for name in leaders:
-        if name not in sums:
+    for name, group in leaders.items():
+        if not ranks.largest(name in sums):
             raise DataError(f"{name} saw no input in {tokens} tokens")
-    _check_finite(sums)
-    for name, total in sums.items():
-        upper = total.triu_()
+        if name not in sums:  # fewer batches than processes
+            sums[name] = torch.zeros(group.d_in, group.d_in, device=model.device)
+        upper = ranks.add_(sums[name].triu_())
         sums[name] = (upper + upper.triu(1).T) / tokens
     return Moments(sums, tokens)
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from folora.disk import (
+    Facts,
     check_fits_memory,
     file_sha256,
     json_fingerprint,
@@ -41,7 +42,7 @@ class Artifact:
     """Tensors by name, and the manifest that came with them."""
 
     tensors: dict[str, Tensor]
-    manifest: dict[str, Any]
+    manifest: Facts
 
 
 def software_versions() -> dict[str, str]:
@@ -83,7 +84,7 @@ def write_artifact(
     write_atomically(Path(path), write)
 
 
-def read_manifest(path: Path, kind: str, expected: dict[str, Any] | None = None) -> dict[str, Any]:
+def read_manifest(path: Path, kind: str, expected: dict[str, Any] | None = None) -> Facts:
     """Read and check an artifact's manifest alone.
 
     Args:
@@ -105,22 +106,22 @@ def check_manifest(
     artifact: Path,
     kind: str,
     expected: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+) -> Facts:
     """A manifest that was read from a file of an artifact, if it is one of this kind.
 
     See `read_manifest` for what is raised.
     """
-    manifest = unsealed(manifest, file, artifact)
-    if manifest.get("kind") != kind:
-        raise ArtifactError(f"{file} holds {manifest.get('kind')!r}, but {kind!r} is needed here")
+    facts = unsealed(manifest, file, artifact)
+    if facts.get("kind") != kind:
+        raise ArtifactError(f"{file} holds {facts.get('kind')!r:.80}, but {kind!r} is needed here")
     for name, value in (expected or {}).items():
-        if manifest.get(name) != value:
+        if facts.get(name) != value:
             raise MismatchError(
                 f"{artifact} belongs to another {name.replace('_', ' ')}: it was made for "
-                f"{_short(manifest.get(name))}, this run has {_short(value)}. Give the right model "
+                f"{_short(facts.get(name))}, this run has {_short(value)}. Give the right model "
                 "and data, or make it again in another folder."
             )
-    return manifest
+    return facts
 
 
 def read_artifact(path: Path, kind: str, expected: dict[str, Any] | None = None) -> Artifact:
@@ -128,15 +129,24 @@ def read_artifact(path: Path, kind: str, expected: dict[str, Any] | None = None)
     manifest = read_manifest(path, kind, expected)
     file = Path(path) / TENSORS
     try:
-        check_fits_memory(file)
+        check_fits_memory(file)  # before it is hashed for hours
         checksum = file_sha256(file)
-        if checksum != manifest.get("sha256"):
-            raise ArtifactError(
-                f"{file} is damaged: its checksum is {checksum[:12]}, its manifest says "
-                f"{str(manifest.get('sha256'))[:12]}. Delete the folder {path} and make it again."
-            )
-        return Artifact(load_file(file), manifest)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
+        raise ArtifactError(f"{file} cannot be read: {error}") from error
+    if checksum != manifest.get("sha256"):
+        raise ArtifactError(
+            f"{file} is damaged: its checksum is {checksum[:12]}, its manifest says "
+            f"{str(manifest.get('sha256'))[:12]}. Delete the folder {path} and make it again."
+        )
+    return Artifact(read_tensors(file), manifest)
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises ArtifactError."""
+    try:
+        check_fits_memory(file)
+        return load_file(file)
+    except (OSError, SafetensorError, KeyError) as error:  # KeyError: a type that torch has not
         raise ArtifactError(f"{file} cannot be read: {error}") from error
 
 
@@ -175,4 +185,4 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _short(value: Any) -> str:
-    return value[:12] if isinstance(value, str) else repr(value)
+    return value[:12] if isinstance(value, str) else f"{value!r:.80}"

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from folora.activations import InputGroup
-from folora.artifacts import check_manifest, software_versions
-from folora.disk import check_fits_memory, sealed, write_atomically
+from folora.activations import InputGroup, group_of
+from folora.artifacts import check_manifest, read_tensors, software_versions
+from folora.disk import Facts, checked_depth, fitting, sealed, write_atomically
 from folora.errors import ArtifactError, ConfigError
 from folora.sampling import ProxySet, proxies_from_tensors, proxies_to_tensors
 
@@ -45,7 +45,7 @@ class BaseFile:
     proxies: ProxySet
     groups: list[InputGroup]
     triangles: dict[str, Tensor]
-    manifest: dict[str, Any]
+    manifest: Facts
     path: Path
 
     def moments(self, groups: Sequence[InputGroup]) -> dict[str, Float[Tensor, "_d _d"]]:
@@ -101,7 +101,7 @@ def write_base_file(
     tensors |= {f"{g.name}/c_pre": packed(moments[g.name].cpu().float()) for g in groups}
     manifest = {
         "kind": KIND,
-        "sha256": _checksum(tensors),
+        "sha256": tensors_sha256(tensors),
         "versions": software_versions(),
         "samples": proxies.fingerprint,
         "held_out": len(proxies.held_out),
@@ -113,7 +113,7 @@ def write_base_file(
     write_atomically(path, lambda target: save_file(tensors, target, metadata=header))
 
 
-def read_base_manifest(path: Path, expected: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def read_base_manifest(path: Path, expected: Mapping[str, Any] | None = None) -> Facts:
     """The manifest alone, without reading the tensors.
 
     Raises:
@@ -122,7 +122,7 @@ def read_base_manifest(path: Path, expected: Mapping[str, Any] | None = None) ->
     """
     try:
         with safe_open(path, "pt") as file:
-            manifest = json.loads((file.metadata() or {}).get(HEADER, "null"))
+            manifest = checked_depth(json.loads((file.metadata() or {}).get(HEADER, "null")))
     except FileNotFoundError:
         raise ArtifactError(f"{path} is missing; make it: folora base") from None
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
@@ -135,24 +135,23 @@ def read_base_manifest(path: Path, expected: Mapping[str, Any] | None = None) ->
 def read_base_file(path: Path, expected: Mapping[str, Any] | None = None) -> BaseFile:
     """Read a base file after checking manifest and checksum; see `read_base_manifest`."""
     manifest = read_base_manifest(path, expected)
-    try:
-        check_fits_memory(path)
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}") from error
-    if (found := _checksum(tensors)) != manifest["sha256"]:
+    tensors = read_tensors(path)
+    if (found := tensors_sha256(tensors)) != manifest["sha256"]:
         raise ArtifactError(
             f"{path} is damaged: its checksum is {found[:12]}, its header says "
             f"{str(manifest['sha256'])[:12]}. Get or make it again."
         )
-    try:
-        groups = [InputGroup(tuple(g["layers"]), int(g["d_in"])) for g in manifest["groups"]]
+    with fitting(path):
+        groups = [group_of(fact) for fact in manifest["groups"]]
         proxies = proxies_from_tensors(tensors, manifest["held_out"], manifest["rejected"])
         triangles = {g.name: tensors[f"{g.name}/c_pre"] for g in groups}
-        if wrong := [g.name for g in groups if len(triangles[g.name]) != _size(g.d_in)]:
-            raise ValueError(f"the triangle of {wrong[0]} has another size than its width asks for")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"the header of {path} does not fit its contents: {error!r}") from error
+        for g in groups:
+            triangle = triangles[g.name]
+            if triangle.shape != (_size(g.d_in),) or triangle.dtype != torch.float32:
+                raise ValueError(
+                    f"the triangle of {g.name} has {tuple(triangle.shape)} values of "
+                    f"{triangle.dtype}, but must have {_size(g.d_in)} of float32"
+                )
     return BaseFile(proxies, groups, triangles, manifest, path)
 
 
@@ -161,11 +160,11 @@ def _size(d: int) -> int:
     return d * (d + 1) // 2
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, types, shapes and bytes."""
     result = hashlib.sha256()
     for name in sorted(tensors):
         t = tensors[name].contiguous()
         result.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
-        result.update(t.view(torch.uint8).numpy().data)
+        result.update(t.reshape(-1).view(torch.uint8).numpy().data)
     return result.hexdigest()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from folora.disk import file_sha256, read_sealed, sync, write_sealed
+from folora.disk import file_sha256, fitting, read_sealed, sync, write_sealed
 from folora.errors import ArtifactError
 
 logger = logging.getLogger(__name__)
@@ -52,8 +52,13 @@ def latest_checkpoint(folder: Path) -> Path | None:
 def check_checkpoint(folder: Path) -> None:
     """Compare every file with its checksum. Raises ArtifactError naming the one that differs."""
     listed = read_sealed(folder / SEAL)["files"]
+    with fitting(folder / SEAL):
+        listed = {str(name): str(checksum) for name, checksum in listed.items()}
+    there = {p.relative_to(folder).as_posix() for p in _files(folder)}
     for name, checksum in listed.items():
         file = folder / name
+        if name not in there:  # and is not looked for outside of the folder
+            raise ArtifactError(f"{file} is missing. {way_out(folder)}")
         try:
             found = file_sha256(file)
         except OSError as error:
@@ -63,7 +68,7 @@ def check_checkpoint(folder: Path) -> None:
                 f"{file} is damaged: its checksum is {found[:12]}, but {checksum[:12]} was written. "
                 f"{way_out(folder)}"
             )
-    if strange := sorted({p.relative_to(folder).as_posix() for p in _files(folder)} - {*listed}):
+    if strange := sorted(there - {*listed}):
         raise ArtifactError(
             f"{folder / strange[0]} was not written by this training. {way_out(folder)}"
         )

@@ -10,7 +10,6 @@ import argparse
 import logging
 import os
 import shlex
-import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -23,12 +22,13 @@ from rich.markup import escape
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from folora import ranks
 from folora.comparison import Comparison, arms
 from folora.config import FoLoraConfig, option_names, parse_yaml, read_yaml
 from folora.disk import write_text
 from folora.errors import ConfigError, FoLoraError, nearest
-from folora.interruption import Interrupted
-from folora.loading import required
+from folora.interruption import Interrupted, interruptible
+from folora.loading import device_of, required
 from folora.methods import METHODS
 from folora.pictures import frontier_picture, norm_picture
 from folora.pipeline import ADAPTER, COMPARISON, Run
@@ -122,37 +122,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     console = Console(stderr=True)
     try:
-        options, config = parse(sys.argv[1:] if arguments is None else arguments)
-        _set_up_logging(options.verbose)
-        _execute(options, config)
+        with interruptible():
+            options, config = parse(sys.argv[1:] if arguments is None else arguments)
+            ranks.join(on_cpu=device_of(config).type == "cpu")
+            _set_up_logging(options.verbose)
+            _execute(options, config)
     except FoLoraError as error:
         console.print(f"[bold red]folora:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 2
-    except KeyboardInterrupt as error:
+    except Interrupted as signalled:
         console.print(
             "\n[bold]folora:[/] stopped. What is finished is on disk; give the same command again "
             "to go on."
         )
-        return error.exit_code if isinstance(error, Interrupted) else 128 + signal.SIGINT
+        return signalled.exit_code
     return 0
 
 
 def entry() -> NoReturn:
-    """Console script; SIGTERM ends it as Ctrl-C does."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    """Console script."""
     code = main()
-    if code > 128:  # at once, and not when threads in the middle of an eigenproblem are done
+    if code == 0:
+        ranks.leave()
+    # At once: not when an eigenproblem is solved, or another process has answered.
+    if code > 128 or ranks.count() > 1:
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
 
 
-def _interrupt(signum: int, frame: Any) -> NoReturn:
-    raise Interrupted(signum)
-
-
 def _execute(options: argparse.Namespace, config: FoLoraConfig) -> None:
     command = options.command
+    if command in ("plan", "compare") and ranks.count() > 1:
+        raise ConfigError(f"folora {command} works in one process; start it without a launcher")
     if command == "plan":
         _print_plan(_plan(config))
         return
@@ -273,6 +275,8 @@ def _print_plan(found: Plan) -> None:
 
 
 def _print_report(report: dict[str, Any]) -> None:
+    if ranks.rank() > 0:
+        return
     table = Table(title=f"After {report['steps']} steps")
     for column in ("", "base", "adapted"):
         table.add_column(column, justify="left" if not column else "right")

@@ -138,7 +138,7 @@ class Comparison:
                 path = self.path(arm)
                 if not path.exists():
                     write_text(path, json.dumps(self._result(arm, config)) + "\n")
-                yield self._read(path, config)
+                yield read_arm(path, config)
                 tick()
 
     def config(self, arm: Arm) -> FoLoraConfig:
@@ -256,17 +256,19 @@ class Comparison:
         trainer.train()
         return readings, lost()
 
-    def _read(self, path: Path, config: FoLoraConfig) -> dict[str, Any]:
-        """The result in a file, which must be that of the arm with this very config."""
-        result = read_json(path)
-        wanted = json.loads(json.dumps(config.differences()))
-        found = result.get("config") or {}
-        if result.get("format") != FORMAT or found != wanted:
-            other = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
-            raise ArtifactError(
-                f"{path} is the result of other settings ({', '.join(other) or 'format'}); move it away"
-            )
-        return result
+
+def read_arm(path: Path, config: FoLoraConfig) -> dict[str, Any]:
+    """The result in a file, if it is that of the arm with this very config. Raises ArtifactError."""
+    result = read_json(path)
+    if not isinstance(result, dict) or not isinstance(found := result.get("config"), dict):
+        raise ArtifactError(f"{path} is no result; move it away")
+    wanted = json.loads(json.dumps(config.differences()))
+    if result.get("format") != FORMAT or found != wanted:
+        other = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
+        raise ArtifactError(
+            f"{path} is the result of other settings ({', '.join(other) or 'format'}); move it away"
+        )
+    return result
 
 
 def steps_at(shares: Sequence[float], steps: int) -> set[int]:

@@ -7,6 +7,7 @@ functions there take plain numbers.
 
 from __future__ import annotations
 
+import json
 import re
 import reprlib
 from collections.abc import Mapping
@@ -40,6 +41,7 @@ _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 300  # a path stays whole
 LARGEST_FILE = 2**20  # bytes of a config file; a data set given by mistake is not read for minutes
 FIRST_LOOK = 64  # sequences, after which it is first asked whether they are enough
+LARGEST_NUMBER = 64  # bits of an integer in a file
 SEEDS = 2**32  # numpy takes no larger ones
 
 
@@ -53,6 +55,14 @@ def _option(default: Any, help: str) -> Any:
 def _require(condition: bool, name: str, value: object, allowed: str) -> None:
     if not condition:
         raise ConfigError(f"{name} is {_short(value)}, but must {allowed}")
+
+
+def _require_json(value: object, name: str) -> None:
+    """Requests and results keep options as JSON; YAML also knows dates, sets and bytes."""
+    try:
+        json.dumps(value, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{name} is {_short(value)}, which JSON does not hold: {error}") from None
 
 
 def _require_seed(seed: int, name: str) -> None:
@@ -231,7 +241,7 @@ class AdapterConfig:
         if isinstance(self.target_modules, str):
             try:
                 re.compile(self.target_modules)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise ConfigError(
                     f"adapter.target_modules is {self.target_modules!r}, which is no regular "
                     f"expression: {error}"
@@ -296,6 +306,7 @@ class TrainingConfig:
             self.num_train_epochs,
             "be finite and > 0 (or give training.max_steps)",
         )
+        _require_json(self.extra, "training.extra")
         _require_seed(self.seed, "training.seed")
         for name in ("batch_size", "gradient_accumulation_steps", "save_steps", "logging_steps"):
             _require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "be >= 1")
@@ -387,10 +398,12 @@ class FoLoraConfig:
         """
         values = self.to_dict()
         for name, value in changes.items():
-            *sections, last = name.split(".")
+            *sections, last = str(name).split(".")
             target = values
             for section in sections:
                 target = target.setdefault(section, {})
+                if not isinstance(target, dict):  # an option that has no options
+                    raise ConfigError(f"unknown option {name!r}{nearest(name, option_names())}")
             target[last] = value
         return FoLoraConfig.from_dict(values)
 
@@ -439,6 +452,8 @@ def parse_yaml(text: str) -> Any:
         return yaml.load(text, _PlainYaml)  # a SafeLoader
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date with a month 13
         raise ConfigError(str(error)) from error
+    except (AttributeError, LookupError, OverflowError, TypeError) as error:  # as of !!bool maybe
+        raise ConfigError(f"a value is not what its tag says ({error!r})") from error
     except RecursionError:
         raise ConfigError("brackets are nested too deeply") from None
 
@@ -458,6 +473,17 @@ class _PlainYaml(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             seen.add(name)
         return super().construct_mapping(node, deep)
+
+    def construct_number(self, node: Any) -> int:
+        """An integer; those that Python does not print are not needed either."""
+        number = self.construct_yaml_int(node)
+        if number.bit_length() > LARGEST_NUMBER:
+            problem = f"an integer of {number.bit_length()} bits"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return number
+
+
+_PlainYaml.add_constructor("tag:yaml.org,2002:int", _PlainYaml.construct_number)
 
 
 def option_names(cls: Any = FoLoraConfig, prefix: str = "") -> dict[str, dict[str, Any]]:

@@ -32,6 +32,7 @@ from folora.errors import DataError, nearest
 logger = logging.getLogger(__name__)
 
 IGNORE = -100
+CHUNK = 2**20  # bytes
 _SPACE = re.compile(r"\s*")
 LOCAL_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 PAIRS = (
@@ -159,11 +160,13 @@ def _read_json(path: Path) -> list[Row]:
 def _read_bytes(path: Path) -> bytes:
     """The file's bytes, unpacked, if there is room for them and for what is made of them."""
     most = _most_bytes()
+    content = bytearray()
     with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise ValueError(_too_large(most))
-    return content
+        while part := file.read(CHUNK):  # read(most) would ask for that much memory at once
+            content += part
+            if len(content) > most:
+                raise ValueError(_too_large(most))
+    return bytes(content)
 
 
 def _most_bytes() -> int:
@@ -232,12 +235,12 @@ class Formatter:
         for name, value in zip(self.columns, (prompt, response), strict=True):
             if not isinstance(value, str):
                 raise DataError(f"column {name!r} holds {type(value).__name__}, not text")
-            if not _is_unicode(value):
-                raise DataError(f"column {name!r} holds half of a surrogate pair, which is no text")
+            _check_unicode(value, f"column {name!r}")
         if prompt_name == "prompt":
             return self._plain(prompt, response)
         if row.get("input") and prompt_name == "instruction":
             prompt = f"{prompt}\n\n{row['input']}"
+            _check_unicode(prompt, "column 'input'")
         if self.use_template:
             return self._chat(
                 [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
@@ -263,7 +266,6 @@ class Formatter:
             isinstance(m, dict)
             and isinstance(m.get("role"), str)
             and isinstance(m.get("content"), str)
-            and _is_unicode(m["content"])
             for m in messages
         ):
             raise DataError("a chat must be a list of {'role': name, 'content': text}")
@@ -291,11 +293,12 @@ class Formatter:
         if not messages:
             return []
         try:
-            text = self.tokenizer.apply_chat_template(
+            text: Any = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except Exception as error:  # a template is a program, and may raise what it likes
             raise DataError(f"the tokenizer's chat template refuses this chat: {error}") from error
+        _check_unicode(text, "the chat")  # a role, or whatever the template adds
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
@@ -407,13 +410,12 @@ def pad_batch(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
     }
 
 
-def _is_unicode(text: str) -> bool:
-    """Whether it can be encoded; JSON may hold half of a surrogate pair."""
+def _check_unicode(text: str, what: str) -> None:
+    """Raise DataError for a text that cannot be encoded, as JSON may hold it."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        return False
-    return True
+        raise DataError(f"{what} holds half of a surrogate pair, which is no text") from None
 
 
 def batches(

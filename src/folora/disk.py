@@ -15,17 +15,18 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from folora.errors import ArtifactError, ConfigError
+from folora.errors import ArtifactError, ConfigError, FoLoraError
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 FORMAT_VERSION = 2
 VERSION, CHECKSUM = "format_version", "checksum"
@@ -33,6 +34,34 @@ LOCK = ".lock"
 LOCK_SECONDS = 3.0  # to wait for another process
 LONGEST_NAME = 255  # bytes; what common file systems take
 LARGEST_JSON = 2**28  # bytes
+DEEPEST_JSON = 64  # brackets in brackets
+
+
+class Facts(dict[str, Any]):
+    """Values of a sealed file. One that is asked for and not there is an ArtifactError."""
+
+    def __init__(self, values: Mapping[str, Any], file: Path) -> None:
+        super().__init__(values)
+        self.file = file
+
+    def __missing__(self, name: str) -> Any:
+        raise ArtifactError(f"{self.file} does not say {name!r}; it was not written by this folora")
+
+
+@contextlib.contextmanager
+def fitting(what: object) -> Iterator[None]:
+    """Take apart what was read from a file of the right checksum, whoever wrote it.
+
+    Raises:
+        ArtifactError: It holds other names, types or shapes than it should; `what` is named.
+    """
+    try:
+        yield
+    except FoLoraError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        said = f"{type(e).__name__}: {e}"
+        raise ArtifactError(f"{what} does not hold what it should: {said:.200}") from e
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -94,11 +123,24 @@ def read_json(path: Path) -> Any:
     try:
         if (size := path.stat().st_size) > LARGEST_JSON:
             raise ArtifactError(f"{path} has {size} bytes, but must have at most {LARGEST_JSON}")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return checked_depth(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise ArtifactError(f"{path} is missing") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
+
+
+def checked_depth(value: T) -> T:
+    """A JSON value that Python can take apart by recursion. Raises ValueError."""
+    level: list[Any] = [value]
+    for _ in range(DEEPEST_JSON):
+        lists = [
+            v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)
+        ]
+        level = [inner for outer in lists for inner in outer]
+    if level:
+        raise ValueError(f"it has more than {DEEPEST_JSON} brackets in brackets")
+    return value
 
 
 def sealed(values: dict[str, Any]) -> dict[str, Any]:
@@ -107,7 +149,7 @@ def sealed(values: dict[str, Any]) -> dict[str, Any]:
     return {**versioned, CHECKSUM: json_fingerprint(versioned)}
 
 
-def unsealed(found: Any, file: Path, owner: Path | None = None) -> dict[str, Any]:
+def unsealed(found: Any, file: Path, owner: Path | None = None) -> Facts:
     """The values of a sealed JSON object.
 
     Args:
@@ -132,7 +174,7 @@ def unsealed(found: Any, file: Path, owner: Path | None = None) -> dict[str, Any
             f"{file} is damaged: its checksum is {checksum[:12]}, but it says "
             f"{str(found.get(CHECKSUM))[:12]}. Delete {owner or file}; it will be made again."
         )
-    return values
+    return Facts(values, file)
 
 
 def write_sealed(path: Path, values: dict[str, Any]) -> None:
@@ -140,7 +182,7 @@ def write_sealed(path: Path, values: dict[str, Any]) -> None:
     write_json(path, sealed(values))
 
 
-def read_sealed(path: Path) -> dict[str, Any]:
+def read_sealed(path: Path) -> Facts:
     """Read a sealed JSON file. Raises ArtifactError as `read_json` and `unsealed`."""
     return unsealed(read_json(path), Path(path))
 

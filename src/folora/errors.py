@@ -35,6 +35,10 @@ class NumericsError(FoLoraError, ArithmeticError):
     """A matrix or an activation is not what the mathematics needs (NaN, asymmetry, ...)."""
 
 
+class ProcessError(FoLoraError, RuntimeError):
+    """Another of the processes that work together has ended."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the known name closest to `word`, or ``""``."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

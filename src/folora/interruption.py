@@ -1,15 +1,17 @@
-"""Ctrl-C and SIGTERM while training: the step is finished, a checkpoint is written, and then it ends."""
+"""Ctrl-C and SIGTERM end the work at once; in training the step is finished and a checkpoint written first."""
 
 from __future__ import annotations
 
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from folora import ranks
 
 logger = logging.getLogger(__name__)
 
@@ -57,22 +59,43 @@ class StopAfterStep(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Called by the Trainer after every step."""
+        # All processes stop after the same step, or some would wait for the others for ever.
+        self.signum = ranks.largest(self.signum or 0) or None
         if self.signum is not None:
             control.should_save = control.should_training_stop = True
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Have signals raise Interrupted, whatever the code makes of it that they come in.
+
+    A library in C may turn what a signal handler raises into an error of its own.
+
+    Raises:
+        Interrupted: A signal came.
+    """
+    came: list[int] = []
+
+    def stop(signum: int, frame: Any) -> None:
+        came.append(signum)
+        raise Interrupted(signum)
+
+    with _handled_by(stop):
+        try:
+            yield
+        except Exception as error:
+            if came:
+                raise Interrupted(came[0]) from error
+            raise
 
 
 @contextmanager
 def finishing_step(stop: StopAfterStep) -> Iterator[None]:
     """Have signals ask for the end of training instead of ending it; a second one does not wait.
 
-    Signals belong to the main thread; on another one nothing is changed.
-
     Raises:
         Interrupted: At the end of the block, if a signal came.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def ask(signum: int, frame: Any) -> None:
         if stop.signum is not None:
@@ -80,11 +103,21 @@ def finishing_step(stop: StopAfterStep) -> Iterator[None]:
         stop.signum = signum
         logger.warning("stopping after this step, with a checkpoint; once more to stop at once")
 
-    former = {signum: signal.signal(signum, ask) for signum in SIGNALS}
+    with _handled_by(ask):
+        yield
+    if stop.signum is not None:
+        raise Interrupted(stop.signum)
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Handle both signals; they belong to the main thread, on another one nothing is changed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = {signum: signal.signal(signum, handler) for signum in SIGNALS}
     try:
         yield
     finally:
-        for signum, handler in former.items():
-            signal.signal(signum, handler)
-    if stop.signum is not None:
-        raise Interrupted(stop.signum)
+        for signum, restored in former.items():
+            signal.signal(signum, restored)

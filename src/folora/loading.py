@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
+from folora import ranks
 from folora.config import FoLoraConfig
 from folora.errors import ConfigError
 
@@ -57,7 +58,11 @@ def device_of(config: FoLoraConfig) -> torch.device:
     """The device that ``--device`` stands for. Raises ConfigError if it is not there."""
     if config.device == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return accelerator if accelerator is not None else torch.device("cpu")
+        if accelerator is None:
+            return torch.device("cpu")
+        return (
+            torch.device(accelerator.type, ranks.local_rank()) if ranks.count() > 1 else accelerator
+        )
     try:
         device = torch.device(config.device)
         torch.empty(0, device=device)

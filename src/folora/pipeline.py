@@ -20,8 +20,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property, wraps
 from pathlib import Path
@@ -32,6 +32,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from folora import ranks
 from folora.activations import InputGroup
 from folora.adapter import ExportReport, lora_factors, write_adapter, write_merged
 from folora.artifacts import (
@@ -39,6 +40,7 @@ from folora.artifacts import (
     model_fingerprint,
     read_artifact,
     read_manifest,
+    software_versions,
     tokenizer_fingerprint,
     write_artifact,
 )
@@ -115,8 +117,8 @@ MADE = {
 STAGE_READS = {"measure": (SET,), "solve": (PRE, TASK), "train": (SET, SPECTRUM)}
 """What a stage finds in the folder."""
 
-WITHOUT_EFFECT = frozenset({"non_finite"})
-"""Options that may change in the middle of a training: what was done so far is the same."""
+WITHOUT_EFFECT = frozenset({"non_finite", "batch_size", "gradient_accumulation_steps"})
+"""Options that may change in the middle of a training, as long as a step takes as many rows."""
 
 ExportKind = Literal["adapter", "merged"]
 
@@ -155,13 +157,24 @@ class Run:
 
         self._lock = lock_of(self.folder)
 
-    def alone(self) -> AbstractContextManager[None]:
-        """Hold the folder against other processes; every stage does, for its own time.
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the folder against other runs; every stage does, for its own time.
 
         Raises:
             ArtifactError: Another process of folora works there.
         """
-        return alone(self._lock)
+        with ExitStack() as held:
+            ranks.first(lambda: held.enter_context(alone(self._lock)))
+            ranks.agree(self._check_shared)
+            yield
+
+    def _check_shared(self) -> None:
+        if not self.folder.is_dir():
+            raise ConfigError(
+                f"process {ranks.rank()} does not see the output folder {self.folder}; it must be on a "
+                "file system that all machines share"
+            )
 
     # What the stages are about; loaded when first needed.
 
@@ -244,6 +257,11 @@ class Run:
             read_base_manifest(Path(self.config.base), self.model_facts)
         for part in STAGE_READS.get(command, ()):
             self._manifest(part, self.model_facts)
+        ranks.check_same("set of options", self.config)
+        ranks.check_same("model", self.model_facts)
+        ranks.check_same("set of versions", software_versions())
+        if "task" in vars(self):
+            ranks.check_same("data set", self.task.fingerprint)
 
     # The stages.
 
@@ -263,13 +281,13 @@ class Run:
     @_alone
     def write_config(self) -> None:
         """Leave the resolved config where a reader looks for it."""
-        write_text(self.folder / "config.yaml", self.config.to_yaml())
+        ranks.first(lambda: write_text(self.folder / "config.yaml", self.config.to_yaml()))
 
     @_alone
     def sample(self) -> ProxySet:
         """Stage 1: the proxy set."""
         if self.config.base is not None:
-            return self._take_samples()
+            return ranks.first(self._take_samples)
         config = self.config.sampling
         facts = dict(self.model_facts)
         if config.sampler_model:
@@ -288,7 +306,7 @@ class Run:
         try:
             return sample_to_folder(*arguments)
         except MismatchError:
-            self._set_aside(folder)
+            ranks.first(lambda: self._set_aside(folder))
             return sample_to_folder(*arguments)
 
     @_alone
@@ -305,7 +323,7 @@ class Run:
         pre = self.statistics("pre")
         path = path or self.folder / BASE
         facts = {**self.model_facts, "tokens": pre.manifest["tokens"]}
-        write_base_file(path, proxies, self.groups, pre.tensors, facts)
+        ranks.first(lambda: write_base_file(path, proxies, self.groups, pre.tensors, facts))
         return path
 
     def _measure_task(self) -> None:
@@ -410,19 +428,28 @@ class Run:
                     for section in (config.training, config.adapter, config.spectrum)
                 ]
             ),
+            "rows_a_step": ranks.count()
+            * config.training.batch_size
+            * config.training.gradient_accumulation_steps,
         }
+        if ranks.first(lambda: self._is_trained(folder, request)):
+            return
+        bases = source._bases(spectrum)
+        prepared = assemble(self.model, bases, self.task, proxies, config)
+        trainer = train(prepared, self.tokenizer, folder)
+        self._write_result(prepared, trainer, request)
+
+    def _is_trained(self, folder: Path, request: dict[str, Any]) -> bool:
+        """Whether training is done; if not, its folder is made ready."""
         request_file = folder / "request.json"
         if request_file.exists() and read_sealed(request_file) != request:
             self._set_aside(folder)
         if (folder / "result").exists():
             read_manifest(folder / "result", "training", request)
             logger.info("training: done already")
-            return
+            return True
         write_sealed(request_file, request)
-        bases = source._bases(spectrum)
-        prepared = assemble(self.model, bases, self.task, proxies, config)
-        trainer = train(prepared, self.tokenizer, folder)
-        self._write_result(prepared, trainer, request)
+        return False
 
     def _write_result(
         self, prepared: Prepared, trainer: FoLoraTrainer, request: dict[str, Any]
@@ -441,21 +468,18 @@ class Run:
             before = Reading(0.0, 0.0, prepared.meter.task_loss(prepared.model))
         tensors = {f"{name}/A": a for name, (a, _, _) in factors.items()}
         tensors |= {f"{name}/B": b for name, (_, b, _) in factors.items()}
-        write_artifact(
-            self.folder / TRAINING / "result",
-            "training",
-            tensors,
-            {
-                **request,
-                "scaling": {name: scaling for name, (_, _, scaling) in factors.items()},
-                "fan_in_fan_out": _all_conv1d(prepared, factors),
-                "steps": steps,
-                "base": _without_nan(asdict(before)),
-                "adapted": _without_nan(asdict(reading)),
-                "total_norm": asdict(total_norm(norms)),
-                "norms": {name: asdict(norm) for name, norm in norms.items()},
-            },
-        )
+        facts = {
+            **request,
+            "scaling": {name: scaling for name, (_, _, scaling) in factors.items()},
+            "fan_in_fan_out": _all_conv1d(prepared, factors),
+            "steps": steps,
+            "base": _without_nan(asdict(before)),
+            "adapted": _without_nan(asdict(reading)),
+            "total_norm": asdict(total_norm(norms)),
+            "norms": {name: asdict(norm) for name, norm in norms.items()},
+        }
+        path = self.folder / TRAINING / "result"
+        ranks.first(lambda: write_artifact(path, "training", tensors, facts))
 
     def export(
         self, path: Path | None = None, rank: int | None = None, kind: ExportKind = "adapter"
@@ -472,24 +496,25 @@ class Run:
             name: (result.tensors[f"{name}/A"], result.tensors[f"{name}/B"], scaling)
             for name, scaling in result.manifest["scaling"].items()
         }
+
+        def write() -> ExportReport:
+            target = path or self.folder / ("merged" if kind == "merged" else ADAPTER)
+            if kind == "adapter":
+                conv1d = result.manifest["fan_in_fan_out"]
+                return write_adapter(
+                    factors, target, base_model=self.name, fan_in_fan_out=conv1d, rank=rank
+                )
+            base = load_model(self.config, self.name)  # afresh: training wraps the layers
+            if model_fingerprint(base) != result.manifest["model"]:
+                raise MismatchError(
+                    f"{self.name} is not the model that was trained in {self.folder}"
+                )
+            write_merged(base, base.state_dict(), factors, target)
+            self.tokenizer.save_pretrained(target)
+            return ExportReport(0, 0.0, "", 0.0)
+
         with self.alone():
-            if kind == "merged":
-                base = load_model(self.config, self.name)  # afresh: training wraps the layers
-                if model_fingerprint(base) != result.manifest["model"]:
-                    raise MismatchError(
-                        f"{self.name} is not the model that was trained in {self.folder}"
-                    )
-                target = path or self.folder / "merged"
-                write_merged(base, base.state_dict(), factors, target)
-                self.tokenizer.save_pretrained(target)
-                return ExportReport(0, 0.0, "", 0.0)
-            return write_adapter(
-                factors,
-                path or self.folder / ADAPTER,
-                base_model=self.name,
-                fan_in_fan_out=result.manifest["fan_in_fan_out"],
-                rank=rank,
-            )
+            return ranks.first(write)
 
     def report(self) -> dict[str, Any]:
         """What was learned, kept and paid; written to ``report.json`` and returned."""
@@ -503,7 +528,7 @@ class Run:
         report = {name: manifest[name] for name in names}
         report |= {"tokens_measured": statistics, "rejected_samples": samples["rejected"]}
         report |= {"adapter": str(self.folder / ADAPTER)}
-        write_json(self.folder / REPORT, report)
+        ranks.first(lambda: write_json(self.folder / REPORT, report))
         return report
 
     # What stages read.
@@ -586,14 +611,19 @@ class Run:
         make: Callable[[], tuple[dict[str, Tensor], dict[str, Any]]],
     ) -> None:
         """Write an artifact unless it is there with the same facts; changed ones go to old/."""
-        if path.exists():
-            manifest = read_manifest(path, kind)
-            if all(manifest.get(name) == value for name, value in facts.items()):
-                logger.info("%s: done already", path.relative_to(self.folder))
-                return
-            self._set_aside(path)
-        tensors, more = make()
-        write_artifact(path, kind, tensors, {**more, **facts})
+        if not ranks.first(lambda: self._is_done(path, kind, facts)):
+            tensors, more = make()
+            ranks.first(lambda: write_artifact(path, kind, tensors, {**more, **facts}))
+
+    def _is_done(self, path: Path, kind: str, facts: dict[str, Any]) -> bool:
+        if not path.exists():
+            return False
+        manifest = read_manifest(path, kind)
+        if all(manifest.get(name) == value for name, value in facts.items()):
+            logger.info("%s: done already", path.relative_to(self.folder))
+            return True
+        self._set_aside(path)
+        return False
 
     def _set_aside(self, path: Path) -> None:
         """Keep a result whose inputs have changed under ``old/``."""

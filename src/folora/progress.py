@@ -18,6 +18,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from folora import ranks
+
 logger = logging.getLogger(__name__)
 
 LOG_SECONDS = 30.0
@@ -46,7 +48,7 @@ def progress(what: str, total: int) -> Iterator[Tick]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[rate]}"),
         console=console,
-        disable=not console.is_terminal,
+        disable=not console.is_terminal or ranks.rank() > 0,
     )
     last_log = started
 
@@ -59,7 +61,8 @@ def progress(what: str, total: int) -> Iterator[Tick]:
             now = time.monotonic()
             rate = f"{tokens_done / max(now - started, 1e-9):.0f} tokens/s" if tokens_done else ""
             bar.update(task, completed=done, rate=rate)
-            if not console.is_terminal and (now - last_log > LOG_SECONDS or done >= total):
+            logs = not console.is_terminal and ranks.rank() == 0
+            if logs and (now - last_log > LOG_SECONDS or done >= total):
                 left = (now - started) / max(done, 1) * max(total - done, 0)
                 logger.info("%s: %d of %d, %.0f s left %s", what, done, total, left, rate)
                 last_log = now

@@ -7,13 +7,13 @@ are pooled into one set of points.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from folora.disk import read_json
 from folora.errors import ArtifactError, DataError
 from folora.frontier import Point
 
@@ -123,7 +123,7 @@ def load_results(folder: str | Path) -> list[Result]:
     for path in sorted(folder.rglob("*.json")):
         if any(part.startswith(".") for part in path.relative_to(folder).parts):
             continue
-        values = _read(path)
+        values = read_json(path)
         if isinstance(values, dict) and values.get("format") == FORMAT:
             found.append(_result(values, path))
     return found
@@ -222,13 +222,6 @@ def mean_score(scores: Mapping[str, float]) -> float:
     return sum(scores.values()) / len(scores) if scores else math.nan
 
 
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # ValueError: not JSON, or not UTF-8
-        raise ArtifactError(f"cannot read the result {path}: {error}") from error
-
-
 def _result(values: dict[str, Any], path: Path) -> Result:
     for name, kind in TYPES.items():
         if name not in values:
@@ -251,7 +244,7 @@ def _reading(values: Any, path: Path) -> dict[str, Any]:
             **{name: _numbers(values[name]) for name in ("task", "kept")},
             "other": _numbers(values.get("other", {})),
         }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ArtifactError(
             f"the result {path} has a broken reading ({error!r}): {values!r:.80}"
         ) from error

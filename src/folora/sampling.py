@@ -13,6 +13,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from folora import ranks
 from folora.artifacts import (
     read_artifact,
     tokenizer_fingerprint,
@@ -33,7 +35,7 @@ from folora.artifacts import (
     write_artifact,
 )
 from folora.config import FIRST_LOOK, SamplingConfig
-from folora.disk import json_fingerprint, read_sealed, write_sealed
+from folora.disk import fitting, json_fingerprint, read_sealed, write_sealed
 from folora.errors import DataError, MismatchError, NumericsError
 from folora.filtering import REASONS, rejection
 from folora.finiteness import where_it_breaks
@@ -47,6 +49,7 @@ MIN_ROWS = 8
 BLOCK = 256  # tokens whose probabilities are summed as one at first
 CANDIDATES = 1024  # a sort of the whole vocabulary is rarely needed to find top-p
 NO_TOKEN = -1  # None would make generate fall back on the model's own EOS
+LARGEST_VOCABULARY = 2**31
 ATTEMPTS_A_SEQUENCE = 10
 HOPELESS_AFTER = 256
 
@@ -413,6 +416,16 @@ def sample_to_folder(
             }
         ),
     }
+    complete = {**request, "asked": [config.num_sequences, config.num_held_out, decision]}
+    found = ranks.first(lambda: _begun(folder, request, complete))
+    if found is None:
+        found = sample(_Lazy(engine), start_id, eos_ids, config, folder, enough)
+        ranks.first(lambda: write_proxy_set(folder, found, complete))
+    return found
+
+
+def _begun(folder: Path, request: dict[str, Any], complete: dict[str, Any]) -> ProxySet | None:
+    """The finished set of a folder, or None if it is to be made or to go on; see `sample_to_folder`."""
     request_file = folder / "request.json"
     if request_file.exists():
         if read_sealed(request_file) != request:
@@ -422,15 +435,12 @@ def sample_to_folder(
             )
     else:
         write_sealed(request_file, request)
-    complete = {**request, "asked": [config.num_sequences, config.num_held_out, decision]}
     if (folder / "set").exists():
         try:
             return load_proxy_set(folder, complete)
         except MismatchError as error:  # another number of sequences: the shards still serve
             logger.info("sampling goes on: %s", error)
-    found = sample(_Lazy(engine), start_id, eos_ids, config, folder, enough)
-    write_proxy_set(folder, found, complete)
-    return found
+    return None
 
 
 def write_proxy_set(folder: Path, proxies: ProxySet, facts: dict[str, Any]) -> None:
@@ -451,11 +461,16 @@ def proxies_from_tensors(
     tensors: Mapping[str, Tensor], held_out: int, rejected: dict[str, int]
 ) -> ProxySet:
     """Inverse of `proxies_to_tensors`. Raises ValueError if lengths do not fit the tokens."""
-    tokens, lengths = tensors["tokens"], tensors["lengths"].tolist()
+    tokens, counts = tensors["tokens"], tensors["lengths"]
+    if any(t.dtype != torch.int64 or t.ndim != 1 for t in (tokens, counts)):
+        raise ValueError("tokens and lengths are not rows of int64")
+    lengths = counts.tolist()
     if sum(lengths) != len(tokens) or min(lengths, default=1) < 1:
         raise ValueError(f"lengths of sequences do not add up to {len(tokens)} tokens")
-    if not 0 <= held_out < len(lengths):
-        raise ValueError(f"{held_out} of {len(lengths)} sequences are held out")
+    if type(held_out) is not int or not 0 <= held_out < len(lengths):
+        raise ValueError(f"{held_out!r:.80} of {len(lengths)} sequences are held out")
+    if int(tokens.min()) < 0:
+        raise ValueError(f"{int(tokens.min())} is no token")
     rows = [row.tolist() for row in tokens.split(lengths)]
     cut = len(rows) - held_out
     return ProxySet(rows[:cut], rows[cut:], rejected)
@@ -465,7 +480,9 @@ def load_proxy_set(folder: Path, expected: dict[str, Any] | None = None) -> Prox
     """Read the finished set of a folder. Raises ArtifactError as `read_artifact`."""
     artifact = read_artifact(folder / "set", "samples", expected)
     manifest = artifact.manifest
-    return proxies_from_tensors(artifact.tensors, manifest["sequences"][1], manifest["rejected"])
+    with fitting(folder / "set"):
+        held_out = manifest["sequences"][1]
+        return proxies_from_tensors(artifact.tensors, held_out, manifest["rejected"])
 
 
 class _Lazy:
@@ -482,18 +499,66 @@ class _Lazy:
 
 
 def _batches(engine: Engine, size: int, shards: Path | None) -> Iterator[list[list[int]]]:
-    """Endless batches in the order of sequence numbers, from shards as far as they go."""
+    """Endless batches in the order of sequence numbers, from shards as far as they go.
+
+    Several processes decode as many batches at once; the first one keeps the files.
+    """
     number = 0
+    ahead: dict[int, list[list[int]]] = {}
     while True:
-        file = shards / f"shard-{number:06d}.json" if shards is not None else None
-        if file is not None and file.exists():
-            batch = read_sealed(file)["sequences"]
-        else:
-            batch = engine(range(number, number + size))
-            if file is not None:
-                write_sealed(file, {"sequences": batch})
+        if number not in ahead:
+            ahead |= ranks.first(partial(_kept, shards, number))
+        if number not in ahead:
+            due = ranks.first(partial(_missing, shards, number, size))
+            own = due[ranks.rank()]
+            decoded = ranks.gather(ranks.agree(partial(engine, range(own, own + size))))
+            ahead = dict(zip(due, decoded, strict=True))
+            ranks.first(partial(_keep, shards, ahead))
+        batch = ahead.pop(number)
         yield batch
         number += len(batch)
+
+
+def _shard(shards: Path, number: int) -> Path:
+    return shards / f"shard-{number:06d}.json"
+
+
+def _kept(shards: Path | None, number: int) -> dict[int, list[list[int]]]:
+    """The batch that begins with a number, if it was decoded before. Raises ArtifactError."""
+    if shards is None or not _shard(shards, number).exists():
+        return {}
+    return {number: _read_shard(_shard(shards, number))}
+
+
+def _missing(shards: Path | None, number: int, size: int) -> list[int]:
+    """Where the next batches begin that are not there yet, one for each process."""
+    found: list[int] = []
+    while len(found) < ranks.count():
+        if shards is None or not _shard(shards, number).exists():
+            found.append(number)
+        number += size
+    return found
+
+
+def _keep(shards: Path | None, batches: Mapping[int, list[list[int]]]) -> None:
+    if shards is not None:
+        for number, batch in batches.items():
+            write_sealed(_shard(shards, number), {"sequences": batch})
+
+
+def _read_shard(file: Path) -> list[list[int]]:
+    """The sequences in a shard. Raises ArtifactError."""
+    batch = read_sealed(file)["sequences"]
+    with fitting(file):
+        if not batch:  # of which reading on would never come to an end
+            raise ValueError("it has no sequences")
+        return [[_token(t) for t in row] for row in batch]
+
+
+def _token(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < LARGEST_VOCABULARY:
+        raise ValueError(f"{value!r:.80} is no token")
+    return value
 
 
 def _draws(seed: int, number: int, count: int) -> Tensor:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from folora.activations import InputGroup
+from folora import ranks
+from folora.activations import InputGroup, group_of
+from folora.disk import fitting
 from folora.errors import ConfigError
 from folora.spectrum import Eigenbasis, generalized_eigenbasis, smallest_eigenvectors
 
@@ -59,7 +62,7 @@ def solve(
     device: torch.device | None = None,
     on_group: Callable[[], None] = lambda: None,
 ) -> list[GroupBasis]:
-    """Solve every group (Eq. 10-15).
+    """Solve every group (Eq. 10-15), each of several processes its share; all get the same bases.
 
     Args:
         groups: Which layers share an input.
@@ -93,11 +96,17 @@ def solve(
             None if null is None else null.float().to(home),
         )
 
-    solved = []
-    for basis in _one_thread_each(one, groups):
-        solved.append(basis)
-        on_group()
-    return solved
+    def own_share() -> list[GroupBasis]:
+        solved = []
+        for basis in _one_thread_each(one, ranks.mine(groups)):
+            solved.append(basis)
+            on_group()
+        return solved
+
+    own = iter(ranks.agree(own_share))
+    owners = (number % ranks.count() for number in range(len(groups)))
+    # The owner's own bytes: another process might find other signs.
+    return [ranks.sent(next(own) if o == ranks.rank() else None, o) for o in owners]  # type: ignore[misc]
 
 
 def _one_thread_each(
@@ -141,20 +150,23 @@ def bases_to_tensors(
 
 
 def bases_from_tensors(
-    tensors: Mapping[str, Tensor], facts: Sequence[Mapping[str, object]]
+    tensors: Mapping[str, Tensor], facts: Sequence[Mapping[str, Any]]
 ) -> list[GroupBasis]:
-    """Inverse of `bases_to_tensors`."""
-    bases = []
-    for fact in facts:
-        group = InputGroup(tuple(fact["layers"]), int(fact["d_in"]))  # type: ignore[call-overload,arg-type]
-        bases.append(
-            GroupBasis(
-                group,
-                tensors[f"{group.name}/basis"],
-                tensors[f"{group.name}/gamma"],
-                float(fact["rest"]),  # type: ignore[arg-type]
-                float(fact["task_trace"]),  # type: ignore[arg-type]
-                tensors.get(f"{group.name}/null_basis"),
-            )
-        )
-    return bases
+    """Inverse of `bases_to_tensors`. Raises ArtifactError if they do not fit each other."""
+    with fitting("the spectrum"):
+        return [_basis_of(tensors, fact) for fact in facts]
+
+
+def _basis_of(tensors: Mapping[str, Tensor], fact: Mapping[str, Any]) -> GroupBasis:
+    group = group_of(fact)
+    basis, gamma = tensors[f"{group.name}/basis"], tensors[f"{group.name}/gamma"]
+    null = tensors.get(f"{group.name}/null_basis")
+    if any(t.dtype != torch.float32 for t in (basis, gamma, *([] if null is None else [null]))):
+        raise ValueError(f"the basis of {group.name} is not float32")
+    if basis.shape != (group.d_in, len(gamma)) or gamma.ndim != 1:
+        raise ValueError(f"the basis of {group.name} has shape {tuple(basis.shape)}")
+    if null is not None and (null.ndim != 2 or len(null) != group.d_in):
+        raise ValueError(f"the null basis of {group.name} has shape {tuple(null.shape)}")
+    if not all(bool(t.isfinite().all()) for t in (basis, gamma)) or bool((gamma < 0).any()):
+        raise ValueError(f"the spectrum of {group.name} is not finite, or negative")
+    return GroupBasis(group, basis, gamma, float(fact["rest"]), float(fact["task_trace"]), null)

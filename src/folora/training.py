@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -21,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from folora import ranks
 from folora.checkpoints import latest_checkpoint, seal_checkpoint, way_out
 from folora.config import TrainingConfig
 from folora.data import pad_batch, text_examples
@@ -74,6 +76,7 @@ class FoLoraTrainer(SFTTrainer):
         **kwargs: Any,
     ) -> None:
         self.prepared = prepared
+        _refuse_sharding()
         self._unsound, self._skipped_in_a_row = False, 0
         held_out = prepared.task.held_out
         super().__init__(
@@ -110,24 +113,28 @@ class FoLoraTrainer(SFTTrainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         # fp16's scaler skips such steps itself, and looks for its scale by them.
         if self.accelerator.scaler is None:
-            self._check_gradients(model, inputs)
+            self._check_gradients(inputs)
         return loss
 
-    def _check_gradients(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+    def _check_gradients(self, inputs: dict[str, Any]) -> None:
         """End or pass over a step with a gradient that is not finite. Raises NumericsError."""
-        names = [] if self._unsound else unsound_gradients(model)
+        complete = self.accelerator.sync_gradients
+        if not complete and ranks.count() > 1:
+            return  # what one process sees alone all see with the last backward pass of the step
+        names = [] if self._unsound else unsound_gradients(self.prepared.model)
         self._unsound = self._unsound or bool(names)
         if names:
-            self._stop_or_skip(names, model, inputs)
-        if self._unsound and self.accelerator.sync_gradients:
-            model.zero_grad()  # the optimizer passes over parameters without a gradient
+            self._stop_or_skip(names, inputs)
+        if self._unsound and complete:
+            # The optimizer passes over parameters without a gradient.
+            self.prepared.model.zero_grad()
             self._unsound, self._skipped_in_a_row = False, self._skipped_in_a_row + 1
-        elif self.accelerator.sync_gradients:
+        elif complete:
             self._skipped_in_a_row = 0
 
-    def _stop_or_skip(self, names: list[str], model: nn.Module, inputs: dict[str, Any]) -> None:
+    def _stop_or_skip(self, names: list[str], inputs: dict[str, Any]) -> None:
         with self.compute_loss_context_manager():
-            where = where_it_breaks(model, inputs)
+            where = where_it_breaks(self.prepared.model, inputs)
         step = self.state.global_step + 1
         said = f"step {step}: {len(names)} gradients are not finite, such as {names[0]}'s; {where}"
         skips = self.prepared.config.training.non_finite == "skip"
@@ -150,12 +157,15 @@ class FoLoraTrainer(SFTTrainer):
         """The Trainer's checkpoint, sealed when it is whole. Raises ArtifactError."""
         step = self.state.global_step
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: of torch.save
-            raise ArtifactError(f"cannot write the checkpoint {folder}: {error}") from error
-        if self.args.should_save:
-            seal_checkpoint(folder)
+
+        def write() -> None:
+            try:
+                super(FoLoraTrainer, self)._save_checkpoint(model, trial)
+            except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: of torch.save
+                raise ArtifactError(f"cannot write the checkpoint {folder}: {error}") from error
+
+        ranks.agree(write)  # every process adds a file
+        ranks.first(lambda: seal_checkpoint(folder))
 
     def _penalty(self, model: Any, inputs: dict[str, Any]) -> Tensor | None:
         """Weighted divergence from the base on self-samples and on the task; None if unweighted."""
@@ -267,6 +277,20 @@ def sft_config(
     return found
 
 
+def _refuse_sharding() -> None:
+    """Refuse what shards parameters or replaces the optimizer. Raises ConfigError."""
+    for variable, name in (
+        ("ACCELERATE_USE_FSDP", "FSDP"),
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+    ):
+        if os.environ.get(variable, "").lower() == "true":
+            raise ConfigError(
+                f"folora's optimizer needs whole rows of the adapter's matrices, and is not made for {name}. "
+                "Start the processes without it: torchrun, or accelerate launch --multi_gpu. The base "
+                "model is frozen, so its weights need no optimizer state; --quantize makes it smaller."
+            )
+
+
 def _check_extra(extra: dict[str, Any]) -> None:
     """What a dataclass does not look at: names and types, before hours of sampling."""
     types = get_type_hints(SFTConfig)
@@ -320,12 +344,12 @@ def train(
         trainer = FoLoraTrainer(prepared, args, tokenizer, **kwargs)
     except ValueError as error:  # combinations that TRL looks at only here
         raise ConfigError(f"training: {error}") from error
-    checkpoint = latest_checkpoint(folder)
+    checkpoint = ranks.first(lambda: latest_checkpoint(folder))
     trainer.add_callback(stop := StopAfterStep())
     try:
         if checkpoint and _take_if_finished(trainer, checkpoint):
             return trainer
-        with finishing_step(stop):
+        with finishing_step(stop), ranks.talking():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except FoLoraError:
         raise

@@ -1,0 +1,312 @@
+"""One process against several, on gloo: ``python -m benchmarks.distributed``, or ``make distributed``.
+
+The same tiny run by 1, 2 and 4 processes must give the same samples to the bit, and statistics, bases and
+weights within rounding. A process that is killed ends the others at once, and the run goes on, with as
+many processes or another number. Processes that see different things are refused before the first step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from benchmarks.forks import PATIENCE, Ended, Fork
+from benchmarks.tiny import make_llama, rows, tiny_config, write_model
+from folora.artifacts import TENSORS, software_versions
+from folora.checkpoints import latest_checkpoint
+from folora.disk import write_json
+from folora.pipeline import PRE, RESULT, SET, SPECTRUM, TASK, TRAINING
+
+ROWS_A_STEP = 12  # by 1, 2, 3, 4 or 6 processes
+STEPS = 6
+ROUNDING = {SET: 0.0, PRE: 1e-5, TASK: 1e-5, SPECTRUM: 1e-3, RESULT: 1e-3}
+"""Largest difference that is allowed, over the largest value of a tensor."""
+
+
+class Bench:
+    """A tiny model and rows, and runs of them by several processes.
+
+    Args:
+        place: An empty folder.
+    """
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self.model = write_model(place / "model")
+        self.rows = place / "rows.jsonl"
+        # 40 rows, four of them held out: every step is whole, so that none is filled up.
+        self.rows.write_text("".join(json.dumps(row) + "\n" for row in rows()))
+
+    def words(self, name: str, count: int, **changes: Any) -> list[str]:
+        """The command line of a run by so many processes."""
+        training = {"batch_size": ROWS_A_STEP // count, "max_steps": STEPS, "save_steps": 2}
+        config = tiny_config(
+            model=str(self.model), dataset=str(self.rows), output=str(self.place / name),
+            training=training,
+        ).changed(changes)  # fmt: skip
+        file = self.place / f"{name}-{count}.yaml"
+        file.write_text(config.to_yaml())
+        return ["run", "--config", str(file)]
+
+    def start(
+        self,
+        name: str,
+        count: int,
+        more: Mapping[int, Sequence[str]] | None = None,
+        prepare: Callable[[int], None] = lambda rank: None,
+        **changes: Any,
+    ) -> list[Fork]:
+        """Start the processes of a run.
+
+        Args:
+            name: Of its folder.
+            count: How many.
+            more: Words that some of them get besides.
+            prepare: Called in each with its rank.
+            changes: Of the config.
+        """
+        port = free_port()
+
+        def begin(rank: int) -> Callable[[], None]:
+            def set_up() -> None:
+                if count > 1:
+                    os.environ |= {
+                        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
+                        "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+                        "MASTER_PORT": str(port),
+                    }  # fmt: skip
+                prepare(rank)
+
+            return set_up
+
+        words = self.words(name, count, **changes)
+        return [
+            Fork([*words, *(more or {}).get(r, ())], self.place, f"{name}-{r}", begin(r))
+            for r in range(count)
+        ]
+
+    def tensors(self, name: str, part: str) -> dict[str, Tensor]:
+        """What a part of a run holds."""
+        return load_file(self.place / name / part / TENSORS)
+
+    def difference(self, one: str, other: str, part: str) -> float:
+        """Largest difference of two runs in a part, over the largest value of its tensor."""
+        a, b = self.tensors(one, part), self.tensors(other, part)
+        if a.keys() != b.keys():
+            return float("inf")
+        return max(_difference(a[name], b[name]) for name in a)
+
+    def compared(self, name: str, count: int, exact: bool) -> dict[str, float]:
+        """How far the weights are from those of a run that was not disturbed.
+
+        Args:
+            name: The run.
+            count: How many processes it ended with.
+            exact: Whether it always had so many: then not a bit may differ.
+        """
+        other, allowed = (f"by{count}", 0.0) if exact else ("by1", ROUNDING[RESULT])
+        return {"difference": self.difference(other, name, RESULT), "allowed": allowed}
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def ended(forks: Sequence[Fork]) -> list[Ended]:
+    """All of them, by rank."""
+    return [fork.ended() for fork in forks]
+
+
+def after_checkpoint(
+    bench: Bench, name: str, forks: Sequence[Fork], act: Callable[[], None]
+) -> float:
+    """Do something as soon as there is a checkpoint, and return the seconds until all have ended."""
+    while latest(bench, name) is None and all(fork.lives() for fork in forks):
+        if time.monotonic() - forks[0].began > PATIENCE:
+            break
+        time.sleep(0.002)
+    act()
+    began = time.monotonic()
+    while any(fork.lives() for fork in forks) and time.monotonic() - began < PATIENCE:
+        time.sleep(0.002)
+    return time.monotonic() - began
+
+
+def latest(bench: Bench, name: str) -> int | None:
+    """The number of the latest checkpoint of a run."""
+    found = latest_checkpoint(bench.place / name / TRAINING)
+    return None if found is None else int(found.name.rpartition("-")[2])
+
+
+def same_as_one(bench: Bench, counts: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Largest differences from the run of one process, by number of processes and part."""
+    codes = {n: [e.code for e in ended(bench.start(f"by{n}", n))] for n in (1, *counts)}
+    if any(any(found) for found in codes.values()):
+        raise RuntimeError(f"exit codes by number of processes: {codes}")
+    return {
+        str(n): {part: bench.difference("by1", f"by{n}", part) for part in ROUNDING} for n in counts
+    }
+
+
+def killed(bench: Bench, count: int, victim: int, then: int) -> dict[str, Any]:
+    """One process is killed in training; the run goes on with `then` processes."""
+    name = f"killed{count}-{victim}-{then}"
+    forks = bench.start(name, count, prepare=slowly)
+    seconds = after_checkpoint(bench, name, forks, lambda: forks[victim].send(signal.SIGKILL))
+    found = ended(forks)
+    reached = latest(bench, name)
+    again = ended(bench.start(name, then))
+    return {
+        "processes": count,
+        "victim": victim,
+        "codes": [e.code for e in found],
+        "seconds": round(seconds, 2),
+        "says": [
+            r for r, e in enumerate(found) if "has lost another one" in " ".join(e.said.split())
+        ],
+        "checkpoint": reached,
+        "then": then,
+        "codes_then": [e.code for e in again],
+        **bench.compared(name, then, exact=then == count),
+        "kept_old": (bench.place / name / "old").exists(),
+    }
+
+
+def slowly(rank: int) -> None:
+    """Make every step take a twentieth of a second, so that a moment in it can be met."""
+    loss = torch.nn.functional.cross_entropy
+
+    def slow_loss(*args: Any, **kwargs: Any) -> Tensor:
+        time.sleep(0.05)
+        return loss(*args, **kwargs)
+
+    torch.nn.functional.cross_entropy = slow_loss
+
+
+def refused(bench: Bench) -> dict[str, str]:
+    """What is said when process 1 sees something else, by what that is; nothing may be trained.
+
+    Data and model have the same names in both processes, but lie in other folders.
+    """
+    homes = [bench.place / f"home{rank}" for rank in range(2)]
+    for seed, home in enumerate(homes):
+        write_model(home / "same")
+        write_model(home / "model")
+        make_llama(seed=seed).save_pretrained(home / "model")
+        for name, sign in (("same", "="), ("rows", "=:"[seed])):
+            lines = (json.dumps({"prompt": f"{n}{sign}", "completion": f"{n}."}) for n in range(40))
+            (home / f"{name}.jsonl").write_text("\n".join(lines))
+    said = {}
+    for what, model, data, more in (
+        ("data set", "same", "rows", ()),
+        ("model", "model", "same", ()),
+        ("set of options", "same", "same", ("--lr", "0.5")),
+    ):
+        changes = {"model": model, "dataset": f"{data}.jsonl"}
+        name = f"other {what}"
+        forks = bench.start(name, 2, {1: more}, lambda rank: os.chdir(homes[rank]), **changes)
+        found = ended(forks)
+        message = " ".join(found[0].said.split())
+        codes, begun = [e.code for e in found], (bench.place / name).exists()
+        said[what] = message if codes == [2, 2] and not begun else f"codes {codes}: {message}"
+    return said
+
+
+def interrupted(bench: Bench, count: int) -> dict[str, Any]:
+    """SIGTERM to all processes in training, at slightly different times, as a scheduler sends it."""
+    name = f"interrupted{count}"
+    forks = bench.start(name, count, prepare=slowly)
+
+    def act() -> None:
+        for fork in forks:
+            fork.send(signal.SIGTERM)
+            time.sleep(0.03)
+
+    seconds = after_checkpoint(bench, name, forks, act)
+    found = ended(forks)
+    again = ended(bench.start(name, count))
+    return {
+        "codes": [e.code for e in found],
+        "seconds": round(seconds, 2),
+        "codes_then": [e.code for e in again],
+        **bench.compared(name, count, exact=True),
+    }
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    if a.shape != b.shape:
+        return float("inf")
+    scale = a.double().abs().max().clamp(min=1e-30)
+    return float((a.double() - b.double()).abs().max() / scale)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; 1 if something is not as promised."""
+    known = argparse.ArgumentParser(prog="benchmarks.distributed", description=__doc__)
+    known.add_argument("--output", type=Path, help="JSON file")
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    options = known.parse_args(given)
+    torch.set_num_threads(1)  # a fork inherits no threads
+    make_llama()
+    with tempfile.TemporaryDirectory() as place:
+        bench = Bench(Path(place))
+        found = {
+            "same": same_as_one(bench, (2, 3, 4)),
+            "killed": [
+                killed(bench, 2, 1, 2), killed(bench, 2, 0, 1), killed(bench, 3, 1, 2),
+                killed(bench, 2, 1, 3), killed(bench, 4, 2, 4),
+            ],
+            "interrupted": [interrupted(bench, 2), interrupted(bench, 4)],
+            "refused": refused(bench),
+        }  # fmt: skip
+    said = breaches(found)
+    print(json.dumps(found, indent=1))
+    print("\n".join(said) or "as promised")
+    if options.output:
+        command = " ".join(["python -m benchmarks.distributed", *given])
+        write_json(options.output, {"command": command, **found, "versions": software_versions()})
+    return int(bool(said))
+
+
+def breaches(found: Mapping[str, Any]) -> list[str]:
+    """What is not as promised, in words."""
+    said = [
+        f"{part} of {n} processes differs by {d:g}"
+        for n, parts in found["same"].items()
+        for part, d in parts.items()
+        if d > ROUNDING[part]
+    ]
+    for one in [*found["killed"], *found["interrupted"]]:
+        if any(one["codes_then"]) or one["difference"] > one["allowed"]:
+            said.append(f"did not go on as it should: {one}")
+    for one in found["killed"]:
+        others = [code for r, code in enumerate(one["codes"]) if r != one["victim"]]
+        if set(others) != {2} or len(one["says"]) != len(others) or one["kept_old"]:
+            said.append(f"others did not end with a word: {one}")
+    said += [f"SIGTERM: {one}" for one in found["interrupted"] if set(one["codes"]) != {143}]
+    said += [
+        f"{what}: {message}"
+        for what, message in found["refused"].items()
+        if f"process 1 of 2 sees another {what} than process 0" not in message
+    ]
+    return said
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,296 @@
+"""Everything of folora that parses a file: a valid file for each, what reads it, and how its checksums are mended."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from tempfile import TemporaryDirectory
+
+import pyarrow as pa
+from pyarrow import parquet
+from transformers import PreTrainedTokenizerBase
+
+from benchmarks.paper.recipe import read_recipe
+from benchmarks.reliability.mutations import parts_of, tensors_of, with_metadata
+from benchmarks.sweeps import checked_plan, planned, read_plan
+from benchmarks.tiny import make_tokenizer, rows
+from folora.activations import InputGroup
+from folora.artifacts import read_artifact
+from folora.basefile import HEADER, read_base_file, tensors_sha256, write_base_file
+from folora.checkpoints import SEAL, latest_checkpoint
+from folora.comparison import read_arm
+from folora.config import FoLoraConfig
+from folora.data import load_rows, prepare_task
+from folora.disk import CHECKSUM, sealed
+from folora.errors import ConfigError
+from folora.methods import configured
+from folora.pipeline import PRE, RESULT, SAMPLES, SPECTRUM, TASK, TRAINING
+from folora.results import load_results, point_sets
+from folora.sampling import Engine, load_proxy_set, sample_to_folder
+from folora.solving import bases_from_tensors, solve
+
+HERE = Path(__file__).parents[1]
+PLAN, RECIPE = "plans/world_seeds.yaml", "paper/recipes/qwen3-1.7b-math.yaml"
+COMPARED = "results/world_seeds/shift/3/folora--learning_rate=0.001.json"
+
+Files = dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Parser:
+    """One of folora's parsers with files that it reads.
+
+    Attributes:
+        files: Valid files, by path in a folder.
+        changed: Those of them that are changed, one at a time; what stands here twice, twice as often.
+        parse: Reads the files in a folder; what it returns is compared.
+        reseal: Makes the checksums right again after one file was changed: files before, files
+            after, and its path; None if there are no checksums.
+    """
+
+    files: Files
+    changed: Sequence[str]
+    parse: Callable[[Path], object]
+    reseal: Callable[[Files, Files, str], Files] | None = None
+
+
+def parsers(run: Path) -> dict[str, Parser]:
+    """All of them, by name.
+
+    Args:
+        run: The folder of a finished run of `benchmarks.tiny`, with its checkpoints.
+    """
+    return {
+        **_data(make_tokenizer(chat=True)),
+        **_artifacts(run),
+        **_sampling(run),
+        "checkpoint": _checkpoint(run),
+        "base file": _base_file(run),
+        **_comparisons(),
+        "config (YAML)": _config(run),  # the slow ones last: they get what time is left
+        "plan (YAML)": _plan(),
+        "recipe (YAML)": _recipe(),
+    }
+
+
+def resealed(before: Files, after: Files, name: str) -> Files:
+    """Checksums of a changed file put right wherever they stand, as whoever can write them could."""
+    old, new = (hashlib.sha256(files[name]).hexdigest().encode() for files in (before, after))
+    return {path: _sealed_again(content.replace(old, new)) for path, content in after.items()}
+
+
+def _sealed_again(content: bytes) -> bytes:
+    try:
+        values = json.loads(content)
+        if not isinstance(values, dict) or CHECKSUM not in values:
+            return content
+        del values[CHECKSUM]
+        return json.dumps(sealed(values), indent=1).encode()
+    except (ValueError, RecursionError):  # no JSON any more
+        return content
+
+
+def _config(run: Path) -> Parser:
+    content = (run / "config.yaml").read_bytes()
+    return Parser(
+        {"config.yaml": content},
+        ["config.yaml"],
+        lambda folder: FoLoraConfig.from_yaml(folder / "config.yaml").to_yaml(),
+    )
+
+
+def _data(tokenizer: PreTrainedTokenizerBase) -> dict[str, Parser]:
+    """Every format of data files, and every naming of columns."""
+    sums = rows()[:12]
+    asked = [
+        {"instruction": "add", "input": r["prompt"], "response": r["completion"]} for r in sums
+    ]
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": r["prompt"]},
+                {"role": "assistant", "content": r["completion"]},
+            ]
+        }
+        for r in sums
+    ]
+    table = pa.table(
+        {"question": [r["prompt"] for r in sums], "answer": ["yes"] * 12, "n": [*range(12)]}
+    )
+    packed = io.BytesIO()
+    parquet.write_table(table, packed)
+    lines = "".join(json.dumps(row) + "\n" for row in asked).encode()
+    contents = {
+        "rows.json": json.dumps(chats).encode(),
+        "rows.jsonl": lines,
+        "rows.jsonl.gz": gzip.compress(
+            "".join(json.dumps(r) + "\n" for r in sums).encode(), mtime=0
+        ),
+        "rows.parquet": packed.getvalue(),
+    }
+
+    def parser(name: str, content: bytes) -> Parser:
+        def parse(folder: Path) -> object:
+            return prepare_task(load_rows(str(folder / name)), tokenizer, FoLoraConfig().data)
+
+        return Parser({name: content}, [name], parse)
+
+    return {f"data ({name[4:]})": parser(name, content) for name, content in contents.items()}
+
+
+def _read(folder: Path, *names: str) -> Files:
+    """Files of a folder, or all that are below it, by path."""
+    paths = (
+        [folder / n for n in names]
+        if names
+        else [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    )
+    return {str(p.relative_to(folder)): p.read_bytes() for p in paths}
+
+
+def _artifacts(run: Path) -> dict[str, Parser]:
+    """The artifact of every stage, manifest and tensors, and what the next stage makes of it."""
+    groups = _groups(run)
+    known = {group.name for group in groups}
+
+    def statistics(folder: Path) -> object:
+        found = {
+            part: read_artifact(folder / part, f"statistics_{part}").tensors
+            for part in ("pre", "task")
+        }
+        if any({*tensors} != known for tensors in found.values()):
+            return found  # as in the pipeline, which then refuses it
+        return found, solve(groups[:1], found["pre"], found["task"], tau=1e-3)
+
+    def spectrum(folder: Path) -> object:
+        found = read_artifact(folder, "spectrum")
+        return found, bases_from_tensors(found.tensors, found.manifest["groups"])
+
+    both = ("manifest.json", "tensors.safetensors")
+    parts = {
+        f"{part}/{file}": (run / place / file).read_bytes()
+        for part, place in (("pre", PRE), ("task", TASK))
+        for file in both
+    }
+    one = {place: _read(run / place, *both) for place in (SPECTRUM, RESULT)}
+    samples = _read(run / SAMPLES, *(f"set/{file}" for file in both))
+    return {
+        "samples": Parser(samples, [*samples], load_proxy_set, resealed),
+        "statistics": Parser(parts, [*parts], statistics, resealed),
+        "spectrum": Parser(one[SPECTRUM], both, spectrum, resealed),
+        "training result": Parser(
+            one[RESULT], both, lambda folder: read_artifact(folder, "training"), resealed
+        ),
+    }
+
+
+def _groups(run: Path) -> list[InputGroup]:
+    facts = read_artifact(run / SPECTRUM, "spectrum").manifest["groups"]
+    return [InputGroup(tuple(fact["layers"]), fact["d_in"]) for fact in facts]
+
+
+def _drawn(numbers: Sequence[int]) -> list[list[int]]:
+    """An engine that needs no model."""
+    return [[Random(number).randint(4, 50) for _ in range(40)] for number in numbers]
+
+
+def _sampling(run: Path) -> dict[str, Parser]:
+    """A sampling that was interrupted, and goes on."""
+    folder = run / SAMPLES
+    files = _read(folder, *(p.name for p in sorted(folder.glob("*.json"))))
+    request = json.loads(files["request.json"])
+    facts = {name: request[name] for name in ("model", "tokenizer")}
+    config = FoLoraConfig.from_yaml(run / "config.yaml").sampling
+
+    def engine() -> Engine:
+        return _drawn
+
+    def parse(found: Path) -> object:
+        return sample_to_folder(engine, 1, [2], config, facts, found)
+
+    shards = [name for name in files if name.startswith("shard")]
+    return {
+        "request": Parser(files, ["request.json"], parse, resealed),
+        "shard": Parser(files, shards, parse, resealed),
+    }
+
+
+def _checkpoint(run: Path) -> Parser:
+    latest = latest_checkpoint(run / TRAINING)
+    if latest is None:
+        raise ConfigError(f"{run} has no checkpoint to change")
+    files = {f"{latest.name}/{name}": content for name, content in _read(latest).items()}
+
+    def parse(folder: Path) -> object:
+        """The files that training would go on from; the seal's blanks are not among them."""
+        found = latest_checkpoint(folder)
+        return found and {n: c for n, c in _read(found).items() if n != SEAL}
+
+    seal = f"{latest.name}/{SEAL}"
+    return Parser(files, [seal] * len(files) + [*files], parse, resealed)
+
+
+def _base_file(run: Path) -> Parser:
+    groups, pre = _groups(run), read_artifact(run / PRE, "statistics_pre")
+    facts = {name: pre.manifest[name] for name in ("model", "tokenizer", "tokens")}
+    name = "base.safetensors"
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        write_base_file(path, load_proxy_set(run / SAMPLES), groups, pre.tensors, facts)
+        content = path.read_bytes()
+
+    def parse(folder: Path) -> object:
+        found = read_base_file(folder / name)
+        return found.proxies, found.groups, found.manifest, found.moments(groups)
+
+    return Parser({name: content}, [name], parse, _base_resealed)
+
+
+def _base_resealed(before: Files, after: Files, name: str) -> Files:
+    """The checksum of the tensors, which stands in the manifest, and that of the manifest."""
+    try:
+        texts = parts_of(after[name])[0]["__metadata__"]
+        old, new = (tensors_sha256(tensors_of(files[name])) for files in (before, after))
+        text = _sealed_again(texts[HEADER].replace(old, new).encode()).decode()
+        return {name: with_metadata(after[name], {**texts, HEADER: text})}
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return after  # no base file any more
+
+
+def _comparisons() -> dict[str, Parser]:
+    """An arm's result, as reports read it and as a comparison that goes on."""
+    content = (HERE / COMPARED).read_bytes()
+    config = FoLoraConfig().changed(json.loads(content)["config"])
+    files = {"arm.json": content}
+    return {
+        "result": Parser(files, [*files], lambda folder: point_sets(load_results(folder))),
+        "arm": Parser(files, [*files], lambda folder: read_arm(folder / "arm.json", config)),
+    }
+
+
+def _plan() -> Parser:
+    files = _read(HERE, PLAN, "plans/world_methods.yaml")
+
+    def parse(folder: Path) -> object:
+        plan = checked_plan(read_plan(folder / PLAN))
+        base = FoLoraConfig().changed(plan["base"])
+        return plan, [configured(base, arm.method, arm.changes) for arm in planned(plan)]
+
+    return Parser(files, [*files], parse)
+
+
+def _recipe() -> Parser:
+    parts = [str(p.relative_to(HERE)) for p in sorted((HERE / "paper/parts").glob("*.yaml"))]
+    files = _read(HERE, RECIPE, *parts)
+
+    def parse(folder: Path) -> object:
+        recipe = read_recipe(folder / RECIPE)
+        return recipe, recipe.arms()
+
+    return Parser(files, [RECIPE] * len(parts) + parts, parse)

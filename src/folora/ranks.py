@@ -1,0 +1,174 @@
+"""One process or several: who does what, and all of them agreeing on what was found.
+
+`torchrun` and `accelerate launch` start the processes, torch.distributed connects them; this file says
+what stages need of it. With one process every function does the obvious thing and sends nothing. Files
+are read and written by the first process, errors of one are raised by all, so that none waits for
+another that has given up.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import Tensor
+
+from folora.errors import FoLoraError, MismatchError, ProcessError
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(hours=2)  # the first process may solve and write while others wait
+LOST = ("gloo", "nccl", "connection", "socket", "store")
+"""What the messages of torch.distributed name when another process has gone."""
+
+
+def join(on_cpu: bool) -> None:
+    """Connect to the other processes, if this one was started as one of several.
+
+    Args:
+        on_cpu: By gloo, even if there is an accelerator.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        PartialState(cpu=on_cpu, timeout=TIMEOUT)
+
+
+def leave() -> None:
+    """Let go of the other processes, at the end of all work."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def count() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this one, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def local_rank() -> int:
+    """Its number on this machine, which is that of its accelerator."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def mine(items: Sequence[T]) -> Sequence[T]:
+    """Every `count`-th item from `rank` on."""
+    return items[rank() :: count()]
+
+
+def gather(value: T) -> list[T]:
+    """The values of all processes, by rank. Raises ProcessError."""
+    if count() == 1:
+        return [value]
+    found: list[Any] = [None] * count()
+    with talking():
+        dist.all_gather_object(found, value)
+    return found
+
+
+def sent(value: T, owner: int = 0) -> T:
+    """The value that process `owner` has. Raises ProcessError."""
+    if count() == 1:
+        return value
+    held = [value]
+    with talking():
+        dist.broadcast_object_list(held, src=owner)
+    return held[0]
+
+
+def add_(tensor: Tensor) -> Tensor:
+    """Sum over all processes, in place. Raises ProcessError."""
+    if count() > 1:
+        with talking():
+            dist.all_reduce(tensor)
+    return tensor
+
+
+def largest(value: int) -> int:
+    """The largest value of all processes. Raises ProcessError."""
+    if count() == 1:
+        return value
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    found = torch.tensor(value, device=device)
+    with talking():
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
+
+
+def agree(call: Callable[[], T]) -> T:
+    """Call in every process; if one of them raises an error of folora's, all do.
+
+    Raises:
+        FoLoraError: The error of the first process that has one.
+    """
+    if count() == 1:
+        return call()
+    result, error = _tried(call)
+    if errors := [e for e in gather(error) if e is not None]:
+        raise errors[0]
+    return result  # type: ignore[return-value]
+
+
+def first(call: Callable[[], T]) -> T:
+    """Call in the first process alone; all get its result, or raise its error.
+
+    Raises:
+        FoLoraError: As the call.
+    """
+    if count() == 1:
+        return call()
+    result, error = sent(_tried(call) if rank() == 0 else (None, None))
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
+
+
+def check_same(what: str, value: Any) -> None:
+    """Refuse processes that do not see the same. Raises MismatchError in all of them.
+
+    Args:
+        what: For the message.
+        value: Anything that can be compared.
+    """
+    found = gather(value)
+    if other := [r for r, v in enumerate(found) if v != found[0]]:
+        raise MismatchError(
+            f"process {other[0]} of {len(found)} sees another {what} than process 0. All need the same "
+            "command, files and versions."
+        )
+
+
+@contextmanager
+def talking() -> Iterator[None]:
+    """Say in folora's words that another process is gone. Raises ProcessError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_loss(error):
+            raise
+        raise ProcessError(
+            f"process {rank()} of {count()} has lost another one, whose own message says why. What is "
+            "finished is on disk; start all of them again to go on."
+        ) from error
+
+
+def _is_loss(error: RuntimeError) -> bool:
+    if count() == 1:
+        return False
+    said = str(error).lower()
+    return isinstance(error, dist.DistError) or any(word in said for word in LOST)
+
+
+def _tried(call: Callable[[], T]) -> tuple[T | None, FoLoraError | None]:
+    try:
+        return call(), None
+    except FoLoraError as error:
+        return None, error
