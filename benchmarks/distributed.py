@@ -10,12 +10,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ from folora.pipeline import PRE, RESULT, SET, SPECTRUM, TASK, TRAINING
 
 ROWS_A_STEP = 12  # by 1, 2, 3, 4 or 6 processes
 STEPS = 6
+NODES = {"folora-a": "192.168.77.1", "folora-b": "192.168.77.2"}
 ROUNDING = {SET: 0.0, PRE: 1e-5, TASK: 1e-5, SPECTRUM: 1e-3, RESULT: 1e-3}
 """Largest difference that is allowed, over the largest value of a tensor."""
 
@@ -249,6 +253,65 @@ def interrupted(bench: Bench, count: int) -> dict[str, Any]:
     }
 
 
+def launched(bench: Bench) -> dict[str, dict[str, Any]]:
+    """torchrun as it is typed; two machines are two network namespaces, if they can be made."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
+    here = [*torchrun, "2", "--master-port", str(free_port())]
+    done = subprocess.run(
+        [*here, "-m", "folora.cli", *bench.words("torchrun", 2)], capture_output=True
+    )
+    found = {"torchrun": _launched(bench, "torchrun", [done.returncode])}
+    with namespaces() as nodes:
+        if nodes:
+            found["torchrun on two machines"] = _on_two(bench, nodes, torchrun)
+    return found
+
+
+def _launched(bench: Bench, name: str, codes: list[int]) -> dict[str, Any]:
+    return {"codes": codes, **({} if any(codes) else bench.compared(name, 2, exact=True))}
+
+
+def _on_two(bench: Bench, nodes: Mapping[str, str], torchrun: Sequence[str]) -> dict[str, Any]:
+    words = ["-m", "folora.cli", *bench.words("nodes", 2)]
+    main = next(iter(nodes.values()))
+    began = [
+        subprocess.Popen(
+            ["ip", "netns", "exec", node, *torchrun, "1", "--nnodes", "2", "--node-rank", str(n),
+             "--master-addr", main, "--master-port", "29500", *words],
+            env=os.environ | {"GLOO_SOCKET_IFNAME": f"{node}-eth"},
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )
+        for n, node in enumerate(nodes)
+    ]  # fmt: skip
+    return _launched(bench, "nodes", [process.wait() for process in began])
+
+
+@contextmanager
+def namespaces() -> Iterator[dict[str, str]]:
+    """Two network namespaces with a cable between them, and their addresses; empty if it is forbidden."""
+    a, b = NODES
+    commands = [
+        f"netns add {a}", f"netns add {b}",
+        f"link add {a}-eth netns {a} type veth peer name {b}-eth netns {b}",
+        *(
+            f"-n {node} {what}"
+            for node, address in NODES.items()
+            for what in (f"addr add {address}/24 dev {node}-eth", f"link set {node}-eth up", "link set lo up")
+        ),
+    ]  # fmt: skip
+    try:
+        made = shutil.which("ip") is not None and all(_ip(c) for c in commands)
+        yield NODES if made else {}
+    finally:
+        if shutil.which("ip"):
+            for node in NODES:
+                _ip(f"netns del {node}")
+
+
+def _ip(words: str) -> bool:
+    return subprocess.run(["ip", *words.split()], capture_output=True).returncode == 0
+
+
 def _difference(a: Tensor, b: Tensor) -> float:
     if a.shape != b.shape:
         return float("inf")
@@ -274,6 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ],
             "interrupted": [interrupted(bench, 2), interrupted(bench, 4)],
             "refused": refused(bench),
+            "launched": launched(bench),
         }  # fmt: skip
     said = breaches(found)
     print(json.dumps(found, indent=1))
@@ -299,6 +363,11 @@ def breaches(found: Mapping[str, Any]) -> list[str]:
         others = [code for r, code in enumerate(one["codes"]) if r != one["victim"]]
         if set(others) != {2} or len(one["says"]) != len(others) or one["kept_old"]:
             said.append(f"others did not end with a word: {one}")
+    said += [
+        f"{name}: {one}"
+        for name, one in found["launched"].items()
+        if any(one["codes"]) or one["difference"] > one["allowed"]
+    ]
     said += [f"SIGTERM: {one}" for one in found["interrupted"] if set(one["codes"]) != {143}]
     said += [
         f"{what}: {message}"

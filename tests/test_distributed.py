@@ -25,6 +25,10 @@ from folora import ranks
 from folora.errors import ConfigError, DataError, MismatchError, ProcessError
 from folora.training import _refuse_sharding
 
+NOTHING: dict[str, Any] = {
+    "same": {}, "killed": [], "interrupted": [], "refused": {}, "launched": {}
+}  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
@@ -34,26 +38,26 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 def test_two_processes_give_what_one_gives(bench: Bench) -> None:
     found = same_as_one(bench, (2,))
     assert list(found["2"]) == list(ROUNDING)
-    assert breaches({"same": found, "killed": [], "interrupted": [], "refused": {}}) == []
+    assert breaches({**NOTHING, "same": found}) == []
     assert found["2"]["4-training/result"] > 0  # else it would be the same run
 
 
 def test_a_killed_process_ends_the_other_and_the_run_goes_on(bench: Bench) -> None:
     found = [killed(bench, 2, 1, 2), killed(bench, 2, 0, 1)]
-    assert breaches({"same": {}, "killed": found, "interrupted": [], "refused": {}}) == []
+    assert breaches({**NOTHING, "killed": found}) == []
     assert all(one["checkpoint"] for one in found)
     assert all(one["seconds"] < 30 for one in found)
 
 
 def test_a_signal_stops_all_after_the_same_step(bench: Bench) -> None:
     found = [interrupted(bench, 2)]
-    assert breaches({"same": {}, "killed": [], "interrupted": found, "refused": {}}) == []
+    assert breaches({**NOTHING, "interrupted": found}) == []
 
 
 def test_processes_that_see_different_things_are_refused(bench: Bench) -> None:
     found = refused(bench)
     assert len(found) == 3
-    assert breaches({"same": {}, "killed": [], "interrupted": [], "refused": found}) == []
+    assert breaches({**NOTHING, "refused": found}) == []
 
 
 def test_an_error_of_one_process_ends_all(bench: Bench) -> None:
@@ -88,7 +92,7 @@ def in_processes(count: int, work: Callable[[], Any]) -> list[Any]:
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
             "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }  # fmt: skip
-        ranks.join(on_cpu=True)
+        ranks.join("cpu")
         try:
             queue.put((rank, work()))
         except Exception as error:

@@ -28,7 +28,7 @@ from folora.config import FoLoraConfig, option_names, parse_yaml, read_yaml
 from folora.disk import write_text
 from folora.errors import ConfigError, FoLoraError, nearest
 from folora.interruption import Interrupted, interruptible
-from folora.loading import device_of, required
+from folora.loading import required
 from folora.methods import METHODS
 from folora.pictures import frontier_picture, norm_picture
 from folora.pipeline import ADAPTER, COMPARISON, Run
@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with interruptible():
             options, config = parse(sys.argv[1:] if arguments is None else arguments)
-            ranks.join(on_cpu=device_of(config).type == "cpu")
+            ranks.join(config.device)
             _set_up_logging(options.verbose)
             _execute(options, config)
     except FoLoraError as error:

@@ -59,6 +59,7 @@ from folora.disk import (
     alone,
     check_replaceable,
     check_writable,
+    fitting,
     json_fingerprint,
     lock_of,
     read_sealed,
@@ -368,6 +369,7 @@ class Run:
                 return load_proxy_set(folder, self.model_facts)
             self._set_aside(folder)
         found = self._base_file()
+        self._known(found.proxies)
         write_proxy_set(
             folder, found.proxies, {**self.model_facts, "base": found.manifest["sha256"]}
         )
@@ -492,10 +494,11 @@ class Run:
         if kind == "merged" and path is not None:
             check_replaceable(path, ())
         result = self._read(RESULT)
-        factors = {
-            name: (result.tensors[f"{name}/A"], result.tensors[f"{name}/B"], scaling)
-            for name, scaling in result.manifest["scaling"].items()
-        }
+        with fitting(self.folder / RESULT):
+            factors = {
+                name: (result.tensors[f"{name}/A"], result.tensors[f"{name}/B"], float(scaling))
+                for name, scaling in result.manifest["scaling"].items()
+            }
 
         def write() -> ExportReport:
             target = path or self.folder / ("merged" if kind == "merged" else ADAPTER)
@@ -536,21 +539,30 @@ class Run:
     def proxies(self) -> ProxySet:
         """The finished proxy set of this model."""
         self._require(SET)
-        return load_proxy_set(self.folder / SAMPLES, self.model_facts)
+        return self._known(load_proxy_set(self.folder / SAMPLES, self.model_facts))
+
+    def _known(self, proxies: ProxySet) -> ProxySet:
+        """The set, if the model has an embedding for each of its tokens. Raises ArtifactError."""
+        known = len(self.model.get_input_embeddings().weight)  # type: ignore[arg-type]
+        rows = [*proxies.calibration, *proxies.held_out]
+        if (token := max(map(max, rows))) >= known:
+            raise ArtifactError(f"the samples hold token {token}, but the model knows {known}")
+        return proxies
 
     def statistics(self, part: str) -> Artifact:
         """C_pre (``"pre"``) or C_task (``"task"``) of this model."""
         path = f"{STATISTICS}/{part}"
         found = self._read(path, self.model_facts)
-        self._check_groups(path, set(found.tensors), {group.name for group in self.groups})
+        shapes = {name: tuple(t.shape) for name, t in found.tensors.items()}
+        self._check_groups(path, shapes, {g.name: (g.d_in, g.d_in) for g in self.groups})
         return found
 
     def _bases(self, spectrum: Artifact) -> list[GroupBasis]:
         bases = bases_from_tensors(spectrum.tensors, spectrum.manifest["groups"])
-        self._check_groups(SPECTRUM, {b.group for b in bases}, set(self.groups))
+        self._check_groups(SPECTRUM, [b.group for b in bases], self.groups)
         return bases
 
-    def _check_groups(self, part: str, found: set[Any], wanted: set[Any]) -> None:
+    def _check_groups(self, part: str, found: Any, wanted: Any) -> None:
         if found != wanted:
             raise MismatchError(
                 f"{self.folder / part} is of other layers than adapter.target_modules "

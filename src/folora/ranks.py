@@ -28,12 +28,13 @@ LOST = ("gloo", "nccl", "connection", "socket", "store")
 """What the messages of torch.distributed name when another process has gone."""
 
 
-def join(on_cpu: bool) -> None:
+def join(device: str) -> None:
     """Connect to the other processes, if this one was started as one of several.
 
     Args:
-        on_cpu: By gloo, even if there is an accelerator.
+        device: ``"auto"`` or a device's name; on the CPU they talk by gloo.
     """
+    on_cpu = device == "cpu" or not torch.accelerator.is_available()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         PartialState(cpu=on_cpu, timeout=TIMEOUT)
 
