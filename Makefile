@@ -17,7 +17,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test results lint format lock sbom audit clean
+.PHONY: demo test results chaos soak fuzz distributed lint format lock sbom audit clean
 
 demo: $(VENV)/ready
 	$(RUN) -m demo --output demo/output
@@ -27,6 +27,13 @@ test: $(VENV)/ready
 
 results: $(VENV)/ready
 	$(RUN) -m benchmarks.report
+
+# Bounded in time and count; for example: make chaos ARGS="--seed 3 --count 10"
+chaos soak fuzz: $(VENV)/ready
+	$(RUN) -m benchmarks.reliability.$@ $(ARGS)
+
+distributed: $(VENV)/ready
+	$(RUN) -m benchmarks.distributed $(ARGS)
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

@@ -30,7 +30,8 @@ from benchmarks.charts import (
     spectra_picture,
 )
 from benchmarks.reliability.fuzz import fuzz_table
-from benchmarks.reliability.table import disturbance_table, soak_table
+from benchmarks.reliability.table import distributed_table, disturbance_table, soak_table
+from benchmarks.scaling import bytes_table, time_table
 from benchmarks.source import (
     MAIN,
     RATE,
@@ -82,6 +83,7 @@ PAGES = {
     Path("benchmarks/results.template.md"): Path("docs/results.md"),
     Path("benchmarks/speed.template.md"): Path("docs/speed.md"),
     Path("benchmarks/reliability.template.md"): Path("docs/reliability.md"),
+    Path("benchmarks/scaling.template.md"): Path("docs/scaling.md"),
 }
 PICTURES = "pictures"  # folder beside the page
 
@@ -289,6 +291,16 @@ def fuzzed(source: Source) -> Block:
     return Block(fuzz_table(source.tormented("fuzz")).markdown())
 
 
+def distributed(source: Source) -> Block:
+    """Several processes against one."""
+    return Block(distributed_table(source.tormented("distributed")).markdown())
+
+
+def scaling(source: Source) -> Block:
+    """Seconds, bytes and traffic on more GPUs, by counts of operations."""
+    return Block(_paragraphs(time_table().markdown(), bytes_table().markdown()))
+
+
 def calibration(source: Source) -> Block:
     """What C_pre was measured on: its source, and how many sequences; a table for each method."""
     results = source.chosen(CALIBRATION)
@@ -393,6 +405,8 @@ BLOCKS: dict[str, Callable[..., Block]] = {
     "disturbed": disturbed,
     "soaked": soaked,
     "fuzzed": fuzzed,
+    "distributed": distributed,
+    "scaling": scaling,
 }
 
 

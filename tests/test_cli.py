@@ -126,6 +126,25 @@ def test_plan_says_where_bases_should_lie(
         assert (said.title if said else None) == advice
 
 
+def test_plan_shares_out_what_several_processes_do(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2000 sequences are 32 batches, 8 inputs are solved: by 3 processes 11 and 3 at most each."""
+    monkeypatch.setattr("folora.planning._speed", lambda *_: (1e9, 1.0))
+    monkeypatch.setattr("folora.planning._free", lambda _: 12_000_000)
+    config = FoLoraConfig.from_dict({"model": str(model_folder), "device": "cpu"})
+    one, three = plan(config, 9000, 90), plan(config, 9000, 90, processes=3)
+    share = {
+        a.name: b.seconds / a.seconds
+        for a, b in zip(one.stages, three.stages, strict=True)
+        if a.seconds is not None and b.seconds is not None
+    }
+    wanted = {"sample": 11 / 32, "measure": 1 / 3, "solve": 3 / 8, "train": 1 / 3}
+    assert share == pytest.approx(wanted)
+    assert [s.memory for s in one.stages] == [s.memory for s in three.stages]
+    assert one.free == 3 * three.free
+
+
 def test_stages_one_by_one(
     model_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -807,6 +807,8 @@ OTHERS = [
           r"adapter\.r .*'minor_singular' is 20, but .*k_proj", "model", command="compare"),
     Wrong("compare with an option of one arm", "--training.learning_rate x --methods lora",
           r"training\.learning_rate is 'x'", command="compare"),
+    Wrong("plan for no process", "--processes 0", "--processes is 0, but must be >= 1", "files", command="plan"),
+    Wrong("plan for half a process", "--processes 1.5", "invalid int value: '1.5'", command="plan"),
     Wrong("plan for no model", "--model HERE/none", "HERE/none does not exist", "files", command="plan"),
     Wrong("plan for no data", "--dataset HERE/none.jsonl", r"none\.jsonl does not exist", "files", command="plan"),
     Wrong("plan on no device", "--device cuda:77 ", "device is 'cuda:77'", "files", command="plan"),

@@ -299,11 +299,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "limits": {"seconds": LONGEST_SECONDS, "bytes": MOST_BYTES},
         "parsers": fuzz_all(chosen, options.seed, options.count, options.seconds),
     }
-    write_json(options.output, result)
+    if options.output:
+        write_json(options.output, result)
     findings = [(name, f) for name, p in result["parsers"].items() for f in p["findings"]]
     for name, finding in findings:
         print(f"{name} {finding['number']}: {finding['is']} {finding['what']}")
-    print(options.output)
+    tried = sum(p["tried"] for p in result["parsers"].values())
+    print(f"{tried} changed files, {len(findings)} findings")
     return 1 if findings else 0
 
 
@@ -316,9 +318,7 @@ def _options() -> argparse.ArgumentParser:
     found.add_argument(
         "--again", nargs=2, metavar=("PARSER", "NUMBER"), help="show one input's end"
     )
-    found.add_argument(
-        "--output", type=Path, default=Path("benchmarks/results/reliability/fuzz.json")
-    )
+    found.add_argument("--output", type=Path, help="JSON file")
     return found
 
 

@@ -1,12 +1,13 @@
-"""Tables of docs/reliability.md from what chaos and soak left behind."""
+"""Tables of docs/reliability.md and docs/scaling.md from what the harnesses left behind."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from benchmarks.reliability.chaos import KINDS
+from folora.pipeline import PRE, RESULT
 from folora.report import Table
 
 ENDS = {0: "done", 2: "refused", 130: "Ctrl-C", 143: "SIGTERM", -9: "killed"}
@@ -77,3 +78,46 @@ def soak_table(found: Mapping[str, Any]) -> Table:
     )
     header = ("", f"after {first['step']} steps", f"after {last['step']}", "grew by")
     return Table(header, tuple(rows), caption)
+
+
+def distributed_table(found: Mapping[str, Any]) -> Table:
+    """Several processes against one, and what they do when one is killed or told to stop."""
+    rows = [
+        (f"{n} processes against one", "", f"{parts[PRE]:.1g}", f"{parts[RESULT]:.1g}", "")
+        for n, parts in found["same"].items()
+    ]
+    rows += [
+        (
+            f"{one['processes']} processes, number {one['victim']} killed, then {one['then']}",
+            _codes(one["codes"]), "", _weights(one), f"{one['seconds']:.1f}",
+        )
+        for one in found["killed"]
+    ]  # fmt: skip
+    rows += [
+        (
+            f"SIGTERM to {len(one['codes'])} processes, then as many",
+            _codes(one["codes"]), "", _weights(one), f"{one['seconds']:.1f}",
+        )
+        for one in found["interrupted"]
+    ]  # fmt: skip
+    rows += [
+        (f"{name}, 2 processes", _codes(one["codes"]), "", _weights(one), "")
+        for name, one in found["launched"].items()
+    ]
+    rows += [(f"process 1 sees another {what}", "refused", "", "", "") for what in found["refused"]]
+    caption = (
+        f"`{found['command']}`. Largest difference over the largest value of a tensor, from one process, or *exact*: from as "
+        "many processes undisturbed, to the bit. Samples are the same to the bit in all. Seconds: until all have ended. Runs of "
+        "so many processes were killed after their first checkpoint."
+    )
+    header = ("what", "how they ended", "C_pre", "weights", "seconds")
+    return Table(header, tuple(rows), caption)
+
+
+def _codes(codes: Iterable[int]) -> str:
+    return ", ".join(ENDS.get(code, str(code)) for code in codes)
+
+
+def _weights(one: Mapping[str, Any]) -> str:
+    exact = one["allowed"] == one["difference"] == 0
+    return "exact" if exact else f"{one['difference']:.1g}"

@@ -78,6 +78,10 @@ def parser() -> argparse.ArgumentParser:
                 "--rank", type=int, help="cut back to this rank, stating the error"
             )
             command.add_argument("--merged", action="store_true", help="write merged weights")
+        if name == "plan":
+            command.add_argument(
+                "--processes", type=int, default=1, help="that will work together [%(default)s]"
+            )
         if name == "base":
             command.add_argument("--to", metavar="FILE", help="default is in the run folder")
         if name == "compare":
@@ -156,7 +160,7 @@ def _execute(options: argparse.Namespace, config: FoLoraConfig) -> None:
     if command in ("plan", "compare") and ranks.count() > 1:
         raise ConfigError(f"folora {command} works in one process; start it without a launcher")
     if command == "plan":
-        _print_plan(_plan(config))
+        _print_plan(_plan(config, options.processes))
         return
     run = Run(config)
     if command == "compare":
@@ -226,12 +230,12 @@ def _numbers(text: str, flag: str, kind: type) -> list[Any]:
         raise ConfigError(f"{flag} is {text!r}, but must be numbers with commas between") from error
 
 
-def _plan(config: FoLoraConfig) -> Plan:
+def _plan(config: FoLoraConfig, processes: int) -> Plan:
     if not config.dataset:
-        return plan(config)
+        return plan(config, processes=processes)
     task = Run(_with_output(config)).task
     tokens = sum(len(e.input_ids) for e in task.train)
-    return plan(config, tokens, len(task.train))
+    return plan(config, tokens, len(task.train), processes)
 
 
 def _with_output(config: FoLoraConfig) -> FoLoraConfig:

@@ -7,6 +7,7 @@ good to a factor of about three.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 
 from folora.activations import GRAM_SHARE, InputGroup, find_groups, target_layers
 from folora.config import FoLoraConfig
+from folora.errors import ConfigError
 from folora.loading import device_of, load_config, load_skeleton, required
 from folora.preparation import check_adapter, solved_directions
 
@@ -83,17 +85,25 @@ class Plan:
         return next(fitting, None)
 
 
-def plan(config: FoLoraConfig, task_tokens: int | None = None, rows: int | None = None) -> Plan:
-    """Estimate a run.
+def plan(
+    config: FoLoraConfig,
+    task_tokens: int | None = None,
+    rows: int | None = None,
+    processes: int = 1,
+) -> Plan:
+    """Estimate a run: memory a process, disk and seconds of all together.
 
     Args:
         config: With ``model`` given.
         task_tokens: Tokens of the training rows in one epoch, if known.
         rows: Number of training rows, if known.
+        processes: How many work together, each on an accelerator of its own or all on this CPU.
 
     Raises:
-        ConfigError: The model cannot be found, or options do not fit it.
+        ConfigError: `processes` is less than 1, the model cannot be found, or options do not fit it.
     """
+    if processes < 1:
+        raise ConfigError(f"--processes is {processes}, but must be >= 1")
     device = device_of(config)
     model_config = load_config(config, required(config.model, "model"))
     with torch.device("meta"):
@@ -130,26 +140,38 @@ def plan(config: FoLoraConfig, task_tokens: int | None = None, rows: int | None 
     part = 1.0 if kept is None or device.type != "cpu" else PART_OF_EIGH
     solve_seconds = part * eigh_seconds * sum((g.d_in / PROBE) ** 3 for g in groups)
     training = config.training
-    steps_tokens = None
+    # The share of the busiest process: batches and groups are not divided.
+    batches = math.ceil(sampling.num_sequences / sampling.batch_size)
+    sampling_share = math.ceil(batches / processes) / batches
+    solving_share = math.ceil(len(groups) / processes) / len(groups)
+    steps_tokens = None  # of one process
     if training.max_steps > 0 and rows and task_tokens:
         rows_seen = training.max_steps * training.batch_size * training.gradient_accumulation_steps
         steps_tokens = rows_seen * task_tokens / rows
     elif task_tokens:
-        steps_tokens = training.num_train_epochs * task_tokens
+        steps_tokens = training.num_train_epochs * task_tokens / processes
     state = trainable * 4 * (2 if config.adapter.init == "null_space" else 1)
     widest = max(g.d_in for g in groups)
     storages = ways(config, groups, weights + state + 3 * 4 * trainable)
     stages = [
         Stage(
-            "sample", weights + cache, 8 * sampled, forward * sampled / flops / DECODING_EFFICIENCY
+            "sample",
+            weights + cache,
+            8 * sampled,
+            sampling_share * forward * sampled / flops / DECODING_EFFICIENCY,
         ),
         Stage(
             "measure",
             weights + 2 * moments,
             2 * moments,
-            (forward + gram) * (sampled + task_measured) / flops,
+            (forward + gram) * (sampled + task_measured) / flops / processes,
         ),
-        Stage("solve", 2 * moments + spectrum + 10 * 8 * widest**2, spectrum, solve_seconds),
+        Stage(
+            "solve",
+            2 * moments + spectrum + 10 * 8 * widest**2,
+            spectrum,
+            solving_share * solve_seconds,
+        ),
         Stage(
             "train",
             storages[0].training,
@@ -158,7 +180,7 @@ def plan(config: FoLoraConfig, task_tokens: int | None = None, rows: int | None 
         ),
         Stage("export", state, state, None),
     ]
-    free = _free(device)
+    free = _free(device) // (processes if device.type == "cpu" else 1)
     return Plan(groups, len(layers), parameters, trainable, stages, storages, free)
 
 

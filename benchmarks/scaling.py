@@ -1,0 +1,154 @@
+"""What set-up and training cost on 1 to 64 GPUs, carried over from measured points by the counts of operations.
+
+The points are the paper's (Qwen3-1.7B on one GPU: 1146 s of sampling, 241 s of statistics, 28 s of
+eigensolving), since no GPU has been at hand: sampling grows with the active parameters that are read for a
+token, statistics with forward pass and Gram matrices, the solve with the cube of the width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from folora.activations import GRAM_SHARE
+from folora.report import Table
+
+SEQUENCES, LENGTH, BATCH = 2000, 512, 64
+RANK = 16
+GPUS = (1, 8, 64)
+BYTES = 80e9  # of a GPU
+PAPER = {"sample": 1146.0, "measure": 241.0, "solve": 28.0}  # seconds
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model by what counts here.
+
+    Attributes:
+        inputs: Width of each kind of shared input, and how many there are.
+        layers: Sum of d_in + d_out over the adapted layers.
+        parameters: In all.
+        active: That a token meets.
+    """
+
+    inputs: tuple[tuple[int, int], ...]
+    layers: int
+    parameters: float
+    active: float
+
+    @property
+    def squares(self) -> float:
+        """Sum of d_in squared over shared inputs: the numbers in C_pre."""
+        return float(sum(n * d * d for d, n in self.inputs))
+
+    @property
+    def gram(self) -> float:
+        """Operations a token for Gram matrices; of an expert's input only its tokens count."""
+        return 2 * GRAM_SHARE * self.squares * self.active / self.parameters
+
+    @property
+    def forward(self) -> float:
+        """Operations a token for the forward pass."""
+        return 2 * self.active
+
+
+def dense(hidden: int, inner: int, attention: int, kv: int, blocks: int, parameters: float) -> Size:
+    """A model of LLaMA's build; `attention` and `kv` are widths of all heads together."""
+    inputs = ((hidden, 2 * blocks), (attention, blocks), (inner, blocks))
+    layers = blocks * (3 * hidden + attention + 2 * kv + attention + hidden + 3 * (hidden + inner))
+    return Size(inputs, layers, parameters, parameters)
+
+
+def experts(hidden: int, inner: int, number: int, used: int, blocks: int) -> Size:
+    """A mixture of experts: gate and up of an expert read its tokens, and down what they make of them."""
+    inputs = ((hidden, blocks * (2 + number)), (inner, blocks * number))
+    each = 3 * hidden * inner
+    shared = blocks * 4 * hidden * hidden
+    layers = blocks * (8 * hidden + number * 3 * (hidden + inner))
+    return Size(inputs, layers, shared + blocks * number * each, shared + blocks * used * each)
+
+
+MODELS = {
+    "Qwen3-1.7B": dense(2048, 6144, 2048, 1024, 28, 1.7e9),
+    "7B (LLaMA 2)": dense(4096, 11008, 4096, 4096, 32, 6.7e9),
+    "32B (Qwen3)": dense(5120, 25600, 8192, 1024, 64, 32.8e9),
+    "70B (LLaMA 3)": dense(8192, 28672, 8192, 1024, 80, 70.6e9),
+    "100B, 128 experts": experts(4096, 1408, 128, 8, 44),
+}
+POINT = MODELS["Qwen3-1.7B"]
+
+
+def seconds(size: Size, gpus: int) -> dict[str, float]:
+    """Seconds of each stage of the set-up, by the busiest process."""
+    batches = math.ceil(SEQUENCES / BATCH)
+    cubes = sorted((float(d) ** 3 for d, n in size.inputs for _ in range(n)), reverse=True)
+    busiest = max(sum(cubes[rank::gpus]) for rank in range(gpus))
+    return {
+        "sample": PAPER["sample"]
+        * size.active
+        / POINT.active
+        * math.ceil(batches / gpus)
+        / batches,
+        "measure": PAPER["measure"]
+        * (size.forward + size.gram)
+        / (POINT.forward + POINT.gram)
+        / gpus,
+        "solve": PAPER["solve"] * busiest / sum(n * float(d) ** 3 for d, n in POINT.inputs),
+    }
+
+
+def time_table() -> Table:
+    """Seconds of set-up by model and number of GPUs."""
+    rows = []
+    for name, size in MODELS.items():
+        found = [seconds(size, gpus) for gpus in GPUS]
+        rows.append((name, *(_time(f[stage]) for stage in PAPER for f in found)))
+    header = ("model", *(f"{stage}, {gpus}" for stage in PAPER for gpus in GPUS))
+    caption = (
+        f"Of {SEQUENCES} sequences of {LENGTH} tokens, the ceiling; by number of GPUs. From the paper's seconds for "
+        f"Qwen3-1.7B on one GPU. Sampling is shared out in batches of {BATCH}, the solve by shared inputs."
+    )
+    return Table(header, tuple(rows), caption)
+
+
+def bytes_table() -> Table:
+    """Memory of a GPU, traffic and disk by model."""
+    rows = [(name, *_bytes(size)) for name, size in MODELS.items()]
+    header = (
+        "model", "weights, bf16", "C_pre", "kept columns", "adapter and moments", "traffic: statistics",
+        "traffic: bases", "traffic: a step", "disk", "fits 80 GB",
+    )  # fmt: skip
+    caption = (
+        f"r {RANK}. Every process holds weights, C_pre while measuring, and in training the kept columns, the "
+        "adapter and its moments. Traffic is what a process sends and receives: sums of C_pre and C_task by a "
+        "ring, the bases once, the adapter's gradients every step. Disk: C_pre, C_task, columns, two checkpoints."
+    )
+    return Table(header, tuple(rows), caption)
+
+
+def _bytes(size: Size) -> Iterator[str]:
+    weights = 2 * size.parameters
+    moments = 4 * size.squares
+    columns = 4.0 * RANK * sum(n * d for d, n in size.inputs)
+    trainable = 4.0 * RANK * size.layers
+    state = 4 * trainable  # factors, gradients, two moments
+    yield from map(_size, (weights, moments, columns, state))
+    yield from map(_size, (2 * 2 * moments, columns, 2 * trainable))
+    yield _size(2 * moments + columns + 2 * 3 * trainable)
+    train, measure = weights + columns + state < BYTES, weights + moments < BYTES
+    yield {
+        (True, True): "yes",
+        (True, False): "training, not statistics",
+        (False, False): "no",
+    }[train, measure]
+
+
+def _time(value: float) -> str:
+    if value < 100:
+        return f"{value:.0f} s"
+    return f"{value / 60:.0f} min" if value < 6000 else f"{value / 3600:.1f} h"
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
