@@ -173,9 +173,9 @@ def _execute(options: argparse.Namespace, config: FoLoraConfig) -> None:
         path = Path(options.to) if options.to else None
         report = run.export(path, options.rank, "merged" if options.merged else "adapter")
         target = path or run.folder / ("merged" if options.merged else ADAPTER)
-        print(f"wrote {target}" + (f", rank {report.rank}" if report.rank else ""))
+        _say(f"wrote {target}" + (f", rank {report.rank}" if report.rank else ""))
         if report.relative_error:
-            print(
+            _say(
                 f"relative error of the update: {report.relative_error:.2%} in all, at most "
                 f"{report.worst_relative_error:.2%} ({report.worst_layer})"
             )
@@ -186,7 +186,7 @@ def _execute(options: argparse.Namespace, config: FoLoraConfig) -> None:
     with run.alone():
         run.write_config()
         if command == "base":
-            print(f"wrote {run.share(Path(options.to) if options.to else None)}")
+            _say(f"wrote {run.share(Path(options.to) if options.to else None)}")
             return
         getattr(run, command)()
         if command == "train":
@@ -278,9 +278,13 @@ def _print_plan(found: Plan) -> None:
     )
 
 
+def _say(what: str | Table) -> None:
+    """Print, once for all processes."""
+    if ranks.rank() == 0:
+        Console().print(what, markup=False, highlight=False, soft_wrap=isinstance(what, str))
+
+
 def _print_report(report: dict[str, Any]) -> None:
-    if ranks.rank() > 0:
-        return
     table = Table(title=f"After {report['steps']} steps")
     for column in ("", "base", "adapted"):
         table.add_column(column, justify="left" if not column else "right")
@@ -294,8 +298,8 @@ def _print_report(report: dict[str, Any]) -> None:
     ]
     for what, before, after in rows:
         table.add_row(what, _number(before), _number(after))
-    Console().print(table)
-    print(f"adapter: {report['adapter']}")
+    _say(table)
+    _say(f"adapter: {report['adapter']}")
 
 
 def _number(value: float | None) -> str:
@@ -343,7 +347,8 @@ def _merge(values: dict[str, Any], more: dict[str, Any]) -> None:
 
 def _set_up_logging(verbose: bool) -> None:
     handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler], force=True)
+    level = logging.INFO if ranks.rank() == 0 else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", handlers=[handler], force=True)
     transformers_logging.disable_progress_bar()
     if not verbose:
         for library in ("httpx", "datasets", "transformers", "huggingface_hub", "accelerate"):

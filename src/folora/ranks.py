@@ -33,10 +33,19 @@ def join(device: str) -> None:
 
     Args:
         device: ``"auto"`` or a device's name; on the CPU they talk by gloo.
+
+    Raises:
+        ProcessError: They are not to be reached.
     """
     on_cpu = device == "cpu" or not torch.accelerator.is_available()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        PartialState(cpu=on_cpu, timeout=TIMEOUT)
+        try:
+            PartialState(cpu=on_cpu, timeout=TIMEOUT)
+        except RuntimeError as error:
+            raise ProcessError(
+                f"process {os.environ.get('RANK')} of {os.environ['WORLD_SIZE']} cannot reach the other "
+                f"ones: {str(error).splitlines()[0]}"
+            ) from error
 
 
 def leave() -> None:
