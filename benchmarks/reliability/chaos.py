@@ -242,7 +242,8 @@ def finish(stand: Stand, trial: Trial) -> None:
 
 def _stage_of(stand: Stand) -> str:
     """The stage that was not finished."""
-    return next((name for name, part in STAGES.items() if not (stand.run / part).exists()), "none")
+    there = ((name, (stand.run / part).exists()) for name, part in STAGES.items())
+    return next((name for name, exists in there if not exists), "nowhere")
 
 
 def disturb(
