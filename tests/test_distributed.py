@@ -173,10 +173,10 @@ def test_who_waits_for_a_process_that_is_gone_is_told() -> None:
 
 
 def test_who_cannot_reach_the_others_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(**options: Any) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
         raise RuntimeError("connection reset by peer\nmore")
 
-    monkeypatch.setattr(ranks, "PartialState", refuse)
+    monkeypatch.setattr(torch.distributed, "init_process_group", refuse)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(ProcessError, match=r"process 1 of 2 cannot reach .*reset by peer$"):

@@ -115,7 +115,8 @@ def distributed_table(found: Mapping[str, Any]) -> Table:
 
 
 def _codes(codes: Iterable[int]) -> str:
-    return ", ".join(ENDS.get(code, str(code)) for code in codes)
+    ends = ENDS | {2: "stopped with a word"}
+    return ", ".join(ends.get(code, str(code)) for code in codes)
 
 
 def _weights(one: Mapping[str, Any]) -> str:

@@ -31,13 +31,16 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopAfterStep(TrainerCallback):
-    """Has the Trainer save and stop after the step in which `signum` was set.
+    """Has the Trainer save and stop after the step in which a signal came to one of the processes.
 
     Attributes:
+        own: The signal that came to this process.
+        signum: The signal that all stop for.
         began: Whether a step has begun: what was there to be resumed is loaded by then.
     """
 
     def __init__(self) -> None:
+        self.own: int | None = None
         self.signum: int | None = None
         self.began = False
 
@@ -60,7 +63,7 @@ class StopAfterStep(TrainerCallback):
     ) -> None:
         """Called by the Trainer after every step."""
         # All processes stop after the same step, or some would wait for the others for ever.
-        self.signum = ranks.largest(self.signum or 0) or None
+        self.signum = ranks.largest(self.own or 0) or None
         if self.signum is not None:
             control.should_save = control.should_training_stop = True
 
@@ -98,15 +101,15 @@ def finishing_step(stop: StopAfterStep) -> Iterator[None]:
     """
 
     def ask(signum: int, frame: Any) -> None:
-        if stop.signum is not None:
+        if stop.own is not None:  # not what another process was sent a moment before
             raise Interrupted(signum)
-        stop.signum = signum
+        stop.own = signum
         logger.warning("stopping after this step, with a checkpoint; once more to stop at once")
 
     with _handled_by(ask):
         yield
-    if stop.signum is not None:
-        raise Interrupted(stop.signum)
+    if (signum := stop.signum or stop.own) is not None:
+        raise Interrupted(signum)
 
 
 @contextmanager

@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
 from torch import Tensor
 
 from folora.errors import FoLoraError, MismatchError, ProcessError
@@ -37,10 +36,13 @@ def join(device: str) -> None:
     Raises:
         ProcessError: They are not to be reached.
     """
-    on_cpu = device == "cpu" or not torch.accelerator.is_available()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        accelerator = None if device == "cpu" else torch.accelerator.current_accelerator()
+        if accelerator is not None:
+            torch.accelerator.set_device_index(local_rank())
+        kind = "cpu" if accelerator is None else accelerator.type
         try:
-            PartialState(cpu=on_cpu, timeout=TIMEOUT)
+            dist.init_process_group(dist.get_default_backend_for_device(kind), timeout=TIMEOUT)
         except RuntimeError as error:
             raise ProcessError(
                 f"process {os.environ.get('RANK')} of {os.environ['WORLD_SIZE']} cannot reach the other "
