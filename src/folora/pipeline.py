@@ -155,7 +155,6 @@ class Run:
         self.folder = Path(required(config.output, "output"))
         if os.path.isfile(self.folder):  # False for a name too long, at which Path raises
             raise ConfigError(f"output {self.folder} is a file, but must be a folder")
-
         self._lock = lock_of(self.folder)
 
     @contextmanager
@@ -436,7 +435,7 @@ class Run:
         }
         if ranks.first(lambda: self._is_trained(folder, request)):
             return
-        bases = source._bases(spectrum)
+        bases = self._bases(source, spectrum)
         prepared = assemble(self.model, bases, self.task, proxies, config)
         trainer = train(prepared, self.tokenizer, folder)
         self._write_result(prepared, trainer, request)
@@ -542,10 +541,10 @@ class Run:
         return self._known(load_proxy_set(self.folder / SAMPLES, self.model_facts))
 
     def _known(self, proxies: ProxySet) -> ProxySet:
-        """The set, if the model has an embedding for each of its tokens. Raises ArtifactError."""
-        known = len(self.model.get_input_embeddings().weight)  # type: ignore[arg-type]
+        """The set, if the model knows each of its tokens. Raises ArtifactError."""
+        known = self.limits["vocabulary"]
         rows = [*proxies.calibration, *proxies.held_out]
-        if (token := max(map(max, rows))) >= known:
+        if known is not None and (token := max(map(max, rows))) >= known:
             raise ArtifactError(f"the samples hold token {token}, but the model knows {known}")
         return proxies
 
@@ -554,18 +553,20 @@ class Run:
         path = f"{STATISTICS}/{part}"
         found = self._read(path, self.model_facts)
         shapes = {name: tuple(t.shape) for name, t in found.tensors.items()}
-        self._check_groups(path, shapes, {g.name: (g.d_in, g.d_in) for g in self.groups})
+        wanted = {g.name: (g.d_in, g.d_in) for g in self.groups}
+        self._check_layers(self.folder, path, shapes == wanted)
         return found
 
-    def _bases(self, spectrum: Artifact) -> list[GroupBasis]:
+    def _bases(self, source: Run, spectrum: Artifact) -> list[GroupBasis]:
         bases = bases_from_tensors(spectrum.tensors, spectrum.manifest["groups"])
-        self._check_groups(SPECTRUM, [b.group for b in bases], self.groups)
+        same = [b.group for b in bases] == self.groups
+        self._check_layers(source.folder, SPECTRUM, same)
         return bases
 
-    def _check_groups(self, part: str, found: Any, wanted: Any) -> None:
-        if found != wanted:
+    def _check_layers(self, folder: Path, part: str, same: bool) -> None:
+        if not same:
             raise MismatchError(
-                f"{self.folder / part} is of other layers than adapter.target_modules "
+                f"{folder / part} is of other layers than adapter.target_modules "
                 f"{self.config.adapter.target_modules!r}; make it again: folora {MADE[part][1]}"
             )
 
