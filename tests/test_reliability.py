@@ -62,7 +62,7 @@ def test_work_that_is_done_twice_is_found(tmp_path: Path, monkeypatch: pytest.Mo
 
 def soaked(place: Path, **more: Any) -> list[str]:
     with redirect_stdout(io.StringIO()):
-        return breaches(soak(place, 150, **more))
+        return breaches(soak(place, 30, every=10, **more))
 
 
 def test_nothing_grows_and_stops_change_nothing(tmp_path: Path) -> None:

@@ -44,8 +44,8 @@ COUNTED = ("handles", "threads", "hooks")
 class Watch(TrainerCallback):
     """Calls `see` with the number of steps, every so many of them."""
 
-    def __init__(self, see: Callable[[int, TrainerControl], None]) -> None:
-        self.see = see
+    def __init__(self, every: int, see: Callable[[int, TrainerControl], None]) -> None:
+        self.every, self.see = every, see
 
     def on_step_end(
         self,
@@ -55,7 +55,7 @@ class Watch(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Called by the Trainer after every step."""
-        if state.global_step % EVERY == 0:
+        if state.global_step % self.every == 0:
             self.see(state.global_step, control)
 
 
@@ -102,13 +102,17 @@ def growth(values: Sequence[float]) -> float:
 
 
 def soak(
-    place: Path, steps: int, disturb: Callable[[int], None] = lambda step: None
+    place: Path,
+    steps: int,
+    every: int = EVERY,
+    disturb: Callable[[int], None] = lambda step: None,
 ) -> dict[str, Any]:
     """Both trainings.
 
     Args:
         place: An empty folder.
-        steps: How many; a multiple of `EVERY`.
+        steps: How many; a multiple of `every`.
+        every: After how many readings are taken, and the second training is stopped.
         disturb: Called along the way of the first one; tests plant a leak by it.
 
     Returns:
@@ -116,7 +120,7 @@ def soak(
     """
     config = tiny_config(
         training={
-            "max_steps": steps, "save_steps": EVERY, "logging_steps": 10 * EVERY, "eval_steps": 5 * EVERY,
+            "max_steps": steps, "save_steps": every, "logging_steps": 10 * every, "eval_steps": 5 * every,
             "extra": {"disable_tqdm": True},
         }
     )  # fmt: skip
@@ -133,9 +137,9 @@ def soak(
         def read(step: int, control: TrainerControl) -> None:
             disturb(step)
             readings.append({"step": step, **standing(first.model)})
-            tick(EVERY)
+            tick(every)
 
-        train(first, tokenizer, place / "through", callbacks=[Watch(read)])
+        train(first, tokenizer, place / "through", callbacks=[Watch(every, read)])
         through = time.monotonic() - began
         expected = state_of(first)
         changed: list[str] = []
@@ -145,17 +149,17 @@ def soak(
         def stop(step: int, control: TrainerControl) -> None:
             control.should_save = control.should_training_stop = True
 
-        for step in range(EVERY, steps + 1, EVERY):
+        for step in range(every, steps + 1, every):
             part = again()
             sketches = {n: t for n, t in state_of(part).items() if n.startswith("basis")}
-            found = train(part, tokenizer, place / "stopped", callbacks=[Watch(stop)])
+            found = train(part, tokenizer, place / "stopped", callbacks=[Watch(every, stop)])
             assert found.state.global_step == step
             state = state_of(part)
             changed += differing(
                 sketches, {n: t for n, t in state.items() if n.startswith("basis")}
             )
             stops += 1
-            tick(EVERY)
+            tick(every)
     return {
         "steps": steps,
         "stops": stops,
