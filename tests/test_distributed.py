@@ -22,8 +22,9 @@ from benchmarks.distributed import (
     same_as_one,
 )
 from folora import ranks
+from folora.cli import main
 from folora.errors import ConfigError, DataError, MismatchError, ProcessError
-from folora.training import _refuse_sharding
+from folora.training import refuse_sharding
 
 NOTHING: dict[str, Any] = {
     "same": {}, "killed": [], "interrupted": [], "refused": {}, "launched": {}
@@ -198,8 +199,13 @@ def test_one_process_sends_nothing() -> None:
 
 
 @pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
-def test_sharded_parameters_are_refused(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    _refuse_sharding()
+def test_sharded_parameters_are_refused_before_anything_starts(
+    variable: str, bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refuse_sharding()
     monkeypatch.setenv(variable, "true")
     with pytest.raises(ConfigError, match="accelerate launch --multi_gpu"):
-        _refuse_sharding()
+        refuse_sharding()
+    assert main(bench.words("sharded", 1)) == 2
+    assert "accelerate launch --multi_gpu" in " ".join(capsys.readouterr().err.split())
+    assert not (bench.place / "sharded").exists()

@@ -96,7 +96,7 @@ from folora.sampling import (
 )
 from folora.solving import GroupBasis, bases_from_tensors, bases_to_tensors, solve
 from folora.spectrum import BASES
-from folora.training import FoLoraTrainer, sft_config, train
+from folora.training import FoLoraTrainer, refuse_sharding, sft_config, train
 
 logger = logging.getLogger(__name__)
 
@@ -228,6 +228,7 @@ class Run:
 
     def check(self, *, needs_data: bool) -> None:
         """Everything that can be found out without loading the model."""
+        refuse_sharding()
         check_writable(self.folder, "output")
         on_cpu = device_of(self.config).type == "cpu"
         sft_config(self.config.training, self.folder / TRAINING, evaluates=False, on_cpu=on_cpu)

@@ -76,7 +76,7 @@ class FoLoraTrainer(SFTTrainer):
         **kwargs: Any,
     ) -> None:
         self.prepared = prepared
-        _refuse_sharding()
+        refuse_sharding()
         self._unsound, self._skipped_in_a_row = False, 0
         held_out = prepared.task.held_out
         super().__init__(
@@ -277,7 +277,7 @@ def sft_config(
     return found
 
 
-def _refuse_sharding() -> None:
+def refuse_sharding() -> None:
     """Refuse what shards parameters or replaces the optimizer. Raises ConfigError."""
     for variable, name in (
         ("ACCELERATE_USE_FSDP", "FSDP"),
