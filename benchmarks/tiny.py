@@ -118,3 +118,9 @@ def tiny_config(**changes: object) -> FoLoraConfig:
         else:
             values[name] = value
     return FoLoraConfig.from_dict(values)
+
+
+def tiny_task(place: Path) -> FoLoraConfig:
+    """A tiny model and rows in a folder, and the config of a run of them into ``run`` beside."""
+    model, data = write_model(place / "model"), write_rows(place / "rows.jsonl")
+    return tiny_config(model=str(model), dataset=str(data), output=str(place / "run"))

@@ -20,14 +20,17 @@ with install_import_hook(
     ],
     "beartype.beartype",
 ):
-    pass
+    import folora
+    import folora.adapter
+    import folora.meter
 
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from benchmarks.tiny import MAKERS, make_tokenizer, write_model, write_rows
+from benchmarks.tiny import MAKERS, make_tokenizer, tiny_config, write_model, write_rows
 from folora.disk import LOCK
+from folora.pipeline import Run
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +63,17 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty rows of a made-up task."""
     return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
+
+
+@pytest.fixture(scope="session")
+def finished(
+    model_folder: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> folora.FoLoraConfig:
+    """A whole tiny run that made everything itself, to read and to copy from, not to change."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    config = tiny_config(model=str(model_folder), dataset=str(rows_file), output=str(output))
+    Run(config).run()
+    return config
 
 
 def temporary(folder: Path) -> list[Path]:

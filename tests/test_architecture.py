@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from jaxtyping import TypeCheckError
+
+from folora.adapter import truncate
 
 SOURCE = Path(__file__).parents[1] / "src" / "folora"
 
@@ -62,3 +66,9 @@ def test_no_import_hides_in_a_function(path: Path) -> None:
 def test_no_pickle(path: Path) -> None:
     assert "pickle" not in imports(path)
     assert "torch.load(" not in path.read_text()
+
+
+def test_shapes_are_checked_while_tests_run() -> None:
+    """By the import hook of conftest, which does nothing for what was imported before."""
+    with pytest.raises(TypeCheckError, match="truncate"):
+        truncate(torch.ones(2, 5), torch.ones(4, 3), 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from benchmarks.tiny import make_llama, make_tokenizer, tiny_config
+from benchmarks.tiny import make_llama, make_tokenizer
 from folora.artifacts import read_artifact
 from folora.basefile import (
     HEADER,
@@ -40,36 +41,26 @@ def test_a_triangle_is_the_matrix(d: int, seed: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(
-    model_folder: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> FoLoraConfig:
-    """A run that makes everything itself."""
-    output = tmp_path_factory.mktemp("base") / "whole"
-    config = tiny_config(model=str(model_folder), dataset=str(rows_file), output=str(output))
-    Run(config).run()
-    return config
-
-
-@pytest.fixture(scope="module")
-def base(whole: FoLoraConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(finished: FoLoraConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its base file, by the command line and without a data set."""
-    file = tmp_path_factory.mktemp("shared") / "llama.safetensors"
-    folder = Path(str(whole.output))
-    (folder.parent / "base.yaml").write_text(replace(whole, dataset=None).to_yaml())
-    assert main(["base", "--config", str(folder.parent / "base.yaml"), "--to", str(file)]) == 0
+    place = tmp_path_factory.mktemp("shared")
+    file, config = place / "llama.safetensors", place / "base.yaml"
+    shutil.copytree(str(finished.output), place / "run")
+    config.write_text(replace(finished, dataset=None, output=str(place / "run")).to_yaml())
+    assert main(["base", "--config", str(config), "--to", str(file)]) == 0
     return file
 
 
 def test_a_run_from_the_file_is_the_run_without_its_dear_stages(
-    whole: FoLoraConfig, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: FoLoraConfig, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(*_: object) -> None:
         raise AssertionError("sampled again")
 
     monkeypatch.setattr(Run, "_engine", never)
-    config = replace(whole, base=str(base), output=str(tmp_path / "second"))
+    config = replace(finished, base=str(base), output=str(tmp_path / "second"))
     report = Run(config).run()
-    first, second = Path(str(whole.output)), tmp_path / "second"
+    first, second = Path(str(finished.output)), tmp_path / "second"
     for part in ("2-statistics/pre", "2-statistics/task", "3-spectrum", "4-training/result"):
         a, b = (f / part / "tensors.safetensors" for f in (first, second))
         assert a.read_bytes() == b.read_bytes()
@@ -83,14 +74,14 @@ def test_a_run_from_the_file_is_the_run_without_its_dear_stages(
 
 
 def test_fewer_layers_are_served_and_others_refused(
-    whole: FoLoraConfig, base: Path, tmp_path: Path
+    finished: FoLoraConfig, base: Path, tmp_path: Path
 ) -> None:
-    config = replace(whole, base=str(base), output=str(tmp_path / "few"))
+    config = replace(finished, base=str(base), output=str(tmp_path / "few"))
     few = config.changed({"adapter.target_modules": ["v_proj", "down_proj"]})
     Run(few).run()
     found = read_artifact(tmp_path / "few" / "2-statistics" / "pre", "statistics_pre").tensors
     every = read_artifact(
-        Path(str(whole.output)) / "2-statistics" / "pre", "statistics_pre"
+        Path(str(finished.output)) / "2-statistics" / "pre", "statistics_pre"
     ).tensors
     assert len(found) == 4
     assert torch.equal(
@@ -105,19 +96,19 @@ def test_fewer_layers_are_served_and_others_refused(
         Run(more).run()
 
 
-def test_it_takes_half_the_room(whole: FoLoraConfig, base: Path) -> None:
-    pre = Path(str(whole.output)) / "2-statistics" / "pre" / "tensors.safetensors"
+def test_it_takes_half_the_room(finished: FoLoraConfig, base: Path) -> None:
+    pre = Path(str(finished.output)) / "2-statistics" / "pre" / "tensors.safetensors"
     tokens = read_base_manifest(base)["tokens"]
     assert base.stat().st_size < 0.55 * pre.stat().st_size + 16 * tokens + 16384
 
 
 def test_another_model_and_damage_are_refused_before_the_run_starts(
-    whole: FoLoraConfig, base: Path, tmp_path: Path
+    finished: FoLoraConfig, base: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
     make_llama(seed=1).save_pretrained(other)
     make_tokenizer().save_pretrained(other)
-    config = replace(whole, base=str(base), output=str(tmp_path / "run"))
+    config = replace(finished, base=str(base), output=str(tmp_path / "run"))
     with pytest.raises(MismatchError, match="belongs to another model"):
         Run(replace(config, model=str(other))).run()
 

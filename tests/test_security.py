@@ -40,17 +40,6 @@ def flags(config: FoLoraConfig, **changes: object) -> list[str]:
     return [part for name, value in values.items() for part in (f"--{name}", str(value))]
 
 
-@pytest.fixture(scope="module")
-def finished(
-    model_folder: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> FoLoraConfig:
-    """A whole run, to copy from."""
-    output = tmp_path_factory.mktemp("runs") / "whole"
-    config = tiny_config(model=str(model_folder), dataset=str(rows_file), output=str(output))
-    Run(config).run()
-    return config
-
-
 def copied(config: FoLoraConfig, output: Path) -> FoLoraConfig:
     shutil.copytree(str(config.output), output)
     return config.changed({"output": str(output)})

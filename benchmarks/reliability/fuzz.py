@@ -34,7 +34,7 @@ from torch import Tensor
 
 from benchmarks.reliability.mutations import mutated
 from benchmarks.reliability.parsers import Files, Parser, parsers
-from benchmarks.tiny import tiny_config, write_model, write_rows
+from benchmarks.tiny import tiny_task
 from folora.artifacts import software_versions
 from folora.disk import write_json
 from folora.errors import ConfigError, FoLoraError, nearest
@@ -260,9 +260,9 @@ def fuzz_table(result: Mapping[str, Any]) -> Table:
 
 def finished_run(folder: Path) -> Path:
     """A whole tiny run, made in a folder."""
-    model, data = write_model(folder / "model"), write_rows(folder / "rows.jsonl")
-    Run(tiny_config(model=str(model), dataset=str(data), output=str(folder / "run"))).run()
-    return folder / "run"
+    run = Run(tiny_task(folder))
+    run.run()
+    return run.folder
 
 
 def again(parser: Parser, name: str, seed: int, number: int) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from transformers.trainer import TRAINER_STATE_NAME
 
 from benchmarks.forks import Fork
-from benchmarks.tiny import tiny_config, write_model, write_rows
+from benchmarks.tiny import tiny_task
 from folora.checkpoints import SEAL
 from folora.disk import LOCK, file_sha256, json_fingerprint, read_json
 from folora.errors import ArtifactError
@@ -62,11 +62,8 @@ class Stand:
     def __post_init__(self) -> None:
         self.run = self.place / "run"
         self.whole = self.place / "whole"
-        model = write_model(self.place / "model")
-        rows = write_rows(self.place / "rows.jsonl")
-        config = tiny_config(model=str(model), dataset=str(rows), output=str(self.run))
         self.config = self.place / "config.yaml"
-        self.config.write_text(config.changed(self.changes).to_yaml())
+        self.config.write_text(tiny_task(self.place).changed(self.changes).to_yaml())
 
     def attempt(self, prepare: Callable[[], None] = lambda: None) -> Fork:
         """Start the run; `prepare` is called in its process first."""
