@@ -35,7 +35,6 @@ from benchmarks.forks import PATIENCE, Fork
 from benchmarks.reliability.stand import FOLDERS, STAGES, Stand, on_write, stage_of
 from benchmarks.tiny import make_llama
 from folora.artifacts import software_versions
-from folora.config import FoLoraConfig
 from folora.disk import write_json
 from folora.pipeline import REPORT
 from folora.progress import progress
@@ -296,7 +295,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = known.parse_args(given)
     torch.set_num_threads(1)  # a fork inherits no threads
     make_llama()  # loads what forks would each load
-    FoLoraConfig()
     with tempfile.TemporaryDirectory() as place:
         found = disturb(Path(place), options.seed, dict.fromkeys(options.kinds, options.count))
     lost = sum(len(trial["lost"]) for trial in found["trials"])

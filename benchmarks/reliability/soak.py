@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState
 
 import folora
 from benchmarks.tiny import make_llama, make_tokenizer, rows, tiny_config
@@ -34,29 +34,11 @@ from folora.disk import write_json
 from folora.preparation import Prepared, assemble
 from folora.progress import progress
 from folora.sadam import FINGERPRINT
-from folora.training import train
+from folora.training import AfterStep, train
 
 EVERY = 50  # steps
 MOST_GROWTH = 8e6  # bytes of memory that allocators may keep between two thirds of a run
 COUNTED = ("handles", "threads", "hooks")
-
-
-class Watch(TrainerCallback):
-    """Calls `see` with the number of steps, every so many of them."""
-
-    def __init__(self, every: int, see: Callable[[int, TrainerControl], None]) -> None:
-        self.every, self.see = every, see
-
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        """Called by the Trainer after every step."""
-        if state.global_step % self.every == 0:
-            self.see(state.global_step, control)
 
 
 def standing(model: torch.nn.Module) -> dict[str, int]:
@@ -134,25 +116,27 @@ def soak(
 
     with progress("steps", 2 * steps) as tick:
 
-        def read(step: int, control: TrainerControl) -> None:
-            disturb(step)
-            readings.append({"step": step, **standing(first.model)})
-            tick(every)
+        def read(state: TrainerState, control: TrainerControl) -> None:
+            if state.global_step % every == 0:
+                disturb(state.global_step)
+                readings.append({"step": state.global_step, **standing(first.model)})
+                tick(every)
 
-        train(first, tokenizer, place / "through", callbacks=[Watch(every, read)])
+        train(first, tokenizer, place / "through", callbacks=[AfterStep(read)])
         through = time.monotonic() - began
         expected = state_of(first)
         changed: list[str] = []
         stops = 0
         state: dict[str, Tensor] = {}
 
-        def stop(step: int, control: TrainerControl) -> None:
-            control.should_save = control.should_training_stop = True
+        def stop(state: TrainerState, control: TrainerControl) -> None:
+            if state.global_step % every == 0:
+                control.should_save = control.should_training_stop = True
 
         for step in range(every, steps + 1, every):
             part = again()
             sketches = {n: t for n, t in state_of(part).items() if n.startswith("basis")}
-            found = train(part, tokenizer, place / "stopped", callbacks=[Watch(every, stop)])
+            found = train(part, tokenizer, place / "stopped", callbacks=[AfterStep(stop)])
             assert found.state.global_step == step
             state = state_of(part)
             changed += differing(

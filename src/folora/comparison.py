@@ -19,7 +19,7 @@ from typing import Any
 
 from peft import PeftModel
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState
 
 from folora.artifacts import software_versions
 from folora.config import FoLoraConfig
@@ -33,7 +33,7 @@ from folora.progress import progress
 from folora.results import FORMAT
 from folora.solving import GroupBasis, solve
 from folora.spectrum import BASES
-from folora.training import FoLoraTrainer, sft_config
+from folora.training import AfterStep, FoLoraTrainer, sft_config
 
 READ_AT = (1 / 4, 1 / 2, 3 / 4, 1.0)
 
@@ -246,13 +246,15 @@ class Comparison:
             kl = readings[-1]["kl"]
             return kl is None or kl > uniform
 
-        def on_the_way(step: int) -> bool:
-            readings.append(read(step))
-            return not lost()
+        def on_the_way(state: TrainerState, control: TrainerControl) -> None:
+            if state.global_step in steps_at(self.read_at, state.max_steps):
+                readings.append(read(state.global_step))
+                if lost():
+                    control.should_training_stop = True
 
         if not self._base:  # the same for every arm: before its first step a model is its base
             self._base = {**read(0), "frobenius": 0.0, "h_norm": 0.0}
-        trainer.add_callback(_ReadOnTheWay(self.read_at, on_the_way))
+        trainer.add_callback(AfterStep(on_the_way))
         trainer.train()
         return readings, lost()
 
@@ -274,25 +276,6 @@ def read_arm(path: Path, config: FoLoraConfig) -> dict[str, Any]:
 def steps_at(shares: Sequence[float], steps: int) -> set[int]:
     """The steps after which given shares of a training of so many steps are over."""
     return {max(1, round(share * steps)) for share in shares}
-
-
-class _ReadOnTheWay(TrainerCallback):
-    """Takes a reading after given shares of the training, and ends it when one says that it is lost."""
-
-    def __init__(self, shares: Sequence[float], read: Callable[[int], bool]) -> None:
-        self.shares, self.read = shares, read
-
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        """Called by the Trainer after every step."""
-        due = state.global_step in steps_at(self.shares, state.max_steps)
-        if due and not self.read(state.global_step):
-            control.should_training_stop = True
 
 
 def _rounded(value: Any) -> Any:

@@ -149,15 +149,17 @@ def bases_to_tensors(
     return tensors, facts
 
 
-def bases_from_tensors(
-    tensors: Mapping[str, Tensor], facts: Sequence[Mapping[str, Any]]
-) -> list[GroupBasis]:
-    """Inverse of `bases_to_tensors`. Raises ArtifactError if they do not fit each other."""
+def bases_from_tensors(tensors: Mapping[str, Tensor], facts: Any) -> list[GroupBasis]:
+    """Inverse of `bases_to_tensors`; `facts` are whatever a manifest holds.
+
+    Raises:
+        ArtifactError: They are no facts of groups, or do not fit the tensors.
+    """
     with fitting("the spectrum"):
         return [_basis_of(tensors, fact) for fact in facts]
 
 
-def _basis_of(tensors: Mapping[str, Tensor], fact: Mapping[str, Any]) -> GroupBasis:
+def _basis_of(tensors: Mapping[str, Tensor], fact: Any) -> GroupBasis:
     group = group_of(fact)
     basis, gamma = tensors[f"{group.name}/basis"], tensors[f"{group.name}/gamma"]
     null = tensors.get(f"{group.name}/null_basis")

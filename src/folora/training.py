@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -16,7 +17,13 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TrainerState
+from transformers import (
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.sft_config import SFTConfig
@@ -53,6 +60,27 @@ CHECKED = {
     "seed": "seed",
 }
 """Options of SFTConfig with an option of ours that knows their interval."""
+
+
+class AfterStep(TrainerCallback):
+    """Calls `act` after every step of a Trainer.
+
+    Args:
+        act: Given the Trainer's state, and the control by which it is told to save or stop.
+    """
+
+    def __init__(self, act: Callable[[TrainerState, TrainerControl], None]) -> None:
+        self.act = act
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Called by the Trainer."""
+        self.act(state, control)
 
 
 class FoLoraTrainer(SFTTrainer):
