@@ -1,8 +1,9 @@
 """One process against several, on gloo: ``python -m benchmarks.distributed``, or ``make distributed``.
 
 The same tiny run by 1, 2 and 4 processes must give the same samples to the bit, and statistics, bases and
-weights within rounding. A process that is killed ends the others at once, and the run goes on, with as
-many processes or another number. Processes that see different things are refused before the first step.
+weights within rounding, and so must FSDP2. A process that is killed ends the others at once, and the run
+goes on, with as many processes or another number. Processes that see different things are refused before
+the first step.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import Trainer
 
 from benchmarks.forks import PATIENCE, Ended, Fork
 from benchmarks.tiny import make_llama, rows, tiny_config, write_model
@@ -38,6 +41,10 @@ STEPS = 6
 NODES = {"folora-a": "192.168.77.1", "folora-b": "192.168.77.2"}
 ROUNDING = {SET: 0.0, PRE: 1e-5, TASK: 1e-5, SPECTRUM: 1e-3, RESULT: 1e-3}
 """Largest difference that is allowed, over the largest value of a tensor."""
+
+
+def as_it_is(rank: int) -> None:
+    """Nothing is to be prepared in a process."""
 
 
 class Bench:
@@ -70,7 +77,7 @@ class Bench:
         name: str,
         count: int,
         more: Mapping[int, Sequence[str]] | None = None,
-        prepare: Callable[[int], None] = lambda rank: None,
+        prepare: Callable[[int], None] = as_it_is,
         **changes: Any,
     ) -> list[Fork]:
         """Start the processes of a run.
@@ -113,24 +120,27 @@ class Bench:
             return float("inf")
         return max(_difference(a[name], b[name]) for name in a)
 
-    def compared(self, name: str, count: int, exact: bool) -> dict[str, float]:
+    def compared(
+        self, name: str, count: int, exact: bool, sharded: bool = False
+    ) -> dict[str, float]:
         """How far the weights are from those of a run that was not disturbed.
 
         Args:
             name: The run.
             count: How many processes it ended with.
             exact: Whether it always had so many: then not a bit may differ.
+            sharded: Whether it trains by FSDP2.
         """
-        other = self.undisturbed(count if exact else 1)
+        other = self.undisturbed(count, sharded) if exact else self.undisturbed(1)
         allowed = 0.0 if exact else ROUNDING[RESULT]
         return {"difference": self.difference(other, name, RESULT), "allowed": allowed}
 
-    def undisturbed(self, count: int) -> str:
+    def undisturbed(self, count: int, sharded: bool = False) -> str:
         """The run of so many processes that nothing disturbs, made when it is first asked for."""
-        name = f"by{count}"
+        name = f"{'sharded' if sharded else 'by'}{count}"
         if not (self.place / name / RESULT).exists():
-            codes = [e.code for e in ended(self.start(name, count))]
-            if any(codes):
+            forks = self.start(name, count, prepare=by_fsdp2 if sharded else as_it_is)
+            if any(codes := [e.code for e in ended(forks)]):
                 raise RuntimeError(f"{count} processes ended with {codes}")
         return name
 
@@ -177,16 +187,63 @@ def same_as_one(bench: Bench, counts: Sequence[int]) -> dict[str, dict[str, floa
     }
 
 
-def killed(bench: Bench, count: int, victim: int, then: int) -> dict[str, Any]:
+def sharded(bench: Bench, counts: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Largest differences of weights by FSDP2 from those of one process, and of as many by DDP."""
+    return {
+        str(n): {
+            "one": bench.difference(bench.undisturbed(1), bench.undisturbed(n, True), RESULT),
+            "DDP": bench.difference(bench.undisturbed(n), bench.undisturbed(n, True), RESULT),
+        }
+        for n in counts
+    }
+
+
+def by_fsdp2(rank: int) -> None:
+    """Have a process train by FSDP2, with the settings of ``accelerate launch --use_fsdp``.
+
+    Accelerate takes FSDP on accelerators alone, although torch has it for the CPU; here it is told to.
+    """
+    os.environ |= {
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+    }  # fmt: skip
+    if "RANK" not in os.environ:  # FSDP wants to be one of several also alone
+        address = f"tcp://127.0.0.1:{free_port()}"
+        torch.distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+    trainers: Any = Trainer
+    create = trainers.create_accelerator_and_postprocess
+
+    def on_the_cpu(trainer: Any) -> None:
+        create(trainer)
+        state = trainer.accelerator.state
+        state.distributed_type = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        if state.mixed_precision != "no":
+            state.fsdp_plugin.set_mixed_precision(state.mixed_precision)
+        trainer.is_fsdp_enabled = True
+
+    trainers.create_accelerator_and_postprocess = on_the_cpu
+
+
+def killed(
+    bench: Bench, count: int, victim: int, then: int, sharded: bool = False
+) -> dict[str, Any]:
     """One process is killed in training; the run goes on with `then` processes."""
-    name = f"killed{count}-{victim}-{then}"
-    forks = bench.start(name, count, prepare=slowly)
+    name = f"killed{'-sharded' * sharded}{count}-{victim}-{then}"
+    wrapped = by_fsdp2 if sharded else as_it_is
+
+    def prepare(rank: int) -> None:
+        wrapped(rank)
+        slowly(rank)
+
+    forks = bench.start(name, count, prepare=prepare)
     seconds = after_checkpoint(bench, name, forks, lambda: forks[victim].send(signal.SIGKILL))
     found = ended(forks)
     reached = latest(bench, name)
-    again = ended(bench.start(name, then))
+    again = ended(bench.start(name, then, prepare=wrapped))
     return {
         "processes": count,
+        "sharded": sharded,
         "victim": victim,
         "codes": [e.code for e in found],
         "seconds": round(seconds, 2),
@@ -196,7 +253,7 @@ def killed(bench: Bench, count: int, victim: int, then: int) -> dict[str, Any]:
         "checkpoint": reached,
         "then": then,
         "codes_then": [e.code for e in again],
-        **bench.compared(name, then, exact=then == count),
+        **bench.compared(name, then, then == count, sharded),
         "kept_old": (bench.place / name / "old").exists(),
     }
 
@@ -263,13 +320,20 @@ def interrupted(bench: Bench, count: int) -> dict[str, Any]:
 
 
 def launched(bench: Bench) -> dict[str, dict[str, Any]]:
-    """torchrun as it is typed; two machines are two network namespaces, if they can be made."""
+    """The launchers as they are typed; two machines are two network namespaces, if they can be made."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
-    here = [*torchrun, "2", "--master-port", str(free_port())]
-    done = subprocess.run(
-        [*here, "-m", "folora.cli", *bench.words("torchrun", 2)], capture_output=True
-    )
-    found = {"torchrun": _launched(bench, "torchrun", [done.returncode])}
+    accelerate = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+    ]  # fmt: skip
+    found = {}
+    for name, launcher in (
+        ("torchrun", [*torchrun, "2", "--master-port", str(free_port())]),
+        ("accelerate launch", [*accelerate, "--main_process_port", str(free_port())]),
+    ):
+        words = [*launcher, "-m", "folora.cli", *bench.words(name, 2)]
+        done = subprocess.run(words, capture_output=True)
+        found[name] = _launched(bench, name, [done.returncode])
     with namespaces() as nodes:
         if nodes:
             found["torchrun on two machines"] = _on_two(bench, nodes, torchrun)
@@ -340,9 +404,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bench = Bench(Path(place))
         found = {
             "same": same_as_one(bench, (2, 3, 4)),
+            "sharded": sharded(bench, (1, 2, 3, 4)),
             "killed": [
                 killed(bench, 2, 1, 2), killed(bench, 2, 0, 1), killed(bench, 3, 1, 2),
                 killed(bench, 2, 1, 3), killed(bench, 4, 2, 4),
+                *(killed(bench, 2, 1, then, sharded=True) for then in (2, 1, 3)),
             ],
             "interrupted": [interrupted(bench, 2), interrupted(bench, 4)],
             "refused": refused(bench),
@@ -364,6 +430,12 @@ def breaches(found: Mapping[str, Any]) -> list[str]:
         for n, parts in found["same"].items()
         for part, d in parts.items()
         if d > ROUNDING[part]
+    ]
+    said += [
+        f"weights of {n} processes by FSDP2 differ from {other} by {d:g}"
+        for n, others in found["sharded"].items()
+        for other, d in others.items()
+        if d > ROUNDING[RESULT]
     ]
     for one in [*found["killed"], *found["interrupted"]]:
         if any(one["codes_then"]) or one["difference"] > one["allowed"]:

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from processes import in_processes
+from safetensors.torch import load_file
 
 from benchmarks.distributed import (
     ROUNDING,
     Bench,
     breaches,
     ended,
-    free_port,
     interrupted,
     killed,
     refused,
     same_as_one,
+    sharded,
 )
 from folora import ranks
+from folora.checkpoints import latest_checkpoint
 from folora.cli import main
 from folora.errors import ConfigError, DataError, MismatchError, ProcessError
-from folora.training import refuse_sharding
+from folora.pipeline import RESULT, TRAINING
 
 NOTHING: dict[str, Any] = {
-    "same": {}, "killed": [], "interrupted": [], "refused": {}, "launched": {}
+    "same": {}, "sharded": {}, "killed": [], "interrupted": [], "refused": {}, "launched": {}
 }  # fmt: skip
 
 
@@ -82,34 +83,6 @@ def test_comparing_is_for_one_process(bench: Bench) -> None:
 
 
 # The functions of ranks, each in three processes.
-
-
-def in_processes(count: int, work: Callable[[], Any]) -> list[Any]:
-    """What `work` returns or raises in each process; the processes end with it."""
-    fork = multiprocessing.get_context("fork")
-    queue, port = fork.Queue(), free_port()
-
-    def run(rank: int) -> None:
-        os.environ |= {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
-            "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        }  # fmt: skip
-        ranks.join("cpu")
-        try:
-            queue.put((rank, work()))
-        except Exception as error:
-            queue.put((rank, f"{type(error).__name__}: {error}"))
-        queue.close()
-        queue.join_thread()
-        os._exit(0)
-
-    processes = [fork.Process(target=run, args=(rank,)) for rank in range(count)]
-    for process in processes:
-        process.start()
-    found = dict(queue.get(timeout=60) for _ in processes)
-    for process in processes:
-        process.join()
-    return [found[rank] for rank in range(count)]
 
 
 def test_shares_cover_everything_once() -> None:
@@ -198,14 +171,56 @@ def test_one_process_sends_nothing() -> None:
     assert not isinstance(raised.value, ProcessError)
 
 
-@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
-def test_sharded_parameters_are_refused_before_anything_starts(
-    variable: str, bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_fsdp2_gives_what_one_process_gives_and_goes_on_with_one(bench: Bench) -> None:
+    found = sharded(bench, (2,))
+    assert breaches({**NOTHING, "sharded": found}) == []
+    assert found["2"]["one"] > 0 < found["2"]["DDP"]
+    stopped = [killed(bench, 2, 1, 2, sharded=True), killed(bench, 2, 1, 1, sharded=True)]
+    assert breaches({**NOTHING, "killed": stopped}) == []
+    folder = latest_checkpoint(bench.place / "sharded2" / TRAINING)
+    assert folder is not None
+    parts = {p.name for p in (folder / "optimizer_0").iterdir()}
+    assert parts == {".metadata", "__0_0.distcp", "__1_0.distcp"}
+    # A checkpoint is an adapter that PEFT reads, also where each process has a part of it.
+    last = load_file(folder / "adapter_model.safetensors")
+    result = bench.tensors("sharded2", RESULT)
+    a = f"{next(iter(result)).removesuffix('/A').removesuffix('/B')}"
+    assert torch.equal(last[f"base_model.model.{a}.lora_A.weight"], result[f"{a}/A"])
+
+
+FLAT = "needs whole rows of the adapter's matrices"
+REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
+    "FSDP 1": ({"ACCELERATE_USE_FSDP": "true"}, {}, FLAT),
+    "FSDP 1 by arguments": ({}, {"fsdp": "full_shard", "fsdp_config": {"version": 1}}, FLAT),
+    "DeepSpeed": ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, FLAT),
+    "DeepSpeed by arguments": ({}, {"deepspeed": "zero2.json"}, FLAT),
+    "FSDP's checkpointing": (
+        {"ACCELERATE_USE_FSDP": "1", "FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "True"},
+        {}, "--training.gradient_checkpointing true",
+    ),
+    "FSDP's checkpointing by arguments": (
+        {}, {"fsdp": "full_shard", "fsdp_config": {"activation_checkpointing": True}},
+        "--training.gradient_checkpointing true",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_loses_rows_is_refused_before_anything_starts(
+    what: str, bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    refuse_sharding()
-    monkeypatch.setenv(variable, "true")
-    with pytest.raises(ConfigError, match="accelerate launch --multi_gpu"):
-        refuse_sharding()
-    assert main(bench.words("sharded", 1)) == 2
-    assert "accelerate launch --multi_gpu" in " ".join(capsys.readouterr().err.split())
-    assert not (bench.place / "sharded").exists()
+    variables, extra, message = REFUSED[what]
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main(bench.words("flat", 1, **{"training.extra": extra})) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (bench.place / "flat").exists()
+
+
+@pytest.mark.parametrize("storage", ["float32", "sharded"])
+def test_all_directions_may_be_shared_out(bench: Bench, storage: str) -> None:
+    """Each of two processes keeps half of every basis; the weights are the same to the bit."""
+    changes = {"spectrum.directions": "all", "spectrum.storage": storage}
+    assert [e.code for e in ended(bench.start(f"all-{storage}", 2, **changes))] == [0, 0]
+    if storage == "sharded":
+        assert bench.difference("all-float32", "all-sharded", RESULT) == 0.0

@@ -325,7 +325,7 @@ VALUES = [
     value("spectrum.directions", "most", "spectrum.directions is 'most': .*'all'"),
     value("spectrum.directions", "3", r">= adapter.r \(4\)"),
     value("spectrum.beyond", "open", "'closed' or 'floor'"),
-    value("spectrum.storage", "disk", "'float32', 'bfloat16' or 'host'"),
+    value("spectrum.storage", "disk", "'float32', 'bfloat16', 'host' or 'sharded'"),
     value("sampling.tolerance", "0", "finite and > 0"),
     value("sampling.tolerance", "nan", "finite and > 0"),
     value("spectrum.basis", "identity", "'generalized'"),

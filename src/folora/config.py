@@ -24,7 +24,7 @@ from folora.spectrum import LAMBDA, S_MIN, TAU
 
 StepScale = Literal["task", "paper"]
 Basis = Literal["generalized", "pretraining", "whitening"]
-Storage = Literal["float32", "bfloat16", "host"]
+Storage = Literal["float32", "bfloat16", "host", "sharded"]
 Init = Literal[
     "eigen",
     "null_space",
@@ -189,8 +189,8 @@ class SpectrumConfig:
     )
     storage: Storage = _option(
         "float32",
-        "bases in training: 'float32' or 'bfloat16' beside the model, or 'host': float32 in host "
-        "memory, brought over group by group in every step",
+        "bases in training: 'float32' or 'bfloat16' beside the model; or float32, brought over group by "
+        "group in every step: from 'host' memory, or 'sharded', a part in each process",
     )
     basis: Basis = _option(
         "generalized",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from folora.errors import NumericsError
+from folora.sadam import own_part
 
 LARGEST_GRADIENT = 1e15  # beyond it second moments leave float32
 
@@ -28,9 +29,11 @@ def check_finite_weights(model: nn.Module) -> None:
 def unsound_gradients(model: nn.Module) -> list[str]:
     """Names of the parameters whose gradient holds NaN, Inf, or what overflows when squared.
 
-    One pass over the gradients and one synchronization, as long as all of them are sound.
+    One pass over the gradients and one synchronization, as long as all of them are sound. Of gradients
+    that FSDP2 has shared out, only this process's part is looked at.
     """
-    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    gradients = {n: own_part(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+    found = {n: g for n, g in gradients.items() if g.numel()}
     if _sound(torch.nn.utils.get_total_norm(found.values(), norm_type=float("inf"))):
         return []
     return [n for n, g in found.items() if not _sound(g.abs().max())]

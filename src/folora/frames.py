@@ -18,7 +18,7 @@ import torch
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
-from folora.sadam import full_fp32_matmul
+from folora.sadam import full_fp32_matmul, whole
 
 FRAME = "lora_frame"  # PEFT saves what has "lora_" in its name
 
@@ -104,9 +104,12 @@ class Framed(LoraVariant):
 
 
 def layer_factors(module: Any, adapter: str) -> tuple[Tensor, Tensor, float]:
-    """A (k, d_in), B (d_out, k) and kappa of a LoRA layer, whose update is exactly kappa B A."""
-    a = module.lora_A[adapter].weight.detach()
-    b = module.lora_B[adapter].weight.detach()
+    """A (k, d_in), B (d_out, k) and kappa of a LoRA layer, whose update is exactly kappa B A.
+
+    What FSDP2 has shared out is gathered: then all processes have to call it.
+    """
+    a = whole(module.lora_A[adapter].weight.detach())
+    b = whole(module.lora_B[adapter].weight.detach())
     if adapter in getattr(module, FRAME, {}):
         a, b = getattr(module, FRAME)[adapter].factors(a, b)
     return a, b, float(module.scaling[adapter])

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import torch
+from accelerate.utils import disable_fsdp_ram_efficient_loading
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -136,6 +137,7 @@ def load_model(config: FoLoraConfig, name: str) -> PreTrainedModel:
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
     load_config(config, name)
+    disable_fsdp_ram_efficient_loading()  # which leaves all but one process without weights
     # Weights of a wrong shape are named below; transformers names them in its log alone.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = _load(AutoModelForCausalLM.from_pretrained, name, **options)

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
+from trl.trainer.sft_config import SFTConfig
 
 from folora import ranks
 from folora.activations import InputGroup
@@ -96,7 +97,7 @@ from folora.sampling import (
 )
 from folora.solving import GroupBasis, bases_from_tensors, bases_to_tensors, solve
 from folora.spectrum import BASES
-from folora.training import FoLoraTrainer, refuse_sharding, sft_config, train
+from folora.training import FoLoraTrainer, is_sharded, sft_config, train
 
 logger = logging.getLogger(__name__)
 
@@ -228,10 +229,8 @@ class Run:
 
     def check(self, *, needs_data: bool) -> None:
         """Everything that can be found out without loading the model."""
-        refuse_sharding()
         check_writable(self.folder, "output")
-        on_cpu = device_of(self.config).type == "cpu"
-        sft_config(self.config.training, self.folder / TRAINING, evaluates=False, on_cpu=on_cpu)
+        _ = self._arguments
         if needs_data:
             check_dataset(required(self.config.dataset, "dataset"))
         if self.config.base is not None:
@@ -241,6 +240,13 @@ class Run:
             self._check_sampler(self.config.sampling.sampler_model)
         task = self.task if needs_data else TaskData([], [])
         check_fits(task, self.tokenizer, start_id, **limits)
+
+    @cached_property
+    def _arguments(self) -> SFTConfig:
+        """What TRL makes of the training section."""
+        on_cpu = device_of(self.config).type == "cpu"
+        folder = self.folder / TRAINING
+        return sft_config(self.config.training, folder, evaluates=False, on_cpu=on_cpu)
 
     def check_stage(self, command: str) -> None:
         """Everything else that can be found out before a stage begins.
@@ -434,6 +440,8 @@ class Run:
             * config.training.batch_size
             * config.training.gradient_accumulation_steps,
         }
+        if is_sharded(self._arguments):
+            request["checkpoints"] = "FSDP"  # of another form
         if ranks.first(lambda: self._is_trained(folder, request)):
             return
         bases = self._bases(source, spectrum)

@@ -152,7 +152,7 @@ def plan(
         steps_tokens = training.num_train_epochs * task_tokens / processes
     state = trainable * 4 * (2 if config.adapter.init == "null_space" else 1)
     widest = max(g.d_in for g in groups)
-    storages = ways(config, groups, weights + state + 3 * 4 * trainable)
+    storages = ways(config, groups, weights + state + 3 * 4 * trainable, processes)
     stages = [
         Stage(
             "sample",
@@ -184,13 +184,16 @@ def plan(
     return Plan(groups, len(layers), parameters, trainable, stages, storages, free)
 
 
-def ways(config: FoLoraConfig, groups: Sequence[InputGroup], without: int) -> list[Storage]:
+def ways(
+    config: FoLoraConfig, groups: Sequence[InputGroup], without: int, processes: int
+) -> list[Storage]:
     """Ways to keep the bases; see `Plan.storages`.
 
     Args:
         config: Says how many directions, and where.
         groups: Shared inputs.
         without: Bytes of training without bases.
+        processes: How many work together.
     """
 
     def way(directions: int | None, storage: str) -> Storage:
@@ -199,6 +202,7 @@ def ways(config: FoLoraConfig, groups: Sequence[InputGroup], without: int) -> li
             "float32": sum(sizes),
             "bfloat16": sum(sizes) // 2,
             "host": 2 * max(sizes),  # one in use and one on its way
+            "sharded": sum(sizes) // processes + (2 * max(sizes) if processes > 1 else 0),
         }[storage]
         host = sum(sizes) if storage == "host" else 0
         flags = f"--spectrum.directions {directions or 'all'} --spectrum.storage {storage}"
@@ -207,6 +211,7 @@ def ways(config: FoLoraConfig, groups: Sequence[InputGroup], without: int) -> li
 
     own = way(config.directions, config.spectrum.storage)
     every = [way(None, s) for s in ("float32", "bfloat16", "host")]
+    every += [way(None, "sharded")] if processes > 1 else []
     every.append(way(config.adapter.r, "float32"))
     return [own, *sorted((w for w in every if w != own), key=lambda w: -w.device)]
 

@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from folora import ranks
 from folora.activations import (
     InputGroup,
     Moments,
@@ -303,7 +304,7 @@ def param_groups(
         directions: Only so many leading directions are kept; None for all.
         beyond: What happens along the others, ``"closed"`` or ``"floor"``.
         step_scale: ``"task"`` or ``"paper"``.
-        storage: Of the bases: ``"float32"``, ``"bfloat16"`` or ``"host"``.
+        storage: Of the bases: ``"float32"``, ``"bfloat16"``, ``"host"`` or ``"sharded"``.
         spectral: False leaves bases out, which makes it plain AdamW on LoRA.
         adapter_name: Which adapter.
     """
@@ -321,7 +322,7 @@ def param_groups(
         if spectral:
             floor = s_min if beyond == "floor" else None
             group |= gated_basis(b, lam, s_min, directions, floor, step_scale)
-            group |= stored(group["basis"], storage)
+            group |= stored(group["basis"], storage, a_params[0].device)
         groups.append(group)
     groups.append({"params": b_params, "lr": lr * lr_b_ratio, "weight_decay": weight_decay})
     return groups
@@ -358,8 +359,10 @@ def gated_basis(
     return {"basis": columns, "gate": gate, "scale": scale, "complement": complement}
 
 
-def stored(basis: Tensor, storage: str) -> dict[str, Any]:
-    """The keys of a group of `SAdam` that keep its basis as asked for; see `param_groups`."""
+def stored(basis: Tensor, storage: str, device: torch.device) -> dict[str, Any]:
+    """The keys of a group of `SAdam` on a device that keep its basis as asked for; see `param_groups`."""
+    if storage == "sharded":
+        return {"basis": ranks.sharded(basis.to(device))}
     if storage == "bfloat16":
         return {"basis": basis.to(torch.bfloat16)}
     if storage == "host":

@@ -15,6 +15,9 @@ are kept in the basis. Parameter groups without a basis are stepped by torch's o
 A basis may be cut to its first k columns T_k (d, k), with moments (rows, k). What lies beyond is then
 closed, which is exact for a gate that is zero there, or stepped as a whole through a `Complement`.
 
+Nothing of a step mixes rows. A parameter whose rows are shared out over processes (a DTensor, as FSDP2
+makes them) is therefore stepped by each process for its own rows, with moments shared out likewise.
+
 This file needs nothing but torch, so that it can be copied.
 """
 
@@ -27,6 +30,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
@@ -81,8 +85,10 @@ class SAdam(Optimizer):
             number that multiplies T (1); ``"complement"``, a `Complement` (what T lacks is closed);
             and ``"on_host"``: leave T on the device where it lies, in pinned memory for speed, and
             bring it over for each step, the next one while this one is used (False: T moves to the
-            parameters' device and stays). Arithmetic and moments of such a group are float32
+            parameters' device and stays). A T that is a DTensor stays shared out over its processes
+            and is gathered for each step. Arithmetic and moments of such a group are float32
             (float64 for float64 parameters) whatever the dtype of parameters and T.
+            Parameters may be DTensors, those of a basis sharded by rows.
             A group without a basis is stepped exactly as by ``torch.optim.AdamW(fused=...)``.
         lr: Learning rate, finite and >= 0.
         betas: Decay of the two moments, each in [0, 1).
@@ -141,17 +147,16 @@ class SAdam(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         due = [(g, p) for g in self.param_groups if (p := _with_gradient(g))]
-        on_host = [(g, p) for g, p in due if g.get("on_host")]
+        away = [(g, p) for g, p in due if "basis" in g and _is_away(g)]
         for group, params in due:
             if "basis" not in group:
-                grads = [p.grad for p in params]
-                moments = [self._moments(group, p, p.shape, p.dtype) for p in params]
-                _adamw(group, params, grads, moments)  # type: ignore[arg-type]
-            elif not group["on_host"]:
+                moments = [self._moments(group, p, p.dtype) for p in params]
+                _adamw(group, [*map(own_part, params)], [*map(_own_gradient, params)], moments)
+            elif not _is_away(group):
                 if group["basis"].device != params[0].device:  # the model has moved since
                     group["basis"] = group["basis"].to(params[0].device)
                 self._step_in_basis(group, params, group["basis"])
-        for (group, params), basis in zip(on_host, _travelling(on_host), strict=True):
+        for (group, params), basis in zip(away, _travelling(away), strict=True):
             self._step_in_basis(group, params, basis)
         return loss
 
@@ -159,9 +164,13 @@ class SAdam(Optimizer):
         """One gated step in the basis for all parameters of a group (Eq. 18-24)."""
         complement, scale = _on(group["complement"], params[0].device), group["scale"]
         gate = group["gate"].to(params[0].device)
-        dtype, rows = gate.dtype, [len(p) for p in params]
+        dtype, k = gate.dtype, len(gate)
+        columns = k if complement is None else k + basis.shape[0]
+        moments = [self._moments(group, p, dtype, columns) for p in params]
+        own = [own_part(p) for p in params]
+        rows = [len(p) for p in own]
         with full_fp32_matmul():
-            stacked = torch.cat([p.grad.to(dtype) for p in params])  # type: ignore[union-attr]
+            stacked = torch.cat([_own_gradient(p).to(dtype) for p in params])
             gbar = _to_basis(stacked, basis)
             if complement is not None:
                 rest = stacked - _from_basis(gbar, complement.dual)
@@ -170,33 +179,31 @@ class SAdam(Optimizer):
             gbar.mul_(scale)
             # AdamW on a zero parameter leaves -lr * m_hat / (sqrt(v_hat) + eps) in it.
             step = torch.zeros_like(gbar)
-            moments = [self._moments(group, p, (len(p), gbar.shape[1]), dtype) for p in params]
             _adamw(group, list(step.split(rows)), list(gbar.split(rows)), moments, decay=False)
             del gbar
             step.mul_(scale)
-            k = len(gate)
             update = _from_basis(step[:, :k] * gate, basis)
             if complement is not None:
                 off = step[:, k:] * (complement.gate * complement.weight)
                 update += off - _from_basis(_to_basis(off, complement.dual), basis)
         shrink = 1.0 - group["lr"] * group["weight_decay"]
-        for p, delta in zip(params, update.split(rows), strict=True):
+        for p, delta in zip(own, update.split(rows), strict=True):
             if p.dtype == dtype:
                 p.mul_(shrink).add_(delta)
             else:  # one rounding, at the end
                 p.copy_(p.to(dtype).mul_(shrink).add_(delta))
 
     def _moments(
-        self, group: dict[str, Any], p: Tensor, shape: Iterable[int], dtype: torch.dtype
+        self, group: dict[str, Any], p: Tensor, dtype: torch.dtype, columns: int | None = None
     ) -> dict[str, Any]:
-        """State of a parameter, made on first use."""
+        """This process's state of a parameter, made on first use; `columns` if not as many as p's."""
         state = self.state[p]
         if not state:
             # The fused kernel counts steps where it runs, the others on the host.
             state["step"] = torch.zeros((), device=p.device if group["fused"] else "cpu")
             for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.zeros(tuple(shape), dtype=dtype, device=p.device)
-        return state
+                state[name] = _zeros_like(p, dtype, columns)
+        return {name: own_part(value) for name, value in state.items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -209,6 +216,8 @@ class SAdam(Optimizer):
         for group in state["param_groups"]:
             for key in BASIS_KEYS:
                 group.pop(key, None)
+            if FINGERPRINT in group:  # torch.distributed.checkpoint loads into what it is given
+                group[FINGERPRINT] = group[FINGERPRINT].clone()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -248,6 +257,50 @@ def basis_fingerprint(basis: Tensor, scale: float = 1.0) -> Tensor:
     return scale * (basis.detach().double() @ probe.to(basis.device)).cpu()
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process has; all of it, unless it is shared out."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, gathered from all processes if it is shared out."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _own_gradient(p: Tensor) -> Tensor:
+    """The gradient of the part of p that this process has."""
+    grad = p.grad
+    assert grad is not None
+    if isinstance(p, DTensor) and isinstance(grad, DTensor):  # it may be a sum not yet added up
+        grad = grad.redistribute(p.device_mesh, p.placements)
+    return own_part(grad)
+
+
+def _zeros_like(p: Tensor, dtype: torch.dtype, columns: int | None) -> Tensor:
+    """Zeros in the shape of p, or with another number of columns, shared out as p is."""
+    shape = tuple(p.shape) if columns is None else (len(p), columns)
+    own = own_part(p)
+    zeros = torch.zeros(
+        own.shape if columns is None else (len(own), columns), dtype=dtype, device=p.device
+    )
+    if not isinstance(p, DTensor):
+        return zeros
+    if columns is not None and not all(x in (Shard(0), Replicate()) for x in p.placements):
+        raise ValueError(
+            f"a parameter of shape {shape} with a basis is sharded as {p.placements}, but its rows must "
+            "stay whole: Shard(0), which is what FSDP2 does by default"
+        )
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        zeros, p.device_mesh, p.placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+
+
+def _is_away(group: dict[str, Any]) -> bool:
+    """Whether a basis is brought over for each step."""
+    return group["on_host"] or isinstance(group["basis"], DTensor)
+
+
 def _on(complement: Complement | None, device: torch.device) -> Complement | None:
     if complement is None or complement.weight.device == device:
         return complement
@@ -277,9 +330,10 @@ def _from_basis(y: Tensor, basis: Tensor) -> Tensor:
 
 
 def _travelling(due: list[tuple[dict[str, Any], list[Tensor]]]) -> Iterator[Tensor]:
-    """The basis of each group in turn, on its parameters' device.
+    """The basis of each group in turn, whole and on its parameters' device.
 
-    On CUDA two buffers take turns: one is filled by a stream of its own while the other is used.
+    What comes from the host to CUDA fills two buffers in turn, one by a stream of its own while the other
+    is used.
     """
     used: list[Any] = [None, None]  # when a buffer was last read
     buffers: dict[tuple[torch.device, int], Tensor] = {}
@@ -288,6 +342,8 @@ def _travelling(due: list[tuple[dict[str, Any], list[Tensor]]]) -> Iterator[Tens
 
     def send(index: int) -> tuple[Tensor, Any]:
         basis, device = due[index][0]["basis"], due[index][1][0].device
+        if isinstance(basis, DTensor):
+            return whole(basis).to(device), None
         if device.type != "cuda":
             return basis.to(device), None
         turn = (device, index % 2)
@@ -373,7 +429,8 @@ def _prepare_basis(group: dict[str, Any]) -> None:
                 f"a parameter has shape {tuple(p.shape)}, but the basis asks for (rows, {d})"
             )
     complement: Complement | None = group.get("complement")
-    parts = [basis, gate]
+    gathered = whole(basis)
+    parts = [gathered, gate]
     if complement is not None:
         dual, weight = complement.dual.detach(), complement.weight.detach()
         if dual.shape != (d, k) or weight.shape != (d,):
@@ -390,11 +447,11 @@ def _prepare_basis(group: dict[str, Any]) -> None:
     if wide or basis.dtype == torch.float64:
         basis = basis.to(dtype)
     scale = float(group.get("scale", 1.0))
-    fingerprint = basis_fingerprint(basis, scale)
+    fingerprint = basis_fingerprint(gathered, scale)
     if complement is not None:
         fingerprint += complement.weight.double().cpu()
     group |= {
-        "basis": basis if on_host else basis.to(device),
+        "basis": basis if on_host or isinstance(basis, DTensor) else basis.to(device),
         "gate": gate.to(device, dtype),
         "scale": scale,
         "complement": complement,

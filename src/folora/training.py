@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -17,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -40,10 +42,17 @@ from folora.interruption import StopAfterStep, finishing_step
 from folora.meter import LayerNorms, Reading, total_norm, update_norms
 from folora.modes import without_adapter
 from folora.preparation import Prepared, to_dataset
+from folora.sadam import whole
 
 logger = logging.getLogger(__name__)
 
 MOST_SKIPPED = 20  # steps in a row
+FLAT = (
+    "{}, but folora's optimizer needs whole rows of the adapter's matrices. Use FSDP2 (accelerate launch "
+    "--use_fsdp --fsdp_version 2), which keeps them, or neither: torchrun, or accelerate launch --multi_gpu. "
+    "The base is frozen, so its weights need no optimizer state."
+)
+LORA = "lora_"  # in the names of all that belongs to an adapter
 
 CHECKED = {
     "learning_rate": "learning_rate",
@@ -104,7 +113,7 @@ class FoLoraTrainer(SFTTrainer):
         **kwargs: Any,
     ) -> None:
         self.prepared = prepared
-        refuse_sharding()
+        check_sharding(args)
         self._unsound, self._skipped_in_a_row = False, 0
         held_out = prepared.task.held_out
         super().__init__(
@@ -113,9 +122,21 @@ class FoLoraTrainer(SFTTrainer):
             train_dataset=prepared.train_dataset(),
             eval_dataset=to_dataset(held_out) if held_out else None,
             processing_class=processing_class,
-            optimizers=(prepared.optimizer, None),
             **kwargs,
         )
+        if self.is_fsdp_enabled:
+            # By torch.distributed.checkpoint, which other numbers of processes can read; whole states
+            # are not loaded for an adapter alone (Accelerate 1.15 waits for ever).
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.state_dict_config = plugin.optim_state_dict_config = None
+            plugin.set_state_dict_type("SHARDED_STATE_DICT")
+        elif is_sharded(args):
+            logger.warning("FSDP is asked for, but Accelerate takes it on accelerators alone")
+
+    def create_optimizer(self, model: Any = None) -> Optimizer:
+        """The prepared optimizer, over parameters that FSDP2 has not shared out yet."""
+        self.optimizer = self.prepared.optimizer if self.optimizer is None else self.optimizer
+        return self.optimizer
 
     def compute_loss(
         self,
@@ -149,7 +170,7 @@ class FoLoraTrainer(SFTTrainer):
         complete = self.accelerator.sync_gradients
         if not complete and ranks.count() > 1:
             return  # what one process sees alone all see with the last backward pass of the step
-        names = [] if self._unsound else unsound_gradients(self.prepared.model)
+        names = [] if self._unsound else self._unsound_gradients()
         self._unsound = self._unsound or bool(names)
         if names:
             self._stop_or_skip(names, inputs)
@@ -159,6 +180,13 @@ class FoLoraTrainer(SFTTrainer):
             self._unsound, self._skipped_in_a_row = False, self._skipped_in_a_row + 1
         elif complete:
             self._skipped_in_a_row = 0
+
+    def _unsound_gradients(self) -> list[str]:
+        """Their names, the same in all processes."""
+        own = unsound_gradients(self.prepared.model)
+        if not self.is_fsdp_enabled:
+            return own  # all have the same gradients
+        return sorted({*chain(*ranks.gather(own))}) if ranks.largest(len(own)) else []
 
     def _stop_or_skip(self, names: list[str], inputs: dict[str, Any]) -> None:
         with self.compute_loss_context_manager():
@@ -194,6 +222,14 @@ class FoLoraTrainer(SFTTrainer):
 
         ranks.agree(write)  # every process adds a file
         ranks.first(lambda: seal_checkpoint(folder))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter; whole and as PEFT writes it, also where FSDP2 has shared it out."""
+        if self.is_fsdp_enabled:
+            parts = self.prepared.model.state_dict()
+            self._save(output_dir, {n: whole(t) for n, t in parts.items() if LORA in n})
+        else:
+            super().save_model(output_dir, _internal_call)
 
     def _penalty(self, model: Any, inputs: dict[str, Any]) -> Tensor | None:
         """Weighted divergence from the base on self-samples and on the task; None if unweighted."""
@@ -272,6 +308,7 @@ def sft_config(
             or a value that SFTConfig refuses.
     """
     _check_extra(config.extra)
+    _refuse_deepspeed(config.extra.get("deepspeed"))  # before its package is looked for
     values: dict[str, Any] = {
         "output_dir": str(output_dir),
         "learning_rate": config.learning_rate,
@@ -302,21 +339,39 @@ def sft_config(
         raise ConfigError(f"training: {error}") from error
     if found.packing and found.max_length is None:
         raise ConfigError("training.extra: packing needs max_length, the tokens of a packed row")
+    check_sharding(found)
     return found
 
 
-def refuse_sharding() -> None:
-    """Refuse what shards parameters or replaces the optimizer. Raises ConfigError."""
-    for variable, name in (
-        ("ACCELERATE_USE_FSDP", "FSDP"),
-        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
-    ):
-        if os.environ.get(variable, "").lower() == "true":
-            raise ConfigError(
-                f"folora's optimizer needs whole rows of the adapter's matrices, and is not made for {name}. "
-                "Start the processes without it: torchrun, or accelerate launch --multi_gpu. The base "
-                "model is frozen, so its weights need no optimizer state; --quantize makes it smaller."
-            )
+def is_sharded(args: SFTConfig) -> bool:
+    """Whether FSDP is asked for, by the launcher or by the arguments."""
+    return bool(args.fsdp) or _is_set("ACCELERATE_USE_FSDP")
+
+
+def check_sharding(args: SFTConfig) -> None:
+    """Refuse what makes flat vectors of parameters, in which rows are lost. Raises ConfigError."""
+    _refuse_deepspeed(args.deepspeed)
+    if not is_sharded(args):
+        return
+    given = args.fsdp_plugin_args or {}
+    if int(given.get("fsdp_version", os.environ.get("FSDP_VERSION", "1"))) != 2:
+        raise ConfigError(FLAT.format("FSDP 1 makes flat vectors of the parameters"))
+    if given.get("activation_checkpointing") or _is_set("FSDP_ACTIVATION_CHECKPOINTING"):
+        raise ConfigError(
+            "FSDP's own activation checkpointing renames the layers, so that the adapter's are not found. "
+            "Give --training.gradient_checkpointing true instead."
+        )
+
+
+def _refuse_deepspeed(given: Any) -> None:
+    if given or _is_set("ACCELERATE_USE_DEEPSPEED"):
+        raise ConfigError(
+            FLAT.format("DeepSpeed makes flat vectors of the parameters, at ZeRO-1 already")
+        )
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true")
 
 
 def _check_extra(extra: dict[str, Any]) -> None:

@@ -1,0 +1,44 @@
+"""A function in several processes that are connected by gloo."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.distributed import free_port
+from folora import ranks
+
+PATIENCE = 60  # seconds
+
+
+def in_processes(count: int, work: Callable[[], Any]) -> list[Any]:
+    """What `work` returns or raises in each process; the processes end with it.
+
+    Tensors do not outlive the process that made them; return arrays.
+    """
+    fork = multiprocessing.get_context("fork")
+    queue, port = fork.Queue(), free_port()
+
+    def run(rank: int) -> None:
+        os.environ |= {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        }  # fmt: skip
+        ranks.join("cpu")
+        try:
+            queue.put((rank, work()))
+        except BaseException as error:
+            queue.put((rank, f"{type(error).__name__}: {error}"))
+        queue.close()
+        queue.join_thread()
+        os._exit(0)
+
+    processes = [fork.Process(target=run, args=(rank,)) for rank in range(count)]
+    for process in processes:
+        process.start()
+    found = dict(queue.get(timeout=PATIENCE) for _ in processes)
+    for process in processes:
+        process.join()
+    return [found[rank] for rank in range(count)]
