@@ -6,14 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from transformers import PreTrainedModel
 
 from benchmarks.tiny import make_gpt2, make_llama
 from folora.activations import (
+    InputGroup,
     add_upper_gram,
     find_groups,
     linear_dims,
+    passes,
     second_moments,
     target_layers,
 )
@@ -62,6 +66,18 @@ def test_equals_reference_with_padding(model: PreTrainedModel) -> None:
         for layer in group.layers:  # what is shared is really the same
             expected = reference(model, layer, ROWS)
             assert torch.allclose(matrix.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 700))
+def test_parts_cover_all_groups_in_order_and_fit(widths: list[int], room: int) -> None:
+    groups = [InputGroup((f"layer{i}",), d) for i, d in enumerate(widths)]
+    parts = passes(groups, room)
+    assert [g for part in parts for g in part] == groups
+    sizes = [[4 * g.d_in**2 for g in part] for part in parts]
+    assert all(sum(s) <= room or len(s) == 1 for s in sizes)
+    # No pass could have taken the next group as well.
+    assert all(sum(a) + b[0] > room for a, b in zip(sizes, sizes[1:], strict=False))
+    assert passes(groups, float("inf")) == [groups]
 
 
 @pytest.mark.parametrize("d", [1, 3, 4, 7, 64])

@@ -121,7 +121,7 @@ def test_plan_says_where_bases_should_lie(
         (every // 2 - 1, "all directions, host"),
         (0, None),
     ):
-        monkeypatch.setattr("folora.planning._free", lambda _, room=room: without + room + 1)
+        monkeypatch.setattr("folora.planning.free_bytes", lambda _, room=room: without + room + 1)
         said = plan(whole).advice
         assert (said.title if said else None) == advice
 
@@ -131,7 +131,7 @@ def test_plan_shares_out_what_several_processes_do(
 ) -> None:
     """2000 sequences are 32 batches, 8 inputs are solved: by 3 processes 11 and 3 at most each."""
     monkeypatch.setattr("folora.planning._speed", lambda *_: (1e9, 1.0))
-    monkeypatch.setattr("folora.planning._free", lambda _: 12_000_000)
+    monkeypatch.setattr("folora.planning.free_bytes", lambda _: 12_000_000)
     config = FoLoraConfig.from_dict({"model": str(model_folder), "device": "cpu"})
     one, three = plan(config, 9000, 90), plan(config, 9000, 90, processes=3)
     share = {
@@ -143,6 +143,23 @@ def test_plan_shares_out_what_several_processes_do(
     assert share == pytest.approx(wanted)
     assert [s.memory for s in one.stages] == [s.memory for s in three.stages]
     assert one.free == 3 * three.free
+
+
+def test_plan_counts_the_passes_of_a_small_memory(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the memory is one pass more: the forward passes are doubled, the matrices halved."""
+    monkeypatch.setattr("folora.planning._speed", lambda *_: (1e9, 1.0))
+    config = FoLoraConfig.from_dict({"model": str(model_folder), "device": "cpu"})
+    whole = plan(config)
+    needed = sum(4 * g.d_in**2 for g in whole.groups) / 1e9
+    half = plan(config.changed({"statistics.memory_gb": needed / 2}))
+    a, b = (next(s for s in found.stages if s.name == "measure") for found in (whole, half))
+    assert a.seconds is not None
+    assert b.seconds is not None
+    tokens = 2000 * (128 + 512) // 2 + 256 * 256
+    assert b.seconds - a.seconds == pytest.approx(2 * whole.parameters * tokens / 1e9)
+    assert a.memory - b.memory == pytest.approx(needed * 1e9)
 
 
 def test_stages_one_by_one(

@@ -104,6 +104,32 @@ def test_where_bases_lie_and_what_is_cut_off(
     assert same == {"device": True, "host": True, "narrow": False, "floor": False}
 
 
+def test_layers_may_be_measured_a_part_at_a_time(
+    model_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    """A room for the matrices of two inputs: the texts are read several times, for the same numbers."""
+    config = run_config(model_folder, rows_file, tmp_path / "one")
+    run = Run(config)
+    run.sample()
+    run.measure()
+    tight = config.changed(
+        {"statistics.memory_gb": 2 * 4 * 32**2 / 1e9, "output": str(tmp_path / "parts")}
+    )
+    shutil.copytree(tmp_path / "one" / "1-samples", tmp_path / "parts" / "1-samples")
+    counted: list[int] = []
+    parts = Run(tight)
+    _ = parts.groups  # found by forward passes as well
+    parts.model.register_forward_hook(lambda *_: counted.append(1))
+    parts.measure()
+    for part in ("pre", "task"):
+        one, other = run.statistics(part), parts.statistics(part)
+        assert one.tensors.keys() == other.tensors.keys()
+        assert all(torch.equal(t, other.tensors[n]) for n, t in one.tensors.items())
+        assert one.manifest["tokens"] == other.manifest["tokens"]
+    batches = sum(-(-n // 8) for n in (len(run.proxies().calibration), 16))
+    assert len(counted) == 6 * batches  # of two blocks of widths 32, 32 | 32 | 48
+
+
 def test_the_adapter_reproduces_the_reading(finished: FoLoraConfig) -> None:
     folder = Path(str(finished.output))
     run = Run(finished)

@@ -119,7 +119,9 @@ def compare_world(
             if calibration:
                 run.sample()
                 texts = calibration_texts(run, world, **calibration)
-                pre = measure(run.model, run.groups, text_examples(texts), 8, "C_pre").matrices
+                pre = measure(
+                    run.model, run.groups, text_examples(texts), run.config.statistics, "C_pre"
+                ).matrices
                 comparison = comparison.calibrated(calibration, pre)
             for result in comparison.run_all(planned(plan)):
                 print(shown(result), flush=True)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import psutil
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 GRAM_BLOCKS = 4  # of columns
 GRAM_SHARE = (GRAM_BLOCKS + 1) / (2 * GRAM_BLOCKS)  # of the products that are left then
 LOOK_EVERY = 16  # batches
+SHARE_OF_FREE = 0.5  # of an accelerator's memory; the rest is for the forward pass
 
 Batch = dict[str, Tensor]
 
@@ -148,6 +150,47 @@ def find_groups(
             f"{missing[0]}. Leave them out of adapter.target_modules."
         )
     return [InputGroup(tuple(names), layers[names[0]][0]) for names in seen.values()]
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free where a device computes."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def passes(groups: Sequence[InputGroup], room: float) -> list[list[InputGroup]]:
+    """Split groups, in their order, so that the matrices of each part fit.
+
+    Args:
+        groups: From `find_groups`.
+        room: Bytes for the matrices of a part; a group that needs more has a part of its own.
+    """
+    parts: list[list[InputGroup]] = []
+    left = 0.0
+    for group in groups:
+        size = 4 * group.d_in**2
+        if not parts or size > left:
+            parts.append([])
+            left = room
+        parts[-1].append(group)
+        left -= size
+    return parts
+
+
+def room_for_moments(device: torch.device, memory_gb: float | None = None) -> float:
+    """Bytes that second moments may take on a device, the same in all processes.
+
+    Args:
+        device: Where the model computes.
+        memory_gb: As many, if given; otherwise half of what is free on an accelerator, and no limit on
+            the CPU, where they stay anyway.
+    """
+    if memory_gb is not None:
+        return memory_gb * 1e9
+    if device.type == "cpu":
+        return float("inf")
+    return min(ranks.gather(SHARE_OF_FREE * free_bytes(device)))
 
 
 def second_moments(

@@ -165,8 +165,17 @@ class StatisticsConfig:
     __pydantic_config__ = _STRICT
     task_examples: int = _option(256, "rows of the task for C_task")
     batch_size: int = _option(8, "sequences a forward pass")
+    memory_gb: float | None = _option(
+        None,
+        "GB that the matrices may take at once; for more layers the texts are read again. Default: half "
+        "of what an accelerator has free",
+    )
 
     def __post_init__(self) -> None:
+        if self.memory_gb is not None:
+            _require(
+                0 < self.memory_gb < float("inf"), "statistics.memory_gb", self.memory_gb, "be > 0"
+            )
         _require(self.task_examples >= 1, "statistics.task_examples", self.task_examples, "be >= 1")
         _require(self.batch_size >= 1, "statistics.batch_size", self.batch_size, "be >= 1")
 

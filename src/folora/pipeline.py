@@ -621,8 +621,9 @@ class Run:
     def _measured(
         self, part: str, examples: Sequence[Example]
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        batch_size = self.config.statistics.batch_size
-        moments = measure(self.model, self.groups, examples, batch_size, f"C_{part}")
+        first = ranks.rank() == 0  # which writes them
+        config = self.config.statistics
+        moments = measure(self.model, self.groups, examples, config, f"C_{part}", kept=first)
         return moments.matrices, {"tokens": moments.tokens}
 
     def _unless_done(

@@ -12,10 +12,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import psutil
 import torch
 
-from folora.activations import GRAM_SHARE, InputGroup, find_groups, target_layers
+from folora.activations import (
+    GRAM_SHARE,
+    InputGroup,
+    find_groups,
+    free_bytes,
+    passes,
+    room_for_moments,
+    target_layers,
+)
 from folora.config import FoLoraConfig
 from folora.errors import ConfigError
 from folora.loading import device_of, load_config, load_skeleton, required
@@ -123,6 +130,8 @@ def plan(
     moments = sum(4 * g.d_in**2 for g in groups)
     weights = parameters * dtype.itemsize
     flops, eigh_seconds = _speed(device, dtype)
+    room = room_for_moments(device, config.statistics.memory_gb)
+    parts = [sum(4 * g.d_in**2 for g in part) for part in passes(groups, room)]
 
     sampling = config.sampling
     length = (sampling.min_new_tokens + sampling.max_new_tokens) // 2
@@ -162,9 +171,9 @@ def plan(
         ),
         Stage(
             "measure",
-            weights + 2 * moments,
+            weights + 2 * max(parts),
             2 * moments,
-            (forward + gram) * (sampled + task_measured) / flops / processes,
+            (len(parts) * forward + gram) * (sampled + task_measured) / flops / processes,
         ),
         Stage(
             "solve",
@@ -180,7 +189,7 @@ def plan(
         ),
         Stage("export", state, state, None),
     ]
-    free = _free(device) // (processes if device.type == "cpu" else 1)
+    free = free_bytes(device) // (processes if device.type == "cpu" else 1)
     return Plan(groups, len(layers), parameters, trainable, stages, storages, free)
 
 
@@ -238,13 +247,6 @@ def _speed(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     moment = moment @ moment.T
     eigh = min(_seconds(device, lambda: torch.linalg.eigh(moment)) for _ in range(2))
     return 8 * PROBE**3 / best, 1.5 * eigh
-
-
-def _free(device: torch.device) -> int:
-    """Bytes that are free where training will run."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 def _seconds(device: torch.device, work: object) -> float:

@@ -21,11 +21,13 @@ from folora.activations import (
     Moments,
     find_groups,
     linear_dims,
+    passes,
+    room_for_moments,
     second_moments,
     target_layers,
 )
 from folora.adapter import ExportReport, attach, export_adapter
-from folora.config import AdapterConfig, FoLoraConfig
+from folora.config import AdapterConfig, FoLoraConfig, StatisticsConfig
 from folora.convergence import Convergence, watched
 from folora.data import (
     Example,
@@ -118,12 +120,11 @@ def prepare(
 
     eos_ids = ending_ids(model, tokenizer, config.sampling)
     engine = HuggingFaceEngine(model, start_id, eos_ids, config.sampling)
-    batch_size = config.statistics.batch_size
     chosen = task.train[: config.statistics.task_examples]
-    on_task = measure(model, groups, chosen, batch_size, "C_task")
+    on_task = measure(model, groups, chosen, config.statistics, "C_task")
     enough = convergence(model, groups, on_task.matrices, config)
     proxies = sample(engine, start_id, eos_ids, config.sampling, enough=enough)
-    pre = measure(model, groups, text_examples(proxies.calibration), batch_size, "C_pre")
+    pre = measure(model, groups, text_examples(proxies.calibration), config.statistics, "C_pre")
     with progress("solving", len(groups)) as tick:
         bases = solve(
             groups,
@@ -133,6 +134,7 @@ def prepare(
             null_rank=null_rank(config),
             directions=solved_directions(config),
             eigenbasis=BASES[config.spectrum.basis],
+            device=model.device,
             on_group=tick,
         )
     return assemble(model, bases, task, proxies, config)
@@ -204,15 +206,32 @@ def measure(
     model: PreTrainedModel,
     groups: Sequence[InputGroup],
     examples: Sequence[Example],
-    batch_size: int,
+    config: StatisticsConfig,
     what: str,
+    kept: bool = True,
 ) -> Moments:
-    """`second_moments` over examples, with progress."""
-    total = sum(len(e.input_ids) for e in examples)
+    """`second_moments` over examples, with progress, in as many passes as the memory asks for.
+
+    Args:
+        model: The base model.
+        groups: From `find_groups`.
+        examples: Texts.
+        config: Says how much is read at once.
+        what: For the progress line.
+        kept: Whether this process needs the matrices. After several passes they lie on the host.
+    """
+    parts = passes(groups, room_for_moments(model.device, config.memory_gb))
+    matrices: dict[str, Tensor] = {}
+    total = len(parts) * sum(len(e.input_ids) for e in examples)
     with progress(f"measuring {what} (tokens)", total) as tick:
-        return second_moments(
-            model, groups, batches(examples, batch_size), lambda tokens: tick(tokens, tokens)
-        )
+        for part in parts:
+            found = second_moments(
+                model, part, batches(examples, config.batch_size), lambda n: tick(n, n)
+            )
+            if kept:
+                several = len(parts) > 1
+                matrices |= {n: m.cpu() if several else m for n, m in found.matrices.items()}
+    return Moments(matrices, found.tokens)
 
 
 def convergence(

@@ -96,9 +96,13 @@ def solve(
             None if null is None else null.float().to(home),
         )
 
+    places = {(device or c_pre[group.name].device).type for group in groups}
+    # On an accelerator one fills it, and several would fill its memory.
+    at_once = torch.get_num_threads() if places == {"cpu"} else 1
+
     def own_share() -> list[GroupBasis]:
         solved = []
-        for basis in _one_thread_each(one, ranks.mine(groups)):
+        for basis in _one_thread_each(one, ranks.mine(groups), at_once):
             solved.append(basis)
             on_group()
         return solved
@@ -110,15 +114,15 @@ def solve(
 
 
 def _one_thread_each(
-    work: Callable[[InputGroup], GroupBasis], groups: Sequence[InputGroup]
+    work: Callable[[InputGroup], GroupBasis], groups: Sequence[InputGroup], at_once: int
 ) -> Iterator[GroupBasis]:
-    """Work on as many groups at once as torch has threads, in order.
+    """Work on so many groups at once, in order.
 
-    An eigenproblem gains little from a second thread, so each gets one; that also makes the result
-    independent of the number of threads.
+    On the CPU an eigenproblem gains little from a second thread, so each gets one; that also makes the
+    result independent of the number of threads.
     """
     threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=(1,))
     try:
         with threadpool_limits(1):  # scipy's LAPACK has threads of its own
             yield from pool.map(work, groups)
