@@ -1,7 +1,7 @@
 """One process against several, on gloo: ``python -m benchmarks.distributed``, or ``make distributed``.
 
 The same tiny run by 1, 2 and 4 processes must give the same samples to the bit, and statistics, bases and
-weights within rounding, and so must FSDP2. A process that is killed ends the others at once, and the run
+weights within rounding, by FSDP2 too, and with a base that is shared out the same as by DDP. A process that is killed ends the others at once, and the run
 goes on, with as many processes or another number. Processes that see different things are refused before
 the first step.
 """
@@ -120,26 +120,25 @@ class Bench:
             return float("inf")
         return max(_difference(a[name], b[name]) for name in a)
 
-    def compared(
-        self, name: str, count: int, exact: bool, sharded: bool = False
-    ) -> dict[str, float]:
+    def compared(self, name: str, count: int, exact: bool, way: str = "DDP") -> dict[str, float]:
         """How far the weights are from those of a run that was not disturbed.
 
         Args:
             name: The run.
             count: How many processes it ended with.
             exact: Whether it always had so many: then not a bit may differ.
-            sharded: Whether it trains by FSDP2.
+            way: One of `WAYS`.
         """
-        other = self.undisturbed(count, sharded) if exact else self.undisturbed(1)
+        other = self.undisturbed(count, way) if exact else self.undisturbed(1)
         allowed = 0.0 if exact else ROUNDING[RESULT]
         return {"difference": self.difference(other, name, RESULT), "allowed": allowed}
 
-    def undisturbed(self, count: int, sharded: bool = False) -> str:
+    def undisturbed(self, count: int, way: str = "DDP") -> str:
         """The run of so many processes that nothing disturbs, made when it is first asked for."""
-        name = f"{'sharded' if sharded else 'by'}{count}"
+        name = f"{way}-{count}"
         if not (self.place / name / RESULT).exists():
-            forks = self.start(name, count, prepare=by_fsdp2 if sharded else as_it_is)
+            prepare, changes = WAYS[way]
+            forks = self.start(name, count, prepare=prepare, **changes)
             if any(codes := [e.code for e in ended(forks)]):
                 raise RuntimeError(f"{count} processes ended with {codes}")
         return name
@@ -187,14 +186,14 @@ def same_as_one(bench: Bench, counts: Sequence[int]) -> dict[str, dict[str, floa
     }
 
 
-def sharded(bench: Bench, counts: Sequence[int]) -> dict[str, dict[str, float]]:
-    """Largest differences of weights by FSDP2 from those of one process, and of as many by DDP."""
+def other_ways(bench: Bench, counts: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Largest differences of the weights from those of as many processes by DDP, by way and their number."""
     return {
-        str(n): {
-            "one": bench.difference(bench.undisturbed(1), bench.undisturbed(n, True), RESULT),
-            "DDP": bench.difference(bench.undisturbed(n), bench.undisturbed(n, True), RESULT),
+        way: {
+            str(n): bench.difference(bench.undisturbed(n), bench.undisturbed(n, way), RESULT)
+            for n in counts
         }
-        for n in counts
+        for way in ("FSDP2", "shard")
     }
 
 
@@ -225,25 +224,34 @@ def by_fsdp2(rank: int) -> None:
     trainers.create_accelerator_and_postprocess = on_the_cpu
 
 
+WAYS: dict[str, tuple[Callable[[int], None], dict[str, Any]]] = {
+    "DDP": (as_it_is, {}),
+    "FSDP2": (by_fsdp2, {}),
+    "shard": (as_it_is, {"shard": True}),
+}
+"""How processes train together: what is prepared in each, and what is changed in the config."""
+
+
 def killed(
-    bench: Bench, count: int, victim: int, then: int, sharded: bool = False
+    bench: Bench, count: int, victim: int, then: int, way: str = "DDP", then_by: str | None = None
 ) -> dict[str, Any]:
-    """One process is killed in training; the run goes on with `then` processes."""
-    name = f"killed{'-sharded' * sharded}{count}-{victim}-{then}"
-    wrapped = by_fsdp2 if sharded else as_it_is
+    """One process is killed in training; the run goes on with `then` processes, if asked another way."""
+    name = f"killed-{way}-{count}-{victim}-{then}-{then_by}"
+    (wrapped, changes), (wrapped_then, changes_then) = WAYS[way], WAYS[then_by or way]
 
     def prepare(rank: int) -> None:
         wrapped(rank)
         slowly(rank)
 
-    forks = bench.start(name, count, prepare=prepare)
+    forks = bench.start(name, count, prepare=prepare, **changes)
     seconds = after_checkpoint(bench, name, forks, lambda: forks[victim].send(signal.SIGKILL))
     found = ended(forks)
     reached = latest(bench, name)
-    again = ended(bench.start(name, then, prepare=wrapped))
+    again = ended(bench.start(name, then, prepare=wrapped_then, **changes_then))
     return {
         "processes": count,
-        "sharded": sharded,
+        "way": way,
+        "then_by": then_by or way,
         "victim": victim,
         "codes": [e.code for e in found],
         "seconds": round(seconds, 2),
@@ -253,7 +261,7 @@ def killed(
         "checkpoint": reached,
         "then": then,
         "codes_then": [e.code for e in again],
-        **bench.compared(name, then, then == count, sharded),
+        **bench.compared(name, then, then == count, then_by or way),
         "kept_old": (bench.place / name / "old").exists(),
     }
 
@@ -404,11 +412,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bench = Bench(Path(place))
         found = {
             "same": same_as_one(bench, (2, 3, 4)),
-            "sharded": sharded(bench, (1, 2, 3, 4)),
+            "ways": other_ways(bench, (1, 2, 3, 4)),
             "killed": [
                 killed(bench, 2, 1, 2), killed(bench, 2, 0, 1), killed(bench, 3, 1, 2),
                 killed(bench, 2, 1, 3), killed(bench, 4, 2, 4),
-                *(killed(bench, 2, 1, then, sharded=True) for then in (2, 1, 3)),
+                *(killed(bench, 2, 1, then, "FSDP2") for then in (2, 1, 3)),
+                *(killed(bench, 2, 1, then, "shard") for then in (2, 1, 3)),
+                killed(bench, 2, 1, 2, "shard", "DDP"),
             ],
             "interrupted": [interrupted(bench, 2), interrupted(bench, 4)],
             "refused": refused(bench),
@@ -432,10 +442,10 @@ def breaches(found: Mapping[str, Any]) -> list[str]:
         if d > ROUNDING[part]
     ]
     said += [
-        f"weights of {n} processes by FSDP2 differ from {other} by {d:g}"
-        for n, others in found["sharded"].items()
-        for other, d in others.items()
-        if d > ROUNDING[RESULT]
+        f"weights of {n} processes by {way} differ by {d:g}"
+        for way, counts in found["ways"].items()
+        for n, d in counts.items()
+        if d > (0.0 if way == "shard" else ROUNDING[RESULT])
     ]
     for one in [*found["killed"], *found["interrupted"]]:
         if any(one["codes_then"]) or one["difference"] > one["allowed"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -76,7 +77,7 @@ def test_parts_cover_all_groups_in_order_and_fit(widths: list[int], room: int) -
     sizes = [[4 * g.d_in**2 for g in part] for part in parts]
     assert all(sum(s) <= room or len(s) == 1 for s in sizes)
     # No pass could have taken the next group as well.
-    assert all(sum(a) + b[0] > room for a, b in zip(sizes, sizes[1:], strict=False))
+    assert all(sum(a) + b[0] > room for a, b in itertools.pairwise(sizes))
     assert passes(groups, float("inf")) == [groups]
 
 

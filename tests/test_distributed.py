@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,10 +20,11 @@ from benchmarks.distributed import (
     ended,
     interrupted,
     killed,
+    other_ways,
     refused,
     same_as_one,
-    sharded,
 )
+from benchmarks.tiny import make_llama
 from folora import ranks
 from folora.checkpoints import latest_checkpoint
 from folora.cli import main
@@ -28,7 +32,7 @@ from folora.errors import ConfigError, DataError, MismatchError, ProcessError
 from folora.pipeline import RESULT, TRAINING
 
 NOTHING: dict[str, Any] = {
-    "same": {}, "sharded": {}, "killed": [], "interrupted": [], "refused": {}, "launched": {}
+    "same": {}, "ways": {}, "killed": [], "interrupted": [], "refused": {}, "launched": {}
 }  # fmt: skip
 
 
@@ -171,21 +175,54 @@ def test_one_process_sends_nothing() -> None:
     assert not isinstance(raised.value, ProcessError)
 
 
-def test_fsdp2_gives_what_one_process_gives_and_goes_on_with_one(bench: Bench) -> None:
-    found = sharded(bench, (2,))
-    assert breaches({**NOTHING, "sharded": found}) == []
-    assert found["2"]["one"] > 0 < found["2"]["DDP"]
-    stopped = [killed(bench, 2, 1, 2, sharded=True), killed(bench, 2, 1, 1, sharded=True)]
+def test_other_ways_give_what_ddp_gives(bench: Bench) -> None:
+    found = other_ways(bench, (2,))
+    assert breaches({**NOTHING, "ways": found}) == []
+    assert found["FSDP2"]["2"] > 0  # which adds up in another order
+    assert found["shard"]["2"] == 0
+
+
+def test_a_run_by_fsdp2_goes_on_with_one_process(bench: Bench) -> None:
+    stopped = [killed(bench, 2, 1, 1, "FSDP2")]
     assert breaches({**NOTHING, "killed": stopped}) == []
-    folder = latest_checkpoint(bench.place / "sharded2" / TRAINING)
+    folder = latest_checkpoint(bench.place / "FSDP2-2" / TRAINING)
     assert folder is not None
     parts = {p.name for p in (folder / "optimizer_0").iterdir()}
     assert parts == {".metadata", "__0_0.distcp", "__1_0.distcp"}
     # A checkpoint is an adapter that PEFT reads, also where each process has a part of it.
     last = load_file(folder / "adapter_model.safetensors")
-    result = bench.tensors("sharded2", RESULT)
+    result = bench.tensors("FSDP2-2", RESULT)
     a = f"{next(iter(result)).removesuffix('/A').removesuffix('/B')}"
     assert torch.equal(last[f"base_model.model.{a}.lora_A.weight"], result[f"{a}/A"])
+
+
+def test_a_run_with_a_shared_out_base_goes_on_without(bench: Bench) -> None:
+    """Its checkpoints, statistics and fingerprints are those of a whole base."""
+    stopped = [killed(bench, 2, 1, 2, "shard", "DDP")]
+    assert breaches({**NOTHING, "killed": stopped}) == []
+    one, other = (bench.place / name for name in (bench.undisturbed(1), "shard-2"))
+    requests = [json.loads((p / TRAINING / "request.json").read_text()) for p in (one, other)]
+    assert requests[0]["model"] == requests[1]["model"]
+
+
+def test_a_start_that_reads_weights_may_have_them_shared_out(bench: Bench) -> None:
+    changes = {"adapter.init": "null_space", "adapter.constraint": "oplora", "dtype": "bfloat16"}
+    for name, shard in (("whole", False), ("parts", True)):
+        assert [e.code for e in ended(bench.start(name, 2, shard=shard, **changes))] == [0, 0]
+    assert bench.difference("whole", "parts", RESULT) == 0
+
+
+def test_weights_that_are_not_finite_are_found_by_all_that_share_them(
+    bench: Bench, tmp_path: Path
+) -> None:
+    shutil.copytree(bench.model, tmp_path / "model")
+    model = make_llama()
+    with torch.no_grad():
+        model.get_submodule("model.layers.1.mlp.down_proj").weight[-1, -1] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    found = ended(bench.start("nan", 2, shard=True, model=str(tmp_path / "model")))
+    assert [e.code for e in found] == [2, 2]
+    assert all("model.layers.1.mlp.down_proj.weight" in " ".join(e.said.split()) for e in found)
 
 
 FLAT = "needs whole rows of the adapter's matrices"
@@ -202,6 +239,10 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
         {}, {"fsdp": "full_shard", "fsdp_config": {"activation_checkpointing": True}},
         "--training.gradient_checkpointing true",
     ),
+    "FSDP of a base that is shared out": (
+        {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, {"shard": True}, "without FSDP",
+    ),
+    "a quantized base to be shared out": ({}, {"shard": True, "quantize": "4bit"}, "with shard"),
 }  # fmt: skip
 
 
@@ -209,18 +250,22 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
 def test_what_loses_rows_is_refused_before_anything_starts(
     what: str, bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    variables, extra, message = REFUSED[what]
+    variables, given, message = REFUSED[what]
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert main(bench.words("flat", 1, **{"training.extra": extra})) == 2
+    words = bench.words("flat", 1)
+    if "shard" in given:
+        words += [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    else:
+        words += ["--training.extra", json.dumps(given)]
+    assert main(words) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (bench.place / "flat").exists()
 
 
-@pytest.mark.parametrize("storage", ["float32", "sharded"])
-def test_all_directions_may_be_shared_out(bench: Bench, storage: str) -> None:
+def test_all_directions_may_be_shared_out(bench: Bench) -> None:
     """Each of two processes keeps half of every basis; the weights are the same to the bit."""
-    changes = {"spectrum.directions": "all", "spectrum.storage": storage}
-    assert [e.code for e in ended(bench.start(f"all-{storage}", 2, **changes))] == [0, 0]
-    if storage == "sharded":
-        assert bench.difference("all-float32", "all-sharded", RESULT) == 0.0
+    for storage in ("float32", "sharded"):
+        changes = {"spectrum.directions": "all", "spectrum.storage": storage}
+        assert [e.code for e in ended(bench.start(storage, 2, **changes))] == [0, 0]
+    assert bench.difference("float32", "sharded", RESULT) == 0

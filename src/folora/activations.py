@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import psutil
@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from folora import ranks
 from folora.errors import ConfigError, DataError, NumericsError, nearest
-from folora.modes import evaluating
+from folora.modes import evaluating, is_shared_out
 from folora.sadam import full_fp32_matmul
 
 logger = logging.getLogger(__name__)
@@ -223,6 +223,8 @@ def second_moments(
     mask: Tensor | None = None
 
     def accumulate(name: str, x: Tensor) -> None:
+        if not counts:
+            return
         rows = x.reshape(-1, x.shape[-1])
         if mask is not None:
             if mask.numel() != len(rows):
@@ -236,18 +238,29 @@ def second_moments(
             sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
         add_upper_gram(sums[name], rows)
 
+    shared_out = is_shared_out(model)
+    counts = True
+
     def own_share() -> None:
-        nonlocal tokens, mask
-        for number, batch in enumerate(islice(batches, ranks.rank(), None, ranks.count()), 1):
-            inputs = {k: v.to(model.device) for k, v in batch.items() if k != "labels"}
-            given = inputs.get("attention_mask")
-            mask = None if given is None else given.bool()
-            count = int(inputs["input_ids"].numel() if mask is None else mask.sum())
-            model(**inputs, use_cache=False)
-            tokens += count
-            on_batch(count)
+        nonlocal tokens, mask, counts
+        remaining = iter(batches)
+        for number in count(1):
+            together = [*islice(remaining, ranks.count())]
+            if not together:
+                break
+            counts = ranks.rank() < len(together)
+            if counts or shared_out:  # the others need this process's part of the weights
+                batch = together[ranks.rank() if counts else 0]
+                inputs = {k: v.to(model.device) for k, v in batch.items() if k != "labels"}
+                given = inputs.get("attention_mask")
+                mask = None if given is None else given.bool()
+                model(**inputs, use_cache=False)
+            if counts:
+                read = int(inputs["input_ids"].numel() if mask is None else mask.sum())
+                tokens += read
+                on_batch(read)
             if number % LOOK_EVERY == 0:  # hours may be left
-                _check_finite(sums)
+                ranks.agree(lambda: _check_finite(sums))
         _check_finite(sums)
 
     with (

@@ -27,6 +27,7 @@ from folora.disk import check_replaceable, write_atomically
 from folora.errors import ConfigError, NumericsError
 from folora.frames import FRAME, Frame, Framed, layer_factors, product
 from folora.initialization import STARTS, Site, Start, leading_singular_spaces
+from folora.modes import gathered
 from folora.sadam import full_fp32_matmul
 from folora.solving import GroupBasis, check_rank
 
@@ -94,7 +95,8 @@ def attach(
     for name, (start, protected) in frozen.items():
         layer = _lora_layer(peft_model, name)
         _start_layer(layer, adapter_name, start, protected)
-        _check_unchanged(layer, adapter_name, name)
+        with gathered(base, name):
+            _check_unchanged(layer, adapter_name, name)
     return peft_model
 
 
@@ -254,12 +256,13 @@ def _frozen_parts(
     parts: dict[str, tuple[Start, tuple[Tensor, Tensor] | None]] = {}
     for b in bases:
         for name in b.group.layers:
-            site = Site(b, _image_of(_base_layer(model.get_submodule(name))), r, generator)
-            try:
-                spaces = leading_singular_spaces(site.weight(), protect) if protect else None
-                parts[name] = (start(site), spaces)
-            except NumericsError as error:
-                raise NumericsError(f"{name}: {error}") from error
+            with gathered(model, name):
+                site = Site(b, _image_of(_base_layer(model.get_submodule(name))), r, generator)
+                try:
+                    spaces = leading_singular_spaces(site.weight(), protect) if protect else None
+                    parts[name] = (start(site), spaces)
+                except NumericsError as error:
+                    raise NumericsError(f"{name}: {error}") from error
     return parts
 
 

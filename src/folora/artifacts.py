@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
 
 from folora.disk import (
@@ -32,6 +33,7 @@ from folora.disk import (
     write_atomically,
 )
 from folora.errors import ArtifactError, MismatchError
+from folora.sadam import whole
 
 TENSORS, MANIFEST = "tensors.safetensors", "manifest.json"
 FINGERPRINT_VALUES = 1024
@@ -163,16 +165,21 @@ def model_fingerprint(model: nn.Module) -> str:
     """SHA-256 over names, shapes and up to 1024 evenly spaced values of every parameter.
 
     Values are rounded to bf16 first, so the same weights loaded in bf16 or widened to fp32 agree;
-    another model, revision or quantization does not.
+    another model, revision or quantization does not. Of weights that processes share out all must call it.
     """
     result = hashlib.sha256()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # after a forward pass tied weights may be there twice
+            module.reshard()
     for name, p in sorted(model.named_parameters()):
         result.update(f"{name}{tuple(p.shape)}".encode())
         if p.is_meta:
             continue
-        flat = p.detach().reshape(-1)
+        flat = whole(p.detach()).reshape(-1)
         stride = max(1, flat.numel() // FINGERPRINT_VALUES)
-        values = flat[::stride]
+        values = flat[
+            ::stride
+        ].clone()  # numpy would nail down the storage of the weights, not of these
         if values.is_floating_point():
             values = values.to(torch.bfloat16).view(torch.int16)
         result.update(values.cpu().numpy().tobytes())

@@ -338,6 +338,10 @@ class FoLoraConfig:
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option("auto", "of the base model")
     quantize: Literal["none", "8bit", "4bit"] = _option("none", "load the base by bitsandbytes")
+    shard: bool = _option(
+        False,
+        "with several processes each holds a part of the base's weights (FSDP2), from loading on",
+    )
     device: str = _option("auto", "'auto', 'cpu', 'cuda', 'cuda:1', ...")
     revision: str | None = _option(None, "revision of the model on the Hub")
     trust_remote_code: bool = _option(False, "let the model's repository run its own code")
@@ -353,6 +357,10 @@ class FoLoraConfig:
         _require(
             kept is None or kept >= r or self.adapter.init != "eigen",
             "spectrum.directions", kept, f"be >= adapter.r ({r}): the start spans so many",
+        )  # fmt: skip
+        _require(
+            not self.shard or self.quantize == "none",
+            "quantize", self.quantize, "be 'none' with shard: packed weights are not shared out",
         )  # fmt: skip
 
     @property

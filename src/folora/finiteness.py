@@ -18,7 +18,7 @@ LARGEST_GRADIENT = 1e15  # beyond it second moments leave float32
 def check_finite_weights(model: nn.Module) -> None:
     """Raise NumericsError naming the first parameter that holds NaN or Inf."""
     for name, p in model.named_parameters():
-        if p.is_floating_point() and not p.is_meta and not bool(torch.isfinite(p).all()):
+        if p.is_floating_point() and not p.is_meta and not bool(torch.isfinite(own_part(p)).all()):
             raise NumericsError(
                 f"parameter {name} of the model holds NaN or Inf. The checkpoint is damaged, or "
                 "its values overflow in this dtype (--dtype float32)."

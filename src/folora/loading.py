@@ -15,11 +15,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.models.auto import modeling_auto
 
 from folora import ranks
 from folora.config import FoLoraConfig
 from folora.errors import ConfigError
+from folora.modes import is_shared_out
 
 LONGEST_REASON = 300
 OTHER_ARCHITECTURES = frozenset(
@@ -136,6 +138,9 @@ def load_model(config: FoLoraConfig, name: str) -> PreTrainedModel:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
+    if config.shard and ranks.count() > 1:
+        # By blocks, as they are loaded: no process ever holds all of the weights.
+        options["distributed_config"] = DistributedConfig(fsdp_size=ranks.count())
     load_config(config, name)
     disable_fsdp_ram_efficient_loading()  # which leaves all but one process without weights
     # Weights of a wrong shape are named below; transformers names them in its log alone.
@@ -152,9 +157,10 @@ def load_model(config: FoLoraConfig, name: str) -> PreTrainedModel:
             f"the checkpoint of model {name!r} lacks {len(missing)} of the weights, such as "
             f"{missing[0]}; transformers would fill them with random numbers"
         )
-    if config.quantize == "none":
+    if config.quantize == "none" and not is_shared_out(model):
         model = model.to(device)
-    return model.eval()
+    # Frozen before it first runs: FSDP2 makes its whole weights then, once, as they are now.
+    return model.requires_grad_(False).eval()
 
 
 def _load(load: Any, name: str, what: str = "model", **options: Any) -> Any:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from peft import PeftModel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 
 @contextmanager
@@ -19,6 +20,27 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def is_shared_out(model: nn.Module) -> bool:
+    """Whether processes have a part each of the weights, so that all must run the model together."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+@contextmanager
+def gathered(model: nn.Module, name: str) -> Iterator[None]:
+    """Have a layer's weights whole while the block runs, in all processes that share them."""
+    path = name.split(".")
+    holders = (model.get_submodule(".".join(path[:n])) for n in range(len(path), -1, -1))
+    holder = next((module for module in holders if isinstance(module, FSDPModule)), None)
+    if holder is None:
+        yield
+        return
+    holder.unshard()
+    try:
+        yield
+    finally:
+        holder.reshard()
 
 
 @contextmanager

@@ -188,7 +188,7 @@ class Run:
     def model(self) -> PreTrainedModel:
         """The base model; its weights are checked once."""
         model = load_model(self.config, self.name)
-        check_finite_weights(model)
+        ranks.agree(lambda: check_finite_weights(model))
         return model
 
     @cached_property
@@ -230,7 +230,10 @@ class Run:
     def check(self, *, needs_data: bool) -> None:
         """Everything that can be found out without loading the model."""
         check_writable(self.folder, "output")
-        _ = self._arguments
+        if is_sharded(self._arguments) and self.config.shard:
+            raise ConfigError(
+                "--shard shares the weights out already; start the processes without FSDP"
+            )
         if needs_data:
             check_dataset(required(self.config.dataset, "dataset"))
         if self.config.base is not None:
@@ -515,7 +518,8 @@ class Run:
                 return write_adapter(
                     factors, target, base_model=self.name, fan_in_fan_out=conv1d, rank=rank
                 )
-            base = load_model(self.config, self.name)  # afresh: training wraps the layers
+            # Afresh, since training wraps the layers, and whole: the others do not take part.
+            base = load_model(replace(self.config, shard=False), self.name)
             if model_fingerprint(base) != result.manifest["model"]:
                 raise MismatchError(
                     f"{self.name} is not the model that was trained in {self.folder}"
@@ -601,7 +605,7 @@ class Run:
         if config.sampler_model:
             self._check_sampler(config.sampler_model)
             model = load_model(replace(self.config, revision=None), config.sampler_model)
-            check_finite_weights(model)
+            ranks.agree(lambda: check_finite_weights(model))
         eos_ids = ending_ids(self.model, self.tokenizer, config)
         return HuggingFaceEngine(model, self.start_id, eos_ids, config)
 

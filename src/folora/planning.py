@@ -129,6 +129,10 @@ def plan(
     trainable = sum(config.adapter.r * (d_in + d_out) for d_in, d_out in layers.values())
     moments = sum(4 * g.d_in**2 for g in groups)
     weights = parameters * dtype.itemsize
+    if config.shard and processes > 1:  # and two blocks whole, one in use and one on its way
+        weights = (
+            weights // processes + 2 * weights // model_config.get_text_config().num_hidden_layers
+        )
     flops, eigh_seconds = _speed(device, dtype)
     room = room_for_moments(device, config.statistics.memory_gb)
     parts = [sum(4 * g.d_in**2 for g in part) for part in passes(groups, room)]

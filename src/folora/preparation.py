@@ -103,7 +103,8 @@ def prepare(
     """Sample, measure, solve, attach and build the optimizer.
 
     Args:
-        model: A causal LM on its device. Its layers are wrapped in place, as PEFT does.
+        model: A causal LM on its device; it is frozen, and its layers are wrapped in place, as PEFT does.
+            Processes may share its weights out (transformers' DistributedConfig).
         tokenizer: Of the model.
         dataset: Rows, a `datasets.Dataset`, a local file or a Hub name.
         config: Options; ``FoLoraConfig()`` by default.
@@ -112,6 +113,7 @@ def prepare(
         FoLoraError: Bad data, options or weights; cheap checks come first.
     """
     config = config or FoLoraConfig()
+    model.requires_grad_(False)  # before it runs; see load_model
     task = prepare_task(load_rows(dataset, config.data.split), tokenizer, config.data)
     start_id = start_token_id(tokenizer, config.sampling.start_token)
     check_fits(task, tokenizer, start_id, **limits_of(model.config))

@@ -39,7 +39,7 @@ from folora.disk import fitting, json_fingerprint, read_sealed, write_sealed
 from folora.errors import DataError, MismatchError, NumericsError
 from folora.filtering import REASONS, rejection
 from folora.finiteness import where_it_breaks
-from folora.modes import evaluating
+from folora.modes import evaluating, is_shared_out
 from folora.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,10 @@ CANDIDATES = 1024  # a sort of the whole vocabulary is rarely needed to find top
 NO_TOKEN = -1  # None would make generate fall back on the model's own EOS
 LARGEST_VOCABULARY = 2**31
 ATTEMPTS_A_SEQUENCE = 10
+_UNSOUND = (
+    "the model's logits are not finite while sampling{}. Its weights hold NaN or overflow in this dtype. "
+    "Check the weights, or load the model in bf16 or fp32."
+)
 HOPELESS_AFTER = 256
 
 
@@ -196,6 +200,7 @@ class HuggingFaceEngine:
         wanted = list(numbers) + [numbers[-1]] * max(0, MIN_ROWS - len(numbers))
         start = torch.full((len(wanted), 1), self.start_id, device=self.model.device)
         pad = self.eos_ids[0] if self.eos_ids else 0
+        draws = _SequenceDraws(self.model, wanted, self.eos_ids, config)
         with evaluating(self.model):
             output = self.model.generate(
                 input_ids=start,
@@ -209,10 +214,10 @@ class HuggingFaceEngine:
                     pad_token_id=pad,
                     repetition_penalty=1.0,
                 ),
-                logits_processor=LogitsProcessorList(
-                    [_SequenceDraws(self.model, wanted, self.eos_ids, config)]
-                ),
+                logits_processor=LogitsProcessorList([draws]),
             )
+        if draws.unsound:
+            raise NumericsError(_UNSOUND.format(""))
         rows = output[: len(numbers), 1:].tolist()
         return [_until_eos(row, self.eos_ids) for row in rows]
 
@@ -227,6 +232,8 @@ class _SequenceDraws(LogitsProcessor):
         self, model: Any, numbers: Sequence[int], eos_ids: list[int], config: SamplingConfig
     ) -> None:
         self.model = model
+        self.shared_out = is_shared_out(model)
+        self.unsound = False
         self.settings = [decoding_of(n) for n in numbers]
         self.draws = torch.stack(
             [_draws(config.seed, number, config.max_new_tokens) for number in numbers]
@@ -238,11 +245,11 @@ class _SequenceDraws(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores = scores.float()
         if not torch.isfinite(scores).all():
+            if self.shared_out:  # the others run the model with this process until all have ended
+                self.unsound = True
+                return torch.zeros_like(scores)
             where = where_it_breaks(self.model, {"input_ids": input_ids, "use_cache": False})
-            raise NumericsError(
-                f"the model's logits are not finite while sampling: {where}. Its weights hold NaN or "
-                "overflow in this dtype. Check the weights, or load the model in bf16 or fp32."
-            )
+            raise NumericsError(_UNSOUND.format(f": {where}"))
         if self.step < self.min_new_tokens and self.eos_ids:
             scores[:, self.eos_ids] = -float("inf")
         for setting in set(self.settings):

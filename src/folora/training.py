@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable
+from copy import copy
 from itertools import chain
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -40,7 +41,7 @@ from folora.errors import ArtifactError, ConfigError, FoLoraError, NumericsError
 from folora.finiteness import unsound_gradients, where_it_breaks
 from folora.interruption import StopAfterStep, finishing_step
 from folora.meter import LayerNorms, Reading, total_norm, update_norms
-from folora.modes import without_adapter
+from folora.modes import is_shared_out, without_adapter
 from folora.preparation import Prepared, to_dataset
 from folora.sadam import whole
 
@@ -114,6 +115,11 @@ class FoLoraTrainer(SFTTrainer):
     ) -> None:
         self.prepared = prepared
         check_sharding(args)
+        self._shared_out = is_shared_out(prepared.model)
+        if self._shared_out:
+            # The Trainer would refuse to save the optimizer of such a model; see `_save_checkpoint`.
+            args = copy(args)
+            args.save_only_model = True
         self._unsound, self._skipped_in_a_row = False, 0
         held_out = prepared.task.held_out
         super().__init__(
@@ -217,6 +223,9 @@ class FoLoraTrainer(SFTTrainer):
         def write() -> None:
             try:
                 super(FoLoraTrainer, self)._save_checkpoint(model, trial)
+                if self._shared_out:  # of the base; the adapter is whole, and so is its state
+                    self._save_optimizer_and_scheduler(str(folder))
+                    self._save_rng_state(str(folder))
             except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: of torch.save
                 raise ArtifactError(f"cannot write the checkpoint {folder}: {error}") from error
 
