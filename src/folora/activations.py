@@ -178,19 +178,22 @@ def passes(groups: Sequence[InputGroup], room: float) -> list[list[InputGroup]]:
     return parts
 
 
-def room_for_moments(device: torch.device, memory_gb: float | None = None) -> float:
+def room_for_moments(
+    device: torch.device, memory_gb: float | None = None, taken: float = 0.0
+) -> float:
     """Bytes that second moments may take on a device, the same in all processes.
 
     Args:
         device: Where the model computes.
         memory_gb: As many, if given; otherwise half of what is free on an accelerator, and no limit on
             the CPU, where they stay anyway.
+        taken: Bytes that something else will have taken by then.
     """
     if memory_gb is not None:
         return memory_gb * 1e9
     if device.type == "cpu":
         return float("inf")
-    return min(ranks.gather(SHARE_OF_FREE * free_bytes(device)))
+    return min(ranks.gather(SHARE_OF_FREE * (free_bytes(device) - taken)))
 
 
 def second_moments(

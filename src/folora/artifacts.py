@@ -177,9 +177,7 @@ def model_fingerprint(model: nn.Module) -> str:
             continue
         flat = whole(p.detach()).reshape(-1)
         stride = max(1, flat.numel() // FINGERPRINT_VALUES)
-        values = flat[
-            ::stride
-        ].clone()  # numpy would nail down the storage of the weights, not of these
+        values = flat[::stride].clone()  # or numpy would nail down the storage of the weights
         if values.is_floating_point():
             values = values.to(torch.bfloat16).view(torch.int16)
         result.update(values.cpu().numpy().tobytes())

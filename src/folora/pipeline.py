@@ -97,7 +97,7 @@ from folora.sampling import (
 )
 from folora.solving import GroupBasis, bases_from_tensors, bases_to_tensors, solve
 from folora.spectrum import BASES
-from folora.training import FoLoraTrainer, is_sharded, sft_config, train
+from folora.training import FoLoraTrainer, asks_for_fsdp, sft_config, train
 
 logger = logging.getLogger(__name__)
 
@@ -230,7 +230,7 @@ class Run:
     def check(self, *, needs_data: bool) -> None:
         """Everything that can be found out without loading the model."""
         check_writable(self.folder, "output")
-        if is_sharded(self._arguments) and self.config.shard:
+        if asks_for_fsdp(self._arguments) and self.config.shard:
             raise ConfigError(
                 "--shard shares the weights out already; start the processes without FSDP"
             )
@@ -443,7 +443,7 @@ class Run:
             * config.training.batch_size
             * config.training.gradient_accumulation_steps,
         }
-        if is_sharded(self._arguments):
+        if asks_for_fsdp(self._arguments):
             request["checkpoints"] = "FSDP"  # of another form
         if ranks.first(lambda: self._is_trained(folder, request)):
             return

@@ -134,7 +134,7 @@ def plan(
             weights // processes + 2 * weights // model_config.get_text_config().num_hidden_layers
         )
     flops, eigh_seconds = _speed(device, dtype)
-    room = room_for_moments(device, config.statistics.memory_gb)
+    room = room_for_moments(device, config.statistics.memory_gb, weights)
     parts = [sum(4 * g.d_in**2 for g in part) for part in passes(groups, room)]
 
     sampling = config.sampling

@@ -136,7 +136,7 @@ class FoLoraTrainer(SFTTrainer):
             plugin = self.accelerator.state.fsdp_plugin
             plugin.state_dict_config = plugin.optim_state_dict_config = None
             plugin.set_state_dict_type("SHARDED_STATE_DICT")
-        elif is_sharded(args):
+        elif asks_for_fsdp(args):
             logger.warning("FSDP is asked for, but Accelerate takes it on accelerators alone")
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
@@ -352,7 +352,7 @@ def sft_config(
     return found
 
 
-def is_sharded(args: SFTConfig) -> bool:
+def asks_for_fsdp(args: SFTConfig) -> bool:
     """Whether FSDP is asked for, by the launcher or by the arguments."""
     return bool(args.fsdp) or _is_set("ACCELERATE_USE_FSDP")
 
@@ -360,7 +360,7 @@ def is_sharded(args: SFTConfig) -> bool:
 def check_sharding(args: SFTConfig) -> None:
     """Refuse what makes flat vectors of parameters, in which rows are lost. Raises ConfigError."""
     _refuse_deepspeed(args.deepspeed)
-    if not is_sharded(args):
+    if not asks_for_fsdp(args):
         return
     given = args.fsdp_plugin_args or {}
     if int(given.get("fsdp_version", os.environ.get("FSDP_VERSION", "1"))) != 2:
