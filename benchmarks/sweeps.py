@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from os.path import normpath
 from pathlib import Path
@@ -13,10 +13,12 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from folora.comparison import READ_AT, Arm, arms
+from folora.comparison import READ_AT, Arm, Comparison, arms
 from folora.config import read_yaml
+from folora.data import text_examples
 from folora.errors import ConfigError
-from folora.pipeline import SAMPLES, STATISTICS
+from folora.pipeline import SAMPLES, STATISTICS, Run
+from folora.preparation import measure
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -46,6 +48,30 @@ class Plan:
     read_at: list[float] = field(default_factory=lambda: [*READ_AT])
     score_at: list[float] | None = None
     evaluation: dict[str, Any] = field(default_factory=dict)
+
+
+def with_calibrations(
+    comparison: Comparison,
+    run: Run,
+    plan: Mapping[str, Any],
+    texts: Callable[..., list[list[int]]],
+) -> Iterator[Comparison]:
+    """The comparison for every ``calibration`` of a plan: with C_pre of other texts than the run's own.
+
+    Args:
+        comparison: Of the run.
+        run: See above.
+        plan: Without ``calibration``, the comparison itself is all.
+        texts: Given what stands in a calibration, token ids to measure C_pre on.
+    """
+    for calibration in plan.get("calibration", [None]):
+        if not calibration:
+            yield comparison
+            continue
+        run.sample()
+        chosen = text_examples(texts(**calibration))
+        pre = measure(run.model, run.groups, chosen, run.config.statistics, "C_pre").matrices
+        yield comparison.calibrated(calibration, pre)
 
 
 @dataclass(frozen=True)

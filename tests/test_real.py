@@ -119,12 +119,27 @@ def test_a_plan_from_rows_to_results(
     assert bases[3] != bases[4]  # other rows are held out
 
 
+def test_fewer_texts_may_be_measured(
+    tmp_path: Path, data: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another C_pre is another basis, and other weights, of the same held-out rows and texts."""
+    calibration = [None, {"source": "self", "count": 8}]
+    changes = {"tasks": ["mawps"], "calibration": calibration}
+    plan_file(tmp_path, **changes)
+    found = [r for r in run(tmp_path, model_folder, monkeypatch) if r.method == "folora"]
+    assert sorted(r.calibration.get("count", 0) for r in found) == [0, 8]
+    whole, few = (r.readings[-1] for r in sorted(found, key=lambda r: len(r.calibration)))
+    assert whole["kl"] != few["kl"]
+    assert found[0].base["task_loss"] == found[1].base["task_loss"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"tasks": ["maws"]}, "did you mean 'mawps'"),
         ({"model": "smollm"}, "did you mean 'smollm2'"),
         ({"evaluation": {"documents": {}, "kept": {"piqa": "acc"}}}, "documents has no 'piqa'"),
+        ({"calibration": [{"source": "narrow", "count": 8}]}, "source must be 'self'"),
     ],
 )
 def test_a_wrong_plan_is_refused_first(

@@ -11,6 +11,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,16 @@ from peft import PeftModel
 
 from benchmarks.gemma import gemma3_270m
 from benchmarks.real.targets import TARGETS, data_folder, target_rows
-from benchmarks.sweeps import Places, checked_plan, parser, planned, read_plan, shown, take_over
+from benchmarks.sweeps import (
+    Places,
+    checked_plan,
+    parser,
+    planned,
+    read_plan,
+    shown,
+    take_over,
+    with_calibrations,
+)
 from demo.model import smollm2
 from folora.comparison import READ_AT, Comparison, Score, Scores
 from folora.config import FoLoraConfig
@@ -73,6 +83,12 @@ def target_run(
     return Run(base.changed({**named, **seeds}))
 
 
+def own_texts(run: Run, source: str, count: int) -> list[list[int]]:
+    """The first of what the model wrote itself (source ``"self"``), to measure C_pre on."""
+    assert source == "self"  # `check` sees to that
+    return run.proxies().calibration[:count]
+
+
 def compare_model(
     plan: Mapping[str, Any], seed: int, methods: Container[str] | None, places: Places
 ) -> None:
@@ -109,8 +125,9 @@ def compare_model(
             score_at=plan.get("score_at"),
         )
         due = [arm for arm in planned(plan) if methods is None or arm.method in methods]
-        for result in comparison.run_all(due):
-            print(shown(result), flush=True)
+        for one in with_calibrations(comparison, run, plan, partial(own_texts, run)):
+            for result in one.run_all(due):
+                print(shown(result), flush=True)
 
 
 def check(plan: Mapping[str, Any], methods: Iterable[str] = ()) -> None:
@@ -127,6 +144,9 @@ def check(plan: Mapping[str, Any], methods: Iterable[str] = ()) -> None:
     for task in (*asked["kept"], *asked.get("other", {})):
         if task not in asked["documents"]:
             raise ConfigError(f"evaluation.documents has no {task!r}, though a score is to be read")
+    for calibration in plan.get("calibration", []):
+        if calibration and calibration["source"] != "self":
+            raise ConfigError(f"calibration is {calibration}, but its source must be 'self' here")
     data_folder()
     there = {arm.method for arm in planned(plan)}
     for name in methods:

@@ -10,21 +10,29 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 
-from benchmarks.sweeps import Places, checked_plan, parser, planned, read_plan, shown, take_over
+from benchmarks.sweeps import (
+    Places,
+    checked_plan,
+    parser,
+    planned,
+    read_plan,
+    shown,
+    take_over,
+    with_calibrations,
+)
 from benchmarks.world.language import Row, Task, World, pretraining_documents, tasks
 from benchmarks.world.pretrain import STEPS, pretrain
 from benchmarks.world.score import score_rows, score_skills
 from folora.comparison import Comparison, Score, Scores
 from folora.config import FoLoraConfig
-from folora.data import text_examples
 from folora.pipeline import Run
-from folora.preparation import measure
 
 FEWEST_ROWS = 300  # of a task that is memorised; fewer would leave nothing to hold out
 EVERY = 3  # of the probes of kept skills; scoring all would cost as much as training
@@ -112,18 +120,17 @@ def compare_world(
         run = prepared_run(base, model, folder / name, task, donor, seed)
         donor = folder / name
         score = scorer(run, world, task)
-        shared = {"stage": f"world-{seed}", "task": name, "command": places.command, "score": score}
-        for calibration in plan.get("calibration", [None]):
-            results = places.output / name / str(seed)
-            comparison = Comparison(run, results, **shared)  # type: ignore[arg-type]
-            if calibration:
-                run.sample()
-                texts = calibration_texts(run, world, **calibration)
-                pre = measure(
-                    run.model, run.groups, text_examples(texts), run.config.statistics, "C_pre"
-                ).matrices
-                comparison = comparison.calibrated(calibration, pre)
-            for result in comparison.run_all(planned(plan)):
+        comparison = Comparison(
+            run,
+            places.output / name / str(seed),
+            stage=f"world-{seed}",
+            task=name,
+            command=places.command,
+            score=score,
+        )
+        texts = partial(calibration_texts, run, world)
+        for one in with_calibrations(comparison, run, plan, texts):
+            for result in one.run_all(planned(plan)):
                 print(shown(result), flush=True)
 
 
