@@ -69,6 +69,16 @@ def test_equals_reference_with_padding(model: PreTrainedModel) -> None:
             assert torch.allclose(matrix.double(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_no_more_logits_are_made_than_must_be(model: PreTrainedModel) -> None:
+    seen: list[int] = []
+    head = model.get_output_embeddings()
+    assert head is not None
+    handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    second_moments(model, groups_of(model), batches(text_examples(ROWS), 2))
+    handle.remove()
+    assert seen[-3:] == [1, 1, 1]  # the last token of each row
+
+
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 700))
 def test_parts_cover_all_groups_in_order_and_fit(widths: list[int], room: int) -> None:
     groups = [InputGroup((f"layer{i}",), d) for i, d in enumerate(widths)]

@@ -7,6 +7,7 @@ object, unchanged in between. Padding never counts.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -243,6 +244,9 @@ def second_moments(
 
     shared_out = is_shared_out(model)
     counts = True
+    # Nobody reads the logits, which with a large vocabulary are a good part of the pass and its memory.
+    known = inspect.signature(model.forward).parameters
+    spared = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
 
     def own_share() -> None:
         nonlocal tokens, mask, counts
@@ -257,7 +261,7 @@ def second_moments(
                 inputs = {k: v.to(model.device) for k, v in batch.items() if k != "labels"}
                 given = inputs.get("attention_mask")
                 mask = None if given is None else given.bool()
-                model(**inputs, use_cache=False)
+                model(**inputs, **spared, use_cache=False)
             if counts:
                 read = int(inputs["input_ids"].numel() if mask is None else mask.sum())
                 tokens += read
