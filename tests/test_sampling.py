@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from folora.artifacts import write_artifact
 from folora.config import SamplingConfig
 from folora.disk import write_sealed
 from folora.errors import ArtifactError, DataError, MismatchError, NumericsError
+from folora.memory import cache_bytes
 from folora.sampling import (
     MIXTURE,
     Decoding,
     HuggingFaceEngine,
     ProxySet,
+    batch_size_for,
     check_same_tokenizer,
     decoding_of,
     ending_ids,
@@ -49,6 +52,50 @@ def test_same_set_whatever_the_batch_size(batch_size: int) -> None:
     found = sample(engine(config), 1, [2], config)
     assert found == expected
     assert found.fingerprint == expected.fingerprint
+
+
+def test_what_does_not_fit_the_memory_is_decoded_in_halves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever fits, the set is the same; what does not fit with so few rows is an error."""
+    expected = sample(engine(), 1, [2], CONFIG)
+    config = replace(CONFIG, batch_size=64)
+    decoder, seen = engine(config), []
+    generate = decoder.model.generate
+
+    def with_room_for(rows: int) -> None:
+        def limited(input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
+            seen.append(len(input_ids))
+            if len(input_ids) > rows:
+                raise torch.OutOfMemoryError("no room")
+            return generate(input_ids=input_ids, **options)
+
+        monkeypatch.setattr(decoder.model, "generate", limited)
+
+    with_room_for(20)
+    assert sample(decoder, 1, [2], config) == expected
+    assert seen == [64, 32, 16, 16, 32, 16, 16]
+    with_room_for(4)
+    with pytest.raises(torch.OutOfMemoryError):
+        sample(decoder, 1, [2], config)
+
+
+@pytest.mark.parametrize(
+    ("free", "processes", "size"),
+    # A sequence takes 512 bytes a token of cache, 512 tokens of it, and logits; 36 is least.
+    [(10**10, 1, 256), (4 * 200 * (512 * 512 + 6 * 4 * 51), 1, 128), (10**10, 10, 128),
+     (10**10, 16, 64), (10**6, 1, 64)],
+)  # fmt: skip
+def test_so_many_at_once_as_fit(
+    monkeypatch: pytest.MonkeyPatch, free: int, processes: int, size: int
+) -> None:
+    monkeypatch.setattr("folora.sampling.free_bytes", lambda _: free + 1000)
+    config, model = SamplingConfig(), make_llama().config
+    cuda = torch.device("cuda")
+    assert cache_bytes(model, 4) == 2 * 2 * 2 * 8 * 4
+    assert batch_size_for(cuda, model, 8, config, processes, taken=1000) == size
+    assert batch_size_for(cuda, model, 8, replace(config, batch_size=5), processes) == 5
+    assert batch_size_for(torch.device("cpu"), model, 8, config, processes) == 64
 
 
 def test_counts_lengths_and_held_out() -> None:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any
 
-import psutil
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from folora import ranks
 from folora.errors import ConfigError, DataError, NumericsError, nearest
+from folora.memory import free_bytes
 from folora.modes import evaluating, is_shared_out
 from folora.sadam import full_fp32_matmul
 
@@ -151,13 +151,6 @@ def find_groups(
             f"{missing[0]}. Leave them out of adapter.target_modules."
         )
     return [InputGroup(tuple(names), layers[names[0]][0]) for names in seen.values()]
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free where a device computes."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 def passes(groups: Sequence[InputGroup], room: float) -> list[list[InputGroup]]:

@@ -24,7 +24,6 @@ from transformers import PreTrainedTokenizerBase
 
 from folora.disk import (
     Facts,
-    check_fits_memory,
     file_sha256,
     json_fingerprint,
     read_json,
@@ -33,6 +32,7 @@ from folora.disk import (
     write_atomically,
 )
 from folora.errors import ArtifactError, MismatchError
+from folora.memory import check_fits_memory
 from folora.sadam import whole
 
 TENSORS, MANIFEST = "tensors.safetensors", "manifest.json"

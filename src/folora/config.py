@@ -84,8 +84,10 @@ class SamplingConfig:
     )
     min_new_tokens: int = _option(128, "end-of-sequence is allowed only after so many tokens")
     max_new_tokens: int = _option(512, "a sequence is cut here")
-    batch_size: int = _option(
-        64, "sequences decoded at once; the sampled set does not depend on it"
+    batch_size: int | None = _option(
+        None,
+        "sequences decoded at once; the sampled set does not depend on it. Default: 64, and up to 256 as "
+        "the memory of an accelerator allows",
     )
     seed: int = _option(0, "seed of the random draws; each sequence has its own stream")
     start_token: str | None = _option(
@@ -116,7 +118,8 @@ class SamplingConfig:
             self.max_new_tokens,
             "be >= 32, since shorter sequences are rejected",
         )
-        _require(self.batch_size >= 1, "sampling.batch_size", self.batch_size, "be >= 1")
+        if self.batch_size is not None:
+            _require(self.batch_size >= 1, "sampling.batch_size", self.batch_size, "be >= 1")
         _require_seed(self.seed, "sampling.seed")
         if self.tolerance is not None:
             _require(

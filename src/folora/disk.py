@@ -19,7 +19,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
@@ -197,13 +196,6 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes. Raises OSError."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def check_fits_memory(path: Path) -> None:
-    """Refuse, before it is read, a file that is larger than what is free. Raises ArtifactError."""
-    size, free = os.path.getsize(path), psutil.virtual_memory().available
-    if size > free:
-        raise ArtifactError(f"{path} has {size / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free")
 
 
 def check_writable(folder: Path, what: str) -> None:

@@ -92,6 +92,7 @@ from folora.sampling import (
     ending_ids,
     load_proxy_set,
     sample_to_folder,
+    sized,
     start_token_id,
     write_proxy_set,
 )
@@ -298,7 +299,7 @@ class Run:
         """Stage 1: the proxy set."""
         if self.config.base is not None:
             return ranks.first(self._take_samples)
-        config = self.config.sampling
+        config = sized(self.config.sampling, self.model)
         facts = dict(self.model_facts)
         if config.sampler_model:
             facts["sampler_model"] = config.sampler_model

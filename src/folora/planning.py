@@ -18,7 +18,6 @@ from folora.activations import (
     GRAM_SHARE,
     InputGroup,
     find_groups,
-    free_bytes,
     passes,
     room_for_moments,
     target_layers,
@@ -26,7 +25,9 @@ from folora.activations import (
 from folora.config import FoLoraConfig
 from folora.errors import ConfigError
 from folora.loading import device_of, load_config, load_skeleton, required
+from folora.memory import cache_bytes, free_bytes
 from folora.preparation import check_adapter, solved_directions
+from folora.sampling import batch_size_for
 
 PROBE = 512
 DECODING_EFFICIENCY = 0.15  # of a large product's rate, for one token a row
@@ -140,11 +141,8 @@ def plan(
     sampling = config.sampling
     length = (sampling.min_new_tokens + sampling.max_new_tokens) // 2
     sampled = 0 if config.base is not None else sampling.num_sequences * length  # at most
-    text = model_config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 1)
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    cache = 2 * text.num_hidden_layers * heads * head * dtype.itemsize
-    cache *= sampling.batch_size * sampling.max_new_tokens
+    at_once = batch_size_for(device, model_config, dtype.itemsize, sampling, processes, weights)
+    cache = cache_bytes(model_config, dtype.itemsize) * at_once * sampling.max_new_tokens
     task_measured = config.statistics.task_examples * min(config.data.max_length, 256)
     gram = GRAM_SHARE * sum(2 * g.d_in**2 for g in groups)
     forward = 2 * parameters
@@ -154,7 +152,7 @@ def plan(
     solve_seconds = part * eigh_seconds * sum((g.d_in / PROBE) ** 3 for g in groups)
     training = config.training
     # The share of the busiest process: batches and groups are not divided.
-    batches = math.ceil(sampling.num_sequences / sampling.batch_size)
+    batches = math.ceil(sampling.num_sequences / at_once)
     sampling_share = math.ceil(batches / processes) / batches
     solving_share = math.ceil(len(groups) / processes) / len(groups)
     steps_tokens = None  # of one process

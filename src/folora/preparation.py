@@ -46,7 +46,14 @@ from folora.meter import Meter
 from folora.modes import evaluating
 from folora.progress import progress
 from folora.sadam import Complement, SAdam
-from folora.sampling import HuggingFaceEngine, ProxySet, ending_ids, sample, start_token_id
+from folora.sampling import (
+    HuggingFaceEngine,
+    ProxySet,
+    ending_ids,
+    sample,
+    sized,
+    start_token_id,
+)
 from folora.solving import GroupBasis, check_rank, solve
 from folora.spectrum import BASES, complement_frame, spectral_gate, step_scale
 
@@ -125,7 +132,7 @@ def prepare(
     chosen = task.train[: config.statistics.task_examples]
     on_task = measure(model, groups, chosen, config.statistics, "C_task")
     enough = convergence(model, groups, on_task.matrices, config)
-    proxies = sample(engine, start_id, eos_ids, config.sampling, enough=enough)
+    proxies = sample(engine, start_id, eos_ids, sized(config.sampling, model), enough=enough)
     pre = measure(model, groups, text_examples(proxies.calibration), config.statistics, "C_pre")
     with progress("solving", len(groups)) as tick:
         bases = solve(

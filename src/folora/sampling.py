@@ -39,6 +39,7 @@ from folora.disk import fitting, json_fingerprint, read_sealed, write_sealed
 from folora.errors import DataError, MismatchError, NumericsError
 from folora.filtering import REASONS, rejection
 from folora.finiteness import where_it_breaks
+from folora.memory import cache_bytes, free_bytes
 from folora.modes import evaluating, is_shared_out
 from folora.progress import progress
 
@@ -46,6 +47,8 @@ logger = logging.getLogger(__name__)
 
 # Matrix products of fewer rows take other kernels, which round differently; measured on CPU.
 MIN_ROWS = 8
+BATCH_SIZES = (64, 128, 256)
+LOGITS = 6  # copies in float32, of a row
 BLOCK = 256  # tokens whose probabilities are summed as one at first
 CANDIDATES = 1024  # a sort of the whole vocabulary is rarely needed to find top-p
 NO_TOKEN = -1  # None would make generate fall back on the model's own EOS
@@ -178,6 +181,43 @@ def check_same_tokenizer(
         )
 
 
+def sized(config: SamplingConfig, model: Any) -> SamplingConfig:
+    """The config with the batch size that a loaded model decodes with."""
+    size = batch_size_for(model.device, model.config, model.dtype.itemsize, config, ranks.count())
+    return replace(config, batch_size=size)
+
+
+def batch_size_for(
+    device: torch.device,
+    model_config: Any,
+    itemsize: int,
+    config: SamplingConfig,
+    processes: int,
+    taken: int = 0,
+) -> int:
+    """How many sequences to decode at once, the same in all processes.
+
+    Args:
+        device: Where the model computes.
+        model_config: Of transformers.
+        itemsize: Bytes of a number of the model.
+        config: Its ``batch_size`` holds, if it is given.
+        processes: How many share the sequences.
+        taken: Bytes that something else will have taken by then.
+
+    Returns:
+        64, or on an accelerator the largest power of two from there to 256 for which cache and logits
+        take no more than a quarter of what is free, and which leaves a batch for each process.
+    """
+    if config.batch_size is not None or device.type == "cpu":
+        return config.batch_size or BATCH_SIZES[0]
+    vocabulary = model_config.get_text_config().vocab_size
+    row = cache_bytes(model_config, itemsize) * config.max_new_tokens + LOGITS * 4 * vocabulary
+    fitting = min(ranks.gather((free_bytes(device) - taken) // 4 // row))
+    fitting = min(fitting, config.num_sequences // processes)
+    return max((n for n in BATCH_SIZES if n <= fitting), default=BATCH_SIZES[0])
+
+
 class HuggingFaceEngine:
     """`transformers` generate, with random draws that belong to the sequence, not to the batch."""
 
@@ -193,9 +233,21 @@ class HuggingFaceEngine:
         self.eos_ids = list(eos_ids)
         self.config = config
 
-    @torch.inference_mode()
     def __call__(self, numbers: Sequence[int]) -> list[list[int]]:
-        """See `Engine`. Fewer than `MIN_ROWS` numbers are decoded beside copies of the last."""
+        """See `Engine`. What does not fit the memory at once is decoded in halves."""
+        try:
+            return self._decoded(numbers)
+        except torch.OutOfMemoryError:
+            half = len(numbers) // 2
+            # Processes that share the weights out would wait for one that begins anew.
+            if half < MIN_ROWS or is_shared_out(self.model):
+                raise
+            logger.warning("%d sequences at once do not fit the memory, half as many", len(numbers))
+        return [*self(numbers[:half]), *self(numbers[half:])]
+
+    @torch.inference_mode()
+    def _decoded(self, numbers: Sequence[int]) -> list[list[int]]:
+        """Fewer than `MIN_ROWS` numbers are decoded beside copies of the last."""
         config = self.config
         wanted = list(numbers) + [numbers[-1]] * max(0, MIN_ROWS - len(numbers))
         start = torch.full((len(wanted), 1), self.start_id, device=self.model.device)
@@ -339,7 +391,7 @@ def sample(
     looks = _looks(config.num_sequences) if enough else iter(())
     look = next(looks, None)
     with progress("sampling", config.num_sequences) as tick:
-        for batch in _batches(engine, config.batch_size, shards):
+        for batch in _batches(engine, config.batch_size or BATCH_SIZES[0], shards):
             before = len(accepted)
             for tokens in batch:
                 if len(accepted) == config.num_sequences:
