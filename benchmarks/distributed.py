@@ -58,7 +58,6 @@ class Bench:
         self.place = place
         self.model = write_model(place / "model")
         self.rows = place / "rows.jsonl"
-        # 40 rows, four of them held out: every step is whole, so that none is filled up.
         self.rows.write_text("".join(json.dumps(row) + "\n" for row in rows()))
 
     def words(self, name: str, count: int, **changes: Any) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import copy
 from itertools import chain
 from pathlib import Path
@@ -35,7 +35,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from folora import ranks
 from folora.checkpoints import latest_checkpoint, seal_checkpoint, way_out
 from folora.config import TrainingConfig
-from folora.data import pad_batch, text_examples
+from folora.data import IGNORE, pad_batch, text_examples
 from folora.divergence import kl, labelled_logits, masked_target_kl
 from folora.errors import ArtifactError, ConfigError, FoLoraError, NumericsError, nearest
 from folora.finiteness import unsound_gradients, where_it_breaks
@@ -143,6 +143,30 @@ class FoLoraTrainer(SFTTrainer):
         """The prepared optimizer, over parameters that FSDP2 has not shared out yet."""
         self.optimizer = self.prepared.optimizer if self.optimizer is None else self.optimizer
         return self.optimizer
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The batches of a step, without what Accelerate fills the last one of an epoch up with.
+
+        Several processes get as many rows each; those from the epoch's beginning do not count a second
+        time, so that the step is that of one process, which takes a shorter one.
+        """
+        own = map(self._not_filled_up, epoch_iterator)
+        found: tuple[list[Any], Tensor | int | None] = super().get_batch_samples(
+            own, num_batches, device
+        )
+        return found
+
+    def _not_filled_up(self, batch: dict[str, Any]) -> dict[str, Any]:
+        state, labels = self.accelerator.gradient_state, batch["labels"]
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return batch
+        real = state.remainder - self.args.process_index * self._train_batch_size
+        if len(labels) == self._train_batch_size or real <= 0:  # or rows were put end to end
+            labels = labels.clone()
+            labels[max(0, real) :] = IGNORE
+        return {**batch, "labels": labels}
 
     def compute_loss(
         self,
@@ -253,7 +277,9 @@ class FoLoraTrainer(SFTTrainer):
             terms.append(config.kl_weight * kl(base, adapted).mean())
         if config.masked_kl_weight:
             adapted, base, targets = self._both(model, inputs)
-            terms.append(config.masked_kl_weight * masked_target_kl(base, adapted, targets).mean())
+            if len(targets):  # no row of the batch may count
+                divergence = masked_target_kl(base, adapted, targets).mean()
+                terms.append(config.masked_kl_weight * divergence)
         return sum(terms[1:], terms[0]) if terms else None
 
     def _both(self, model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
