@@ -159,9 +159,10 @@ class FoLoraTrainer(SFTTrainer):
         return found
 
     def _not_filled_up(self, batch: dict[str, Any]) -> dict[str, Any]:
-        state, labels = self.accelerator.gradient_state, batch["labels"]
-        if not state.end_of_dataloader or state.remainder <= 0:
+        state = self.accelerator.gradient_state
+        if "labels" not in batch or not state.end_of_dataloader or state.remainder <= 0:
             return batch
+        labels = batch["labels"]
         real = state.remainder - self.args.process_index * self._train_batch_size
         if len(labels) == self._train_batch_size or real <= 0:  # or rows were put end to end
             labels = labels.clone()
