@@ -251,8 +251,17 @@ def _turned(
 
 
 def enough(source: Source, plan: str, count: str) -> Block:
-    """Numbers of sequences for C_pre, beside one of them."""
-    results = sorted(source.chosen(plan), key=_count)
+    """Numbers of sequences for C_pre, beside one of them, by the kept score."""
+    return _enough(source, plan, count, lambda result: result)
+
+
+def enough_by_meter(source: Source, plan: str, count: str) -> Block:
+    """The same by the KL alone, which tells more than few questions do."""
+    return _enough(source, plan, count, without_scores)
+
+
+def _enough(source: Source, plan: str, count: str, seen: Callable[[Result], Result]) -> Block:
+    results = sorted(map(seen, source.chosen(plan)), key=_count)
     rows = [_relabelled(r, _calibrated(r)) for r in results]
     reference = next((row.title for row in rows if str(_count(row)) == count), rows[-1].title)
     table = comparison_table(rows, _only_task(results), reference=reference)
@@ -399,6 +408,7 @@ BLOCKS: dict[str, Callable[..., Block]] = {
     "turned": turned,
     "turned_by_meter": turned_by_meter,
     "enough": enough,
+    "enough_by_meter": enough_by_meter,
     "steps": steps,
     "preparation": preparation,
     "scale": scale,
