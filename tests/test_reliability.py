@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import random
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -49,7 +50,15 @@ def test_a_writer_without_a_temporary_name_is_found(
     assert "3-spectrum/manifest.json is missing" in trial.lost[0]
 
 
+class BeforeWrites(random.Random):
+    """Always chooses to kill before a write, the first one: no moment that a busy machine could shift."""
+
+    def random(self) -> float:
+        return 0.0
+
+
 def test_work_that_is_done_twice_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random, "Random", BeforeWrites)
     read = folora.pipeline.read_manifest
 
     def forgetful(path: Path, kind: str, *more: Any) -> dict[str, Any]:
