@@ -1,9 +1,9 @@
 """One process against several, on gloo: ``python -m benchmarks.distributed``, or ``make distributed``.
 
 The same tiny run by 1, 2 and 4 processes must give the same samples to the bit, and statistics, bases and
-weights within rounding, also by FSDP2, and with a base that is shared out. A process that is killed ends the others at once, and the run
-goes on, with as many processes or another number. Processes that see different things are refused before
-the first step.
+weights within rounding, also by FSDP2, and with a base that is shared out. A process that is killed ends
+the others at once, and the run goes on, with as many processes or another number. Processes that see
+different things are refused before the first step.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def other_ways(bench: Bench, counts: Sequence[int]) -> dict[str, dict[str, float
             str(n): bench.difference(bench.undisturbed(n), bench.undisturbed(n, way), RESULT)
             for n in counts
         }
-        for way in ("FSDP2", "shard")
+        for way in ("FSDP2", "--shard")
     }
 
 
@@ -226,7 +226,7 @@ def by_fsdp2(rank: int) -> None:
 WAYS: dict[str, tuple[Callable[[int], None], dict[str, Any]]] = {
     "DDP": (as_it_is, {}),
     "FSDP2": (by_fsdp2, {}),
-    "shard": (as_it_is, {"shard": True}),
+    "--shard": (as_it_is, {"shard": True}),
 }
 """How processes train together: what is prepared in each, and what is changed in the config."""
 
@@ -416,8 +416,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 killed(bench, 2, 1, 2), killed(bench, 2, 0, 1), killed(bench, 3, 1, 2),
                 killed(bench, 2, 1, 3), killed(bench, 4, 2, 4),
                 *(killed(bench, 2, 1, then, "FSDP2") for then in (2, 1, 3)),
-                *(killed(bench, 2, 1, then, "shard") for then in (2, 1, 3)),
-                killed(bench, 2, 1, 2, "shard", "DDP"),
+                *(killed(bench, 2, 1, then, "--shard") for then in (2, 1, 3)),
+                killed(bench, 2, 1, 2, "--shard", "DDP"),
             ],
             "interrupted": [interrupted(bench, 2), interrupted(bench, 4)],
             "refused": refused(bench),

@@ -11,7 +11,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from folora.activations import GRAM_SHARE, SHARE_OF_FREE
+from folora.activations import GRAM_SHARE, SHARE_OF_FREE, InputGroup, passes
+from folora.memory import held_bytes
 from folora.report import Table
 
 SEQUENCES, LENGTH, BATCH = 2000, 512, 64
@@ -40,15 +41,17 @@ class Size:
     blocks: int
 
     def held(self, gpus: int) -> float:
-        """Bytes of bf16 weights on a GPU; of several each has a part, and two blocks whole (``--shard``)."""
-        weights = 2 * self.parameters
-        return weights if gpus == 1 else weights / gpus + 2 * weights / self.blocks
+        """Bytes of bf16 weights on a GPU; several share them out (``--shard``)."""
+        return held_bytes(2 * self.parameters, self.blocks, gpus)
 
     def passes(self, gpus: int) -> int | None:
         """How often the texts are read for C_pre; None if the weights leave no room for it."""
         room = (BYTES - self.held(gpus)) * SHARE_OF_FREE
-        widest = 4.0 * max(d for d, _ in self.inputs) ** 2
-        return math.ceil(4 * self.squares / room) if room > widest else None
+        block = [
+            InputGroup((f"width {d}",), d) for d, n in self.inputs for _ in range(n // self.blocks)
+        ]
+        widest = 4 * max(group.d_in for group in block) ** 2
+        return len(passes(block * self.blocks, room)) if room > widest else None
 
     @property
     def squares(self) -> float:
@@ -147,7 +150,7 @@ def bytes_table() -> Table:
     caption = (
         f"r {RANK}. With 1 GPU of 80 GB it holds the weights; of 8 each holds a part (`--shard`). In half of what is left C_pre is "
         "measured, in as many passes over the texts as it takes. Training: weights, kept columns, adapter and moments, without "
-        "activations. Traffic is what a process sends and receives, without shared-out weights: sums of C_pre and C_task by a "
+        "activations; whole embedding and head are not counted. Traffic is what a process sends and receives, without shared-out weights: sums of C_pre and C_task by a "
         "ring, the bases once, the adapter's gradients every step. Disk: C_pre, C_task, columns, two checkpoints."
     )
     return Table(header, tuple(rows), caption)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from os.path import normpath
 from pathlib import Path
@@ -50,28 +50,31 @@ class Plan:
     evaluation: dict[str, Any] = field(default_factory=dict)
 
 
-def with_calibrations(
+def run_arms(
     comparison: Comparison,
     run: Run,
     plan: Mapping[str, Any],
+    due: Sequence[Arm],
     texts: Callable[..., list[list[int]]],
-) -> Iterator[Comparison]:
-    """The comparison for every ``calibration`` of a plan: with C_pre of other texts than the run's own.
+) -> None:
+    """Run and show arms, for every ``calibration`` of a plan: with C_pre of other texts than the run's own.
 
     Args:
         comparison: Of the run.
         run: See above.
-        plan: Without ``calibration``, the comparison itself is all.
+        plan: Without ``calibration``, the run's own texts are all.
+        due: Which arms.
         texts: Given what stands in a calibration, token ids to measure C_pre on.
     """
     for calibration in plan.get("calibration", [None]):
-        if not calibration:
-            yield comparison
-            continue
-        run.sample()
-        chosen = text_examples(texts(**calibration))
-        pre = measure(run.model, run.groups, chosen, run.config.statistics, "C_pre").matrices
-        yield comparison.calibrated(calibration, pre)
+        one = comparison
+        if calibration:
+            run.sample()
+            chosen = text_examples(texts(**calibration))
+            pre = measure(run.model, run.groups, chosen, run.config.statistics, "C_pre").matrices
+            one = comparison.calibrated(calibration, pre)
+        for result in one.run_all(due):
+            print(shown(result), flush=True)
 
 
 @dataclass(frozen=True)

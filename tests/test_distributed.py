@@ -188,7 +188,7 @@ def test_other_ways_give_what_ddp_gives(bench: Bench) -> None:
     found = other_ways(bench, (2,))
     assert breaches({**NOTHING, "ways": found}) == []
     assert found["FSDP2"]["2"] > 0  # which adds up in another order
-    assert found["shard"]["2"] == 0  # of two numbers there is but one sum
+    assert found["--shard"]["2"] == 0  # of two numbers there is but one sum
 
 
 def test_a_run_by_fsdp2_goes_on_with_one_process(bench: Bench) -> None:
@@ -207,9 +207,9 @@ def test_a_run_by_fsdp2_goes_on_with_one_process(bench: Bench) -> None:
 
 def test_a_run_with_a_shared_out_base_goes_on_without(bench: Bench) -> None:
     """Its checkpoints, statistics and fingerprints are those of a whole base."""
-    stopped = [killed(bench, 2, 1, 2, "shard", "DDP")]
+    stopped = [killed(bench, 2, 1, 2, "--shard", "DDP")]
     assert breaches({**NOTHING, "killed": stopped}) == []
-    one, other = (bench.place / name for name in (bench.undisturbed(1), "shard-2"))
+    one, other = (bench.place / name for name in (bench.undisturbed(1), "--shard-2"))
     requests = [json.loads((p / TRAINING / "request.json").read_text()) for p in (one, other)]
     assert requests[0]["model"] == requests[1]["model"]
 

@@ -20,16 +20,7 @@ from peft import PeftModel
 
 from benchmarks.gemma import gemma3_270m
 from benchmarks.real.targets import TARGETS, data_folder, target_rows
-from benchmarks.sweeps import (
-    Places,
-    checked_plan,
-    parser,
-    planned,
-    read_plan,
-    shown,
-    take_over,
-    with_calibrations,
-)
+from benchmarks.sweeps import Places, checked_plan, parser, planned, read_plan, run_arms, take_over
 from demo.model import smollm2
 from folora.comparison import READ_AT, Comparison, Score, Scores
 from folora.config import FoLoraConfig
@@ -125,9 +116,7 @@ def compare_model(
             score_at=plan.get("score_at"),
         )
         due = [arm for arm in planned(plan) if methods is None or arm.method in methods]
-        for one in with_calibrations(comparison, run, plan, partial(own_texts, run)):
-            for result in one.run_all(due):
-                print(shown(result), flush=True)
+        run_arms(comparison, run, plan, due, partial(own_texts, run))
 
 
 def check(plan: Mapping[str, Any], methods: Iterable[str] = ()) -> None:

@@ -10,7 +10,6 @@ from benchmarks.reliability.chaos import KINDS
 from folora.pipeline import PRE, RESULT
 from folora.report import Table
 
-WAYS = {"DDP": "DDP", "FSDP2": "FSDP2", "shard": "`--shard`"}
 ENDS = {0: "done", 2: "refused", 130: "Ctrl-C", 143: "SIGTERM", -9: "killed"}
 
 
@@ -88,14 +87,14 @@ def distributed_table(found: Mapping[str, Any]) -> Table:
         for n, parts in found["same"].items()
     ]
     rows += [
-        (f"{n} by {WAYS[way]} against {n} by DDP", "", "", "exact" if d == 0 else f"{d:.1g}", "")
+        (f"{n} by {way} against {n} by DDP", "", "", "exact" if d == 0 else f"{d:.1g}", "")
         for way, counts in found["ways"].items()
         for n, d in counts.items()
     ]
     rows += [
         (
-            f"{one['processes']} by {WAYS[one['way']]}, number {one['victim']} killed, then "
-            f"{one['then']} by {WAYS[one['then_by']]}",
+            f"{one['processes']} by {one['way']}, number {one['victim']} killed, then "
+            f"{one['then']} by {one['then_by']}",
             _codes(one["codes"]), "", _weights(one), f"{one['seconds']:.1f}",
         )
         for one in found["killed"]

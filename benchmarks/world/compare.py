@@ -17,16 +17,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from benchmarks.sweeps import (
-    Places,
-    checked_plan,
-    parser,
-    planned,
-    read_plan,
-    shown,
-    take_over,
-    with_calibrations,
-)
+from benchmarks.sweeps import Places, checked_plan, parser, planned, read_plan, run_arms, take_over
 from benchmarks.world.language import Row, Task, World, pretraining_documents, tasks
 from benchmarks.world.pretrain import STEPS, pretrain
 from benchmarks.world.score import score_rows, score_skills
@@ -128,10 +119,7 @@ def compare_world(
             command=places.command,
             score=score,
         )
-        texts = partial(calibration_texts, run, world)
-        for one in with_calibrations(comparison, run, plan, texts):
-            for result in one.run_all(planned(plan)):
-                print(shown(result), flush=True)
+        run_arms(comparison, run, plan, planned(plan), partial(calibration_texts, run, world))
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -139,7 +139,7 @@ def load_model(config: FoLoraConfig, name: str) -> PreTrainedModel:
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
     if config.shard and ranks.count() > 1:
-        # By blocks, as they are loaded: no process ever holds all of the weights.
+        # Each process has its part from here on; blocks are gathered while they run.
         options["distributed_config"] = DistributedConfig(fsdp_size=ranks.count())
     load_config(config, name)
     disable_fsdp_ram_efficient_loading()  # which leaves all but one process without weights

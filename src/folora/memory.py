@@ -26,6 +26,19 @@ def check_fits_memory(path: Path) -> None:
         raise ArtifactError(f"{path} has {size / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free")
 
 
+def held_bytes(weights: float, blocks: int, processes: int) -> float:
+    """Bytes of weights in each process that shares them out: a part, and two blocks whole.
+
+    Embedding and head, which transformers' plan leaves whole after the first forward pass, are left out.
+
+    Args:
+        weights: Bytes of all.
+        blocks: How many transformer blocks they are in; one is in use while another is on its way.
+        processes: How many share them.
+    """
+    return weights if processes == 1 else weights / processes + 2 * weights / blocks
+
+
 def cache_bytes(model_config: Any, itemsize: int) -> int:
     """Bytes that keys and values of one token take while decoding, by a transformers config."""
     text = model_config.get_text_config()

@@ -31,7 +31,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
-from trl.trainer.sft_config import SFTConfig
 
 from folora import ranks
 from folora.activations import InputGroup
@@ -231,7 +230,9 @@ class Run:
     def check(self, *, needs_data: bool) -> None:
         """Everything that can be found out without loading the model."""
         check_writable(self.folder, "output")
-        if asks_for_fsdp(self._arguments) and self.config.shard:
+        on_cpu = device_of(self.config).type == "cpu"
+        sft_config(self.config.training, self.folder / TRAINING, evaluates=False, on_cpu=on_cpu)
+        if self._by_fsdp and self.config.shard:
             raise ConfigError(
                 "--shard shares the weights out already; start the processes without FSDP"
             )
@@ -245,12 +246,10 @@ class Run:
         task = self.task if needs_data else TaskData([], [])
         check_fits(task, self.tokenizer, start_id, **limits)
 
-    @cached_property
-    def _arguments(self) -> SFTConfig:
-        """What TRL makes of the training section."""
-        on_cpu = device_of(self.config).type == "cpu"
-        folder = self.folder / TRAINING
-        return sft_config(self.config.training, folder, evaluates=False, on_cpu=on_cpu)
+    @property
+    def _by_fsdp(self) -> bool:
+        """Whether training is asked to share parameters out."""
+        return asks_for_fsdp(self.config.training.extra.get("fsdp"))
 
     def check_stage(self, command: str) -> None:
         """Everything else that can be found out before a stage begins.
@@ -444,7 +443,7 @@ class Run:
             * config.training.batch_size
             * config.training.gradient_accumulation_steps,
         }
-        if asks_for_fsdp(self._arguments):
+        if self._by_fsdp:
             request["checkpoints"] = "FSDP"  # of another form
         if ranks.first(lambda: self._is_trained(folder, request)):
             return

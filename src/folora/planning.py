@@ -25,7 +25,7 @@ from folora.activations import (
 from folora.config import FoLoraConfig
 from folora.errors import ConfigError
 from folora.loading import device_of, load_config, load_skeleton, required
-from folora.memory import cache_bytes, free_bytes
+from folora.memory import cache_bytes, free_bytes, held_bytes
 from folora.preparation import check_adapter, solved_directions
 from folora.sampling import batch_size_for
 
@@ -130,10 +130,9 @@ def plan(
     trainable = sum(config.adapter.r * (d_in + d_out) for d_in, d_out in layers.values())
     moments = sum(4 * g.d_in**2 for g in groups)
     weights = parameters * dtype.itemsize
-    if config.shard and processes > 1:  # and two blocks whole, one in use and one on its way
-        weights = (
-            weights // processes + 2 * weights // model_config.get_text_config().num_hidden_layers
-        )
+    if config.shard:
+        blocks = model_config.get_text_config().num_hidden_layers
+        weights = int(held_bytes(weights, blocks, processes))
     flops, eigh_seconds = _speed(device, dtype)
     room = room_for_moments(device, config.statistics.memory_gb, weights)
     parts = [sum(4 * g.d_in**2 for g in part) for part in passes(groups, room)]

@@ -47,18 +47,18 @@ logger = logging.getLogger(__name__)
 
 # Matrix products of fewer rows take other kernels, which round differently; measured on CPU.
 MIN_ROWS = 8
-BATCH_SIZES = (64, 128, 256)
+BATCH_SIZES = (64, 128, 256)  # of which an accelerator takes what fits
 LOGITS = 6  # copies in float32, of a row
 BLOCK = 256  # tokens whose probabilities are summed as one at first
 CANDIDATES = 1024  # a sort of the whole vocabulary is rarely needed to find top-p
 NO_TOKEN = -1  # None would make generate fall back on the model's own EOS
 LARGEST_VOCABULARY = 2**31
 ATTEMPTS_A_SEQUENCE = 10
+HOPELESS_AFTER = 256
 _UNSOUND = (
     "the model's logits are not finite while sampling{}. Its weights hold NaN or overflow in this dtype. "
     "Check the weights, or load the model in bf16 or fp32."
 )
-HOPELESS_AFTER = 256
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from folora.errors import ArtifactError, ConfigError, FoLoraError, NumericsError
 from folora.finiteness import unsound_gradients, where_it_breaks
 from folora.interruption import StopAfterStep, finishing_step
 from folora.meter import LayerNorms, Reading, total_norm, update_norms
-from folora.modes import is_shared_out, without_adapter
+from folora.modes import without_adapter
 from folora.preparation import Prepared, to_dataset
 from folora.sadam import whole
 
@@ -115,8 +115,7 @@ class FoLoraTrainer(SFTTrainer):
     ) -> None:
         self.prepared = prepared
         check_sharding(args)
-        self._shared_out = is_shared_out(prepared.model)
-        if self._shared_out:
+        if getattr(prepared.model, "is_distributed_loading_by_transformers", False):
             # The Trainer would refuse to save the optimizer of such a model; see `_save_checkpoint`.
             args = copy(args)
             args.save_only_model = True
@@ -136,7 +135,7 @@ class FoLoraTrainer(SFTTrainer):
             plugin = self.accelerator.state.fsdp_plugin
             plugin.state_dict_config = plugin.optim_state_dict_config = None
             plugin.set_state_dict_type("SHARDED_STATE_DICT")
-        elif asks_for_fsdp(args):
+        elif asks_for_fsdp(args.fsdp):
             logger.warning("FSDP is asked for, but Accelerate takes it on accelerators alone")
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
@@ -248,7 +247,7 @@ class FoLoraTrainer(SFTTrainer):
         def write() -> None:
             try:
                 super(FoLoraTrainer, self)._save_checkpoint(model, trial)
-                if self._shared_out:  # of the base; the adapter is whole, and so is its state
+                if self.is_distributed_loading_by_transformers:  # the base; the adapter is whole
                     self._save_optimizer_and_scheduler(str(folder))
                     self._save_rng_state(str(folder))
             except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: of torch.save
@@ -379,15 +378,15 @@ def sft_config(
     return found
 
 
-def asks_for_fsdp(args: SFTConfig) -> bool:
-    """Whether FSDP is asked for, by the launcher or by the arguments."""
-    return bool(args.fsdp) or _is_set("ACCELERATE_USE_FSDP")
+def asks_for_fsdp(given: Any) -> bool:
+    """Whether FSDP is asked for, by the launcher or by the option ``fsdp``."""
+    return bool(given) or _is_set("ACCELERATE_USE_FSDP")
 
 
 def check_sharding(args: SFTConfig) -> None:
     """Refuse what makes flat vectors of parameters, in which rows are lost. Raises ConfigError."""
     _refuse_deepspeed(args.deepspeed)
-    if not asks_for_fsdp(args):
+    if not asks_for_fsdp(args.fsdp):
         return
     given = args.fsdp_plugin_args or {}
     if int(given.get("fsdp_version", os.environ.get("FSDP_VERSION", "1"))) != 2:
