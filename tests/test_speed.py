@@ -78,7 +78,7 @@ def test_one_command_and_its_tables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(SHAPES, "smollm2-135m", TINY)
-    monkeypatch.setattr(speed, "SAMPLED", {"cpu": (32, 32)})
+    monkeypatch.setattr(speed, "SAMPLED", {"cpu": (32, 32, 2)})
     monkeypatch.setattr(speed, "SAMPLED_VOCABULARY", 64)
     arguments = ["--shapes", "smollm2-135m", "--device", "cpu", "--blocks", "1", "--tokens", "64"]
     arguments += ["--rounds", "2", "--output", str(tmp_path)]
@@ -108,4 +108,5 @@ def test_set_up_is_timed_on_a_block() -> None:
     model = random_model(TINY, 1, torch.float32, CPU)
     assert set(statistics_times(model, 64, 1)) == {"forward pass", "statistics"}
     assert set(solve_times(48, 4, CPU, 1)) == {"r", "all"}
+    assert set(solve_times(48, 4, CPU, 1, whole=False)) == {"r"}
     assert set(peer_times(TINY, torch.float32, CPU, 64)) == {"PEFT's CorDA", "PEFT's OSF"}

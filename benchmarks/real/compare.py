@@ -102,7 +102,10 @@ def compare_model(
         donor = folder / target
         if score is None:
             evaluation = Evaluation(
-                asked["documents"], run.tokenizer, folder=asked.get("folder"), batch_size=8
+                asked["documents"],
+                run.tokenizer,
+                folder=asked.get("folder"),
+                batch_size=asked.get("batch_size", 8),
             )
             score = scorer(evaluation, asked["kept"], asked.get("other", {}))
         comparison = Comparison(

@@ -35,13 +35,17 @@ FITTING = {
         "llama2-7b": (1, 1024, 3),
     },
     "cuda": {
-        "smollm2-135m": (30, 65536, 15),
-        "qwen3-1.7b": (14, 16384, 15),
-        "llama2-7b": (8, 8192, 15),
+        "smollm2-135m": (30, 16384, 11),
+        "qwen3-1.7b": (28, 8192, 11),
+        "llama2-7b": (8, 8192, 11),
     },
 }
-WIDEST = {"cpu": 4096, "cuda": 16384}  # beyond it a solve takes many minutes
-SAMPLED = {"cpu": (64, 64), "cuda": (512, 256)}  # sequences, tokens of each
+# Up to which width the first r directions are solved for, and all; beyond it that takes many minutes.
+WIDEST = {"cpu": (4096, 4096), "cuda": (16384, 4096)}
+SAMPLED = {
+    "cpu": (64, 64, 4),
+    "cuda": (512, 64, 2),
+}  # sequences, tokens of each, the loop's sequences
 SAMPLED_VOCABULARY = 49152
 
 
@@ -88,22 +92,28 @@ def measure_setup(name: str, tokens: int, rounds: int, device: torch.device) -> 
     """Sampling, statistics and solve on one shape, a block each."""
     shape = SHAPES[name]
     model = random_model(shape, 1, torch.bfloat16, device)
-    sequences, length = SAMPLED[device.type]
+    widest, widest_whole = WIDEST[device.type]
     found: dict[str, Any] = {
         "tokens": tokens,
         "statistics": statistics_times(model, tokens, rounds),
         "solve": {
-            str(d): solve_times(d, shape.r, device, 1 if d > 2048 else 3)
+            str(d): solve_times(d, shape.r, device, 1 if d > 2048 else 3, d <= widest_whole)
             for d in sorted({shape.hidden, shape.inner})
-            if d <= WIDEST[device.type]
+            if d <= widest
         },
     }
     del model
     if name == "smollm2-135m":
         found["sampling"] = sampling_rates(
-            shape, SAMPLED_VOCABULARY, sequences, length, torch.bfloat16, device, shape.blocks, 3
+            shape,
+            SAMPLED_VOCABULARY,
+            *SAMPLED[device.type],
+            torch.bfloat16,
+            device,
+            shape.blocks,
+            3,
         )
-    if shape.inner <= WIDEST[device.type]:
+    if shape.inner <= widest_whole:
         found["peers"] = peer_times(shape, torch.bfloat16, device, tokens)
     return found
 

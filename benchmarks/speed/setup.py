@@ -22,6 +22,8 @@ from folora.solving import solve
 # Before it wraps the layers CorDA looks for their names, and finds none in "all-linear".
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
+WARM_UP = 2048  # widths whose first solve does not count
+
 Times = dict[str, list[float]]
 """Seconds by what was done, one for each round."""
 
@@ -58,8 +60,8 @@ def statistics_times(model: PreTrainedModel, tokens: int, rounds: int) -> Times:
     return alternated({"forward pass": forward, "statistics": measure}, rounds)
 
 
-def solve_times(d: int, r: int, device: torch.device, rounds: int) -> Times:
-    """One input of a width: the first r columns of its basis, and all; one thread."""
+def solve_times(d: int, r: int, device: torch.device, rounds: int, whole: bool = True) -> Times:
+    """One input of a width: the first r columns of its basis, and all if asked for; one thread."""
     generator = torch.Generator(device).manual_seed(0)
     group = InputGroup(("layer",), d)
 
@@ -71,13 +73,11 @@ def solve_times(d: int, r: int, device: torch.device, rounds: int) -> Times:
         return {"layer": x.T @ x / len(x)}
 
     pre, task = moment(), moment()
-    return alternated(
-        {
-            "r": lambda: solve([group], pre, task, tau=1e-3, directions=r),
-            "all": lambda: solve([group], pre, task, tau=1e-3),
-        },
-        rounds,
-    )
+    found = partial(solve, [group], pre, task, tau=1e-3)
+    kinds = {"r": r, "all": None} if whole else {"r": r}
+    for directions in kinds.values() if d <= WARM_UP else ():
+        found(directions=directions)
+    return alternated({k: partial(found, directions=n) for k, n in kinds.items()}, rounds)
 
 
 def peer_times(shape: Shape, dtype: torch.dtype, device: torch.device, tokens: int) -> Times:
@@ -114,12 +114,13 @@ def sampling_rates(
     vocabulary: int,
     sequences: int,
     tokens: int,
+    few: int,
     dtype: torch.dtype,
     device: torch.device,
     blocks: int,
     rounds: int,
 ) -> dict[str, list[float]]:
-    """Tokens a second of folora's sampling, and of ``generate`` in a loop over one sequence at a time."""
+    """Tokens a second of folora's sampling, and of ``generate`` in a loop over a few, one at a time."""
     model = random_model(shape, blocks, dtype, device, vocabulary)
     config = SamplingConfig(
         num_sequences=max(32, sequences), min_new_tokens=tokens, max_new_tokens=tokens
@@ -130,7 +131,6 @@ def sampling_rates(
         do_sample=True, top_k=0, max_new_tokens=tokens, min_new_tokens=tokens,
         eos_token_id=2, pad_token_id=2,
     )  # fmt: skip
-    few = max(1, sequences // 16)
 
     @torch.inference_mode()
     def loop() -> None:

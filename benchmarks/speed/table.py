@@ -103,8 +103,8 @@ def solve_table(results: Sequence[Mapping[str, Any]]) -> Table:
         (
             str(d),
             str(SHAPES[result["shape"]].r),
-            *(_spread(times[which], ".2f") for which in ("r", "all")),
-            f"{median(times['all']) / median(times['r']):.1f}",
+            *(_spread(times.get(which, []), ".2f") for which in ("r", "all")),
+            f"{median(times['all']) / median(times['r']):.1f}" if "all" in times else NONE,
         )
         for result in results
         for d, times in sorted(result["setup"]["solve"].items(), key=lambda item: int(item[0]))
@@ -136,6 +136,7 @@ def scale_table(results: Sequence[Mapping[str, Any]]) -> Table:
             int(d): median(times[which])
             for result in results
             for d, times in result["setup"]["solve"].items()
+            if which in times
         }
         for which in ("r", "all")
     }

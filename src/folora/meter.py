@@ -106,24 +106,34 @@ def update_norms(
     factors = lora_factors(model, adapter_name)
     norms: dict[str, LayerNorms] = {}
     for b in bases:
-        # Columns of T differ in length by orders of magnitude; QR sees their directions.
-        basis = b.basis.double()
+        both = {
+            n: (a.double(), bb.double(), k) for n in b.group.layers for a, bb, k in [factors[n]]
+        }
+        stacked = torch.cat([a for a, _, _ in both.values()])
+        # Columns of T differ in length by orders of magnitude; what is solved sees their directions.
+        basis = b.basis.to(stacked.device).double()
         lengths = basis.norm(dim=0)
-        q, upper = torch.linalg.qr(basis / lengths)
-        for name in b.group.layers:
-            a, bb, scaling = factors[name]
-            # H = T^-T T^-1, so an H-norm is a plain norm after solving with T.
-            a64 = a.double().to(basis.device)
-            inside = q.T @ a64.T
-            in_h = (torch.linalg.solve_triangular(upper, inside, upper=True).T) / lengths
-            if (a64.T - q @ inside).norm() > OUTSIDE * a64.norm():
-                in_h = torch.full_like(in_h, float("nan"))
-            outer = bb.double().to(basis.device)
-            gram = outer.T @ outer
+        # H = T^-T T^-1, so an H-norm is a plain norm after solving with T.
+        in_h = _coordinates(basis / lengths, stacked) / lengths
+        parts = in_h.split([len(a) for a, _, _ in both.values()])
+        for (name, (a, bb, scaling)), own in zip(both.items(), parts, strict=True):
+            gram = bb.T @ bb
             norms[name] = LayerNorms(
-                scaling * _norm_of_product(gram, a64), scaling * _norm_of_product(gram, in_h)
+                scaling * _norm_of_product(gram, a), scaling * _norm_of_product(gram, own)
             )
     return norms
+
+
+def _coordinates(basis: Tensor, a: Tensor) -> Tensor:
+    """X with X T' = A, (rows, k); rows of NaN for those of A that lie outside of a cut basis's span."""
+    d, k = basis.shape
+    if d == k:
+        return torch.linalg.solve(basis, a.T).T
+    q, upper = torch.linalg.qr(basis)
+    inside = q.T @ a.T
+    found = torch.linalg.solve_triangular(upper, inside, upper=True).T
+    outside = (a.T - q @ inside).norm(dim=0) > OUTSIDE * a.norm(dim=1)
+    return found.masked_fill_(outside[:, None], float("nan"))
 
 
 @torch.no_grad()

@@ -13,11 +13,10 @@ T' H T = I and T' C_task T = diag(gamma). Directions with a small gamma get a sm
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-import scipy.linalg
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
@@ -35,6 +34,11 @@ NEGATIVITY = 1e-5  # of the Frobenius norm; likewise
 RESIDUAL = 1e-6
 RIDGE_RETRIES = 6
 SMALLEST_RIDGE = 1e-10
+
+FEW = 4  # times as many directions as are wanted, from which they are looked for alone
+LEADING_RESIDUAL = 1e-6  # |M v - gamma v| / gamma
+MOST_LOOKS = 40
+GROWTH = 1e12
 
 
 @dataclass(frozen=True)
@@ -443,20 +447,42 @@ def _factor(pre: Tensor, tau: float, name: str) -> tuple[Tensor, Tensor, float]:
 
 def _largest(matrix: Tensor, count: int | None, name: str) -> tuple[Tensor, Tensor]:
     """The largest eigenvalues of a symmetric matrix, descending, and their vectors; None for all."""
-    d = len(matrix)
-    # On the CPU LAPACK finds a part of the vectors in a fraction of the time.
-    if count is not None and 2 * count <= d and matrix.device.type == "cpu":
-        try:
-            found = scipy.linalg.eigh(
-                matrix.numpy(), subset_by_index=[d - count, d - 1], driver="evr", check_finite=False
-            )
-            if all(np.isfinite(part).all() for part in found):
-                values, vectors = (torch.from_numpy(part) for part in found)
-                return values.flip(0), vectors.flip(1)
-        except np.linalg.LinAlgError as error:
-            logger.warning("%s: eigh of %d directions failed (%s)", name, count, error)
+    if count is not None and FEW * count <= len(matrix):
+        if found := _leading(matrix, count):
+            return found
+        logger.info("%s: %d directions are not found alone, so all are solved for", name, count)
     values, vectors = _eigh(matrix, name)
     return values.flip(0)[:count], vectors.flip(1)[:, :count]
+
+
+def _leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
+    """A few leading eigenpairs of a positive semidefinite matrix, by products with it; None if they tarry.
+
+    Subspace iteration with Rayleigh-Ritz. Between two looks a Chebyshev polynomial that stays within
+    [-1, 1] on what lies below the subspace, and grows beyond, drives the subspace towards what is wanted.
+    Vectors are orthonormal however far it has come, and their values are their own Rayleigh quotients.
+    """
+    d = len(matrix)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(d, min(d, count + max(8, count // 2)), generator=generator).to(matrix)
+    subspace = torch.linalg.qr(matrix @ start).Q
+    for _ in range(MOST_LOOKS):
+        image = matrix @ subspace
+        values, rotation = _eigh(subspace.T @ image, "a subspace")
+        values, rotation = values.flip(0), rotation.flip(1)
+        subspace, image = subspace @ rotation, image @ rotation
+        residuals = (image - subspace * values)[:, :count].norm(dim=0)
+        rounding = 10 * d * torch.finfo(values.dtype).eps * values[0].abs()
+        if bool((residuals <= LEADING_RESIDUAL * values[:count].abs() + rounding).all()):
+            return values[:count], subspace[:, :count]
+        # Of degree 4, or less where it would grow so much that rounding hides the trailing vectors.
+        half = max(float(values[-1]), 1e-12 * float(values[0])) / 2
+        degree = int(math.log(GROWTH) / math.log(4 * float(values[0]) / half))
+        before, now = subspace, image / half - subspace
+        for _ in range(min(max(degree, 1), 4) - 1):
+            before, now = now, 2 * ((matrix @ now) / half - now) - before
+        subspace = torch.linalg.qr(now / now.norm(dim=0)).Q
+    return None
 
 
 def _eigh(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:

@@ -115,7 +115,10 @@ class FoLoraTrainer(SFTTrainer):
     ) -> None:
         self.prepared = prepared
         check_sharding(args)
-        if getattr(prepared.model, "is_distributed_loading_by_transformers", False):
+        # Of the model, not of the Trainer, which knows it only in later versions of transformers.
+        model: Any = prepared.model
+        self._loaded_in_parts = getattr(model, "is_distributed_loading_by_transformers", False)
+        if self._loaded_in_parts:
             # The Trainer would refuse to save the optimizer of such a model; see `_save_checkpoint`.
             args = copy(args)
             args.save_only_model = True
@@ -247,7 +250,7 @@ class FoLoraTrainer(SFTTrainer):
         def write() -> None:
             try:
                 super(FoLoraTrainer, self)._save_checkpoint(model, trial)
-                if self.is_distributed_loading_by_transformers:  # the base; the adapter is whole
+                if self._loaded_in_parts:  # the base; the adapter is whole
                     self._save_optimizer_and_scheduler(str(folder))
                     self._save_rng_state(str(folder))
             except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: of torch.save

@@ -1,0 +1,301 @@
+"""On a GPU: the same numbers as on the CPU, and what only a GPU does. Skipped where there is none."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_sadam import gradients, orthogonal_and_gate, params, reference
+from test_spectrum import moment
+
+from benchmarks.distributed import free_port
+from benchmarks.tiny import make_gpt2, make_llama, make_tokenizer, tiny_config
+from folora.activations import InputGroup, find_groups, second_moments, target_layers
+from folora.artifacts import TENSORS
+from folora.config import SamplingConfig
+from folora.data import batches, text_examples
+from folora.pipeline import RESULT, TRAINING, Run
+from folora.planning import plan
+from folora.sadam import SAdam
+from folora.sampling import HuggingFaceEngine, sample
+from folora.solving import solve
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+GPU = torch.device("cuda")
+ROWS = [[1, *range(4, 4 + n)] for n in (3, 11, 7, 2, 19)]
+WIDTHS = (33, 8, 33, 64, 17)
+
+
+def stepped(device: str, storage: str = "float32", steps: int = 30) -> list[torch.Tensor]:
+    """Float32 parameters of several groups after some steps, on the CPU; the last group has no basis."""
+    groups: list[dict[str, Any]] = []
+    shapes = [(rows, d) for d in WIDTHS for rows in (4, 6)]
+    ps = [torch.nn.Parameter(p.to(device)) for p in params(shapes, torch.float32)]
+    for number, d in enumerate(WIDTHS):
+        basis, gate = orthogonal_and_gate(d, seed=number)
+        basis = basis[:, : max(4, d // 2)].float()
+        group: dict[str, Any] = {"params": ps[2 * number : 2 * number + 2]}
+        if number < len(WIDTHS) - 1:
+            group |= {"basis": basis, "gate": gate[: basis.shape[1]].float()}
+            if storage == "host":
+                group |= {"basis": basis.pin_memory(), "on_host": True}
+            elif storage == "bfloat16":
+                group["basis"] = basis.bfloat16()
+        groups.append(group)
+    optimizer = SAdam(groups, lr=1e-2, weight_decay=0.1)
+    for step in gradients(shapes, steps):
+        for p, g in zip(ps, step, strict=True):
+            p.grad = g.to(device, torch.float32)
+        optimizer.step()
+    return [p.detach().cpu() for p in ps]
+
+
+def furthest(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16"])
+def test_steps_are_those_of_the_cpu(storage: str) -> None:
+    assert furthest(stepped("cuda", storage), stepped("cpu", storage)) < 2e-5
+
+
+def test_bases_on_the_host_give_the_same_bits() -> None:
+    resident = stepped("cuda")
+    for _ in range(3):  # a race would show at some time
+        hosted = stepped("cuda", "host")
+        assert all(torch.equal(a, b) for a, b in zip(hosted, resident, strict=True))
+
+
+def test_large_bases_from_the_host_arrive_before_they_are_used() -> None:
+    """Copies take longer here than the products that wait for them."""
+    generator = torch.Generator(GPU).manual_seed(0)
+    ps = [torch.nn.Parameter(torch.zeros(4, 2048, device=GPU)) for _ in range(12)]
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in ps]
+    bases = [torch.randn(2048, 2048, generator=generator, device=GPU) for _ in ps]
+    hosted = SAdam(
+        {"params": [p], "basis": b.cpu().pin_memory(), "on_host": True}
+        for p, b in zip(ps, bases, strict=True)
+    )
+    resident = SAdam({"params": [p], "basis": b} for p, b in zip(twins, bases, strict=True))
+    for _ in range(5):
+        for p, twin in zip(ps, twins, strict=True):
+            p.grad = torch.randn(p.shape, generator=generator, device=GPU)
+            twin.grad = p.grad.clone()
+        hosted.step()
+        resident.step()
+    assert all(torch.equal(p, twin) for p, twin in zip(ps, twins, strict=True))
+
+
+def test_tf32_is_kept_out_of_the_step() -> None:
+    plain = stepped("cuda")
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        allowed = stepped("cuda")
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert all(torch.equal(a, b) for a, b in zip(allowed, plain, strict=True))
+
+
+def test_float64_follows_the_equations() -> None:
+    basis, gate = orthogonal_and_gate(17)
+    (a,) = params([(4, 17)])
+    expected = reference(a.detach(), [g[0] for g in gradients([(4, 17)], 20)], basis, gate, 1e-2)
+    p = torch.nn.Parameter(a.detach().to(GPU))
+    optimizer = SAdam([{"params": [p], "basis": basis, "gate": gate}], lr=1e-2)
+    for (g,) in gradients([(4, 17)], 20):
+        p.grad = g.to(GPU)
+        optimizer.step()
+    assert torch.allclose(p.detach().cpu(), expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("there", ["cuda", "cpu"])
+def test_a_state_goes_on_on_the_other_device(there: str) -> None:
+    here = "cpu" if there == "cuda" else "cuda"
+    basis, gate = orthogonal_and_gate(17)
+    steps = gradients([(4, 17)], 10)
+
+    def optimizer_on(device: str, p: torch.Tensor) -> tuple[torch.nn.Parameter, SAdam]:
+        own = torch.nn.Parameter(p.detach().to(device))
+        return own, SAdam([{"params": [own], "basis": basis.float(), "gate": gate.float()}])
+
+    def drive(p: torch.nn.Parameter, optimizer: SAdam, some: list[list[torch.Tensor]]) -> None:
+        for (g,) in some:
+            p.grad = g.to(p.device, p.dtype)
+            optimizer.step()
+
+    (start,) = params([(4, 17)], torch.float32)
+    whole, optimizer = optimizer_on(here, start)
+    drive(whole, optimizer, steps)
+    first, optimizer = optimizer_on(here, start)
+    drive(first, optimizer, steps[:5])
+    second, other = optimizer_on(there, first)
+    other.load_state_dict(optimizer.state_dict())
+    drive(second, other, steps[5:])
+    assert furthest([second.detach().cpu()], [whole.detach().cpu()]) < 2e-5
+
+
+def test_a_compiled_step_is_an_eager_one() -> None:
+    basis, gate = orthogonal_and_gate(64)
+    (a,) = params([(8, 64)], torch.float32)
+    found = []
+    for compiled in (False, True):
+        p = torch.nn.Parameter(a.detach().to(GPU))
+        optimizer = SAdam([{"params": [p], "basis": basis.float(), "gate": gate.float()}])
+        step = torch.compile(optimizer.step) if compiled else optimizer.step
+        for (g,) in gradients([(8, 64)], 5):
+            p.grad = g.to(GPU, torch.float32)
+            step()
+        found.append(p.detach().cpu())
+    assert furthest(found[1:], found[:1]) < 2e-5
+
+
+@pytest.mark.parametrize("make", [make_llama, make_gpt2])
+def test_statistics_are_those_of_the_cpu(make: Any) -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        model = make().to(device)
+        probe = {"input_ids": torch.tensor([[1, 5]]), "attention_mask": torch.ones(1, 2).long()}
+        probe = {k: v.to(device) for k, v in probe.items()}
+        groups = find_groups(model, target_layers(model, "all-linear"), probe)
+        moments = second_moments(model, groups, batches(text_examples(ROWS), 3)).matrices
+        found.append([m.cpu() for m in moments.values()])
+    assert furthest(found[1], found[0]) < 1e-5
+
+
+@pytest.mark.parametrize("directions", [None, 4])
+def test_spectra_are_those_of_the_cpu(directions: int | None) -> None:
+    groups = [InputGroup((f"layer{d}",), d) for d in WIDTHS]
+    groups = list({g.name: g for g in groups}.values())
+    pre = {g.name: moment(g.d_in, seed=g.d_in) for g in groups}
+    task = {g.name: moment(g.d_in, seed=50 + g.d_in) for g in groups}
+    here = solve(groups, pre, task, tau=1e-3, null_rank=2, directions=directions)
+    there = solve(groups, pre, task, tau=1e-3, null_rank=2, directions=directions, device=GPU)
+    for a, b in zip(here, there, strict=True):
+        assert b.basis.device.type == "cpu"  # where C_pre lies
+        assert torch.allclose(a.gamma, b.gamma, rtol=1e-5)
+        assert torch.allclose(a.basis.abs(), b.basis.abs(), rtol=1e-3, atol=1e-4)
+
+
+CONFIG = SamplingConfig(num_sequences=40, min_new_tokens=32, max_new_tokens=40, batch_size=16)
+
+
+def test_the_set_is_that_of_the_cpu_whatever_the_batch() -> None:
+    """In float32; a draw may fall between the roundings of two devices, but not of these seeds."""
+    expected = sample(HuggingFaceEngine(make_llama(), 1, [2], CONFIG), 1, [2], CONFIG)
+    for size in (5, 64):
+        config = replace(CONFIG, batch_size=size)
+        found = sample(HuggingFaceEngine(make_llama().to(GPU), 1, [2], config), 1, [2], config)
+        assert found == expected
+
+
+def test_sampling_in_a_memory_that_is_too_small(caplog: pytest.LogCaptureFixture) -> None:
+    """The memory really runs out, and the same set comes out."""
+    config = replace(CONFIG, num_sequences=1024, batch_size=1024)
+    model = make_llama(vocab=20000).to(GPU)
+    expected = sample(HuggingFaceEngine(model, 1, [2], config), 1, [2], config)
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(GPU).total_memory
+    room = torch.cuda.memory_reserved(GPU) + 400 * 2**20
+    torch.cuda.set_per_process_memory_fraction(room / total, GPU)
+    try:
+        found = sample(HuggingFaceEngine(model, 1, [2], config), 1, [2], config)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, GPU)
+        torch.cuda.empty_cache()
+    assert "half as many" in caplog.text
+    assert found == expected
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / RESULT / TENSORS)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dtype": "bfloat16", "training": {"bf16": True}},
+        {"spectrum": {"directions": "all", "storage": "host"}},
+        {"spectrum": {"directions": "all", "storage": "bfloat16"}},
+        {"spectrum": {"beyond": "floor"}},
+        {"training": {"gradient_checkpointing": True, "kl_weight": 0.1}},
+        {"adapter": {"init": "null_space"}},
+    ],
+    ids=str,
+)
+def test_a_whole_run(
+    changes: dict[str, Any], model_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    """As on the CPU, where that has the same precision; stopped and gone on with it is the same to the bit."""
+    named = {"model": str(model_folder), "dataset": str(rows_file), "output": str(tmp_path / "gpu")}
+    config = tiny_config(**named, **changes).changed({"device": "cuda"})
+    Run(config).run()
+    found = weights(tmp_path / "gpu")
+    assert all(t.device.type == "cpu" and bool(t.isfinite().all()) for t in found.values())
+
+    again = tmp_path / "again"
+    shutil.copytree(tmp_path / "gpu", again)
+    shutil.rmtree(again / RESULT)
+    shutil.rmtree(again / TRAINING / "checkpoint-6")
+    Run(config.changed({"output": str(again)})).run()
+    resumed = weights(again)
+    assert all(torch.equal(resumed[name], found[name]) for name in found)
+
+    if config.dtype == "float32":
+        cpu = config.changed({"device": "cpu", "output": str(tmp_path / "cpu")})
+        Run(cpu).run()
+        assert Run(config).proxies() == Run(cpu).proxies()
+        expected = weights(tmp_path / "cpu")
+        assert furthest([found[n] for n in expected], [*expected.values()]) < 2e-2
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_a_quantized_base(bits: str, rows_file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    make_llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    named = {"model": str(tmp_path / "model"), "dataset": str(rows_file)}
+    config = tiny_config(**named, output=str(tmp_path / "run"), dtype="bfloat16")
+    Run(config.changed({"device": "cuda", "quantize": bits})).run()
+    assert all(bool(t.isfinite().all()) for t in weights(tmp_path / "run").values())
+
+
+@pytest.mark.parametrize("way", ["DDP", "FSDP2"])
+def test_one_process_by_a_launcher(
+    way: str, model_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    """By NCCL and Accelerate as they are; two processes would need two GPUs."""
+    config = tiny_config(model=str(model_folder), dataset=str(rows_file)).changed(
+        {"device": "cuda"}
+    )
+    Run(config.changed({"output": str(tmp_path / "alone")})).run()
+    file = tmp_path / "config.yaml"
+    file.write_text(config.changed({"output": str(tmp_path / "launched")}).to_yaml())
+    asked = {
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    } if way == "FSDP2" else {}  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1",
+         "--master-port", str(free_port()), "-m", "folora.cli", "run", "--config", str(file)],
+        env=os.environ | asked, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found, expected = weights(tmp_path / "launched"), weights(tmp_path / "alone")
+    assert furthest([found[n] for n in expected], [*expected.values()]) < 1e-3
+
+
+def test_a_plan_knows_the_memory(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    named = {"model": str(model_folder), "dataset": str(rows_file), "output": str(tmp_path)}
+    found = plan(tiny_config(**named).changed({"device": "cuda"}))
+    assert 0 < found.free <= torch.cuda.get_device_properties(GPU).total_memory
