@@ -17,13 +17,17 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test results chaos soak fuzz distributed lint format lock sbom audit clean
+.PHONY: demo test gpu results chaos soak fuzz distributed lint format lock sbom audit clean
 
 demo: $(VENV)/ready
 	$(RUN) -m demo --output demo/output
 
 test: $(VENV)/ready
 	$(RUN) -m pytest
+
+# What can only be seen on a GPU; `make test` hides it, and compares with what the CPU gives.
+gpu: $(VENV)/ready
+	FOLORA_TEST_GPU=1 $(RUN) -m pytest tests/test_cuda.py
 
 results: $(VENV)/ready
 	$(RUN) -m benchmarks.report

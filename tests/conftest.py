@@ -7,6 +7,8 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+if "FOLORA_TEST_GPU" not in os.environ:  # tests compare with what the CPU gives, and fork
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from jaxtyping import install_import_hook
 

@@ -394,6 +394,39 @@ def test_a_complement_moves_what_the_basis_lacks_and_nothing_else() -> None:
     assert (moved @ dual).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_groups_that_are_stepped_together_are_stepped_as_alone(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, whatever their shapes, gates, scales and complements; other rates are kept apart."""
+    h, basis = pair(8)
+    kinds: list[dict[str, Any]] = [
+        {"basis": basis, "gate": torch.linspace(1, 0.1, 8)},
+        {"basis": basis[:, :3], "scale": 0.5},
+        {"basis": basis[:, :3], "complement": Complement(h @ basis[:, :3], torch.ones(8), 0.3)},
+        {"basis": basis.bfloat16(), "lr": 3e-2},
+        {"basis": basis[:, :5], "weight_decay": 0.1},
+        {"basis": basis[:, :5], "weight_decay": 0.1, "scale": 2.0},
+        {},
+    ]
+    shapes = [(rows, 8) for rows in range(1, 2 * len(kinds) + 1)]
+    grads = gradients(shapes, 20)
+
+    def after(most: int) -> tuple[list[Any], list[int]]:
+        monkeypatch.setattr(sadam, "TOGETHER", most)
+        ps = params(shapes, dtype)
+        groups = [{"params": ps[2 * n : 2 * n + 2], **kind} for n, kind in enumerate(kinds)]
+        optimizer = SAdam(groups, lr=1e-2)
+        due = [(g, g["params"], g["basis"]) for g in optimizer.param_groups[:-1]]
+        drive(optimizer, ps, grads)
+        return ps, [len(bundle) for bundle in sadam._bundles(due)]
+
+    together, bundles = after(2**24)
+    alone, single = after(1)
+    assert (bundles, single) == ([3, 1, 2], [1] * 6)
+    assert all(torch.equal(p, q) for p, q in zip(together, alone, strict=True))
+
+
 @pytest.mark.parametrize(("k", "with_complement"), [(3, True), (4, False)])
 def test_moments_of_another_cut_are_refused(k: int, with_complement: bool) -> None:
     h, basis = pair(8)

@@ -26,6 +26,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, overload
 
 import torch
@@ -36,7 +37,12 @@ from torch.optim.adamw import adamw
 
 BASIS_KEYS = ("basis", "gate", "scale", "complement", "on_host")
 FINGERPRINT = "basis_fingerprint"  # what stands for them in a state
+HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "fused")
+TOGETHER = 2**24  # numbers of the parameters that are stepped in one go
 COLUMNS_AT_ONCE = 2048  # of a basis kept in another dtype, widened for its products
+
+Work = tuple[dict[str, Any], list[Tensor], Tensor]
+"""A parameter group, those of its parameters that have a gradient, and its basis, where they are."""
 
 
 @contextmanager
@@ -147,51 +153,51 @@ class SAdam(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         due = [(g, p) for g in self.param_groups if (p := _with_gradient(g))]
+        for group, params in due:
+            _follow(group, params[0].device)
         away = [(g, p) for g, p in due if "basis" in g and _is_away(g)]
+        here: list[Work] = []
         for group, params in due:
             if "basis" not in group:
                 moments = [self._moments(group, p, p.dtype) for p in params]
                 _adamw(group, [*map(own_part, params)], [*map(_own_gradient, params)], moments)
             elif not _is_away(group):
-                if group["basis"].device != params[0].device:  # the model has moved since
-                    group["basis"] = group["basis"].to(params[0].device)
-                self._step_in_basis(group, params, group["basis"])
+                here.append((group, params, group["basis"]))
+        for together in _bundles(here):
+            self._step_in_bases(together)
         for (group, params), basis in zip(away, _travelling(away), strict=True):
-            self._step_in_basis(group, params, basis)
+            self._step_in_bases([(group, params, basis)])
         return loss
 
-    def _step_in_basis(self, group: dict[str, Any], params: list[Tensor], basis: Tensor) -> None:
-        """One gated step in the basis for all parameters of a group (Eq. 18-24)."""
-        complement, scale = _on(group["complement"], params[0].device), group["scale"]
-        gate = group["gate"].to(params[0].device)
-        dtype, k = gate.dtype, len(gate)
-        columns = k if complement is None else k + basis.shape[0]
-        moments = [self._moments(group, p, dtype, columns) for p in params]
-        own = [own_part(p) for p in params]
-        rows = [len(p) for p in own]
+    def _step_in_bases(self, work: list[Work]) -> None:
+        """One gated step of groups that differ in their bases alone (Eq. 18-24).
+
+        All that is not a product with a basis is done for all of them at once: on a GPU it is the number
+        of kernels that takes time, not their size.
+        """
+        owns = [[*map(own_part, params)] for _, params, _ in work]
+        moments: list[dict[str, Any]] = []
+        for group, params, basis in work:
+            columns = len(group["gate"])
+            columns += 0 if group["complement"] is None else basis.shape[0]
+            moments += [self._moments(group, p, group["gate"].dtype, columns) for p in params]
         with full_fp32_matmul():
-            stacked = torch.cat([_own_gradient(p).to(dtype) for p in params])
-            gbar = _to_basis(stacked, basis)
-            if complement is not None:
-                rest = stacked - _from_basis(gbar, complement.dual)
-                gbar = torch.cat([gbar, rest.mul_(complement.weight)], dim=1)
-            del stacked
-            gbar.mul_(scale)
-            # AdamW on a zero parameter leaves -lr * m_hat / (sqrt(v_hat) + eps) in it.
-            step = torch.zeros_like(gbar)
-            _adamw(group, list(step.split(rows)), list(gbar.split(rows)), moments, decay=False)
-            del gbar
-            step.mul_(scale)
-            update = _from_basis(step[:, :k] * gate, basis)
-            if complement is not None:
-                off = step[:, k:] * (complement.gate * complement.weight)
-                update += off - _from_basis(_to_basis(off, complement.dual), basis)
-        shrink = 1.0 - group["lr"] * group["weight_decay"]
-        for p, delta in zip(own, update.split(rows), strict=True):
-            if p.dtype == dtype:
-                p.mul_(shrink).add_(delta)
-            else:  # one rounding, at the end
-                p.copy_(p.to(dtype).mul_(shrink).add_(delta))
+            gbars = [_gradient_in_basis(*one) for one in work]
+            torch._foreach_mul_(gbars, [group["scale"] for group, _, _ in work])
+            # AdamW on zeros leaves -lr * m_hat / (sqrt(v_hat) + eps) in them.
+            zeros = gbars[0].new_zeros(sum(g.numel() for g in gbars))
+            parts = zeros.split([g.numel() for g in gbars])
+            steps = [part.view_as(g) for part, g in zip(parts, gbars, strict=True)]
+            rows = [[len(p) for p in own] for own in owns]
+            _adamw(work[0][0], _split(steps, rows), _split(gbars, rows), moments, decay=False)
+            del gbars
+            torch._foreach_mul_(steps, [group["scale"] for group, _, _ in work])
+            updates = [
+                _gated_update(group, step, basis)
+                for (group, _, basis), step in zip(work, steps, strict=True)
+            ]
+        shrink = 1.0 - work[0][0]["lr"] * work[0][0]["weight_decay"]
+        _move([*chain(*owns)], _split(updates, rows), shrink)
 
     def _moments(
         self, group: dict[str, Any], p: Tensor, dtype: torch.dtype, columns: int | None = None
@@ -301,10 +307,76 @@ def _is_away(group: dict[str, Any]) -> bool:
     return group["on_host"] or isinstance(group["basis"], DTensor)
 
 
-def _on(complement: Complement | None, device: torch.device) -> Complement | None:
-    if complement is None or complement.weight.device == device:
-        return complement
-    return Complement(complement.dual.to(device), complement.weight.to(device), complement.gate)
+def _follow(group: dict[str, Any], device: torch.device) -> None:
+    """Bring what belongs to a basis, and the basis unless it is away, to where the model has moved."""
+    if "basis" not in group or group["gate"].device == device:
+        return
+    group["gate"] = group["gate"].to(device)
+    if not _is_away(group):
+        group["basis"] = group["basis"].to(device)
+    if group["complement"] is not None:
+        rest: Complement = group["complement"]
+        group["complement"] = Complement(rest.dual.to(device), rest.weight.to(device), rest.gate)
+
+
+def _bundles(work: Iterable[Work]) -> Iterator[list[Work]]:
+    """Groups next to each other that are stepped alike, as many as `TOGETHER` allows."""
+    found: list[Work] = []
+    size = 0
+    for group, params, basis in work:
+        own = sum(own_part(p).numel() for p in params)
+        if found and (size + own > TOGETHER or _manner(found[0][0]) != _manner(group)):
+            yield found
+            found, size = [], 0
+        found.append((group, params, basis))
+        size += own
+    if found:
+        yield found
+
+
+def _manner(group: dict[str, Any]) -> tuple[Any, ...]:
+    """What a group's step depends on besides its basis."""
+    gate: Tensor = group["gate"]
+    return *(group[key] for key in HYPERPARAMETERS), gate.dtype, gate.device
+
+
+def _gradient_in_basis(group: dict[str, Any], params: list[Tensor], basis: Tensor) -> Tensor:
+    """Gbar of a group's parameters, (rows of all, columns), without the scale."""
+    complement: Complement | None = group["complement"]
+    grads = [_own_gradient(p).to(group["gate"].dtype) for p in params]
+    stacked = grads[0] if len(grads) == 1 else torch.cat(grads)
+    gbar = _to_basis(stacked, basis)
+    if complement is None:
+        return gbar
+    rest = stacked - _from_basis(gbar, complement.dual)
+    return torch.cat([gbar, rest.mul_(complement.weight)], dim=1)
+
+
+def _gated_update(group: dict[str, Any], step: Tensor, basis: Tensor) -> Tensor:
+    """A step in the basis as one of the parameters, (rows of all, d)."""
+    complement: Complement | None = group["complement"]
+    gate: Tensor = group["gate"]
+    update = _from_basis(step[:, : len(gate)] * gate, basis)
+    if complement is not None:
+        off = step[:, len(gate) :] * (complement.gate * complement.weight)
+        update += off - _from_basis(_to_basis(off, complement.dual), basis)
+    return update
+
+
+def _split(tensors: Iterable[Tensor], rows: Iterable[list[int]]) -> list[Tensor]:
+    """The rows of each parameter out of those of each group."""
+    return [part for tensor, own in zip(tensors, rows, strict=True) for part in tensor.split(own)]
+
+
+def _move(params: list[Tensor], deltas: list[Tensor], shrink: float) -> None:
+    """Shrink parameters and add to them, with one rounding at the end where they are narrower."""
+    pairs = [*zip(params, deltas, strict=True)]
+    if alike := [(p, delta) for p, delta in pairs if p.dtype == delta.dtype]:
+        torch._foreach_mul_([p for p, _ in alike], shrink)
+        torch._foreach_add_([p for p, _ in alike], [delta for _, delta in alike])
+    for p, delta in pairs:
+        if p.dtype != delta.dtype:
+            p.copy_(p.to(delta.dtype).mul_(shrink).add_(delta))
 
 
 def _with_gradient(group: dict[str, Any]) -> list[Tensor]:
