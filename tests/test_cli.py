@@ -130,7 +130,7 @@ def test_plan_shares_out_what_several_processes_do(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """2000 sequences are 32 batches, 8 inputs are solved: by 3 processes 11 and 3 at most each."""
-    monkeypatch.setattr("folora.planning._speed", lambda *_: (1e9, 1.0))
+    monkeypatch.setattr("folora.planning._speed", lambda *_: 1e9)
     monkeypatch.setattr("folora.planning.free_bytes", lambda _: 12_000_000)
     config = FoLoraConfig.from_dict({"model": str(model_folder), "device": "cpu"})
     one, three = plan(config, 9000, 90), plan(config, 9000, 90, processes=3)
@@ -149,7 +149,7 @@ def test_plan_counts_the_passes_of_a_small_memory(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half of the memory is one pass more: the forward passes are doubled, the matrices halved."""
-    monkeypatch.setattr("folora.planning._speed", lambda *_: (1e9, 1.0))
+    monkeypatch.setattr("folora.planning._speed", lambda *_: 1e9)
     config = FoLoraConfig.from_dict({"model": str(model_folder), "device": "cpu"})
     whole = plan(config)
     needed = sum(4 * g.d_in**2 for g in whole.groups) / 1e9

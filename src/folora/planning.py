@@ -1,7 +1,7 @@
 """What a run will need, said before anything starts: layers, bases, memory, disk and time.
 
 Sizes follow from the model's skeleton on the meta device, without its weights. Times are estimates
-from a second of measuring on this machine (a matrix product in the model's dtype, one eigenproblem),
+from measuring on this machine for a moment (a matrix product in the model's dtype, and one in float64),
 good to a factor of about three.
 """
 
@@ -28,10 +28,13 @@ from folora.loading import device_of, load_config, load_skeleton, required
 from folora.memory import cache_bytes, free_bytes, held_bytes
 from folora.preparation import check_adapter, solved_directions
 from folora.sampling import batch_size_for
+from folora.spectrum import FEW
 
 PROBE = 512
 DECODING_EFFICIENCY = 0.15  # of a large product's rate, for one token a row
-PART_OF_EIGH = 0.4  # of a whole solve, where LAPACK finds the leading vectors alone; measured
+# Operations of a solve over the cube of the width, in float64: to reduce it to one matrix, and for all its
+# vectors; and of k leading ones over k times the square of the width. Measured.
+REDUCTION, ALL_VECTORS, LEADING_VECTORS = 3, 17, 60
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ def plan(
     if config.shard:
         blocks = model_config.get_text_config().num_hidden_layers
         weights = int(held_bytes(weights, blocks, processes))
-    flops, eigh_seconds = _speed(device, dtype)
+    flops, wide_flops = _speed(device, dtype), _speed(device, torch.float64)
     room = room_for_moments(device, config.statistics.memory_gb, weights)
     parts = [sum(4 * g.d_in**2 for g in part) for part in passes(groups, room)]
 
@@ -147,8 +150,7 @@ def plan(
     forward = 2 * parameters
     kept = solved_directions(config)
     spectrum = sum(4 * g.d_in * min(kept or g.d_in, g.d_in) for g in groups)
-    part = 1.0 if kept is None or device.type != "cpu" else PART_OF_EIGH
-    solve_seconds = part * eigh_seconds * sum((g.d_in / PROBE) ** 3 for g in groups)
+    solve_seconds = sum(_solve_operations(g.d_in, kept) for g in groups) / wide_flops
     training = config.training
     # The share of the busiest process: batches and groups are not divided.
     batches = math.ceil(sampling.num_sequences / at_once)
@@ -239,15 +241,19 @@ def widths(groups: Sequence[InputGroup]) -> list[tuple[int, int, int]]:
     ]
 
 
-def _speed(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """Operations a second of a matrix product, and seconds of one solve at width `PROBE`."""
+def _solve_operations(d: int, kept: int | None) -> float:
+    """In float64, for one shared input."""
+    if kept is not None and FEW * kept <= d:
+        return REDUCTION * d**3 + LEADING_VECTORS * d**2 * kept
+    return (REDUCTION + ALL_VECTORS) * d**3
+
+
+def _speed(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a matrix product."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(PROBE, 4 * PROBE, generator=generator).to(device, dtype)
     best = min(_seconds(device, lambda: x @ x.T) for _ in range(5))
-    moment = torch.randn(PROBE, 2 * PROBE, generator=generator, dtype=torch.float64).to(device)
-    moment = moment @ moment.T
-    eigh = min(_seconds(device, lambda: torch.linalg.eigh(moment)) for _ in range(2))
-    return 8 * PROBE**3 / best, 1.5 * eigh
+    return 8 * PROBE**3 / best
 
 
 def _seconds(device: torch.device, work: object) -> float:

@@ -450,7 +450,7 @@ def _largest(matrix: Tensor, count: int | None, name: str) -> tuple[Tensor, Tens
     if count is not None and FEW * count <= len(matrix):
         if found := _leading(matrix, count):
             return found
-        logger.info("%s: %d directions are not found alone, so all are solved for", name, count)
+        logger.info("%s: %d directions are not found alone; all are solved for", name, count)
     values, vectors = _eigh(matrix, name)
     return values.flip(0)[:count], vectors.flip(1)[:, :count]
 
