@@ -372,7 +372,8 @@ def _move(params: list[Tensor], deltas: list[Tensor], shrink: float) -> None:
     """Shrink parameters and add to them, with one rounding at the end where they are narrower."""
     pairs = [*zip(params, deltas, strict=True)]
     if alike := [(p, delta) for p, delta in pairs if p.dtype == delta.dtype]:
-        torch._foreach_mul_([p for p, _ in alike], shrink)
+        if shrink != 1.0:
+            torch._foreach_mul_([p for p, _ in alike], shrink)
         torch._foreach_add_([p for p, _ in alike], [delta for _, delta in alike])
     for p, delta in pairs:
         if p.dtype != delta.dtype:
