@@ -218,6 +218,19 @@ def real(source: Source, plan: str, task: str) -> Block:
     return Block(text, {picture: partial(frontier_picture, meter, task)})
 
 
+def ingredients(source: Source, plan: str, task: str, other: str) -> Block:
+    """Methods and settings of a plan, beside another plan's references of the same seeds, by the KL alone."""
+    results = source.chosen(plan, task)
+    seeds_there = {r.seed for r in results}
+    beside = [
+        r for r in source.maybe(other, task) if r.method in REFERENCES and r.seed in seeds_there
+    ]
+    named = [_relabelled(r, f"folora, {_setting(r)}") if _knobs(r) else r for r in results]
+    together = [without_scores(r) for r in (*beside, *named)]
+    table = comparison_table(together, task, reference=REFERENCE)
+    return Block(_paragraphs(table.markdown(), source.missing(plan, task)))
+
+
 def turned(source: Source, plan: str, task: str, *others: str) -> Block:
     """How many directions are kept, beside arms of other plans, by the kept score."""
     return _turned(source, plan, task, others, lambda result: result)
@@ -407,6 +420,7 @@ BLOCKS: dict[str, Callable[..., Block]] = {
     "demo": demo,
     "turned": turned,
     "turned_by_meter": turned_by_meter,
+    "ingredients": ingredients,
     "enough": enough,
     "enough_by_meter": enough_by_meter,
     "steps": steps,

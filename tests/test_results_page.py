@@ -289,6 +289,22 @@ def test_variants_stand_beside_arms_of_their_rates_and_seeds(
     assert table[title]["minus folora"].removesuffix(" *") == difference
 
 
+def test_ingredients_stand_beside_references_of_their_seeds(made: Path) -> None:
+    """By the KL, all rates pooled; a setting of folora's is a row of its own."""
+    write_arm(made / "results", "world_ablation", "folora", 1, 3e-3, -0.2, {"spectrum.tau": 1e-2})
+    (table,) = tables(page(made, "ingredients world_ablation shift world_methods"))
+    titles = [
+        METHODS[m].title for m in ("folora", "folora-null", "lora", "eigen-frozen", "gate-off")
+    ]
+    assert set(table) == {*titles, "folora, tau = 0.01"}
+    assert [table[title]["seeds"] for title in titles] == ["2"] * 5  # the references have three
+    kl = {m: [(1 - final(m, s, r)) / 10 for s in range(2)] for m, r in (("folora", 1e-2), ("gate-off", 3e-3))}  # fmt: skip
+    assert table["folora"]["KL at matched task"] == stated(kl["folora"], 4)
+    more = [a - b for a, b in zip(kl["gate-off"], kl["folora"], strict=True)]
+    assert table["folora, gate off"]["minus folora"].removesuffix(" *") == stated(more, 4, "+")
+    assert table["folora, tau = 0.01"]["arms"] == "1"
+
+
 def test_more_seeds_are_pooled_with_those_of_other_plans(made: Path) -> None:
     plan = {
         "tasks": ["shift"],
