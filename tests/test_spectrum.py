@@ -78,6 +78,18 @@ def test_leading_pairs_of_any_spectrum(name: str, count: int) -> None:
     assert (residual <= 1.1e-6 * expected + 1e3 * rounding).all()
 
 
+@pytest.mark.parametrize("count", [None, 5])
+def test_signs_are_settled(count: int | None) -> None:
+    """More processes, or another device, round otherwise, and must not turn columns round."""
+    pre, task = moment(64, seed=1, decay=1), moment(64, seed=2, decay=1)
+    h = pre + 1e-3 * pre.diagonal().mean() * torch.eye(64).double()
+    rotation = (
+        torch.linalg.cholesky(h).T @ generalized_eigenbasis(pre, task, directions=count).basis
+    )
+    largest = rotation.gather(0, rotation.abs().argmax(0, keepdim=True))
+    assert (largest > 0).all()
+
+
 def test_where_leading_pairs_tarry_all_are_solved_for(monkeypatch: pytest.MonkeyPatch) -> None:
     pre, task = moment(40, seed=1), moment(40, seed=2)
     expected = generalized_eigenbasis(pre, task, directions=3)

@@ -127,8 +127,8 @@ def generalized_eigenbasis(
             all.
 
     Returns:
-        The basis, on the device of `c_pre`. Columns are defined up to sign (and up to rotation
-        where gammas coincide).
+        The basis, on the device of `c_pre`. Columns are defined up to rotation where gammas coincide;
+        L'v of a column v, with H = LL', has its largest entry positive.
 
     Raises:
         NumericsError: See `checked_moment`; also unequal shapes, a zero C_pre, a negative `tau`, or
@@ -474,7 +474,7 @@ def _leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
         residuals = (image - subspace * values)[:, :count].norm(dim=0)
         rounding = 10 * d * torch.finfo(values.dtype).eps * values[0].abs()
         if bool((residuals <= LEADING_RESIDUAL * values[:count].abs() + rounding).all()):
-            return values[:count], subspace[:, :count]
+            return values[:count], _signed(subspace[:, :count])
         # Of degree 4, or less where it would grow so much that rounding hides the trailing vectors.
         half = max(float(values[-1]), 1e-12 * float(values[0])) / 2
         degree = int(math.log(GROWTH) / math.log(4 * float(values[0]) / half))
@@ -491,11 +491,17 @@ def _eigh(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
     try:
         values, vectors = torch.linalg.eigh(matrix)
         if bool(torch.isfinite(values).all()) and bool(torch.isfinite(vectors).all()):
-            return values, vectors
+            return values, _signed(vectors)
     except RuntimeError as error:  # torch.linalg.LinAlgError is one
         logger.warning("%s: eigh failed on %s (%s)", name, matrix.device, error)
     if matrix.device.type != "cpu":
         values, vectors = torch.linalg.eigh(safe)
         if bool(torch.isfinite(values).all()) and bool(torch.isfinite(vectors).all()):
-            return values.to(matrix.device), vectors.to(matrix.device)
+            return values.to(matrix.device), _signed(vectors.to(matrix.device))
     raise NumericsError(f"{name}: the eigenvalue problem did not converge. Raise tau.")
+
+
+def _signed(vectors: Tensor) -> Tensor:
+    """Columns with the sign at which their largest entry is positive, whatever found them."""
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    return torch.where(largest < 0, -vectors, vectors)
