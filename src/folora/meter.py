@@ -106,18 +106,16 @@ def update_norms(
     factors = lora_factors(model, adapter_name)
     norms: dict[str, LayerNorms] = {}
     for b in bases:
-        both = {
-            n: (a.double(), bb.double(), k) for n in b.group.layers for a, bb, k in [factors[n]]
-        }
-        stacked = torch.cat([a for a, _, _ in both.values()])
+        a64 = [factors[name][0].double() for name in b.group.layers]
         # Columns of T differ in length by orders of magnitude; what is solved sees their directions.
-        basis = b.basis.to(stacked.device).double()
+        basis = b.basis.to(a64[0].device).double()
         lengths = basis.norm(dim=0)
         # H = T^-T T^-1, so an H-norm is a plain norm after solving with T.
-        in_h = _coordinates(basis / lengths, stacked) / lengths
-        parts = in_h.split([len(a) for a, _, _ in both.values()])
-        for (name, (a, bb, scaling)), own in zip(both.items(), parts, strict=True):
-            gram = bb.T @ bb
+        in_h = _coordinates(basis / lengths, torch.cat(a64)) / lengths
+        parts = in_h.split([len(a) for a in a64])
+        for name, a, own in zip(b.group.layers, a64, parts, strict=True):
+            _, outer, scaling = factors[name]
+            gram = outer.double().T @ outer.double()
             norms[name] = LayerNorms(
                 scaling * _norm_of_product(gram, a), scaling * _norm_of_product(gram, own)
             )

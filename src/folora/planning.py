@@ -28,7 +28,7 @@ from folora.loading import device_of, load_config, load_skeleton, required
 from folora.memory import cache_bytes, free_bytes, held_bytes
 from folora.preparation import check_adapter, solved_directions
 from folora.sampling import batch_size_for
-from folora.spectrum import FEW
+from folora.spectrum import are_few
 
 PROBE = 512
 DECODING_EFFICIENCY = 0.15  # of a large product's rate, for one token a row
@@ -243,7 +243,7 @@ def widths(groups: Sequence[InputGroup]) -> list[tuple[int, int, int]]:
 
 def _solve_operations(d: int, kept: int | None) -> float:
     """In float64, for one shared input."""
-    if kept is not None and FEW * kept <= d:
+    if kept is not None and are_few(kept, d):
         return REDUCTION * d**3 + LEADING_VECTORS * d**2 * kept
     return (REDUCTION + ALL_VECTORS) * d**3
 

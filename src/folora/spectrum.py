@@ -445,9 +445,14 @@ def _factor(pre: Tensor, tau: float, name: str) -> tuple[Tensor, Tensor, float]:
     )
 
 
+def are_few(count: int, d: int) -> bool:
+    """Whether so many leading directions of d are looked for alone."""
+    return FEW * count <= d
+
+
 def _largest(matrix: Tensor, count: int | None, name: str) -> tuple[Tensor, Tensor]:
     """The largest eigenvalues of a symmetric matrix, descending, and their vectors; None for all."""
-    if count is not None and FEW * count <= len(matrix):
+    if count is not None and are_few(count, len(matrix)):
         if found := _leading(matrix, count):
             return found
         logger.info("%s: %d directions are not found alone; all are solved for", name, count)
