@@ -9,6 +9,7 @@ LOCK := requirements-dev.txt
 CPU_LOCK := requirements-cpu.txt
 TOOLS_LOCK := requirements-tools.txt
 RUN := $(VENV)/bin/python
+WORKERS ?= 2  # processes that test; more than there are cores disturb each other
 INSTALL := pip install --quiet --require-hashes --no-deps --no-build-isolation
 COMPILE = $(TOOLS)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
     --no-annotate --custom-compile-command 'make lock' $(UPGRADE)
@@ -23,7 +24,7 @@ demo: $(VENV)/ready
 	$(RUN) -m demo --output demo/output
 
 test: $(VENV)/ready
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 # What can only be seen on a GPU; `make test` hides it, and compares with what the CPU gives.
 gpu: $(VENV)/ready

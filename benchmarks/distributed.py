@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 from transformers import Trainer
 
 from benchmarks.forks import PATIENCE, Ended, Fork
@@ -56,6 +56,7 @@ class Bench:
 
     def __init__(self, place: Path) -> None:
         self.place = place
+        self.stores: list[TCPStore] = []  # a store ends with its object
         self.model = write_model(place / "model")
         self.rows = place / "rows.jsonl"
         self.rows.write_text("".join(json.dumps(row) + "\n" for row in rows()))
@@ -88,16 +89,13 @@ class Bench:
             prepare: Called in each with its rank.
             changes: Of the config.
         """
-        port = free_port()
+        store = meeting_point()
+        self.stores.append(store)
 
         def begin(rank: int) -> Callable[[], None]:
             def set_up() -> None:
                 if count > 1:
-                    os.environ |= {
-                        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
-                        "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
-                        "MASTER_PORT": str(port),
-                    }  # fmt: skip
+                    os.environ |= place_among(store, rank, count)
                 prepare(rank)
 
             return set_up
@@ -143,11 +141,20 @@ class Bench:
         return name
 
 
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+def meeting_point() -> TCPStore:
+    """Where processes of this machine meet: a store as torchrun's agent keeps one, on a port of the system's choice.
+
+    It listens from the start, so that nobody else can take the port, and as long as it is alive.
+    """
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def place_among(store: TCPStore, rank: int, count: int) -> dict[str, str]:
+    """The environment of one of several processes that meet at a store, as a launcher sets it."""
+    return {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": store.host, "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }  # fmt: skip
 
 
 def ended(forks: Sequence[Fork]) -> list[Ended]:
@@ -206,8 +213,8 @@ def by_fsdp2(rank: int) -> None:
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
     }  # fmt: skip
     if "RANK" not in os.environ:  # FSDP wants to be one of several also alone
-        address = f"tcp://127.0.0.1:{free_port()}"
-        torch.distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+        alone = HashStore()
+        torch.distributed.init_process_group("gloo", store=alone, rank=0, world_size=1)
     trainers: Any = Trainer
     create = trainers.create_accelerator_and_postprocess
 
@@ -335,8 +342,8 @@ def launched(bench: Bench) -> dict[str, dict[str, Any]]:
     ]  # fmt: skip
     found = {}
     for name, launcher in (
-        ("torchrun", [*torchrun, "2", "--master-port", str(free_port())]),
-        ("accelerate launch", [*accelerate, "--main_process_port", str(free_port())]),
+        ("torchrun", [*torchrun, "2", "--standalone"]),
+        ("accelerate launch", [*accelerate, "--main_process_port", "0"]),
     ):
         words = [*launcher, "-m", "folora.cli", *bench.words(name, 2)]
         done = subprocess.run(words, capture_output=True)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.distributed import free_port
+from benchmarks.distributed import meeting_point, place_among
 from folora import ranks
 
 PATIENCE = 60  # seconds
@@ -19,15 +19,12 @@ def in_processes(count: int, work: Callable[[], Any]) -> list[Any]:
     Tensors do not outlive the process that made them; return arrays.
     """
     fork = multiprocessing.get_context("fork")
-    queue, port = fork.Queue(), free_port()
+    queue, store = fork.Queue(), meeting_point()
 
     def run(rank: int) -> None:
-        os.environ |= {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
-            "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        }  # fmt: skip
-        ranks.join("cpu")
+        os.environ |= place_among(store, rank, count)
         try:
+            ranks.join("cpu")
             queue.put((rank, work()))
         except BaseException as error:
             queue.put((rank, f"{type(error).__name__}: {error}"))

@@ -16,9 +16,14 @@ from safetensors.torch import load_file
 from test_sadam import gradients, orthogonal_and_gate, params, reference
 from test_spectrum import moment
 
-from benchmarks.distributed import free_port
 from benchmarks.tiny import make_gpt2, make_llama, make_tokenizer, tiny_config
-from folora.activations import InputGroup, find_groups, second_moments, target_layers
+from folora.activations import (
+    InputGroup,
+    add_upper_gram,
+    find_groups,
+    second_moments,
+    target_layers,
+)
 from folora.artifacts import TENSORS
 from folora.config import SamplingConfig
 from folora.data import batches, text_examples
@@ -172,6 +177,20 @@ def test_statistics_are_those_of_the_cpu(make: Any) -> None:
     assert furthest(found[1], found[0]) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("d", [33, 64, 576])
+def test_products_of_narrow_numbers_are_exact(dtype: torch.dtype, d: int) -> None:
+    """As near to float64 as those of float32 are, also where sums are much larger than their parts."""
+    generator = torch.Generator(GPU).manual_seed(0)
+    total = torch.zeros(d, d, device=GPU)
+    expected = total.double()
+    for _ in range(4):
+        rows = torch.randn(4096, d, generator=generator, device=GPU).add(2).to(dtype)
+        add_upper_gram(total, rows)
+        expected += rows.double().T @ rows.double()
+    assert furthest([total.triu()], [expected.triu()]) < 1e-5
+
+
 @pytest.mark.parametrize("directions", [None, 4])
 def test_spectra_are_those_of_the_cpu(directions: int | None) -> None:
     groups = [InputGroup((f"layer{d}",), d) for d in WIDTHS]
@@ -288,7 +307,7 @@ def test_one_process_by_a_launcher(
     } if way == "FSDP2" else {}  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1",
-         "--master-port", str(free_port()), "-m", "folora.cli", "run", "--config", str(file)],
+         "--standalone", "-m", "folora.cli", "run", "--config", str(file)],
         env=os.environ | asked, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
