@@ -1,4 +1,4 @@
-"""The proxy set: independent of the batch size, resumable, and sampled from the right distribution."""
+"""The proxy set: independent of the batch size (here to the bit), resumable, and sampled from the right distribution."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_what_does_not_fit_the_memory_is_decoded_in_halves(
 @pytest.mark.parametrize(
     ("free", "processes", "size"),
     # A sequence takes 512 bytes a token of cache, 512 tokens of it, and logits; 36 is least.
-    [(10**10, 1, 256), (4 * 200 * (512 * 512 + 6 * 4 * 51), 1, 128), (10**10, 10, 128),
+    [(10**10, 1, 1024), (4 * 200 * (512 * 512 + 6 * 4 * 51), 1, 128), (10**10, 10, 128),
      (10**10, 16, 64), (10**6, 1, 64)],
 )  # fmt: skip
 def test_so_many_at_once_as_fit(

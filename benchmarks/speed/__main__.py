@@ -43,7 +43,7 @@ FITTING = {
 # Up to which width the first r directions are solved for, and all; beyond it that takes many minutes.
 WIDEST = {"cpu": (4096, 4096), "cuda": (16384, 4096)}
 # Sequences, tokens of each, and how many of them the loop decodes.
-SAMPLED = {"cpu": (64, 64, 4), "cuda": (512, 64, 2)}
+SAMPLED = {"cpu": (64, 64, 4), "cuda": (1024, 64, 2)}
 SAMPLED_VOCABULARY = 49152
 
 

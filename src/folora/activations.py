@@ -230,9 +230,9 @@ def second_moments(
                     "cannot be told from text there. Leave it out of adapter.target_modules."
                 )
             rows = rows[mask.reshape(-1).to(rows.device)]
+        rows = rows.float()
         if name not in sums:
-            d = rows.shape[1]
-            sums[name] = torch.zeros(d, d, dtype=torch.float32, device=rows.device)
+            sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
         add_upper_gram(sums[name], rows)
 
     shared_out = is_shared_out(model)
@@ -299,23 +299,13 @@ def _check_finite(sums: dict[str, Tensor]) -> None:
 def add_upper_gram(total: Float[Tensor, "d d"], rows: Float[Tensor, "n d"]) -> None:
     """Add x'x to the upper triangle of `total`, in place; what lies below it is left undefined.
 
-    The product is symmetric, so that blocks below the diagonal need not be computed. Products of two
-    16-bit numbers are exact in float32, so CUDA's matrix units may form them from the rows as they are;
-    elsewhere the rows are widened first.
-
-    Args:
-        total: Float32.
-        rows: Any floating dtype.
+    The product is symmetric, so that blocks below the diagonal need not be computed.
     """
-    narrow = rows.is_cuda and torch.version.cuda is not None and rows.dtype.itemsize == 2
-    rows = rows if narrow else rows.to(total.dtype)
-    into: Any = {"out_dtype": total.dtype} if narrow else {}
     d = rows.shape[1]
     width = -(-d // GRAM_BLOCKS)
     for start in range(0, d, width):
         end = min(start + width, d)
-        part = total[:end, start:end]
-        torch.addmm(part, rows[:, :end].T, rows[:, start:end], **into, out=part)
+        total[:end, start:end].addmm_(rows[:, :end].T, rows[:, start:end])
 
 
 @contextmanager

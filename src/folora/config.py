@@ -86,8 +86,8 @@ class SamplingConfig:
     max_new_tokens: int = _option(512, "a sequence is cut here")
     batch_size: int | None = _option(
         None,
-        "sequences decoded at once; the sampled set does not depend on it. Default: 64, and up to 256 as "
-        "the memory of an accelerator allows",
+        "sequences decoded at once; changes the sampled set by rounding alone. Default: 64, and up to 1024 "
+        "as the memory of an accelerator allows",
     )
     seed: int = _option(0, "seed of the random draws; each sequence has its own stream")
     start_token: str | None = _option(

@@ -1,8 +1,8 @@
 """The proxy set: text that the pretrained model writes itself (paper 3.4, B.4).
 
 Every sequence has a number. Its decoding setting and its random draws are functions of that number
-and the seed alone, so the set is the same whatever the batch size, and an interrupted run goes on
-where it stopped. Sequences are judged in the order of their numbers until enough have passed.
+and the seed alone, so the set is the same whatever the batch size (but for a draw that falls between
+the roundings of two sizes, one sequence in some dozens), and an interrupted run goes on where it stopped. Sequences are judged in the order of their numbers until enough have passed.
 
 `Engine` is the seam for other engines: anything that turns sequence numbers into tokens.
 """
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 # Matrix products of fewer rows take other kernels, which round differently; measured on CPU.
 MIN_ROWS = 8
-BATCH_SIZES = (64, 128, 256)  # of which an accelerator takes what fits
+BATCH_SIZES = (64, 128, 256, 512, 1024)  # of which an accelerator takes what fits
 LOGITS = 6  # copies in float32, of a row
 BLOCK = 256  # tokens whose probabilities are summed as one at first
 CANDIDATES = 1024  # a sort of the whole vocabulary is rarely needed to find top-p
@@ -206,7 +206,7 @@ def batch_size_for(
         taken: Bytes that something else will have taken by then.
 
     Returns:
-        64, or on an accelerator the largest power of two from there to 256 for which cache and logits
+        64, or on an accelerator the largest power of two from there to 1024 for which cache and logits
         take no more than a quarter of what is free, and which leaves a batch for each process.
     """
     if config.batch_size is not None or device.type == "cpu":
