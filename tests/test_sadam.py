@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -38,10 +39,12 @@ def params(
     ]
 
 
-def drive(optimizer: torch.optim.Optimizer, ps: list[Any], grads: list[list[torch.Tensor]]) -> None:
+def drive(
+    optimizer: torch.optim.Optimizer, ps: list[Any], grads: Sequence[Sequence[torch.Tensor | None]]
+) -> None:
     for step in grads:
         for p, g in zip(ps, step, strict=True):
-            p.grad = g.to(p.dtype)
+            p.grad = None if g is None else g.to(p.dtype)
         optimizer.step()
 
 
@@ -398,32 +401,46 @@ def test_a_complement_moves_what_the_basis_lacks_and_nothing_else() -> None:
 def test_groups_that_are_stepped_together_are_stepped_as_alone(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the bit, whatever their shapes, gates, scales and complements; other rates are kept apart."""
-    h, basis = pair(8)
+    """To the bit, whatever their shapes, gates, scales and complements; other rates are kept apart.
+
+    Some groups have no gradient now and then, so that others are left of a stack.
+    """
+    (h, basis), (_, other) = pair(8), pair(8, seed=1)
     kinds: list[dict[str, Any]] = [
         {"basis": basis, "gate": torch.linspace(1, 0.1, 8)},
         {"basis": basis[:, :3], "scale": 0.5},
         {"basis": basis[:, :3], "complement": Complement(h @ basis[:, :3], torch.ones(8), 0.3)},
         {"basis": basis.bfloat16(), "lr": 3e-2},
         {"basis": basis[:, :5], "weight_decay": 0.1},
-        {"basis": basis[:, :5], "weight_decay": 0.1, "scale": 2.0},
+        {"basis": other[:, :5], "weight_decay": 0.1, "scale": 2.0},
+        {"basis": other[:, :3], "gate": torch.tensor([1.0, 0.5, 0.2])},
+        {"basis": basis[:, 1:4]},
         {},
     ]
-    shapes = [(rows, 8) for rows in range(1, 2 * len(kinds) + 1)]
-    grads = gradients(shapes, 20)
+    shapes = [(rows, 8) for _ in kinds for rows in (2, 3)]
+    grads: list[list[Any]] = gradients(shapes, 20)
+    for number, step in enumerate(grads):
+        if number % 7 == 3:
+            step[2] = step[3] = step[8] = None
 
-    def after(most: int) -> tuple[list[Any], list[int]]:
+    def after(most: int) -> tuple[list[Any], list[list[int]]]:
         monkeypatch.setattr(sadam, "TOGETHER", most)
         ps = params(shapes, dtype)
         groups = [{"params": ps[2 * n : 2 * n + 2], **kind} for n, kind in enumerate(kinds)]
         optimizer = SAdam(groups, lr=1e-2)
-        due = [(g, g["params"], g["basis"]) for g in optimizer.param_groups[:-1]]
         drive(optimizer, ps, grads)
-        return ps, [len(bundle) for bundle in sadam._bundles(due)]
+        due = [(group, group["params"]) for group in optimizer.param_groups[:-1]]
+        stacks = [*sadam._stacks(due)]
+        assert all(
+            g["basis"].data_ptr() == b.data_ptr()
+            for s in stacks
+            for (g, _), b in zip(s.work, s.basis, strict=True)
+        )
+        return ps, [[len(stack.work) for stack in bundle] for bundle in sadam._bundles(stacks)]
 
     together, bundles = after(2**24)
     alone, single = after(1)
-    assert (bundles, single) == ([3, 1, 2], [1] * 6)
+    assert (bundles, single) == ([[1, 3, 1], [1], [2]], [[1]] * 8)
     assert all(torch.equal(p, q) for p, q in zip(together, alone, strict=True))
 
 

@@ -35,14 +35,16 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-BASIS_KEYS = ("basis", "gate", "scale", "complement", "on_host")
+BASIS_KEYS = ("basis", "gate", "scale", "complement", "on_host", "stack")
 FINGERPRINT = "basis_fingerprint"  # what stands for them in a state
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "fused")
-TOGETHER = 2**24  # numbers of the parameters that are stepped in one go
+TOGETHER = (
+    2**22
+)  # numbers of parameters that are stepped in one go, and of bases in one stack; more leave the cache
 COLUMNS_AT_ONCE = 2048  # of a basis kept in another dtype, widened for its products
 
-Work = tuple[dict[str, Any], list[Tensor], Tensor]
-"""A parameter group, those of its parameters that have a gradient, and its basis, where they are."""
+Work = tuple[dict[str, Any], list[Tensor]]
+"""A parameter group, and those of its parameters that have a gradient."""
 
 
 @contextmanager
@@ -79,6 +81,19 @@ class Complement:
     dual: Tensor
     weight: Tensor
     gate: float
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Groups of one shape, whose products with their bases are made in one.
+
+    Attributes:
+        work: The groups, n of them.
+        basis: Their bases where the parameters are, shape (n, d, k).
+    """
+
+    work: list[Work]
+    basis: Tensor
 
 
 class SAdam(Optimizer):
@@ -162,28 +177,30 @@ class SAdam(Optimizer):
                 moments = [self._moments(group, p, p.dtype) for p in params]
                 _adamw(group, [*map(own_part, params)], [*map(_own_gradient, params)], moments)
             elif not _is_away(group):
-                here.append((group, params, group["basis"]))
-        for together in _bundles(here):
+                here.append((group, params))
+        for together in _bundles(_stacks(here)):
             self._step_in_bases(together)
-        for (group, params), basis in zip(away, _travelling(away), strict=True):
-            self._step_in_bases([(group, params, basis)])
+        for one, basis in zip(away, _travelling(away), strict=True):
+            self._step_in_bases([Stack([one], basis[None])])
         return loss
 
-    def _step_in_bases(self, work: list[Work]) -> None:
-        """One gated step of groups that differ in their bases alone (Eq. 18-24).
+    def _step_in_bases(self, stacks: list[Stack]) -> None:
+        """One gated step of groups that differ in shape and basis alone (Eq. 18-24).
 
-        All that is not a product with a basis is done for all of them at once: on a GPU it is the number
-        of kernels that takes time, not their size.
+        Products with the bases are made for a stack at once, all else for all of them: on a GPU it is the
+        number of kernels that takes time, not their size.
         """
-        owns = [[*map(own_part, params)] for _, params, _ in work]
+        work = [one for stack in stacks for one in stack.work]
+        owns = [[*map(own_part, params)] for _, params in work]
         moments: list[dict[str, Any]] = []
-        for group, params, basis in work:
+        for group, params in work:
             columns = len(group["gate"])
-            columns += 0 if group["complement"] is None else basis.shape[0]
+            columns += 0 if group["complement"] is None else len(group["basis"])
             moments += [self._moments(group, p, group["gate"].dtype, columns) for p in params]
+        scales = [group["scale"] for group, _ in work]
         with full_fp32_matmul():
-            gbars = [_gradient_in_basis(*one) for one in work]
-            torch._foreach_mul_(gbars, [group["scale"] for group, _, _ in work])
+            gbars = [_gradient_in_bases(stack) for stack in stacks]
+            torch._foreach_mul_(_unstacked(gbars), scales)
             # AdamW on zeros leaves -lr * m_hat / (sqrt(v_hat) + eps) in them.
             zeros = gbars[0].new_zeros(sum(g.numel() for g in gbars))
             parts = zeros.split([g.numel() for g in gbars])
@@ -191,11 +208,8 @@ class SAdam(Optimizer):
             rows = [[len(p) for p in own] for own in owns]
             _adamw(work[0][0], _split(steps, rows), _split(gbars, rows), moments, decay=False)
             del gbars
-            torch._foreach_mul_(steps, [group["scale"] for group, _, _ in work])
-            updates = [
-                _gated_update(group, step, basis)
-                for (group, _, basis), step in zip(work, steps, strict=True)
-            ]
+            torch._foreach_mul_(_unstacked(steps), scales)
+            updates = [*map(_gated_updates, stacks, steps)]
         shrink = 1.0 - work[0][0]["lr"] * work[0][0]["weight_decay"]
         _move([*chain(*owns)], _split(updates, rows), shrink)
 
@@ -314,21 +328,56 @@ def _follow(group: dict[str, Any], device: torch.device) -> None:
     group["gate"] = group["gate"].to(device)
     if not _is_away(group):
         group["basis"] = group["basis"].to(device)
+        group.pop("stack", None)
     if group["complement"] is not None:
         rest: Complement = group["complement"]
         group["complement"] = Complement(rest.dual.to(device), rest.weight.to(device), rest.gate)
 
 
-def _bundles(work: Iterable[Work]) -> Iterator[list[Work]]:
-    """Groups next to each other that are stepped alike, as many as `TOGETHER` allows."""
-    found: list[Work] = []
+def _stacks(work: Iterable[Work]) -> Iterator[Stack]:
+    """Groups that are stepped alike and have the same shapes, as many as `TOGETHER` allows."""
+    alike: dict[Any, list[Work]] = {}
+    for group, params in work:
+        basis: Tensor = group["basis"]
+        rows = sum(len(own_part(p)) for p in params)
+        size = len(basis) * max(rows, basis.shape[1])
+        # A complement is dear to stack and not for speed.
+        most = 1 if group["complement"] is not None else max(1, TOGETHER // size)
+        key = (*_manner(group), rows, basis.shape, basis.dtype, most)
+        alike.setdefault(key, []).append((group, params))
+    for (*_, most), found in alike.items():
+        for start in range(0, len(found), most):
+            part = found[start : start + most]
+            yield Stack(part, _stacked([group for group, _ in part]))
+
+
+def _stacked(groups: list[dict[str, Any]]) -> Tensor:
+    """The bases of groups in one tensor, (n, d, k), of which theirs are parts from then on."""
+    if len(groups) == 1:
+        return groups[0]["basis"][None]
+    found = groups[0].get("stack")
+    if (
+        found is None
+        or len(found) != len(groups)
+        or any(g.get("stack") is not found for g in groups)
+    ):
+        found = torch.stack([group["basis"] for group in groups])
+        for group, part in zip(groups, found, strict=True):
+            group |= {"basis": part, "stack": found}
+    return found
+
+
+def _bundles(stacks: Iterable[Stack]) -> Iterator[list[Stack]]:
+    """Stacks next to each other that are stepped alike, as many as `TOGETHER` allows."""
+    found: list[Stack] = []
     size = 0
-    for group, params, basis in work:
-        own = sum(own_part(p).numel() for p in params)
-        if found and (size + own > TOGETHER or _manner(found[0][0]) != _manner(group)):
+    for stack in stacks:
+        own = sum(own_part(p).numel() for _, params in stack.work for p in params)
+        other = found and _manner(found[0].work[0][0]) != _manner(stack.work[0][0])
+        if found and (other or size + own > TOGETHER):
             yield found
             found, size = [], 0
-        found.append((group, params, basis))
+        found.append(stack)
         size += own
     if found:
         yield found
@@ -340,32 +389,42 @@ def _manner(group: dict[str, Any]) -> tuple[Any, ...]:
     return *(group[key] for key in HYPERPARAMETERS), gate.dtype, gate.device
 
 
-def _gradient_in_basis(group: dict[str, Any], params: list[Tensor], basis: Tensor) -> Tensor:
-    """Gbar of a group's parameters, (rows of all, columns), without the scale."""
+def _gradient_in_bases(stack: Stack) -> Tensor:
+    """Gbar of the parameters of a stack, (n, rows of a group, columns), without the scale."""
+    group = stack.work[0][0]
     complement: Complement | None = group["complement"]
-    grads = [_own_gradient(p).to(group["gate"].dtype) for p in params]
-    stacked = grads[0] if len(grads) == 1 else torch.cat(grads)
-    gbar = _to_basis(stacked, basis)
+    dtype = group["gate"].dtype
+    grads = [_own_gradient(p).to(dtype) for _, params in stack.work for p in params]
+    n, d, _ = stack.basis.shape
+    stacked = (grads[0] if len(grads) == 1 else torch.cat(grads)).view(n, -1, d)
+    gbar = _to_basis(stacked, stack.basis)
     if complement is None:
         return gbar
     rest = stacked - _from_basis(gbar, complement.dual)
-    return torch.cat([gbar, rest.mul_(complement.weight)], dim=1)
+    return torch.cat([gbar, rest.mul_(complement.weight)], dim=-1)
 
 
-def _gated_update(group: dict[str, Any], step: Tensor, basis: Tensor) -> Tensor:
-    """A step in the basis as one of the parameters, (rows of all, d)."""
-    complement: Complement | None = group["complement"]
-    gate: Tensor = group["gate"]
-    update = _from_basis(step[:, : len(gate)] * gate, basis)
+def _gated_updates(stack: Stack, step: Tensor) -> Tensor:
+    """A step in the bases as one of the parameters, (n, rows of a group, d)."""
+    complement: Complement | None = stack.work[0][0]["complement"]
+    gate = torch.stack([group["gate"] for group, _ in stack.work])[:, None]
+    k = gate.shape[-1]
+    update = _from_basis(step[..., :k] * gate, stack.basis)
     if complement is not None:
-        off = step[:, len(gate) :] * (complement.gate * complement.weight)
-        update += off - _from_basis(_to_basis(off, complement.dual), basis)
+        off = step[..., k:] * (complement.gate * complement.weight)
+        update += off - _from_basis(_to_basis(off, complement.dual), stack.basis)
     return update
 
 
+def _unstacked(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The matrices of each group out of those of each stack."""
+    return [part for tensor in tensors for part in tensor.unbind()]
+
+
 def _split(tensors: Iterable[Tensor], rows: Iterable[list[int]]) -> list[Tensor]:
-    """The rows of each parameter out of those of each group."""
-    return [part for tensor, own in zip(tensors, rows, strict=True) for part in tensor.split(own)]
+    """The rows of each parameter out of those of each stack."""
+    groups = zip(_unstacked(tensors), rows, strict=True)
+    return [part for group, own in groups for part in group.split(own)]
 
 
 def _move(params: list[Tensor], deltas: list[Tensor], shrink: float) -> None:
@@ -388,18 +447,19 @@ def _with_gradient(group: dict[str, Any]) -> list[Tensor]:
 
 
 def _to_basis(x: Tensor, basis: Tensor) -> Tensor:
-    """x T, (rows, d) -> (rows, k), in x's dtype."""
+    """x T, (..., rows, d) -> (..., rows, k), in x's dtype."""
     if basis.dtype == x.dtype:
         return x @ basis
-    return torch.cat([x @ part.to(x.dtype) for part in basis.split(COLUMNS_AT_ONCE, dim=1)], dim=1)
+    parts = basis.split(COLUMNS_AT_ONCE, dim=-1)
+    return torch.cat([x @ part.to(x.dtype) for part in parts], dim=-1)
 
 
 def _from_basis(y: Tensor, basis: Tensor) -> Tensor:
-    """y T', (rows, k) -> (rows, d), in y's dtype."""
+    """y T', (..., rows, k) -> (..., rows, d), in y's dtype."""
     if basis.dtype == y.dtype:
-        return y @ basis.T
-    parts = zip(y.split(COLUMNS_AT_ONCE, dim=1), basis.split(COLUMNS_AT_ONCE, dim=1), strict=True)
-    return sum((part @ columns.to(y.dtype).T for part, columns in parts), y.new_zeros(()))
+        return y @ basis.mT
+    parts = zip(y.split(COLUMNS_AT_ONCE, dim=-1), basis.split(COLUMNS_AT_ONCE, dim=-1), strict=True)
+    return sum((part @ columns.to(y.dtype).mT for part, columns in parts), y.new_zeros(()))
 
 
 def _travelling(due: list[tuple[dict[str, Any], list[Tensor]]]) -> Iterator[Tensor]:
