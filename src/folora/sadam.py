@@ -38,9 +38,7 @@ from torch.optim.adamw import adamw
 BASIS_KEYS = ("basis", "gate", "scale", "complement", "on_host", "stack")
 FINGERPRINT = "basis_fingerprint"  # what stands for them in a state
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "fused")
-TOGETHER = (
-    2**22
-)  # numbers of parameters that are stepped in one go, and of bases in one stack; more leave the cache
+TOGETHER = 2**22  # numbers of parameters in one go, and of bases in one stack; more leave the cache
 COLUMNS_AT_ONCE = 2048  # of a basis kept in another dtype, widened for its products
 
 Work = tuple[dict[str, Any], list[Tensor]]
