@@ -115,6 +115,9 @@ class SAdam(Optimizer):
         weight_decay: Decoupled decay in the original coordinates, >= 0.
         fused: Use torch's fused kernel for the moments, as its AdamW would.
 
+    Groups that differ in basis and gate alone share their products, if they are small enough; their bases
+    are parts of one tensor then.
+
     Raises:
         ValueError: A value is outside of its interval, a shape does not fit, a basis is not finite,
             or `load_state_dict` is given moments that belong to another basis.
