@@ -17,12 +17,7 @@ from test_sadam import gradients, orthogonal_and_gate, params, reference
 from test_spectrum import moment
 
 from benchmarks.tiny import make_gpt2, make_llama, make_tokenizer, tiny_config
-from folora.activations import (
-    InputGroup,
-    find_groups,
-    second_moments,
-    target_layers,
-)
+from folora.activations import InputGroup, find_groups, second_moments, target_layers
 from folora.artifacts import TENSORS
 from folora.config import SamplingConfig
 from folora.data import batches, text_examples

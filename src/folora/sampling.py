@@ -2,7 +2,8 @@
 
 Every sequence has a number. Its decoding setting and its random draws are functions of that number
 and the seed alone, so the set is the same whatever the batch size (but for a draw that falls between
-the roundings of two sizes, one sequence in some dozens), and an interrupted run goes on where it stopped. Sequences are judged in the order of their numbers until enough have passed.
+the roundings of two sizes, one sequence in some dozens), and an interrupted run goes on where it
+stopped. Sequences are judged in the order of their numbers until enough have passed.
 
 `Engine` is the seam for other engines: anything that turns sequence numbers into tokens.
 """
