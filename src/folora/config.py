@@ -86,8 +86,8 @@ class SamplingConfig:
     max_new_tokens: int = _option(512, "a sequence is cut here")
     batch_size: int | None = _option(
         None,
-        "sequences decoded at once; changes the sampled set by rounding alone. Default: 64, and up to 1024 "
-        "as the memory of an accelerator allows",
+        "sequences decoded at once; changes the sampled set by rounding alone. Default: 64, up to 1024 "
+        "as the memory of an accelerator allows, and 256 of a server",
     )
     seed: int = _option(0, "seed of the random draws; each sequence has its own stream")
     start_token: str | None = _option(
@@ -99,6 +99,10 @@ class SamplingConfig:
     held_out: float = _option(0.05, "share set aside for the meter (at least 16 sequences)")
     sampler_model: str | None = _option(
         None, "another model, with the same tokenizer, that writes the text"
+    )
+    server: str | None = _option(
+        None,
+        "URL of a running 'vllm serve MODEL' that writes it, for example http://localhost:8000",
     )
 
     def __post_init__(self) -> None:
@@ -127,6 +131,11 @@ class SamplingConfig:
                 "sampling.tolerance", self.tolerance, "be finite and > 0, or null",
             )  # fmt: skip
         _require(0 <= self.held_out < 0.5, "sampling.held_out", self.held_out, "lie in [0, 0.5)")
+        if self.server is not None:
+            _require(
+                re.match(r"https?://[^/\s]", self.server) is not None,
+                "sampling.server", self.server, "begin with http:// or https:// and a host",
+            )  # fmt: skip
 
     @property
     def may_end_early(self) -> bool:

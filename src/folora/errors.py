@@ -39,6 +39,10 @@ class ProcessError(FoLoraError, RuntimeError):
     """Another of the processes that work together has ended."""
 
 
+class ServerError(FoLoraError, RuntimeError):
+    """A server that text is asked of is not there, or does something else than it was asked for."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the known name closest to `word`, or ``""``."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

@@ -85,7 +85,6 @@ from folora.preparation import (
 from folora.progress import progress
 from folora.sampling import (
     Engine,
-    HuggingFaceEngine,
     ProxySet,
     check_same_tokenizer,
     ending_ids,
@@ -95,6 +94,7 @@ from folora.sampling import (
     start_token_id,
     write_proxy_set,
 )
+from folora.serving import ENGINE, engine_of, served
 from folora.solving import GroupBasis, bases_from_tensors, bases_to_tensors, solve
 from folora.spectrum import BASES
 from folora.training import FoLoraTrainer, asks_for_fsdp, sft_config, train
@@ -258,7 +258,7 @@ class Run:
         the weights are sound; the adapter fits the layers.
         """
         if command in ("run", "sample", "base", "compare") and self.config.base is None:
-            self._check_context()
+            self._check_sampling()
         for part in STAGE_READS.get(command, ()):
             self._manifest(part)
         _ = self.groups  # the rank must fit the layers before hours of sampling
@@ -302,6 +302,8 @@ class Run:
         facts = dict(self.model_facts)
         if config.sampler_model:
             facts["sampler_model"] = config.sampler_model
+        if config.server:
+            facts["engine"] = ENGINE  # whose draws are others; where it runs changes nothing
         eos_ids = ending_ids(self.model, self.tokenizer, config)
         folder = self.folder / SAMPLES
         enough, decision = None, None
@@ -604,12 +606,18 @@ class Run:
         model = self.model
         if config.sampler_model:
             self._check_sampler(config.sampler_model)
-            model = load_model(replace(self.config, revision=None), config.sampler_model)
-            ranks.agree(lambda: check_finite_weights(model))
+            if config.server is None:
+                model = load_model(replace(self.config, revision=None), config.sampler_model)
+                ranks.agree(lambda: check_finite_weights(model))
         eos_ids = ending_ids(self.model, self.tokenizer, config)
-        return HuggingFaceEngine(model, self.start_id, eos_ids, config)
+        return engine_of(model, self.start_id, eos_ids, config)
 
-    def _check_context(self) -> None:
+    def _check_sampling(self) -> None:
+        """Samples fit the context, and a server that is to write them is there."""
+        server = self.config.sampling.server
+        written = (self.folder / SET).exists() and self._manifest(SET).get("engine") == ENGINE
+        if server is not None and not written:  # after that it may be stopped
+            ranks.agree(lambda: served(server, self.config.sampling))
         context = self.limits["context"]
         asked = self.config.sampling.max_new_tokens
         if context is not None and asked >= context:  # the start token comes in front

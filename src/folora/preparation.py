@@ -46,14 +46,8 @@ from folora.meter import Meter
 from folora.modes import evaluating
 from folora.progress import progress
 from folora.sadam import Complement, SAdam
-from folora.sampling import (
-    HuggingFaceEngine,
-    ProxySet,
-    ending_ids,
-    sample,
-    sized,
-    start_token_id,
-)
+from folora.sampling import ProxySet, ending_ids, sample, sized, start_token_id
+from folora.serving import engine_of
 from folora.solving import GroupBasis, check_rank, solve
 from folora.spectrum import BASES, complement_frame, spectral_gate, step_scale
 
@@ -128,7 +122,7 @@ def prepare(
     check_finite_weights(model)
 
     eos_ids = ending_ids(model, tokenizer, config.sampling)
-    engine = HuggingFaceEngine(model, start_id, eos_ids, config.sampling)
+    engine = engine_of(model, start_id, eos_ids, config.sampling)
     chosen = task.train[: config.statistics.task_examples]
     on_task = measure(model, groups, chosen, config.statistics, "C_task")
     enough = convergence(model, groups, on_task.matrices, config)

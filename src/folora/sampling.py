@@ -49,6 +49,7 @@ logger = logging.getLogger(__name__)
 # Matrix products of fewer rows take other kernels, which round differently; measured on CPU.
 MIN_ROWS = 8
 BATCH_SIZES = (64, 128, 256, 512, 1024)  # of which an accelerator takes what fits
+SERVED = 256  # sequences that a server is asked for at once; vLLM takes as many by default
 LOGITS = 6  # copies in float32, of a row
 BLOCK = 256  # tokens whose probabilities are summed as one at first
 CANDIDATES = 1024  # a sort of the whole vocabulary is rarely needed to find top-p
@@ -103,6 +104,11 @@ class ProxySet:
     def fingerprint(self) -> str:
         """SHA-256 of all tokens."""
         return tokens_fingerprint([*self.calibration, [], *self.held_out])
+
+
+def stream_seed(seed: int, number: int) -> int:
+    """The seed of a sequence's own stream, in [0, 2^63)."""
+    return (seed * 0x9E3779B97F4A7C15 + number * 0xBF58476D1CE4E5B9 + 1) % 2**63
 
 
 class Engine(Protocol):
@@ -183,7 +189,9 @@ def check_same_tokenizer(
 
 
 def sized(config: SamplingConfig, model: Any) -> SamplingConfig:
-    """The config with the batch size that a loaded model decodes with."""
+    """The config with the batch size that a loaded model, or a server, decodes with."""
+    if config.server is not None:
+        return replace(config, batch_size=config.batch_size or SERVED)
     size = batch_size_for(model.device, model.config, model.dtype.itemsize, config, ranks.count())
     return replace(config, batch_size=size)
 
@@ -623,8 +631,7 @@ def _token(value: Any) -> int:
 
 def _draws(seed: int, number: int, count: int) -> Tensor:
     """The uniform draws of one sequence, shape (count,) float64 in [0, 1)."""
-    mixed = (seed * 0x9E3779B97F4A7C15 + number * 0xBF58476D1CE4E5B9 + 1) % 2**63
-    generator = torch.Generator().manual_seed(mixed)
+    generator = torch.Generator().manual_seed(stream_seed(seed, number))
     return torch.rand(count, generator=generator, dtype=torch.float64)
 
 
