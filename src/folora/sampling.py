@@ -270,6 +270,8 @@ class HuggingFaceEngine:
                     do_sample=False,
                     num_beams=1,
                     use_cache=True,
+                    # Written in place; on an accelerator generate would compile the model for it.
+                    cache_implementation="static" if start.device.type == "cpu" else None,
                     max_new_tokens=config.max_new_tokens,
                     eos_token_id=self.eos_ids or NO_TOKEN,
                     pad_token_id=pad,
