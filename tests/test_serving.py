@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -39,6 +39,7 @@ class StandIn(ThreadingHTTPServer):
     """Answers as `vllm serve` 0.32 does to what is asked of it here; `fault` changes an answer."""
 
     daemon_threads = True
+    request_queue_size = 64  # connections that wait to be taken
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
@@ -48,6 +49,9 @@ class StandIn(ThreadingHTTPServer):
         self.context = 256
         self.fault: Any = lambda answer: answer
         self.dies_after = math.inf
+        self.refuses: int | None = None  # a seed; all others wait meanwhile
+        self.going_on = Event()
+        self.waited_in_vain = False
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), ConnectionError):  # whoever asked has given up
@@ -93,7 +97,11 @@ class Answer(BaseHTTPRequestHandler):
             self.say({"error": {"message": "no such model"}}, 404)
         elif len(self.server.requests) >= self.server.dies_after:
             self.close_connection = True  # without an answer
+        elif self.server.refuses == asked["seed"]:
+            self.say({"error": {"message": "not this one"}}, 400)
         else:
+            if self.server.refuses is not None and not self.server.going_on.wait(30):
+                self.server.waited_in_vain = True
             self.say(self.server.completion(asked))
 
     def say(self, answer: Any, status: int = 200) -> None:
@@ -193,6 +201,15 @@ def test_a_wrong_answer_is_named(server: StandIn, fault: Any, message: str) -> N
     server.fault = fault
     with pytest.raises(ServerError, match=message):
         draw([0, 1, 2])
+
+
+def test_a_refusal_waits_for_no_other_sequence(server: StandIn) -> None:
+    draw = engine(server)
+    server.refuses = stream_seed(CONFIG.seed, 3)
+    with pytest.raises(ServerError, match=r"answers 400: .*not this one"):
+        draw(range(6))
+    assert not server.waited_in_vain
+    server.going_on.set()
 
 
 @pytest.mark.parametrize("logprobs", [None, {}, {"token_logprobs": [0.0]}, {"token_logprobs": "x"}])

@@ -8,15 +8,15 @@ here too. The draws are vLLM's: another set than `generate`'s, from the same dis
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import httpx2
 import torch
+from anyio.from_thread import start_blocking_portal
 from transformers import PreTrainedModel
 
 from folora.config import SamplingConfig
@@ -55,8 +55,7 @@ def served(url: str, config: SamplingConfig) -> Served:
         ServerError: Nothing answers there, it is no vLLM server, or its context is too short.
     """
     url = url.rstrip("/").removesuffix("/v1")
-    with _client(1) as client:
-        answer = _asked(client, "GET", f"{url}/v1/models")
+    answer = _asked("GET", f"{url}/v1/models")[0]
     try:
         own = next(m for m in answer["data"] if m.get("parent") is None)  # others are its adapters
         name, context = str(own["id"]), int(own["max_model_len"])
@@ -100,9 +99,8 @@ class VllmEngine:
 
     def __call__(self, numbers: Sequence[int]) -> list[list[int]]:
         """See `Engine`; as many are asked for at once as there are numbers."""
-        # The client is closed first: a request that failed, or Ctrl-C, then waits for no other.
-        with ThreadPoolExecutor(len(numbers)) as pool, _client(len(numbers)) as client:
-            return list(pool.map(partial(self._written, client), numbers))
+        requests = [self._request(number, decoding_of(number)) for number in numbers]
+        return [self._tokens(choice) for choice in self._choices(requests)]
 
     def check_serves(self, model: PreTrainedModel) -> None:
         """Refuse a server of other weights: log-probabilities of what it writes must be the model's.
@@ -111,8 +109,7 @@ class VllmEngine:
             MismatchError: They are further than `SAME` from the model's own.
         """
         wanted = {"logprobs": 0, "max_tokens": PROBED, "min_tokens": PROBED}
-        with _client(1) as client:
-            choice = self._choice(client, 0, Decoding(1), **wanted)
+        choice = self._choices([self._request(0, Decoding(1)) | wanted])[0]
         tokens = self._tokens(choice)
         ids = torch.tensor([[self.start_id, *tokens]], device=model.device)
         with torch.inference_mode(), evaluating(model):
@@ -131,15 +128,10 @@ class VllmEngine:
                 "the text, name it: --sampling.sampler_model"
             )
 
-    def _written(self, client: httpx2.Client, number: int) -> list[int]:
-        return self._tokens(self._choice(client, number, decoding_of(number)))
-
-    def _choice(
-        self, client: httpx2.Client, number: int, setting: Decoding, **more: Any
-    ) -> dict[str, Any]:
-        """One sequence as the server tells it."""
+    def _request(self, number: int, setting: Decoding) -> dict[str, Any]:
+        """What the server is asked for one sequence."""
         config = self.config
-        request = {
+        return {
             "model": self.server.name,
             "prompt": [self.start_id],
             "seed": stream_seed(config.seed, number),
@@ -157,11 +149,12 @@ class VllmEngine:
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
         }
-        url = f"{self.server.url}/v1/completions"
-        answer = _asked(client, "POST", url, request | more)
+
+    def _choices(self, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The sequences as the server tells them."""
+        answers = _asked("POST", f"{self.server.url}/v1/completions", requests)
         try:
-            found: dict[str, Any] = answer["choices"][0]
-            return found
+            return [answer["choices"][0] for answer in answers]
         except (KeyError, TypeError, IndexError):
             raise self._unexpected("a completion") from None
 
@@ -207,22 +200,39 @@ def engine_of(
     return engine
 
 
-def _client(connections: int) -> httpx2.Client:
+def _asked(method: str, url: str, requests: Sequence[Any] = (None,)) -> list[Any]:
+    """What a server answers to requests that are made at once, from JSON. Raises ServerError.
+
+    Every other one is let go when one fails, or at Ctrl-C. The event loop is another thread's, since a
+    notebook's own thread has one already.
+    """
+    with start_blocking_portal() as portal:
+        try:
+            return portal.call(_all, method, url, requests)
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+
+
+async def _all(method: str, url: str, requests: Sequence[Any]) -> list[Any]:
     key = os.environ.get(KEY)
-    return httpx2.Client(
-        headers={"Authorization": f"Bearer {key}"} if key else {},
-        timeout=httpx2.Timeout(ANSWER_S, connect=CONNECT_S),
-        limits=httpx2.Limits(max_connections=connections),
-    )
+    async with (
+        httpx2.AsyncClient(
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=httpx2.Timeout(ANSWER_S, connect=CONNECT_S),
+            limits=httpx2.Limits(max_connections=len(requests)),
+        ) as client,
+        asyncio.TaskGroup() as group,
+    ):
+        tasks = [group.create_task(_one(client, method, url, request)) for request in requests]
+    return [task.result() for task in tasks]
 
 
-def _asked(client: httpx2.Client, method: str, url: str, request: Any = None) -> Any:
-    """What a server answers, from JSON. Raises ServerError."""
+async def _one(client: httpx2.AsyncClient, method: str, url: str, request: Any) -> Any:
     try:
-        answer = client.request(method, url, json=request)
+        answer = await client.request(method, url, json=request)
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
         raise ServerError(
-            f"{url} does not answer ({error or type(error).__name__}). Is `vllm serve` running there? Samples "
+            f"{url} does not answer ({str(error) or type(error).__name__}). Is `vllm serve` running there? Samples "
             "that were written before are kept; give the same command again"
         ) from error
     if answer.status_code != httpx2.codes.OK:
