@@ -145,6 +145,15 @@ def test_plan_shares_out_what_several_processes_do(
     assert one.free == 3 * three.free
 
 
+def test_plan_leaves_to_a_server_what_it_does(model_folder: Path) -> None:
+    config = FoLoraConfig.from_dict({"model": str(model_folder), "device": "cpu"})
+    own = plan(config).stages
+    other = plan(config.changed({"sampling.server": "http://localhost:8000"})).stages
+    assert own[0].seconds is not None and other[0].seconds is None
+    assert own[0].memory > other[0].memory > 0
+    assert [s.memory for s in own[1:]] == [s.memory for s in other[1:]]
+
+
 def test_plan_counts_the_passes_of_a_small_memory(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

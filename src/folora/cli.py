@@ -250,7 +250,7 @@ def _print_plan(found: Plan) -> None:
     console.print(shapes)
     stages = Table("stage", "memory", "disk", "time", title="Stages")
     for stage in found.stages:
-        seconds = "depends on data" if stage.seconds is None else _duration(stage.seconds)
+        seconds = "not known" if stage.seconds is None else _duration(stage.seconds)
         stages.add_row(stage.name, _bytes(stage.memory), _bytes(stage.disk), seconds)
     console.print(stages)
     keeping = Table("bases in training", "on the device", "on the host", title="Where bases lie")

@@ -144,6 +144,7 @@ def plan(
     length = (sampling.min_new_tokens + sampling.max_new_tokens) // 2
     sampled = 0 if config.base is not None else sampling.num_sequences * length  # at most
     at_once = batch_size_for(device, model_config, dtype.itemsize, sampling, processes, weights)
+    elsewhere = sampling.server is not None
     cache = cache_bytes(model_config, dtype.itemsize) * at_once * sampling.max_new_tokens
     task_measured = config.statistics.task_examples * min(config.data.max_length, 256)
     gram = GRAM_SHARE * sum(2 * g.d_in**2 for g in groups)
@@ -168,9 +169,9 @@ def plan(
     stages = [
         Stage(
             "sample",
-            weights + cache,
+            weights + (0 if elsewhere else cache),
             8 * sampled,
-            sampling_share * forward * sampled / flops / DECODING_EFFICIENCY,
+            None if elsewhere else sampling_share * forward * sampled / flops / DECODING_EFFICIENCY,
         ),
         Stage(
             "measure",
