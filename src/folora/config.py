@@ -78,7 +78,7 @@ class SamplingConfig:
         2000, "at most so many sequences that pass the filter, held-out ones included"
     )
     tolerance: float | None = _option(
-        0.1,
+        0.5,
         "end before that if the leading directions found on half of the samples cost at most so much "
         "more on the other half; 'null': never",
     )
@@ -175,7 +175,7 @@ class StatisticsConfig:
     """The two second moments (B.2)."""
 
     __pydantic_config__ = _STRICT
-    task_examples: int = _option(256, "rows of the task for C_task")
+    task_examples: int = _option(128, "rows of the task for C_task")
     batch_size: int = _option(8, "sequences a forward pass")
     memory_gb: float | None = _option(
         None,
@@ -393,6 +393,7 @@ class FoLoraConfig:
         """
         config = cls(
             sampling=SamplingConfig(tolerance=None),
+            statistics=StatisticsConfig(task_examples=256),
             spectrum=SpectrumConfig(
                 tau=1e-3, lam=1.0, s_min=0.3, step_scale="paper", directions="all"
             ),
