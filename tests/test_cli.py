@@ -166,7 +166,7 @@ def test_plan_counts_the_passes_of_a_small_memory(
     a, b = (next(s for s in found.stages if s.name == "measure") for found in (whole, half))
     assert a.seconds is not None
     assert b.seconds is not None
-    tokens = 2000 * (128 + 512) // 2 + 256 * 256
+    tokens = 2000 * (128 + 512) // 2 + config.statistics.task_examples * 256
     assert b.seconds - a.seconds == pytest.approx(2 * whole.parameters * tokens / 1e9)
     assert a.memory - b.memory == pytest.approx(needed * 1e9)
 

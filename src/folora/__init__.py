@@ -17,11 +17,13 @@ from folora.errors import (
     FoLoraError,
     MismatchError,
     NumericsError,
+    ServerError,
 )
 from folora.meter import Meter, Reading
 from folora.preparation import Prepared, param_groups, prepare
 from folora.sadam import SAdam
 from folora.sampling import HuggingFaceEngine, ProxySet, sample
+from folora.serving import VllmEngine, served
 from folora.solving import GroupBasis, solve
 from folora.spectrum import Spectrum, generalized_eigenbasis, spectral_gate, step_scale
 from folora.training import FoLoraTrainer, sft_config
@@ -48,10 +50,12 @@ __all__ = [
     "Reading",
     "SAdam",
     "SamplingConfig",
+    "ServerError",
     "Spectrum",
     "SpectrumConfig",
     "StatisticsConfig",
     "TrainingConfig",
+    "VllmEngine",
     "attach",
     "export_adapter",
     "export_merged",
@@ -60,6 +64,7 @@ __all__ = [
     "param_groups",
     "prepare",
     "sample",
+    "served",
     "sft_config",
     "solve",
     "spectral_gate",
