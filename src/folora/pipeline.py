@@ -23,7 +23,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
-from functools import cached_property, wraps
+from functools import cached_property, partial, wraps
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
@@ -614,10 +614,8 @@ class Run:
 
     def _check_sampling(self) -> None:
         """Samples fit the context, and a server that is to write them is there."""
-        server = self.config.sampling.server
-        written = (self.folder / SET).exists() and self._manifest(SET).get("engine") == ENGINE
-        if server is not None and not written:  # after that it may be stopped
-            ranks.agree(lambda: served(server, self.config.sampling))
+        if self.config.sampling.server is not None:
+            ranks.agree(partial(self._check_server, self.config.sampling.server))
         context = self.limits["context"]
         asked = self.config.sampling.max_new_tokens
         if context is not None and asked >= context:  # the start token comes in front
@@ -625,6 +623,11 @@ class Run:
                 f"sampling.max_new_tokens is {asked}, but {self.name} reads at most {context} tokens; "
                 f"it must be < {context}"
             )
+
+    def _check_server(self, url: str) -> None:
+        written = (self.folder / SET).exists() and self._manifest(SET).get("engine") == ENGINE
+        if not written:  # after that it may be stopped
+            served(url, self.config.sampling)
 
     def _check_sampler(self, name: str) -> None:
         other = load_tokenizer(replace(self.config, revision=None), name)

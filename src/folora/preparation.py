@@ -46,7 +46,7 @@ from folora.meter import Meter
 from folora.modes import evaluating
 from folora.progress import progress
 from folora.sadam import Complement, SAdam
-from folora.sampling import ProxySet, ending_ids, sample, sized, start_token_id
+from folora.sampling import ProxySet, ending_ids, known_tokens, sample, sized, start_token_id
 from folora.serving import engine_of
 from folora.solving import GroupBasis, check_rank, solve
 from folora.spectrum import BASES, complement_frame, spectral_gate, step_scale
@@ -174,7 +174,7 @@ def groups_of(model: PreTrainedModel, adapter: AdapterConfig, start_id: int) -> 
 
 def check_causal(model: PreTrainedModel, start_id: int) -> None:
     """Refuse a model whose prediction changes with the tokens after it. Raises ConfigError."""
-    known = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    known = known_tokens(model)
     rows = torch.tensor([[start_id, token] for token in range(0, known, -(-known // 8))])
     with torch.no_grad(), evaluating(model):  # dropout would look like it
         first = model(input_ids=rows.to(model.device), use_cache=False).logits[:, 0].float()

@@ -156,13 +156,18 @@ def ending_ids(
         DataError: The model has no logit for one of them.
     """
     found = [] if config.ignore_eos else eos_token_ids(model, tokenizer)
-    known = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    known = known_tokens(model)
     if wrong := [i for i in found if not 0 <= i < known]:
         raise DataError(
             f"the model's generation config ends sequences at token {wrong[0]}, but the model knows "
             f"{known} tokens; correct eos_token_id there, or give --sampling.ignore_eos true"
         )
     return found
+
+
+def known_tokens(model: PreTrainedModel) -> int:
+    """How many tokens the model has embeddings for."""
+    return len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -1,8 +1,8 @@
 """Sequences that a vLLM server writes: an `Engine` behind the same seam as `generate`.
 
-vLLM decodes several times as fast, but asks for other versions of torch and transformers than folora
-does. So it stays in an environment of its own (``vllm serve MODEL``), on this machine or another, and
-tokens go back and forth, no text. Decoding setting and seed of a sequence are functions of its number
+vLLM is made for decoding many sequences at once, but asks for other versions of torch and transformers
+than folora does. So it stays in an environment of its own (``vllm serve MODEL``), on this machine or
+another, and tokens go back and forth, no text. Decoding setting and seed of a sequence are functions of its number
 here too. The draws are vLLM's: another set than `generate`'s, from the same distribution.
 """
 
@@ -22,7 +22,14 @@ from transformers import PreTrainedModel
 from folora.config import SamplingConfig
 from folora.errors import MismatchError, ServerError
 from folora.modes import evaluating
-from folora.sampling import Decoding, Engine, HuggingFaceEngine, decoding_of, stream_seed
+from folora.sampling import (
+    Decoding,
+    Engine,
+    HuggingFaceEngine,
+    decoding_of,
+    known_tokens,
+    stream_seed,
+)
 
 ENGINE = "vllm"  # as manifests call it
 KEY = "VLLM_API_KEY"  # where `vllm serve` itself looks for it
@@ -193,8 +200,8 @@ def engine_of(
     """
     if config.server is None:
         return HuggingFaceEngine(model, start_id, eos_ids, config)
-    known = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
-    engine = VllmEngine(served(config.server, config), start_id, eos_ids, config, known)
+    server = served(config.server, config)
+    engine = VllmEngine(server, start_id, eos_ids, config, known_tokens(model))
     if config.sampler_model is None:
         engine.check_serves(model)
     return engine
