@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.aim import aim_table, kept_table, without_scores
+from benchmarks.amounts import rows_table, text_table
 from benchmarks.charts import (
     Matched,
     Panel,
@@ -281,6 +282,16 @@ def _enough(source: Source, plan: str, count: str, seen: Callable[[Result], Resu
     return Block(_paragraphs(table.markdown(), source.missing(plan)))
 
 
+def amounts_of_text(source: Source, model: str) -> Block:
+    """What directions are worth elsewhere, by length and number of the sequences."""
+    return Block(text_table(source.judged(model)).markdown())
+
+
+def amounts_of_rows(source: Source, model: str) -> Block:
+    """The same by number of the task's rows."""
+    return Block(rows_table(source.judged(model)).markdown())
+
+
 def steps(source: Source, device: str, shape: str) -> Block:
     """Time and memory of a step by mode on one shape."""
     return Block(step_table(source.measured(device, shape)[0]).markdown())
@@ -423,6 +434,8 @@ BLOCKS: dict[str, Callable[..., Block]] = {
     "ingredients": ingredients,
     "enough": enough,
     "enough_by_meter": enough_by_meter,
+    "amounts_of_text": amounts_of_text,
+    "amounts_of_rows": amounts_of_rows,
     "steps": steps,
     "preparation": preparation,
     "scale": scale,

@@ -37,6 +37,7 @@ class Source:
         demo: What `make demo` wrote; empty if it is not there.
         speed: What `benchmarks.speed` wrote, by device and shape, ``"cpu-smollm2-135m"``.
         reliability: What `benchmarks.reliability` wrote, by harness.
+        amounts: What `benchmarks.amounts` wrote, by model.
     """
 
     plans: Mapping[str, Mapping[str, Any]]
@@ -45,6 +46,7 @@ class Source:
     demo: Mapping[str, Any] = field(default_factory=dict)
     speed: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     reliability: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    amounts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def load(cls, results: Path, plans: Path, demo: Path) -> Source:
@@ -60,7 +62,7 @@ class Source:
             read_json(demo) if demo.exists() else {},
             *(
                 {path.stem: read_json(path) for path in sorted((results / name).glob("*.json"))}
-                for name in ("speed", "reliability")
+                for name in ("speed", "reliability", "amounts")
             ),
         )
 
@@ -79,6 +81,12 @@ class Source:
         if harness not in self.reliability:
             raise NoResultsError(f"No figures of `make {harness}` yet.")
         return self.reliability[harness]
+
+    def judged(self, model: str) -> Mapping[str, Any]:
+        """What amounts of text and rows are worth to a model. Raises NoResultsError if nobody looked."""
+        if model not in self.amounts:
+            raise NoResultsError(f"No figures of `python -m benchmarks.amounts` on `{model}` yet.")
+        return self.amounts[model]
 
     def tasks(self) -> list[str]:
         """Tasks of all plans and results."""

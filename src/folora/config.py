@@ -78,12 +78,12 @@ class SamplingConfig:
         2000, "at most so many sequences that pass the filter, held-out ones included"
     )
     tolerance: float | None = _option(
-        0.5,
+        4.0,
         "end before that if the leading directions found on half of the samples cost at most so much "
         "more on the other half; 'null': never",
     )
     min_new_tokens: int = _option(128, "end-of-sequence is allowed only after so many tokens")
-    max_new_tokens: int = _option(512, "a sequence is cut here")
+    max_new_tokens: int = _option(256, "a sequence is cut here")
     batch_size: int | None = _option(
         None,
         "sequences decoded at once; changes the sampled set by rounding alone. Default: 64, up to 1024 "
@@ -392,7 +392,7 @@ class FoLoraConfig:
         top-level fields such as ``model=...`` or whole sections.
         """
         config = cls(
-            sampling=SamplingConfig(tolerance=None),
+            sampling=SamplingConfig(max_new_tokens=512, tolerance=None),
             statistics=StatisticsConfig(task_examples=256),
             spectrum=SpectrumConfig(
                 tau=1e-3, lam=1.0, s_min=0.3, step_scale="paper", directions="all"

@@ -33,7 +33,7 @@ class Convergence:
         lam: Gate's lambda.
         s_min: Gate's floor.
         directions: How many leading directions must hold.
-        tolerance: What they may cost on the other half beyond 1, and how far their gate may move.
+        tolerance: What they may cost on the other half beyond 1. Their gate settles long before.
     """
 
     measure: Callable[[Sequence[list[int]]], Moments]
@@ -60,11 +60,11 @@ class Convergence:
                 sums[name] = sums[name] + total if name in sums else total
         found = self.agreement()
         logger.info(
-            "after %d sequences: on the other half the leading directions cost %.2f times as much, "
-            "their gate moves by %.2f (enough: %.2f and %.2f)",
-            len(sequences), found.penalty, found.gate, 1 + self.tolerance, self.tolerance,
+            "after %d sequences: on the other half the leading directions cost %.2f times as much "
+            "(enough: %.2f), their gate moves by %.2f",
+            len(sequences), found.penalty, 1 + self.tolerance, found.gate,
         )  # fmt: skip
-        return found.penalty <= 1 + self.tolerance and found.gate <= self.tolerance
+        return found.penalty <= 1 + self.tolerance
 
     def agreement(self) -> Agreement:
         """The mean over the watched inputs, and over which half is which."""

@@ -39,6 +39,7 @@ def progress(what: str, total: int) -> Iterator[Tick]:
     console = Console(stderr=True)
     started = time.monotonic()
     done = tokens_done = 0
+    logs = not console.is_terminal and ranks.rank() == 0
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -61,10 +62,11 @@ def progress(what: str, total: int) -> Iterator[Tick]:
             now = time.monotonic()
             rate = f"{tokens_done / max(now - started, 1e-9):.0f} tokens/s" if tokens_done else ""
             bar.update(task, completed=done, rate=rate)
-            logs = not console.is_terminal and ranks.rank() == 0
-            if logs and (now - last_log > LOG_SECONDS or done >= total):
-                left = (now - started) / max(done, 1) * max(total - done, 0)
+            if logs and now - last_log > LOG_SECONDS and done < total:
+                left = (now - started) / max(done, 1) * (total - done)
                 logger.info("%s: %d of %d, %.0f s left %s", what, done, total, left, rate)
                 last_log = now
 
         yield tick
+    if logs:
+        logger.info("%s: took %.1f s", what, time.monotonic() - started)

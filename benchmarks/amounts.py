@@ -1,0 +1,211 @@
+"""How much text, how long, and how many rows do second moments need? ``python -m benchmarks.amounts``.
+
+Directions that were found on some of it are tried on other text, or on other rows: what share of the
+utility per unit of forgetting do they hold that the best directions there would have? No training, so
+that many amounts can be tried; what an amount does to a trained adapter is `benchmarks.real.compare`'s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import logging
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.real.targets import TARGETS, data_folder, target_rows
+from folora.activations import Moments, second_moments
+from folora.artifacts import software_versions
+from folora.config import FoLoraConfig
+from folora.convergence import watched
+from folora.data import Example, batches, load_rows, prepare_task, text_examples
+from folora.disk import write_text
+from folora.preparation import groups_of
+from folora.progress import progress
+from folora.report import NONE, Table
+from folora.sampling import load_proxy_set
+from folora.spectrum import TAU, agreement, generalized_eigenbasis
+
+FORMAT = "amounts/1"
+LENGTHS = (64, 128, 256, 512)  # tokens
+SEQUENCES = (12, 24, 48, 96)
+ROWS = (16, 32, 64, 128)
+WINDOWS = 32  # of foreign text
+BATCH = 8
+ByInput = dict[str, Tensor]
+
+
+def held(found_on: tuple[Tensor, Tensor], there: tuple[Tensor, Tensor], directions: int) -> float:
+    """What directions are worth elsewhere, of what the best ones there are, in [0, 1].
+
+    Args:
+        found_on: C_pre and C_task that they are found on, both (d, d).
+        there: C_pre and C_task that they are tried on.
+        directions: How many.
+    """
+    v = generalized_eigenbasis(*found_on, directions=directions).basis
+    pre, task = (matrix.double() for matrix in there)
+    h = pre + TAU * pre.diagonal().mean() * torch.eye(len(pre), dtype=pre.dtype)
+    worth = torch.linalg.solve(v.T @ h @ v, v.T @ task @ v).diagonal().sum()
+    return float(worth / generalized_eigenbasis(*there, directions=directions).gamma.sum())
+
+
+def growing(parts: Iterable[Moments]) -> list[Moments]:
+    """Second moments of the first part, the first two together, and so on."""
+    found: list[Moments] = []
+    for part in parts:
+        if found:
+            before = found[-1]
+            tokens = before.tokens + part.tokens
+            part = Moments(
+                {
+                    name: (before.matrices[name] * before.tokens + matrix * part.tokens) / tokens
+                    for name, matrix in part.matrices.items()
+                },
+                tokens,
+            )
+        found.append(part)
+    return found
+
+
+def foreign_text(tokenizer: Any) -> list[list[int]]:
+    """Windows of WikiText-2's test articles, as long as the longest sequences."""
+    with gzip.open(data_folder() / "wikitext2" / "test.jsonl.gz", "rt", encoding="utf-8") as lines:
+        ids = tokenizer("\n".join(json.loads(line)["text"] for line in lines))["input_ids"]
+    return [ids[i * LENGTHS[-1] : (i + 1) * LENGTHS[-1]] for i in range(WINDOWS)]
+
+
+def measured(run: Path, model_folder: Path, targets: Sequence[str], r: int) -> dict[str, Any]:
+    """Shares by amount of text and of rows; see `main`."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    config = FoLoraConfig().changed({"data.chat_template": False, "data.max_length": 256})
+    proxies = load_proxy_set(run / "1-samples")
+    groups = watched(groups_of(model, config.adapter, proxies.calibration[0][0]))
+    looks = len(LENGTHS) * len(SEQUENCES)
+    with progress("amounts", looks + 2 + len(targets) * (len(ROWS) + 1 + looks)) as tick:
+
+        def moments(examples: Sequence[Example]) -> Moments:
+            tick()
+            return second_moments(model, groups, batches(examples, BATCH))
+
+        def grown(examples: Sequence[Example], counts: Sequence[int]) -> list[Moments]:
+            return growing(moments(examples[a:b]) for a, b in pairwise((0, *counts)))
+
+        own = {
+            (sequences, length): found
+            for length in LENGTHS
+            for sequences, found in zip(
+                SEQUENCES,
+                grown(text_examples([row[:length] for row in proxies.calibration]), SEQUENCES),
+                strict=True,
+            )
+        }
+        others = {
+            "own": moments(text_examples(proxies.held_out)).matrices,
+            "wikitext2": moments(text_examples(foreign_text(tokenizer))).matrices,
+        }
+        whole = own[SEQUENCES[-1], LENGTHS[-1]].matrices
+        by_text, by_rows = [], []
+        for target in targets:
+            examples = prepare_task(load_rows(target_rows(target)), tokenizer, config.data).train
+            tasks = [m.matrices for m in grown(examples, ROWS)]
+            judge = moments(examples[ROWS[-1] : 2 * ROWS[-1]]).matrices
+            for count, task in zip(ROWS, tasks, strict=True):
+                share = fmean(held((whole[n], task[n]), (whole[n], judge[n]), r) for n in whole)
+                by_rows.append({"target": target, "rows": count, "share": share})
+            for (sequences, length), found in own.items():
+                tick()
+                amount = {"sequences": sequences, "length": length, "tokens": found.tokens}
+                for text, other in others.items():
+                    worth = _worth(found.matrices, other, tasks[-1], r)
+                    by_text.append({"target": target, **amount, "on": text, **worth})
+    return {"directions": r, "inputs": len(groups), "text": by_text, "rows": by_rows}
+
+
+def _worth(pre: ByInput, other: ByInput, task: ByInput, r: int) -> dict[str, float]:
+    """Share and cost of directions on other text, the mean over the inputs."""
+    return {
+        "share": fmean(held((pre[n], task[n]), (other[n], task[n]), r) for n in pre),
+        "cost": fmean(agreement(pre[n], other[n], task[n], directions=r).penalty for n in pre),
+    }
+
+
+def text_table(found: Mapping[str, Any]) -> Table:
+    """Shares by length of the sequences and by tokens, of all targets together."""
+    cells: dict[tuple[int, int], dict[str, list[float]]] = {}
+    for row in found["text"]:
+        cell = cells.setdefault((row["length"], row["sequences"] * row["length"]), {})
+        cell.setdefault(row["on"], []).append(row["share"])
+    amounts = sorted({tokens for _, tokens in cells})
+
+    def shown(length: int, tokens: int) -> str:
+        shares = cells.get((length, tokens), {}).values()
+        return " / ".join(f"{fmean(share):.3f}" for share in shares) or NONE
+
+    rows = tuple(
+        (str(length), *(shown(length, tokens) for tokens in amounts))
+        for length in sorted({length for length, _ in cells})
+    )
+    return Table(
+        ("tokens a sequence", *(f"{tokens:,} in all" for tokens in amounts)),
+        rows,
+        f"{found['model']}, {found['inputs']} shared inputs, {found['directions']} directions: share of what the "
+        "best directions are worth on other text of the model's own / on WikiText-2, the mean over "
+        f"{', '.join(_targets(found['text']))}.",
+    )
+
+
+def rows_table(found: Mapping[str, Any]) -> Table:
+    """Shares by target and number of its rows."""
+    share = {(row["target"], row["rows"]): row["share"] for row in found["rows"]}
+    counts = sorted({count for _, count in share})
+    return Table(
+        ("target", *(f"{count} rows" for count in counts)),
+        tuple(
+            (target, *(f"{share[target, count]:.3f}" for count in counts))
+            for target in _targets(found["rows"])
+        ),
+        f"{found['model']}: share of what the best directions are worth on {ROWS[-1]} other rows.",
+    )
+
+
+def _targets(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(row["target"] for row in rows))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    parser = argparse.ArgumentParser(description="How much text and how many rows are enough?")
+    parser.add_argument(
+        "--run", type=Path, required=True, help="a folora run's folder, with samples"
+    )
+    parser.add_argument("--model", type=Path, required=True, help="folder of the model")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=[*TARGETS])
+    parser.add_argument("--directions", type=int, default=16)
+    parser.add_argument("--output", type=Path, required=True, help="the .json to write")
+    options = parser.parse_args(given)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    found = {
+        "format": FORMAT,
+        "command": f"python -m benchmarks.amounts {shlex.join(given)}",
+        "model": options.model.name,
+        "versions": software_versions(),
+        **measured(options.run, options.model, options.targets, options.directions),
+    }
+    write_text(options.output, json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
