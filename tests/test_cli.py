@@ -154,6 +154,26 @@ def test_plan_leaves_to_a_server_what_it_does(model_folder: Path) -> None:
     assert [s.memory for s in own[1:]] == [s.memory for s in other[1:]]
 
 
+def test_plan_knows_that_sampling_may_end_at_its_first_look(
+    model_folder: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is 64 sequences, which are one batch, of 2000, which are 32."""
+    monkeypatch.setattr("folora.planning._speed", lambda *_: 1e9)
+    config = FoLoraConfig(model=str(model_folder), device="cpu", dataset=str(rows_file))
+    stages = {stage.name: stage for stage in plan(config).stages}
+    sampling, measuring = stages["sample"], stages["measure"]
+    assert sampling.seconds and sampling.soonest == pytest.approx(sampling.seconds / 32)
+    assert measuring.seconds and measuring.soonest
+    task = config.statistics.task_examples * 256
+    length = (config.sampling.min_new_tokens + config.sampling.max_new_tokens) // 2
+    assert measuring.soonest / measuring.seconds == pytest.approx(
+        (64 * length + task) / (2000 * length + task)
+    )
+    never = plan(config.changed({"sampling.tolerance": None})).stages
+    assert all(stage.soonest == stage.seconds for stage in never)
+    assert [stage.seconds for stage in never] == [stage.seconds for stage in plan(config).stages]
+
+
 def test_plan_counts_the_passes_of_a_small_memory(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,7 +186,8 @@ def test_plan_counts_the_passes_of_a_small_memory(
     a, b = (next(s for s in found.stages if s.name == "measure") for found in (whole, half))
     assert a.seconds is not None
     assert b.seconds is not None
-    tokens = 2000 * (128 + 512) // 2 + config.statistics.task_examples * 256
+    length = (config.sampling.min_new_tokens + config.sampling.max_new_tokens) // 2
+    tokens = config.sampling.num_sequences * length + config.statistics.task_examples * 256
     assert b.seconds - a.seconds == pytest.approx(2 * whole.parameters * tokens / 1e9)
     assert a.memory - b.memory == pytest.approx(needed * 1e9)
 

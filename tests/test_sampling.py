@@ -90,7 +90,7 @@ def test_so_many_at_once_as_fit(
     monkeypatch: pytest.MonkeyPatch, free: int, processes: int, size: int
 ) -> None:
     monkeypatch.setattr("folora.sampling.free_bytes", lambda _: free + 1000)
-    config, model = SamplingConfig(), make_llama().config
+    config, model = SamplingConfig(max_new_tokens=512), make_llama().config
     cuda = torch.device("cuda")
     assert cache_bytes(model, 4) == 2 * 2 * 2 * 8 * 4
     assert batch_size_for(cuda, model, 8, config, processes, taken=1000) == size

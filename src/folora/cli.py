@@ -32,7 +32,7 @@ from folora.loading import required
 from folora.methods import METHODS
 from folora.pictures import frontier_picture, norm_picture
 from folora.pipeline import ADAPTER, COMPARISON, Run
-from folora.planning import Plan, plan, widths
+from folora.planning import Plan, Stage, plan, widths
 from folora.report import comparison_table
 from folora.results import load_results
 
@@ -180,7 +180,9 @@ def _execute(options: argparse.Namespace, config: FoLoraConfig) -> None:
                 f"{report.worst_relative_error:.2%} ({report.worst_layer})"
             )
         return
-    reads_task = command in ("measure", "train") or (command in ("sample", "base") and run.decides)
+    reads_task = command in ("measure", "train") or (
+        command in ("sample", "base") and run.config.ends_early
+    )
     run.check(needs_data=reads_task)
     run.check_stage(command)
     with run.alone():
@@ -250,8 +252,7 @@ def _print_plan(found: Plan) -> None:
     console.print(shapes)
     stages = Table("stage", "memory", "disk", "time", title="Stages")
     for stage in found.stages:
-        seconds = "not known" if stage.seconds is None else _duration(stage.seconds)
-        stages.add_row(stage.name, _bytes(stage.memory), _bytes(stage.disk), seconds)
+        stages.add_row(stage.name, _bytes(stage.memory), _bytes(stage.disk), _durations(stage))
     console.print(stages)
     keeping = Table("bases in training", "on the device", "on the host", title="Where bases lie")
     for way in found.storages:
@@ -273,8 +274,8 @@ def _print_plan(found: Plan) -> None:
     else:
         console.print(f"Training takes {_bytes(own.training)} {free}, and activations.")
     console.print(
-        "Times are estimates from a second of measuring here; expect a factor of three. Sampling may end "
-        "earlier (sampling.tolerance)."
+        "Times are estimates from a second of measuring here; expect a factor of three. Where there are two, "
+        "sampling ends when it is enough (sampling.tolerance), between its first look and its ceiling."
     )
 
 
@@ -312,6 +313,13 @@ def _bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def _durations(stage: Stage) -> str:
+    if stage.soonest is None or stage.seconds is None:
+        return "not known"
+    soonest, latest = _duration(stage.soonest), _duration(stage.seconds)
+    return latest if soonest == latest else f"{soonest} to {latest}"
 
 
 def _duration(seconds: float) -> str:

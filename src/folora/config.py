@@ -78,7 +78,7 @@ class SamplingConfig:
         2000, "at most so many sequences that pass the filter, held-out ones included"
     )
     tolerance: float | None = _option(
-        4.0,
+        2.0,
         "end before that if the leading directions found on half of the samples cost at most so much "
         "more on the other half; 'null': never",
     )
@@ -382,6 +382,11 @@ class FoLoraConfig:
         if given == "all":
             return None
         return self.adapter.r if given is None else int(given)
+
+    @property
+    def ends_early(self) -> bool:
+        """Whether sampling ends when it is enough for the task, which it then reads."""
+        return self.sampling.may_end_early and self.base is None and self.dataset is not None
 
     @classmethod
     def paper(cls, **changes: Any) -> FoLoraConfig:

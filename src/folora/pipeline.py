@@ -221,12 +221,6 @@ class Run:
         """The token that sampling starts from."""
         return start_token_id(self.tokenizer, self.config.sampling.start_token)
 
-    @property
-    def decides(self) -> bool:
-        """Whether sampling ends when it is enough for the task, which it then reads."""
-        early = self.config.sampling.may_end_early and self.config.base is None
-        return early and self.config.dataset is not None
-
     def check(self, *, needs_data: bool) -> None:
         """Everything that can be found out without loading the model."""
         check_writable(self.folder, "output")
@@ -307,7 +301,7 @@ class Run:
         eos_ids = ending_ids(self.model, self.tokenizer, config)
         folder = self.folder / SAMPLES
         enough, decision = None, None
-        if self.decides:
+        if self.config.ends_early:
             self._measure_task()
             task = self.statistics("task")
             enough = convergence(self.model, self.groups, task.tensors, self.config)

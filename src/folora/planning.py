@@ -22,7 +22,7 @@ from folora.activations import (
     room_for_moments,
     target_layers,
 )
-from folora.config import FoLoraConfig
+from folora.config import FIRST_LOOK, FoLoraConfig
 from folora.errors import ConfigError
 from folora.loading import device_of, load_config, load_skeleton, required
 from folora.memory import cache_bytes, free_bytes, held_bytes
@@ -39,12 +39,21 @@ REDUCTION, ALL_VECTORS, LEADING_VECTORS = 3, 17, 60
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage's needs; bytes and seconds, seconds None where only the data can tell."""
+    """One stage's needs.
+
+    Attributes:
+        name: Of the stage.
+        memory: Bytes.
+        disk: Bytes.
+        seconds: At most; None where only the data can tell.
+        soonest: The same if sampling ends at its first look.
+    """
 
     name: str
     memory: int
     disk: int
     seconds: float | None
+    soonest: float | None
 
 
 @dataclass(frozen=True)
@@ -142,7 +151,8 @@ def plan(
 
     sampling = config.sampling
     length = (sampling.min_new_tokens + sampling.max_new_tokens) // 2
-    sampled = 0 if config.base is not None else sampling.num_sequences * length  # at most
+    most = 0 if config.base is not None else sampling.num_sequences
+    fewest = min(most, FIRST_LOOK) if config.ends_early else most
     at_once = batch_size_for(device, model_config, dtype.itemsize, sampling, processes, weights)
     elsewhere = sampling.server is not None
     cache = cache_bytes(model_config, dtype.itemsize) * at_once * sampling.max_new_tokens
@@ -151,18 +161,29 @@ def plan(
     forward = 2 * parameters
     kept = solved_directions(config)
     spectrum = sum(4 * g.d_in * min(kept or g.d_in, g.d_in) for g in groups)
-    solve_seconds = sum(_solve_operations(g.d_in, kept) for g in groups) / wide_flops
+    solve_operations = sum(_solve_operations(g.d_in, kept) for g in groups)
     training = config.training
-    # The share of the busiest process: batches and groups are not divided.
-    batches = math.ceil(sampling.num_sequences / at_once)
-    sampling_share = math.ceil(batches / processes) / batches
-    solving_share = math.ceil(len(groups) / processes) / len(groups)
-    steps_tokens = None  # of one process
-    if training.max_steps > 0 and rows and task_tokens:
-        rows_seen = training.max_steps * training.batch_size * training.gradient_accumulation_steps
-        steps_tokens = rows_seen * task_tokens / rows
-    elif task_tokens:
-        steps_tokens = training.num_train_epochs * task_tokens / processes
+
+    def sampling_seconds(sequences: int) -> float | None:
+        if elsewhere:
+            return None
+        # Of the busiest process: batches are not divided, and the last is as large as the others.
+        mine = math.ceil(math.ceil(sequences / at_once) / processes) * at_once
+        return forward * mine * length / flops / DECODING_EFFICIENCY
+
+    def measuring_seconds(sequences: int) -> float:
+        tokens = sequences * length + task_measured
+        return (len(parts) * forward + gram) * tokens / flops / processes
+
+    solving_share = math.ceil(len(groups) / processes) / len(groups)  # likewise
+    solving_seconds = solving_share * solve_operations / wide_flops
+    training_seconds = None
+    if task_tokens:
+        tokens = training.num_train_epochs * task_tokens / processes
+        if training.max_steps > 0 and rows:
+            a_step = training.batch_size * training.gradient_accumulation_steps
+            tokens = training.max_steps * a_step * task_tokens / rows
+        training_seconds = 3 * forward * tokens / flops
     state = trainable * 4 * (2 if config.adapter.init == "null_space" else 1)
     widest = max(g.d_in for g in groups)
     storages = ways(config, groups, weights + state + 3 * 4 * trainable, processes)
@@ -170,28 +191,32 @@ def plan(
         Stage(
             "sample",
             weights + (0 if elsewhere else cache),
-            8 * sampled,
-            None if elsewhere else sampling_share * forward * sampled / flops / DECODING_EFFICIENCY,
+            8 * most * length,
+            sampling_seconds(most),
+            sampling_seconds(fewest),
         ),
         Stage(
             "measure",
             weights + 2 * max(parts),
             2 * moments,
-            (len(parts) * forward + gram) * (sampled + task_measured) / flops / processes,
+            measuring_seconds(most),
+            measuring_seconds(fewest),
         ),
         Stage(
             "solve",
             2 * moments + spectrum + 10 * 8 * widest**2,
             spectrum,
-            solving_share * solve_seconds,
+            solving_seconds,
+            solving_seconds,
         ),
         Stage(
             "train",
             storages[0].training,
             2 * (state + 3 * 4 * trainable),
-            None if steps_tokens is None else 3 * forward * steps_tokens / flops,
+            training_seconds,
+            training_seconds,
         ),
-        Stage("export", state, state, None),
+        Stage("export", state, state, None, None),
     ]
     free = free_bytes(device) // (processes if device.type == "cpu" else 1)
     return Plan(groups, len(layers), parameters, trainable, stages, storages, free)
