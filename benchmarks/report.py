@@ -264,22 +264,24 @@ def _turned(
     return Block(_paragraphs(table.markdown(), source.missing(plan, task)))
 
 
-def enough(source: Source, plan: str, count: str) -> Block:
-    """Numbers of sequences for C_pre, beside one of them, by the kept score."""
-    return _enough(source, plan, count, lambda result: result)
+def enough(source: Source, plan: str, count: str, task: str = "") -> Block:
+    """Few and many sequences of self-made text on frontiers, beside one number of them."""
+    return _enough(source, plan, count, task, lambda result: result)
 
 
-def enough_by_meter(source: Source, plan: str, count: str) -> Block:
+def enough_by_meter(source: Source, plan: str, count: str, task: str = "") -> Block:
     """The same by the KL alone, which tells more than few questions do."""
-    return _enough(source, plan, count, without_scores)
+    return _enough(source, plan, count, task, without_scores)
 
 
-def _enough(source: Source, plan: str, count: str, seen: Callable[[Result], Result]) -> Block:
-    results = sorted(map(seen, source.chosen(plan)), key=_count)
+def _enough(
+    source: Source, plan: str, count: str, task: str, seen: Callable[[Result], Result]
+) -> Block:
+    results = sorted(map(seen, source.chosen(plan, task)), key=_count)
     rows = [_relabelled(r, _calibrated(r)) for r in results]
     reference = next((row.title for row in rows if str(_count(row)) == count), rows[-1].title)
     table = comparison_table(rows, _only_task(results), reference=reference)
-    return Block(_paragraphs(table.markdown(), source.missing(plan)))
+    return Block(_paragraphs(table.markdown(), source.missing(plan, task)))
 
 
 def amounts_of_text(source: Source, model: str) -> Block:

@@ -134,7 +134,7 @@ def time_table() -> Table:
         )
     header = ("model", *(f"{stage}, {gpus}" for stage in POINTS for gpus in GPUS))
     caption = (
-        f"Of {SEQUENCES} sequences of {LENGTH} tokens, the ceiling; by number of GPUs. From the paper's seconds for "
+        f"Of the paper's {SEQUENCES} sequences of {LENGTH} tokens; by number of GPUs. From the paper's seconds for "
         f"Qwen3-1.7B on one GPU, the solve from ours on an H200. Sampling is shared out in batches of {BATCH}, the solve by "
         "shared inputs; the texts are "
         "read as often for statistics as the next table says. –: the weights do not fit one GPU of 80 GB in bf16."

@@ -78,7 +78,7 @@ class SamplingConfig:
         2000, "at most so many sequences that pass the filter, held-out ones included"
     )
     tolerance: float | None = _option(
-        2.0,
+        3.0,
         "end before that if the leading directions found on half of the samples cost at most so much "
         "more on the other half; 'null': never",
     )
