@@ -265,7 +265,7 @@ def _turned(
 
 
 def enough(source: Source, plan: str, count: str, task: str = "") -> Block:
-    """Few and many sequences of self-made text on frontiers, beside one number of them."""
+    """Numbers of sequences for C_pre, beside one of them, by the kept score."""
     return _enough(source, plan, count, task, lambda result: result)
 
 
