@@ -204,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "versions": software_versions(),
         **measured(options.run, options.model, options.targets, options.directions),
     }
-    write_text(options.output, json.dumps(found, indent=1) + "\n")
+    write_text(options.output, json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":

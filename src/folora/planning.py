@@ -31,7 +31,8 @@ from folora.sampling import batch_size_for
 from folora.spectrum import are_few
 
 PROBE = 512
-DECODING_EFFICIENCY = 0.15  # of a large product's rate, for one token a row
+# Of a large product's rate: for one token a row; and in training, where on a CPU TRL's loss takes half of the time.
+DECODING_EFFICIENCY, TRAINING_EFFICIENCY = 0.15, {"cpu": 0.25}
 # Operations of a solve over the cube of the width, in float64: to reduce it to one matrix, and for all its
 # vectors; and of k leading ones over k times the square of the width. Measured.
 REDUCTION, ALL_VECTORS, LEADING_VECTORS = 3, 17, 60
@@ -183,7 +184,7 @@ def plan(
         if training.max_steps > 0 and rows:
             a_step = training.batch_size * training.gradient_accumulation_steps
             tokens = training.max_steps * a_step * task_tokens / rows
-        training_seconds = 3 * forward * tokens / flops
+        training_seconds = 3 * forward * tokens / flops / TRAINING_EFFICIENCY.get(device.type, 1.0)
     state = trainable * 4 * (2 if config.adapter.init == "null_space" else 1)
     widest = max(g.d_in for g in groups)
     storages = ways(config, groups, weights + state + 3 * 4 * trainable, processes)
