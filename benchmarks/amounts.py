@@ -30,6 +30,7 @@ from folora.config import FoLoraConfig
 from folora.convergence import watched
 from folora.data import Example, batches, load_rows, prepare_task, text_examples
 from folora.disk import write_text
+from folora.errors import DataError
 from folora.preparation import groups_of
 from folora.progress import progress
 from folora.report import NONE, Table
@@ -91,6 +92,16 @@ def measured(run: Path, model_folder: Path, targets: Sequence[str], r: int) -> d
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     config = FoLoraConfig().changed({"data.chat_template": False, "data.max_length": 256})
     proxies = load_proxy_set(run / "1-samples")
+    examples = {
+        target: prepare_task(load_rows(target_rows(target)), tokenizer, config.data).train
+        for target in targets
+    }
+    few = [target for target, rows in examples.items() if len(rows) < 2 * ROWS[-1]]
+    if few or len(proxies.calibration) < SEQUENCES[-1]:
+        raise DataError(
+            f"{run} has {len(proxies.calibration)} samples for C_pre and must have {SEQUENCES[-1]}; "
+            f"targets of less than {2 * ROWS[-1]} rows: {', '.join(few) or 'none'}"
+        )
     groups = watched(groups_of(model, config.adapter, proxies.calibration[0][0]))
     looks = len(LENGTHS) * len(SEQUENCES)
     with progress("amounts", looks + 2 + len(targets) * (len(ROWS) + 1 + looks)) as tick:
@@ -117,10 +128,9 @@ def measured(run: Path, model_folder: Path, targets: Sequence[str], r: int) -> d
         }
         whole = own[SEQUENCES[-1], LENGTHS[-1]].matrices
         by_text, by_rows = [], []
-        for target in targets:
-            examples = prepare_task(load_rows(target_rows(target)), tokenizer, config.data).train
-            tasks = [m.matrices for m in grown(examples, ROWS)]
-            judge = moments(examples[ROWS[-1] : 2 * ROWS[-1]]).matrices
+        for target, rows in examples.items():
+            tasks = [m.matrices for m in grown(rows, ROWS)]
+            judge = moments(rows[ROWS[-1] : 2 * ROWS[-1]]).matrices
             for count, task in zip(ROWS, tasks, strict=True):
                 share = fmean(held((whole[n], task[n]), (whole[n], judge[n]), r) for n in whole)
                 by_rows.append({"target": target, "rows": count, "share": share})
