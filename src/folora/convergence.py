@@ -30,8 +30,8 @@ class Convergence:
         measure: Second moments of the watched inputs on sequences.
         c_task: C_task of the watched inputs, by group name.
         tau: Ridge.
-        lam: Gate's lambda.
-        s_min: Gate's floor.
+        lam: Gate's lambda, for what is said of the gate.
+        s_min: Gate's floor, likewise.
         directions: How many leading directions must hold.
         tolerance: What they may cost on the other half beyond 1. Their gate settles long before.
     """
@@ -87,7 +87,7 @@ class Convergence:
     @property
     def facts(self) -> dict[str, Any]:
         """What the decision depends on beside the sequences and the task, for manifests."""
-        names = ("tau", "lam", "s_min", "directions", "tolerance")
+        names = ("tau", "directions", "tolerance")
         return {**{name: getattr(self, name) for name in names}, "watched": sorted(self.c_task)}
 
 
