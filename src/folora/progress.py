@@ -60,7 +60,7 @@ def progress(what: str, total: int) -> Iterator[Tick]:
             nonlocal done, tokens_done, last_log
             done, tokens_done = done + units, tokens_done + tokens
             now = time.monotonic()
-            rate = f"{tokens_done / max(now - started, 1e-9):.0f} tokens/s" if tokens_done else ""
+            rate = _rate(tokens_done, now - started)
             bar.update(task, completed=done, rate=rate)
             if logs and now - last_log > LOG_SECONDS and done < total:
                 left = (now - started) / max(done, 1) * (total - done)
@@ -69,4 +69,9 @@ def progress(what: str, total: int) -> Iterator[Tick]:
 
         yield tick
     if logs:
-        logger.info("%s: took %.1f s", what, time.monotonic() - started)
+        took = time.monotonic() - started
+        logger.info("%s: took %.1f s %s", what, took, _rate(tokens_done, took))
+
+
+def _rate(tokens: int, seconds: float) -> str:
+    return f"{tokens / max(seconds, 1e-9):.0f} tokens/s" if tokens else ""
