@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -56,7 +57,7 @@ class Bench:
 
     def __init__(self, place: Path) -> None:
         self.place = place
-        self.stores: list[TCPStore] = []  # a store ends with its object
+        self.points: list[MeetingPoint] = []  # which end with their objects
         self.model = write_model(place / "model")
         self.rows = place / "rows.jsonl"
         self.rows.write_text("".join(json.dumps(row) + "\n" for row in rows()))
@@ -89,22 +90,24 @@ class Bench:
             prepare: Called in each with its rank.
             changes: Of the config.
         """
-        store = meeting_point()
-        self.stores.append(store)
+        point = MeetingPoint()
+        self.points.append(point)
 
         def begin(rank: int) -> Callable[[], None]:
             def set_up() -> None:
                 if count > 1:
-                    os.environ |= place_among(store, rank, count)
+                    os.environ |= point.place_among(rank, count)
                 prepare(rank)
 
             return set_up
 
         words = self.words(name, count, **changes)
-        return [
+        forks = [
             Fork([*words, *(more or {}).get(r, ())], self.place, f"{name}-{r}", begin(r))
             for r in range(count)
         ]
+        point.open()
+        return forks
 
     def tensors(self, name: str, part: str) -> dict[str, Tensor]:
         """What a part of a run holds."""
@@ -141,20 +144,33 @@ class Bench:
         return name
 
 
-def meeting_point() -> TCPStore:
+class MeetingPoint:
     """Where processes of this machine meet: a store as torchrun's agent keeps one, on a port of the system's choice.
 
-    It listens from the start, so that nobody else can take the port, and as long as it is alive.
+    It listens as long as this object lives, so that nobody else can take the port. It has a thread, and who is forked
+    while that holds a lock of the C library waits for it for ever; so it opens when all have been forked.
     """
-    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
+    def __init__(self) -> None:
+        self._port = multiprocessing.RawValue("i", 0)  # shared with forks
+        self._store: TCPStore | None = None
 
-def place_among(store: TCPStore, rank: int, count: int) -> dict[str, str]:
-    """The environment of one of several processes that meet at a store, as a launcher sets it."""
-    return {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": store.host, "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
-    }  # fmt: skip
+    def open(self) -> None:
+        """Begin to listen, after the last fork."""
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._port.value = self._store.port
+
+    def place_among(self, rank: int, count: int) -> dict[str, str]:
+        """In a fork: the environment of one of several processes that meet here, as a launcher sets it."""
+        began = time.monotonic()
+        while not self._port.value:
+            if time.monotonic() - began > PATIENCE:
+                raise TimeoutError("whoever forked this process has not opened the meeting point")
+            time.sleep(0.001)
+        return {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._port.value), "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }  # fmt: skip
 
 
 def ended(forks: Sequence[Fork]) -> list[Ended]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.distributed import meeting_point, place_among
+from benchmarks.distributed import MeetingPoint
 from folora import ranks
 
 PATIENCE = 60  # seconds
@@ -19,11 +20,12 @@ def in_processes(count: int, work: Callable[[], Any]) -> list[Any]:
     Tensors do not outlive the process that made them; return arrays.
     """
     fork = multiprocessing.get_context("fork")
-    queue, store = fork.Queue(), meeting_point()
+    queue, point = fork.Queue(), MeetingPoint()
 
     def run(rank: int) -> None:
-        os.environ |= place_among(store, rank, count)
+        gc.freeze()  # to collect what the parent left would wait for threads that are not here
         try:
+            os.environ |= point.place_among(rank, count)
             ranks.join("cpu")
             queue.put((rank, work()))
         except BaseException as error:
@@ -35,6 +37,7 @@ def in_processes(count: int, work: Callable[[], Any]) -> list[Any]:
     processes = [fork.Process(target=run, args=(rank,)) for rank in range(count)]
     for process in processes:
         process.start()
+    point.open()
     found = dict(queue.get(timeout=PATIENCE) for _ in processes)
     for process in processes:
         process.join()
