@@ -8,7 +8,6 @@ that many amounts can be tried; what an amount does to a trained adapter is `ben
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import logging
 import shlex
@@ -81,8 +80,8 @@ def growing(parts: Iterable[Moments]) -> list[Moments]:
 
 def foreign_text(tokenizer: Any) -> list[list[int]]:
     """Windows of WikiText-2's test articles, as long as the longest sequences."""
-    with gzip.open(data_folder() / "wikitext2" / "test.jsonl.gz", "rt", encoding="utf-8") as lines:
-        ids = tokenizer("\n".join(json.loads(line)["text"] for line in lines))["input_ids"]
+    articles = load_rows(str(data_folder() / "wikitext2" / "test.jsonl.gz"))
+    ids = tokenizer("\n".join(article["text"] for article in articles))["input_ids"]
     return [ids[i * LENGTHS[-1] : (i + 1) * LENGTHS[-1]] for i in range(WINDOWS)]
 
 
