@@ -31,7 +31,7 @@ from folora.sampling import batch_size_for
 from folora.spectrum import are_few
 
 PROBE = 512
-# Of a large product's rate: for one token a row; and in training, where on a CPU TRL's loss takes half of the time.
+# Of a large product's rate: for one token a row; and in training, where on a CPU TRL's loss takes about half.
 DECODING_EFFICIENCY, TRAINING_EFFICIENCY = 0.15, {"cpu": 0.25}
 # Operations of a solve over the cube of the width, in float64: to reduce it to one matrix, and for all its
 # vectors; and of k leading ones over k times the square of the width. Measured.
