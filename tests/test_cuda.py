@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from test_sadam import gradients, orthogonal_and_gate, params, reference
 from test_spectrum import moment
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.tiny import make_gpt2, make_llama, make_tokenizer, tiny_config
 from folora.activations import InputGroup, find_groups, second_moments, target_layers
@@ -94,6 +96,60 @@ def test_large_bases_from_the_host_arrive_before_they_are_used() -> None:
         hosted.step()
         resident.step()
     assert all(torch.equal(p, twin) for p, twin in zip(ps, twins, strict=True))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_bases_come_behind_the_backward_pass(checkpointed: bool) -> None:
+    """To the bit as those that come in the step, in no more memory, and no hook is left."""
+    generator = torch.Generator(GPU).manual_seed(0)
+    layers, d = 12, 1024
+    bases = [torch.randn(d, d, generator=generator, device=GPU).cpu() for _ in range(layers)]
+    bases = [b.pin_memory() for b in bases]
+    start = [torch.randn(8, d, generator=generator, device=GPU) / d for _ in range(layers)]
+    up = torch.randn(8, d, generator=generator, device=GPU)
+    x = torch.randn(8192, d, generator=generator, device=GPU)
+
+    def layer(x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        return (x + (x @ p.T) @ up).sin().cos()
+
+    def train(ahead: bool) -> tuple[list[torch.Tensor], int, int]:
+        ps = [torch.nn.Parameter(a.clone()) for a in start]
+        groups = zip(ps, bases, strict=True)
+        optimizer = SAdam({"params": [p], "basis": b, "on_host": True} for p, b in groups)
+        sent = 0
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(4):
+            y = x
+            for p in ps:
+                y = checkpoint(layer, y, p, use_reentrant=False) if checkpointed else layer(y, p)
+            with optimizer.ahead() if ahead else nullcontext():
+                y.square().mean().backward()
+            sent += len(optimizer._transit.order())
+            assert not any(p._post_accumulate_grad_hooks for p in ps)
+            optimizer.step()
+            assert not optimizer._transit.order()
+            optimizer.zero_grad()
+        return [p.detach() for p in ps], sent, torch.cuda.max_memory_allocated()
+
+    train(ahead=False)  # what the libraries keep for themselves does not count
+    expected, nothing, peak = train(ahead=False)
+    found, sent, peak_ahead = train(ahead=True)
+    assert nothing == 0
+    assert sent > 4 * (layers - 3)
+    assert peak_ahead <= 1.001 * peak
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_what_was_sent_for_a_step_that_is_not_taken() -> None:
+    (p,), b = [torch.nn.Parameter(torch.ones(4, 64, device=GPU))], torch.eye(64).pin_memory()
+    optimizer = SAdam([{"params": [p], "basis": b, "on_host": True}])
+    torch.empty(2**24, device=GPU)  # a peak with room beneath it
+    for _ in range(3):
+        with optimizer.ahead():
+            p.square().sum().backward()
+        assert len(optimizer._transit.order()) == 1
+    optimizer.step()
+    assert bool(p.isfinite().all())
 
 
 def test_tf32_is_kept_out_of_the_step() -> None:

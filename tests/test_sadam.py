@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 import folora
 from folora import sadam
-from folora.sadam import Complement, SAdam, basis_fingerprint, full_fp32_matmul
+from folora.sadam import Complement, Room, SAdam, basis_fingerprint, full_fp32_matmul
 
 
 def gradients(shapes: list[tuple[int, int]], steps: int, seed: int = 0) -> list[list[torch.Tensor]]:
@@ -369,6 +370,34 @@ def test_a_narrow_basis_is_widened_for_its_products(on_host: bool, monkeypatch: 
     drive(SAdam([{"params": [b], "basis": narrow.float(), "gate": gate}], lr=1e-2), [b], grads)
     assert optimizer.param_groups[0]["basis"].dtype == torch.bfloat16
     assert torch.allclose(a, b, rtol=0, atol=1e-5)
+
+
+def test_without_a_gpu_nothing_is_sent_ahead() -> None:
+    """What is comes behind the backward pass on one; see test_cuda.py."""
+    basis, gate = orthogonal_and_gate(8)
+    (a,), (b,) = (params([(3, 8)], torch.float32) for _ in range(2))
+    group = {"basis": basis.float(), "gate": gate.float(), "on_host": True}
+    ahead, plain = (SAdam([{**group, "params": [p]}], lr=1e-2) for p in (a, b))
+    for optimizer, p in ((ahead, a), (plain, b)):
+        for _ in range(5):
+            with optimizer.ahead() if optimizer is ahead else nullcontext():
+                p.square().sum().backward()
+            assert not p._post_accumulate_grad_hooks
+            optimizer.step()
+    assert torch.equal(a, b)
+
+
+def test_room_is_what_is_let_go_of_and_not_taken_again() -> None:
+    room = Room()
+    assert room.takes(10, held=90, peak=100)
+    assert not room.takes(10, held=100, peak=100)
+    assert room.before == 100
+    assert room.takes(10, held=80, peak=100)
+    rising = Room()
+    assert rising.takes(5, held=50, peak=100)
+    assert rising.takes(5, held=75, peak=100)  # a layer computed anew: 20 more than was left
+    assert not rising.takes(5, held=76, peak=100)  # 76 + 20 + 5
+    assert rising.takes(5, held=75, peak=100)
 
 
 def test_a_complement_moves_what_the_basis_lacks_and_nothing_else() -> None:

@@ -10,6 +10,7 @@ import gc
 import random
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,7 +103,9 @@ class Contender:
         """One step, with its times."""
         began = self._now()
         self.optimizer.zero_grad()
-        self.model(input_ids=ids, labels=ids).loss.backward()
+        loss = self.model(input_ids=ids, labels=ids).loss
+        with self.optimizer.ahead() if isinstance(self.optimizer, SAdam) else nullcontext():
+            loss.backward()
         before = self._now()
         self.optimizer.step()
         ended = self._now()

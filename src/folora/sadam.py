@@ -24,8 +24,9 @@ This file needs nothing but torch, so that it can be copied.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, overload
 
@@ -94,6 +95,138 @@ class Stack:
     basis: Tensor
 
 
+class Transit:
+    """Bases on their way from the host to a device, before or while they are used.
+
+    What was not sent before (see `SAdam.ahead`) fills two buffers in turn, one by a stream of its own while
+    the other is used.
+    """
+
+    def __init__(self) -> None:
+        self._sent: dict[int, tuple[Tensor, Any]] = {}
+        self._streams: dict[torch.device, Any] = {}
+
+    @contextmanager
+    def behind(self, awaited: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
+        """Send each basis when the gradient of its parameter is there, as far as there is room."""
+        self._let_go()
+        rooms: dict[torch.device, Room] = {}
+        handles = [
+            p.register_post_accumulate_grad_hook(
+                partial(self._send, basis, rooms.setdefault(p.device, Room()))
+            )
+            for basis, p in awaited
+            if p.is_cuda and p.requires_grad
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def order(self) -> dict[int, int]:
+        """By id, at which place each basis was sent that is on its way."""
+        return {key: place for place, key in enumerate(self._sent)}
+
+    def bring(self, due: list[tuple[Tensor, torch.device]]) -> Iterator[Tensor]:
+        """Each basis in turn, whole and on its device."""
+        used: list[Any] = [None, None]  # when a buffer was last read
+        buffers: dict[tuple[torch.device, int], Tensor] = {}
+        largest = max((_nbytes(b) for b, _ in due if id(b) not in self._sent), default=0)
+
+        def coming(index: int) -> tuple[Tensor, Any]:
+            basis, device = due[index]
+            if id(basis) in self._sent:
+                return self._sent.pop(id(basis))
+            if isinstance(basis, DTensor):
+                return whole(basis).to(device), None
+            if device.type != "cuda":
+                return basis.to(device), None
+            turn = (device, index % 2)
+            stream = self._stream(device)
+            if turn not in buffers:
+                buffers[turn] = torch.empty(largest, dtype=torch.uint8, device=device)
+                # It may be a block that earlier work on the usual stream still reads.
+                stream.wait_stream(torch.cuda.current_stream(device))
+            if used[index % 2] is not None:
+                stream.wait_event(used[index % 2])
+            target = buffers[turn][: _nbytes(basis)].view(basis.dtype).view(basis.shape)
+            return target, _copied(basis, target, stream)
+
+        following = coming(0) if due else None
+        for index in range(len(due)):
+            assert following is not None
+            (basis, arrived), following = following, None
+            if index + 1 < len(due):
+                following = coming(index + 1)
+            if arrived is None:
+                yield basis
+                continue
+            stream = torch.cuda.current_stream(basis.device)
+            stream.wait_event(arrived)
+            yield basis
+            used[index % 2] = stream.record_event()
+            del basis
+
+    def _send(self, basis: Tensor, room: Room, p: Tensor) -> None:
+        """The hook: send a basis to where p lies, unless the device would hold more than ever."""
+        stats = torch.cuda.memory_stats(p.device)
+        held, peak = stats["allocated_bytes.all.current"], stats["allocated_bytes.all.peak"]
+        if id(basis) in self._sent or not room.takes(_nbytes(basis), held, peak):
+            return
+        target = torch.empty_like(basis, device=p.device)
+        stream = self._stream(p.device)
+        stream.wait_stream(torch.cuda.current_stream(p.device))
+        self._sent[id(basis)] = target, _copied(basis, target, stream)
+
+    def _let_go(self) -> None:
+        """Of what was sent and no step has used."""
+        for target, arrived in self._sent.values():
+            torch.cuda.current_stream(target.device).wait_event(arrived)
+        self._sent.clear()
+
+    def _stream(self, device: torch.device) -> Any:
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        return self._streams[device]
+
+
+class Room:
+    """What a backward pass has let go of and does not come back for."""
+
+    def __init__(self) -> None:
+        self.before: int | None = None
+        self.rise = 0
+
+    def takes(self, size: int, held: int, peak: int) -> bool:
+        """Whether so many bytes fit under the peak.
+
+        What the memory rose by from one question to the next, in a pass that computes layers anew, it may
+        rise by again.
+
+        Args:
+            size: Bytes asked for, which are taken if the answer is yes.
+            held: Bytes that the device holds.
+            peak: The most that it has held.
+        """
+        if self.before is not None:
+            self.rise = max(self.rise, held - self.before)
+        fits = held + self.rise + size <= peak
+        self.before = held + size * fits
+        return fits
+
+
+def _copied(source: Tensor, target: Tensor, stream: Any) -> Any:
+    """Copy on a stream; the event that it is done."""
+    with torch.cuda.stream(stream):
+        target.copy_(source, non_blocking=True)
+        return stream.record_event()
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
 class SAdam(Optimizer):
     """Adam in a spectral basis with a gate on every direction; AdamW where there is no basis.
 
@@ -103,8 +236,8 @@ class SAdam(Optimizer):
             done in one. With it may come ``"gate"`` s, shape (k,) (default: ones); ``"scale"``, a
             number that multiplies T (1); ``"complement"``, a `Complement` (what T lacks is closed);
             and ``"on_host"``: leave T on the device where it lies, in pinned memory for speed, and
-            bring it over for each step, the next one while this one is used (False: T moves to the
-            parameters' device and stays). A T that is a DTensor stays shared out over its processes
+            bring it over for each step, the next one while this one is used, or before; see `ahead`
+            (False: T moves to the parameters' device and stays). A T that is a DTensor stays shared out over its processes
             and is gathered for each step. Arithmetic and moments of such a group are float32
             (float64 for float64 parameters) whatever the dtype of parameters and T.
             Parameters may be DTensors, those of a basis sharded by rows.
@@ -139,6 +272,7 @@ class SAdam(Optimizer):
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": fused
         }  # fmt: skip
         super().__init__(params, defaults)
+        self._transit = Transit()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group after checking its numbers and, if it has one, its basis."""
@@ -181,9 +315,23 @@ class SAdam(Optimizer):
                 here.append((group, params))
         for together in _bundles(_stacks(here)):
             self._step_in_bases(together)
-        for one, basis in zip(away, _travelling(away), strict=True):
+        order = self._transit.order()
+        away.sort(key=lambda one: order.get(id(one[0]["basis"]), len(order)))
+        bases = self._transit.bring([(g["basis"], params[0].device) for g, params in away])
+        for one, basis in zip(away, bases, strict=True):
             self._step_in_bases([Stack([one], basis[None])])
         return loss
+
+    def ahead(self) -> AbstractContextManager[None]:
+        """Bring bases over from the host behind the backward pass that runs in this block.
+
+        Each is sent as soon as its parameter has its gradient, if the device then holds no more than it
+        has held before: into what the pass lets go of. The next step uses them, and has them left to
+        bring for which there was no room. For the last backward pass before a step; without a GPU, or
+        bases on the host, it does nothing. No hook outlives the block.
+        """
+        hosted = [g for g in self.param_groups if g.get("on_host") and "basis" in g]
+        return self._transit.behind([(g["basis"], g["params"][0]) for g in hosted])
 
     def _step_in_bases(self, stacks: list[Stack]) -> None:
         """One gated step of groups that differ in shape and basis alone (Eq. 18-24).
@@ -228,6 +376,7 @@ class SAdam(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("_transit", Transit())  # no part of a state
         for group in self.param_groups:
             group.setdefault("fused", False)  # states of before there was a choice
 
@@ -461,51 +610,6 @@ def _from_basis(y: Tensor, basis: Tensor) -> Tensor:
         return y @ basis.mT
     parts = zip(y.split(COLUMNS_AT_ONCE, dim=-1), basis.split(COLUMNS_AT_ONCE, dim=-1), strict=True)
     return sum((part @ columns.to(y.dtype).mT for part, columns in parts), y.new_zeros(()))
-
-
-def _travelling(due: list[tuple[dict[str, Any], list[Tensor]]]) -> Iterator[Tensor]:
-    """The basis of each group in turn, whole and on its parameters' device.
-
-    What comes from the host to CUDA fills two buffers in turn, one by a stream of its own while the other
-    is used.
-    """
-    used: list[Any] = [None, None]  # when a buffer was last read
-    buffers: dict[tuple[torch.device, int], Tensor] = {}
-    streams: dict[torch.device, Any] = {}
-    largest = max((g["basis"].numel() * g["basis"].element_size() for g, _ in due), default=0)
-
-    def send(index: int) -> tuple[Tensor, Any]:
-        basis, device = due[index][0]["basis"], due[index][1][0].device
-        if isinstance(basis, DTensor):
-            return whole(basis).to(device), None
-        if device.type != "cuda":
-            return basis.to(device), None
-        turn = (device, index % 2)
-        if turn not in buffers:
-            buffers[turn] = torch.empty(largest, dtype=torch.uint8, device=device)
-        if device not in streams:
-            streams[device] = torch.cuda.Stream(device)
-            # The buffers may be blocks that earlier work on the usual stream still reads.
-            streams[device].wait_stream(torch.cuda.current_stream(device))
-        size = basis.numel() * basis.element_size()
-        target = buffers[turn][:size].view(basis.dtype).view(basis.shape)
-        with torch.cuda.stream(streams[device]):
-            if used[index % 2] is not None:
-                streams[device].wait_event(used[index % 2])
-            target.copy_(basis, non_blocking=True)
-            return target, streams[device].record_event()
-
-    coming = send(0) if due else None
-    for index in range(len(due)):
-        assert coming is not None
-        (basis, arrived), coming = coming, send(index + 1) if index + 1 < len(due) else None
-        if arrived is None:
-            yield basis
-            continue
-        stream = torch.cuda.current_stream(basis.device)
-        stream.wait_event(arrived)
-        yield basis
-        used[index % 2] = stream.record_event()
 
 
 def _adamw(
