@@ -16,6 +16,7 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 from benchmarks.tiny import make_llama, make_tokenizer, tiny_config
 from folora.artifacts import write_artifact
 from folora.config import SamplingConfig
+from folora.decoding import LOOK_EVERY, decode
 from folora.disk import write_sealed
 from folora.errors import ArtifactError, DataError, MismatchError, NumericsError
 from folora.memory import cache_bytes
@@ -52,6 +53,34 @@ def test_same_set_whatever_the_batch_size(batch_size: int) -> None:
     found = sample(engine(config), 1, [2], config)
     assert found == expected
     assert found.fingerprint == expected.fingerprint
+
+
+def test_the_loop_for_a_gpu_writes_what_generate_writes() -> None:
+    """Also rows that end in other steps; the graph itself needs a GPU, see test_cuda.py."""
+    config = replace(CONFIG, num_sequences=64, min_new_tokens=2)
+    generates, loops = engine(config), engine(config)
+    assert not loops.replays
+    loops.replays = True
+    expected = generates(range(20))
+    assert len({len(row) for row in expected}) > 5
+    assert loops(range(20)) == expected
+
+
+def test_the_loop_stops_when_all_have_ended() -> None:
+    asked = []
+
+    def forward(tokens: torch.Tensor) -> torch.Tensor:
+        asked.append(tokens)
+        return torch.zeros(3, 8)
+
+    def choose(written: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([7 if written.shape[1] >= n else 3 for n in (2, 5, 20)])
+
+    start = torch.ones(3, 1, dtype=torch.long)
+    written = decode(forward, start, choose, [7], 500)
+    assert len(asked) == written.shape[1] == 2 * LOOK_EVERY
+    assert [row.tolist().index(7) for row in written] == [1, 4, 19]
+    assert decode(forward, start, choose, [], 40).shape == (3, 40)
 
 
 def test_what_does_not_fit_the_memory_is_decoded_in_halves(

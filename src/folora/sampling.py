@@ -36,6 +36,7 @@ from folora.artifacts import (
     write_artifact,
 )
 from folora.config import FIRST_LOOK, SamplingConfig
+from folora.decoding import Forward, decode, is_replayable
 from folora.disk import fitting, json_fingerprint, read_sealed, write_sealed
 from folora.errors import DataError, MismatchError, NumericsError
 from folora.filtering import REASONS, rejection
@@ -233,7 +234,10 @@ def batch_size_for(
 
 
 class HuggingFaceEngine:
-    """`transformers` generate, with random draws that belong to the sequence, not to the batch."""
+    """A model of transformers, with random draws that belong to the sequence, not to the batch.
+
+    Decoded by replays of a CUDA graph where the model allows it, else by ``generate``.
+    """
 
     def __init__(
         self,
@@ -246,6 +250,7 @@ class HuggingFaceEngine:
         self.start_id = start_id
         self.eos_ids = list(eos_ids)
         self.config = config
+        self.replays = is_replayable(model)
 
     def __call__(self, numbers: Sequence[int]) -> list[list[int]]:
         """See `Engine`. What does not fit the memory at once is decoded in halves."""
@@ -262,38 +267,46 @@ class HuggingFaceEngine:
     @torch.inference_mode()
     def _decoded(self, numbers: Sequence[int]) -> list[list[int]]:
         """Fewer than `MIN_ROWS` numbers are decoded beside copies of the last."""
-        config = self.config
         wanted = list(numbers) + [numbers[-1]] * max(0, MIN_ROWS - len(numbers))
         start = torch.full((len(wanted), 1), self.start_id, device=self.model.device)
-        pad = self.eos_ids[0] if self.eos_ids else 0
-        draws = _SequenceDraws(self.model, wanted, self.eos_ids, config)
+        draws = _SequenceDraws(self.model, wanted, self.eos_ids, self.config)
         with evaluating(self.model):
-            output = self.model.generate(
-                input_ids=start,
-                attention_mask=torch.ones_like(start),
-                generation_config=GenerationConfig(
-                    do_sample=False,
-                    num_beams=1,
-                    use_cache=True,
-                    # Written in place; on an accelerator generate would compile the model for it.
-                    cache_implementation="static" if start.device.type == "cpu" else None,
-                    max_new_tokens=config.max_new_tokens,
-                    eos_token_id=self.eos_ids or NO_TOKEN,
-                    pad_token_id=pad,
-                    repetition_penalty=1.0,
-                ),
-                logits_processor=LogitsProcessorList([draws]),
+            written = (
+                self._replayed(start, draws) if self.replays else self._generated(start, draws)
             )
         if draws.unsound:
             raise NumericsError(_UNSOUND.format(""))
-        rows = output[: len(numbers), 1:].tolist()
-        return [_until_eos(row, self.eos_ids) for row in rows]
+        return [_until_eos(row, self.eos_ids) for row in written[: len(numbers)].tolist()]
+
+    def _replayed(self, start: Tensor, draws: _SequenceDraws) -> Tensor:
+        most = self.config.max_new_tokens
+        forward = Forward(self.model, most)
+        return decode(forward, start, draws.choose, self.eos_ids, most)
+
+    def _generated(self, start: Tensor, draws: _SequenceDraws) -> Tensor:
+        written: Tensor = self.model.generate(
+            input_ids=start,
+            attention_mask=torch.ones_like(start),
+            generation_config=GenerationConfig(
+                do_sample=False,
+                num_beams=1,
+                use_cache=True,
+                # Written in place; on an accelerator generate would compile the model for it.
+                cache_implementation="static" if start.device.type == "cpu" else None,
+                max_new_tokens=self.config.max_new_tokens,
+                eos_token_id=self.eos_ids or NO_TOKEN,
+                pad_token_id=self.eos_ids[0] if self.eos_ids else 0,
+                repetition_penalty=1.0,
+            ),
+            logits_processor=LogitsProcessorList([draws]),
+        )
+        return written[:, 1:]
 
 
 class _SequenceDraws(LogitsProcessor):
     """Chooses each row's next token by inverting its CDF at a draw of the row's own stream.
 
-    Returns scores whose argmax is the choice, so that greedy search takes it.
+    To generate it returns scores whose argmax is the choice, so that greedy search takes it.
     """
 
     def __init__(
@@ -302,30 +315,40 @@ class _SequenceDraws(LogitsProcessor):
         self.model = model
         self.shared_out = is_shared_out(model)
         self.unsound = False
-        self.settings = [decoding_of(n) for n in numbers]
+        settings = [decoding_of(n) for n in numbers]
+        self.rows = {
+            setting: torch.tensor([i for i, s in enumerate(settings) if s == setting]).to(
+                model.device
+            )
+            for setting in set(settings)
+        }
         self.draws = torch.stack(
             [_draws(config.seed, number, config.max_new_tokens) for number in numbers]
-        )
+        ).to(model.device)
         self.eos_ids = eos_ids
         self.min_new_tokens = config.min_new_tokens
         self.step = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores = scores.float()
+        choice = self.choose(input_ids, scores)
+        return torch.full_like(scores, -1.0).scatter_(1, choice[:, None], 1.0)
+
+    def choose(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The next token of each row, (rows,) int64, given what is there and the model's scores of it."""
+        scores = scores.to(torch.float32, copy=True)
         if not torch.isfinite(scores).all():
-            if self.shared_out:  # the others run the model with this process until all have ended
-                self.unsound = True
-                return torch.zeros_like(scores)
-            where = where_it_breaks(self.model, {"input_ids": input_ids, "use_cache": False})
-            raise NumericsError(_UNSOUND.format(f": {where}"))
+            if not self.shared_out:
+                where = where_it_breaks(self.model, {"input_ids": input_ids, "use_cache": False})
+                raise NumericsError(_UNSOUND.format(f": {where}"))
+            self.unsound = True  # the others run the model with this process until all have ended
+            scores = torch.zeros_like(scores)
         if self.step < self.min_new_tokens and self.eos_ids:
             scores[:, self.eos_ids] = -float("inf")
-        for setting in set(self.settings):
-            rows = [i for i, s in enumerate(self.settings) if s == setting]
+        for setting, rows in self.rows.items():
             scores[rows] = restrict(scores[rows], setting)
-        choice = invert(scores, self.draws[:, self.step].to(scores.device))
+        choice = invert(scores, self.draws[:, self.step])
         self.step += 1
-        return torch.full_like(scores, -1.0).scatter_(1, choice[:, None], 1.0)
+        return choice
 
 
 def invert(scores: Tensor, draws: Tensor) -> Tensor:
