@@ -20,13 +20,19 @@ from torch.utils.checkpoint import checkpoint
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from benchmarks.tiny import make_gpt2, make_llama, make_tokenizer, tiny_config
-from folora.activations import InputGroup, find_groups, second_moments, target_layers
+from folora.activations import (
+    InputGroup,
+    add_upper_gram,
+    find_groups,
+    second_moments,
+    target_layers,
+)
 from folora.artifacts import TENSORS
 from folora.config import SamplingConfig
 from folora.data import batches, text_examples
 from folora.pipeline import RESULT, TRAINING, Run
 from folora.planning import plan
-from folora.sadam import SAdam
+from folora.sadam import SAdam, full_fp32_matmul
 from folora.sampling import HuggingFaceEngine, sample
 from folora.solving import solve
 
@@ -125,10 +131,10 @@ def test_bases_come_behind_the_backward_pass(checkpointed: bool) -> None:
                 y = checkpoint(layer, y, p, use_reentrant=False) if checkpointed else layer(y, p)
             with optimizer.ahead() if ahead else nullcontext():
                 y.square().mean().backward()
-            sent += len(optimizer._transit.order())
+            sent += len(optimizer._transit.sent())
             assert not any(p._post_accumulate_grad_hooks for p in ps)
             optimizer.step()
-            assert not optimizer._transit.order()
+            assert not optimizer._transit.sent()
             optimizer.zero_grad()
         return [p.detach() for p in ps], sent, torch.cuda.max_memory_allocated()
 
@@ -148,7 +154,7 @@ def test_what_was_sent_for_a_step_that_is_not_taken() -> None:
     for _ in range(3):
         with optimizer.ahead():
             p.square().sum().backward()
-        assert len(optimizer._transit.order()) == 1
+        assert len(optimizer._transit.sent()) == 1
     optimizer.step()
     assert bool(p.isfinite().all())
 
@@ -231,6 +237,21 @@ def test_statistics_are_those_of_the_cpu(make: Any) -> None:
     assert furthest(found[1], found[0]) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("d", [33, 64, 576])
+def test_sums_of_narrow_numbers_are_those_of_float32(dtype: torch.dtype, d: int) -> None:
+    """As near to float64, also where sums are much larger than their parts."""
+    generator = torch.Generator(GPU).manual_seed(0)
+    total = torch.zeros(d, d, device=GPU)
+    expected = total.double()
+    for _ in range(4):
+        rows = torch.randn(4096, d, generator=generator, device=GPU).add(2).to(dtype)
+        with full_fp32_matmul():
+            add_upper_gram(total, rows)
+        expected += rows.double().T @ rows.double()
+    assert furthest([total.triu()], [expected.triu()]) < 5e-6
+
+
 @pytest.mark.parametrize("directions", [None, 4])
 def test_spectra_are_those_of_the_cpu(directions: int | None) -> None:
     groups = [InputGroup((f"layer{d}",), d) for d in WIDTHS]
@@ -277,10 +298,10 @@ def test_replays_of_a_graph_write_what_generate_writes(make: Any) -> None:
     assert replays.replays or make is not make_llama
     assert not (replays.replays and make is make_mistral)
     generates.replays = False
-    generates(range(32))
-    before = torch.cuda.memory_allocated()
     assert replays(range(32)) == generates(range(32))
-    assert torch.cuda.memory_allocated() <= before + 2**20  # cache and graph are gone
+    before = torch.cuda.memory_allocated()  # with what the libraries keep for graphs
+    replays(range(32))
+    assert torch.cuda.memory_allocated() <= before  # cache and graph are gone
 
 
 def test_sampling_in_a_memory_that_is_too_small(caplog: pytest.LogCaptureFixture) -> None:

@@ -453,7 +453,7 @@ def test_groups_that_are_stepped_together_are_stepped_as_alone(
             step[2] = step[3] = step[8] = None
 
     def after(most: int) -> tuple[list[Any], list[list[int]]]:
-        monkeypatch.setattr(sadam, "TOGETHER", most)
+        monkeypatch.setattr(sadam, "TOGETHER", {"cpu": most})
         ps = params(shapes, dtype)
         groups = [{"params": ps[2 * n : 2 * n + 2], **kind} for n, kind in enumerate(kinds)]
         optimizer = SAdam(groups, lr=1e-2)
@@ -463,7 +463,7 @@ def test_groups_that_are_stepped_together_are_stepped_as_alone(
         assert all(
             g["basis"].data_ptr() == b.data_ptr()
             for s in stacks
-            for (g, _), b in zip(s.work, s.basis, strict=True)
+            for (g, _), b in zip(s.work, s.bases.basis, strict=True)
         )
         return ps, [[len(stack.work) for stack in bundle] for bundle in sadam._bundles(stacks)]
 

@@ -119,12 +119,14 @@ def test_so_many_at_once_as_fit(
     monkeypatch: pytest.MonkeyPatch, free: int, processes: int, size: int
 ) -> None:
     monkeypatch.setattr("folora.sampling.free_bytes", lambda _: free + 1000)
-    config, model = SamplingConfig(max_new_tokens=512), make_llama().config
-    cuda = torch.device("cuda")
+    config = SamplingConfig(max_new_tokens=512, tolerance=None)
+    model, cuda = make_llama().config, torch.device("cuda")
     assert cache_bytes(model, 4) == 2 * 2 * 2 * 8 * 4
     assert batch_size_for(cuda, model, 8, config, processes, taken=1000) == size
     assert batch_size_for(cuda, model, 8, replace(config, batch_size=5), processes) == 5
     assert batch_size_for(torch.device("cpu"), model, 8, config, processes) == 64
+    early = replace(config, tolerance=3.0)
+    assert batch_size_for(cuda, model, 8, early, processes, taken=1000) == min(size, 256)
 
 
 def test_counts_lengths_and_held_out() -> None:

@@ -86,8 +86,8 @@ class SamplingConfig:
     max_new_tokens: int = _option(256, "a sequence is cut here")
     batch_size: int | None = _option(
         None,
-        "sequences decoded at once; changes the sampled set by rounding alone. Default: 64, up to 1024 "
-        "as the memory of an accelerator allows, and 256 of a server",
+        "sequences decoded at once; changes the sampled set by rounding alone. Default: 64, on an accelerator "
+        "up to 256, or 1024 where it never ends early, as the memory allows, and 256 of a server",
     )
     seed: int = _option(0, "seed of the random draws; each sequence has its own stream")
     start_token: str | None = _option(

@@ -39,11 +39,15 @@ from torch.optim.adamw import adamw
 BASIS_KEYS = ("basis", "gate", "scale", "complement", "on_host", "stack")
 FINGERPRINT = "basis_fingerprint"  # what stands for them in a state
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "fused")
-TOGETHER = 2**22  # numbers of parameters in one go, and of bases in one stack; more leave the cache
+# Numbers of parameters in one go, and of bases in one stack: more leave a CPU's cache; a GPU waits for the host.
+TOGETHER = {"cpu": 2**22, "cuda": 2**24}
 COLUMNS_AT_ONCE = 2048  # of a basis kept in another dtype, widened for its products
 
 Work = tuple[dict[str, Any], list[Tensor]]
 """A parameter group, and those of its parameters that have a gradient."""
+
+Moments = tuple[list[Tensor], list[Tensor], list[Tensor]]
+"""``exp_avg``, ``exp_avg_sq`` and ``step`` of some parameters."""
 
 
 @contextmanager
@@ -83,16 +87,28 @@ class Complement:
 
 
 @dataclass(frozen=True)
-class Stack:
-    """Groups of one shape, whose products with their bases are made in one.
+class Bases:
+    """What groups of one shape are stepped with.
 
     Attributes:
-        work: The groups, n of them.
-        basis: Their bases where the parameters are, shape (n, d, k).
+        basis: Where the parameters are, (n, d, k).
+        gate: (n, 1, k).
+        scale: (n, 1, 1), or of one group a number.
+        parts: Those of each group; of the tensors they are parts.
     """
 
-    work: list[Work]
     basis: Tensor
+    gate: Tensor
+    scale: Tensor | float
+    parts: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Groups of one shape, whose products with their bases are made in one."""
+
+    work: list[Work]
+    bases: Bases
 
 
 class Transit:
@@ -124,7 +140,7 @@ class Transit:
             for handle in handles:
                 handle.remove()
 
-    def order(self) -> dict[int, int]:
+    def sent(self) -> dict[int, int]:
         """By id, at which place each basis was sent that is on its way."""
         return {key: place for place, key in enumerate(self._sent)}
 
@@ -309,17 +325,18 @@ class SAdam(Optimizer):
         here: list[Work] = []
         for group, params in due:
             if "basis" not in group:
-                moments = [self._moments(group, p, p.dtype) for p in params]
+                moments = self._moments(group, params)
                 _adamw(group, [*map(own_part, params)], [*map(_own_gradient, params)], moments)
             elif not _is_away(group):
                 here.append((group, params))
         for together in _bundles(_stacks(here)):
             self._step_in_bases(together)
-        order = self._transit.order()
-        away.sort(key=lambda one: order.get(id(one[0]["basis"]), len(order)))
-        bases = self._transit.bring([(g["basis"], params[0].device) for g, params in away])
-        for one, basis in zip(away, bases, strict=True):
-            self._step_in_bases([Stack([one], basis[None])])
+        sent = self._transit.sent()
+        away.sort(key=lambda one: sent.get(id(one[0]["basis"]), len(sent)))
+        for together in _bundles(self._brought(away[: len(sent)])):
+            self._step_in_bases(together)
+        for stack in self._brought(away[len(sent) :]):  # only one and the next have room
+            self._step_in_bases([stack])
         return loss
 
     def ahead(self) -> AbstractContextManager[None]:
@@ -333,6 +350,12 @@ class SAdam(Optimizer):
         hosted = [g for g in self.param_groups if g.get("on_host") and "basis" in g]
         return self._transit.behind([(g["basis"], g["params"][0]) for g in hosted])
 
+    def _brought(self, away: list[Work]) -> Iterator[Stack]:
+        """Groups whose bases are away, one by one with it."""
+        due = [(group["basis"], params[0].device) for group, params in away]
+        for one, basis in zip(away, self._transit.bring(due), strict=True):
+            yield Stack([one], _bases([{**one[0], "basis": basis}]))
+
     def _step_in_bases(self, stacks: list[Stack]) -> None:
         """One gated step of groups that differ in shape and basis alone (Eq. 18-24).
 
@@ -340,39 +363,54 @@ class SAdam(Optimizer):
         number of kernels that takes time, not their size.
         """
         work = [one for stack in stacks for one in stack.work]
-        owns = [[*map(own_part, params)] for _, params in work]
-        moments: list[dict[str, Any]] = []
+        owns = [[own_part(p) for _, params in stack.work for p in params] for stack in stacks]
+        moments: Moments = ([], [], [])
         for group, params in work:
-            columns = len(group["gate"])
-            columns += 0 if group["complement"] is None else len(group["basis"])
-            moments += [self._moments(group, p, group["gate"].dtype, columns) for p in params]
-        scales = [group["scale"] for group, _ in work]
+            gate, complement = group["gate"], group["complement"]
+            columns = len(gate) + (0 if complement is None else len(group["basis"]))
+            for all_of_them, own in zip(
+                moments, self._moments(group, params, gate.dtype, columns), strict=True
+            ):
+                all_of_them += own
         with full_fp32_matmul():
             gbars = [_gradient_in_bases(stack) for stack in stacks]
-            torch._foreach_mul_(_unstacked(gbars), scales)
             # AdamW on zeros leaves -lr * m_hat / (sqrt(v_hat) + eps) in them.
             zeros = gbars[0].new_zeros(sum(g.numel() for g in gbars))
             parts = zeros.split([g.numel() for g in gbars])
             steps = [part.view_as(g) for part, g in zip(parts, gbars, strict=True)]
-            rows = [[len(p) for p in own] for own in owns]
+            rows = [[p.shape[0] for p in own] for own in owns]
             _adamw(work[0][0], _split(steps, rows), _split(gbars, rows), moments, decay=False)
             del gbars
-            torch._foreach_mul_(_unstacked(steps), scales)
             updates = [*map(_gated_updates, stacks, steps)]
         shrink = 1.0 - work[0][0]["lr"] * work[0][0]["weight_decay"]
         _move([*chain(*owns)], _split(updates, rows), shrink)
 
     def _moments(
-        self, group: dict[str, Any], p: Tensor, dtype: torch.dtype, columns: int | None = None
-    ) -> dict[str, Any]:
-        """This process's state of a parameter, made on first use; `columns` if not as many as p's."""
-        state = self.state[p]
-        if not state:
-            # The fused kernel counts steps where it runs, the others on the host.
-            state["step"] = torch.zeros((), device=p.device if group["fused"] else "cpu")
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = _zeros_like(p, dtype, columns)
-        return {name: own_part(value) for name, value in state.items()}
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        dtype: torch.dtype | None = None,
+        columns: int | None = None,
+    ) -> Moments:
+        """This process's part of the parameters' states, which are made on first use.
+
+        Args:
+            group: The parameters'.
+            params: Those that have a gradient.
+            dtype: Of the moments, if not the parameters' own.
+            columns: Of the moments, if not as many as the parameters'.
+        """
+        for p in params:
+            if not (state := self.state[p]):
+                # The fused kernel counts steps where it runs, the others on the host.
+                state["step"] = torch.zeros((), device=p.device if group["fused"] else "cpu")
+                for name in ("exp_avg", "exp_avg_sq"):
+                    state[name] = _zeros_like(p, dtype or p.dtype, columns)
+        states = [self.state[p] for p in params]
+        first, second = (
+            [own_part(state[name]) for state in states] for name in ("exp_avg", "exp_avg_sq")
+        )
+        return first, second, [state["step"] for state in states]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -489,32 +527,57 @@ def _stacks(work: Iterable[Work]) -> Iterator[Stack]:
     alike: dict[Any, list[Work]] = {}
     for group, params in work:
         basis: Tensor = group["basis"]
-        rows = sum(len(own_part(p)) for p in params)
-        size = len(basis) * max(rows, basis.shape[1])
+        rows = tuple([p.shape[0] for p in params])
         # A complement is dear to stack and not for speed.
-        most = 1 if group["complement"] is not None else max(1, TOGETHER // size)
-        key = (*_manner(group), rows, basis.shape, basis.dtype, most)
+        alone = id(group) if group["complement"] is not None else None
+        key = (*_manner(group), rows, basis.shape, basis.dtype, alone)
         alike.setdefault(key, []).append((group, params))
-    for (*_, most), found in alike.items():
+    for found in alike.values():
+        d, k = found[0][0]["basis"].shape
+        rows_of_a_group = sum(len(own_part(p)) for p in found[0][1])
+        most = max(1, _together(found[0]) // (d * max(rows_of_a_group, k)))
         for start in range(0, len(found), most):
             part = found[start : start + most]
             yield Stack(part, _stacked([group for group, _ in part]))
 
 
-def _stacked(groups: list[dict[str, Any]]) -> Tensor:
-    """The bases of groups in one tensor, (n, d, k), of which theirs are parts from then on."""
+def _together(one: Work) -> int:
+    return TOGETHER.get(one[1][0].device.type, TOGETHER["cpu"])
+
+
+def _stacked(groups: list[dict[str, Any]]) -> Bases:
+    """The bases of groups in one tensor, of which theirs are parts from then on."""
     if len(groups) == 1:
-        return groups[0]["basis"][None]
-    found = groups[0].get("stack")
+        return _bases(groups)
+    found: Bases | None = groups[0].get("stack")
     if (
         found is None
-        or len(found) != len(groups)
-        or any(g.get("stack") is not found for g in groups)
+        or len(found.parts) != len(groups)
+        or any(
+            g[n] is not o
+            for g, own in zip(groups, found.parts, strict=True)
+            for n, o in own.items()
+        )
     ):
-        found = torch.stack([group["basis"] for group in groups])
-        for group, part in zip(groups, found, strict=True):
-            group |= {"basis": part, "stack": found}
+        found = _bases(groups)
+        for group, part in zip(groups, found.parts, strict=True):
+            group |= {**part, "stack": found}
     return found
+
+
+def _bases(groups: list[dict[str, Any]]) -> Bases:
+    """What groups of one shape are stepped with, put together."""
+    scales = [group["scale"] for group in groups]
+    if len(groups) == 1:
+        basis, gate = groups[0]["basis"], groups[0]["gate"]
+        return Bases(basis[None], gate[None, None], scales[0], [])
+    basis = torch.stack([group["basis"] for group in groups])
+    gate = torch.stack([group["gate"] for group in groups])
+    scale = gate.new_tensor(scales)[:, None, None]
+    parts = [
+        {"basis": b, "gate": g, "scale": s} for b, g, s in zip(basis, gate, scales, strict=True)
+    ]
+    return Bases(basis, gate[:, None], scale, parts)
 
 
 def _bundles(stacks: Iterable[Stack]) -> Iterator[list[Stack]]:
@@ -522,9 +585,9 @@ def _bundles(stacks: Iterable[Stack]) -> Iterator[list[Stack]]:
     found: list[Stack] = []
     size = 0
     for stack in stacks:
-        own = sum(own_part(p).numel() for _, params in stack.work for p in params)
+        own = len(stack.work) * sum(own_part(p).numel() for p in stack.work[0][1])
         other = found and _manner(found[0].work[0][0]) != _manner(stack.work[0][0])
-        if found and (other or size + own > TOGETHER):
+        if found and (other or size + own > _together(stack.work[0])):
             yield found
             found, size = [], 0
         found.append(stack)
@@ -540,41 +603,38 @@ def _manner(group: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _gradient_in_bases(stack: Stack) -> Tensor:
-    """Gbar of the parameters of a stack, (n, rows of a group, columns), without the scale."""
+    """Gbar of the parameters of a stack, (n, rows of a group, columns)."""
     group = stack.work[0][0]
     complement: Complement | None = group["complement"]
-    dtype = group["gate"].dtype
-    grads = [_own_gradient(p).to(dtype) for _, params in stack.work for p in params]
-    n, d, _ = stack.basis.shape
+    grads = [_own_gradient(p) for _, params in stack.work for p in params]
+    basis = stack.bases.basis
+    n, d, _ = basis.shape
     stacked = (grads[0] if len(grads) == 1 else torch.cat(grads)).view(n, -1, d)
-    gbar = _to_basis(stacked, stack.basis)
-    if complement is None:
-        return gbar
-    rest = stacked - _from_basis(gbar, complement.dual)
-    return torch.cat([gbar, rest.mul_(complement.weight)], dim=-1)
+    stacked = stacked.to(group["gate"].dtype)
+    gbar = _to_basis(stacked, basis)
+    if complement is not None:
+        rest = stacked - _from_basis(gbar, complement.dual)
+        gbar = torch.cat([gbar, rest.mul_(complement.weight)], dim=-1)
+    return gbar.mul_(stack.bases.scale)
 
 
 def _gated_updates(stack: Stack, step: Tensor) -> Tensor:
-    """A step in the bases as one of the parameters, (n, rows of a group, d)."""
+    """A step in the bases, which is used up, as one of the parameters, (n, rows of a group, d)."""
     complement: Complement | None = stack.work[0][0]["complement"]
-    gate = torch.stack([group["gate"] for group, _ in stack.work])[:, None]
+    basis, gate = stack.bases.basis, stack.bases.gate
     k = gate.shape[-1]
-    update = _from_basis(step[..., :k] * gate, stack.basis)
+    step.mul_(stack.bases.scale)
+    update = _from_basis(step[..., :k] * gate, basis)
     if complement is not None:
         off = step[..., k:] * (complement.gate * complement.weight)
-        update += off - _from_basis(_to_basis(off, complement.dual), stack.basis)
+        update += off - _from_basis(_to_basis(off, complement.dual), basis)
     return update
-
-
-def _unstacked(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The matrices of each group out of those of each stack."""
-    return [part for tensor in tensors for part in tensor.unbind()]
 
 
 def _split(tensors: Iterable[Tensor], rows: Iterable[list[int]]) -> list[Tensor]:
     """The rows of each parameter out of those of each stack."""
-    groups = zip(_unstacked(tensors), rows, strict=True)
-    return [part for group, own in groups for part in group.split(own)]
+    pairs = zip(tensors, rows, strict=True)
+    return [part for tensor, own in pairs for part in tensor.flatten(0, 1).split(own)]
 
 
 def _move(params: list[Tensor], deltas: list[Tensor], shrink: float) -> None:
@@ -616,18 +676,19 @@ def _adamw(
     group: dict[str, Any],
     params: list[Tensor],
     grads: list[Tensor],
-    states: list[dict[str, Any]],
+    moments: Moments,
     decay: bool = True,
 ) -> None:
     """Torch's own AdamW arithmetic on given tensors."""
     beta1, beta2 = group["betas"]
+    first, second, steps = moments
     adamw(
         params,
         grads,
-        [s["exp_avg"] for s in states],
-        [s["exp_avg_sq"] for s in states],
+        first,
+        second,
         [],
-        [s["step"] for s in states],
+        steps,
         amsgrad=False,
         beta1=beta1,
         beta2=beta2,

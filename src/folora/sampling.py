@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 # Matrix products of fewer rows take other kernels, which round differently; measured on CPU.
 MIN_ROWS = 8
 BATCH_SIZES = (64, 128, 256, 512, 1024)  # of which an accelerator takes what fits
+MAY_DO = 256  # sequences at once where so many may be enough; fewer take as long
 SERVED = 256  # sequences that a server is asked for at once; vLLM takes as many by default
 LOGITS = 6  # copies in float32, of a row
 BLOCK = 256  # tokens whose probabilities are summed as one at first
@@ -72,6 +73,11 @@ class Decoding:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is the model's own distribution."""
+        return (self.temperature, self.top_p, self.top_k) == (1.0, 1.0, 0)
 
 
 MIXTURE = (
@@ -222,7 +228,8 @@ def batch_size_for(
 
     Returns:
         64, or on an accelerator the largest power of two from there to 1024 for which cache and logits
-        take no more than a quarter of what is free, and which leaves a batch for each process.
+        take no more than a quarter of what is free, and which leaves a batch for each process; to 256
+        if sampling may end early.
     """
     if config.batch_size is not None or device.type == "cpu":
         return config.batch_size or BATCH_SIZES[0]
@@ -230,6 +237,8 @@ def batch_size_for(
     row = cache_bytes(model_config, itemsize) * config.max_new_tokens + LOGITS * 4 * vocabulary
     fitting = min(ranks.gather((free_bytes(device) - taken) // 4 // row))
     fitting = min(fitting, config.num_sequences // processes)
+    if config.may_end_early:
+        fitting = min(fitting, MAY_DO)
     return max((n for n in BATCH_SIZES if n <= fitting), default=BATCH_SIZES[0])
 
 
@@ -321,6 +330,7 @@ class _SequenceDraws(LogitsProcessor):
                 model.device
             )
             for setting in set(settings)
+            if not setting.is_plain
         }
         self.draws = torch.stack(
             [_draws(config.seed, number, config.max_new_tokens) for number in numbers]
