@@ -301,7 +301,7 @@ def steps(source: Source, device: str, shape: str) -> Block:
 
 def preparation(source: Source, device: str) -> Block:
     """What comes before training: sampling, statistics and solve."""
-    found = source.measured(device)
+    found = [result for result in source.measured(device) if "setup" in result]
     tables = (sampling_table(found), setup_table(found), solve_table(found))
     return Block(_paragraphs(*(table.markdown() for table in tables)))
 

@@ -102,7 +102,7 @@ def test_large_bases_from_the_host_arrive_before_they_are_used() -> None:
             twin.grad = p.grad.clone()
         hosted.step()
         resident.step()
-    assert all(torch.equal(p, twin) for p, twin in zip(ps, twins, strict=True))
+    assert furthest([*ps], [*twins]) < 2e-5  # resident ones share a product
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])

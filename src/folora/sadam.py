@@ -186,8 +186,7 @@ class Transit:
 
     def _send(self, basis: Tensor, room: Room, p: Tensor) -> None:
         """The hook: send a basis to where p lies, unless the device would hold more than ever."""
-        stats = torch.cuda.memory_stats(p.device)
-        held, peak = stats["allocated_bytes.all.current"], stats["allocated_bytes.all.peak"]
+        held, peak = _held_and_peak(p.device)
         if id(basis) in self._sent or not room.takes(_nbytes(basis), held, peak):
             return
         target = torch.empty_like(basis, device=p.device)
@@ -230,6 +229,15 @@ class Room:
         fits = held + self.rise + size <= peak
         self.before = held + size * fits
         return fits
+
+
+def _held_and_peak(device: torch.device) -> tuple[int, int]:
+    """Bytes that torch's tensors take on a GPU, and the most that they have taken.
+
+    As torch.cuda.memory_allocated and max_memory_allocated, which sort all statistics at every call.
+    """
+    found = torch.cuda.memory_stats_as_nested_dict(device)["allocated_bytes"]["all"]
+    return found["current"], found["peak"]
 
 
 def _copied(source: Tensor, target: Tensor, stream: Any) -> Any:

@@ -374,7 +374,7 @@ def _checked_pair(
             "they must be measured on the same layer"
         )
     pre = checked_moment(c_pre, f"C_pre of {name}")
-    task = checked_moment(c_task, f"C_task of {name}").to(pre.device)
+    task = checked_moment(c_task.to(pre.device), f"C_task of {name}")
     mean_power = float(pre.diagonal().mean())
     if mean_power <= 0.0:
         raise NumericsError(
