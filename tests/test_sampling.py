@@ -16,7 +16,7 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 from benchmarks.tiny import make_llama, make_tokenizer, tiny_config
 from folora.artifacts import write_artifact
 from folora.config import SamplingConfig
-from folora.decoding import LOOK_EVERY, decode
+from folora.decoding import LOOK_EVERY, CannotReplay, Forward, decode
 from folora.disk import write_sealed
 from folora.errors import ArtifactError, DataError, MismatchError, NumericsError
 from folora.memory import cache_bytes
@@ -64,6 +64,29 @@ def test_the_loop_for_a_gpu_writes_what_generate_writes() -> None:
     expected = generates(range(20))
     assert len({len(row) for row in expected}) > 5
     assert loops(range(20)) == expected
+
+
+def test_a_model_of_which_no_graph_can_be_taken_is_generated_from(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    taken = []
+
+    def capture(forward: Forward, tokens: torch.Tensor) -> torch.Tensor:
+        if forward.steps == 3:
+            taken.append(forward)
+            raise CannotReplay("stream is capturing")
+        forward.steps += 1
+        return forward._run(tokens)
+
+    monkeypatch.setattr(Forward, "__call__", capture)
+    decoder = engine()
+    decoder.replays = True
+    assert [decoder(range(9)), decoder(range(9, 18))] == [
+        engine()(range(9)),
+        engine()(range(9, 18)),
+    ]
+    assert len(taken) == 1
+    assert caplog.text.count("stream is capturing") == 1
 
 
 def test_the_loop_stops_when_all_have_ended() -> None:

@@ -22,6 +22,11 @@ logger = logging.getLogger(__name__)
 
 EAGER_STEPS = 2  # before a graph is taken: libraries set themselves up in the first
 LOOK_EVERY = 16  # tokens, for whether all rows have ended
+MASKED = ("sdpa", "eager")  # attention that is told which keys of the cache are written yet
+
+
+class CannotReplay(Exception):
+    """A model's step asks the host for something, so that no graph can be taken of it."""
 
 
 def is_replayable(model: Any) -> bool:
@@ -34,6 +39,7 @@ def is_replayable(model: Any) -> bool:
         model.device.type == "cuda"
         and not is_shared_out(model)
         and bool(getattr(model, "_can_compile_fullgraph", False))
+        and getattr(model.config, "_attn_implementation", None) in MASKED
         and (quantizer is None or quantizer.is_compileable)
         and len({p.device for p in model.parameters()}) == 1
         and all(type(layer) is StaticLayer for layer in _cache(model, 1).layers)
@@ -60,17 +66,30 @@ class Forward:
         self.tokens = self.logits = torch.empty(0)
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Logits of the next token, (rows, vocabulary), given the last one of each row, (rows, 1)."""
+        """Logits of the next token, (rows, vocabulary), given the last one of each row, (rows, 1).
+
+        Raises:
+            CannotReplay: In the step in which the graph is taken.
+        """
         self.steps += 1
         if tokens.device.type != "cuda" or self.steps <= EAGER_STEPS:
             return self._run(tokens)
         if self.graph is None:
-            self.tokens, self.graph = tokens.clone(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):  # records, and runs nothing
-                self.logits = self._run(self.tokens)
+            self._capture(tokens)
         self.tokens.copy_(tokens)
         self.graph.replay()
         return self.logits
+
+    def _capture(self, tokens: Tensor) -> None:
+        """Record a step, which runs nothing."""
+        self.tokens, self.graph = tokens.clone(), torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(self.graph):
+                self.logits = self._run(self.tokens)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise CannotReplay(str(error)) from error
 
     def _run(self, tokens: Tensor) -> Tensor:
         found = self.model(input_ids=tokens, past_key_values=self.cache, use_cache=True)

@@ -36,7 +36,7 @@ from folora.artifacts import (
     write_artifact,
 )
 from folora.config import FIRST_LOOK, SamplingConfig
-from folora.decoding import Forward, decode, is_replayable
+from folora.decoding import CannotReplay, Forward, decode, is_replayable
 from folora.disk import fitting, json_fingerprint, read_sealed, write_sealed
 from folora.errors import DataError, MismatchError, NumericsError
 from folora.filtering import REASONS, rejection
@@ -278,21 +278,24 @@ class HuggingFaceEngine:
         """Fewer than `MIN_ROWS` numbers are decoded beside copies of the last."""
         wanted = list(numbers) + [numbers[-1]] * max(0, MIN_ROWS - len(numbers))
         start = torch.full((len(wanted), 1), self.start_id, device=self.model.device)
-        draws = _SequenceDraws(self.model, wanted, self.eos_ids, self.config)
         with evaluating(self.model):
-            written = (
-                self._replayed(start, draws) if self.replays else self._generated(start, draws)
-            )
-        if draws.unsound:
-            raise NumericsError(_UNSOUND.format(""))
+            written = self._replayed(start, wanted) if self.replays else None
+            if written is None:
+                written = self._generated(start, wanted)
         return [_until_eos(row, self.eos_ids) for row in written[: len(numbers)].tolist()]
 
-    def _replayed(self, start: Tensor, draws: _SequenceDraws) -> Tensor:
+    def _replayed(self, start: Tensor, numbers: Sequence[int]) -> Tensor | None:
         most = self.config.max_new_tokens
-        forward = Forward(self.model, most)
-        return decode(forward, start, draws.choose, self.eos_ids, most)
+        draws = _SequenceDraws(self.model, numbers, self.eos_ids, self.config)
+        try:
+            return decode(Forward(self.model, most), start, draws.choose, self.eos_ids, most)
+        except CannotReplay as error:
+            logger.warning("no CUDA graph of a step of decoding, generate is slower: %s", error)
+            self.replays = False
+            return None
 
-    def _generated(self, start: Tensor, draws: _SequenceDraws) -> Tensor:
+    def _generated(self, start: Tensor, numbers: Sequence[int]) -> Tensor:
+        draws = _SequenceDraws(self.model, numbers, self.eos_ids, self.config)
         written: Tensor = self.model.generate(
             input_ids=start,
             attention_mask=torch.ones_like(start),
@@ -309,6 +312,8 @@ class HuggingFaceEngine:
             ),
             logits_processor=LogitsProcessorList([draws]),
         )
+        if draws.unsound:
+            raise NumericsError(_UNSOUND.format(""))
         return written[:, 1:]
 
 
