@@ -16,7 +16,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "folora"
 
 # From data to adapter and on; a file may import from files before it, never from later ones.
 ORDER = [
-    "errors", "ranks", "sadam", "spectrum", "config", "memory", "disk", "artifacts", "filtering", "modes", "progress", "finiteness", "decoding", "sampling", "serving",
+    "errors", "ranks", "transit", "sadam", "spectrum", "config", "memory", "disk", "artifacts", "filtering", "modes", "progress", "finiteness", "decoding", "sampling", "serving",
     "data", "activations", "basefile", "divergence", "solving", "convergence", "initialization", "frames", "adapter", "meter",
     "preparation", "checkpoints", "interruption", "training", "loading", "pipeline", "evaluation", "frontier", "results", "methods", "comparison",
     "pictures", "report", "planning", "cli",
@@ -47,9 +47,11 @@ def test_imports_go_one_way(name: str) -> None:
     assert not {i.split(".")[0] for i in imports(SOURCE / f"{name}.py")} & {"demo", "benchmarks"}
 
 
-def test_sadam_needs_torch_alone() -> None:
-    outside = {i.split(".")[0] for i in imports(SOURCE / "sadam.py")} - set(sys.stdlib_module_names)
-    assert outside == {"torch"}
+def test_the_optimizer_needs_torch_alone() -> None:
+    both = imports(SOURCE / "sadam.py") | imports(SOURCE / "transit.py")
+    outside = {i for i in both if i.split(".")[0] not in sys.stdlib_module_names}
+    assert {i.split(".")[0] for i in outside} - {"folora"} == {"torch"}
+    assert {i for i in outside if i.startswith("folora")} == {"folora.transit"}
 
 
 @pytest.mark.parametrize("path", sorted(SOURCE.glob("*.py")), ids=lambda p: p.stem)

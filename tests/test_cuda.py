@@ -157,6 +157,11 @@ def test_what_was_sent_for_a_step_that_is_not_taken() -> None:
         assert len(optimizer._transit.sent()) == 1
     optimizer.step()
     assert bool(p.isfinite().all())
+    with optimizer.ahead():
+        p.square().sum().backward()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert not optimizer._transit.sent()
 
 
 def test_tf32_is_kept_out_of_the_step() -> None:

@@ -12,7 +12,8 @@ import torch
 
 import folora
 from folora import sadam
-from folora.sadam import Complement, Room, SAdam, basis_fingerprint, full_fp32_matmul
+from folora.sadam import Complement, SAdam, basis_fingerprint, full_fp32_matmul
+from folora.transit import Room
 
 
 def gradients(shapes: list[tuple[int, int]], steps: int, seed: int = 0) -> list[list[torch.Tensor]]:

@@ -18,7 +18,7 @@ closed, which is exact for a gate that is zero there, or stepped as a whole thro
 Nothing of a step mixes rows. A parameter whose rows are shared out over processes (a DTensor, as FSDP2
 makes them) is therefore stepped by each process for its own rows, with moments shared out likewise.
 
-This file needs nothing but torch, so that it can be copied.
+This file and `transit` need nothing but torch, so that they can be copied.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from typing import Any, overload
 
@@ -35,6 +34,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
+
+from folora.transit import Transit
 
 BASIS_KEYS = ("basis", "gate", "scale", "complement", "on_host", "stack")
 FINGERPRINT = "basis_fingerprint"  # what stands for them in a state
@@ -109,146 +110,6 @@ class Stack:
 
     work: list[Work]
     bases: Bases
-
-
-class Transit:
-    """Bases on their way from the host to a device, before or while they are used.
-
-    What was not sent before (see `SAdam.ahead`) fills two buffers in turn, one by a stream of its own while
-    the other is used.
-    """
-
-    def __init__(self) -> None:
-        self._sent: dict[int, tuple[Tensor, Any]] = {}
-        self._streams: dict[torch.device, Any] = {}
-
-    @contextmanager
-    def behind(self, awaited: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
-        """Send each basis when the gradient of its parameter is there, as far as there is room."""
-        self._let_go()
-        rooms: dict[torch.device, Room] = {}
-        handles = [
-            p.register_post_accumulate_grad_hook(
-                partial(self._send, basis, rooms.setdefault(p.device, Room()))
-            )
-            for basis, p in awaited
-            if p.is_cuda and p.requires_grad
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def sent(self) -> dict[int, int]:
-        """By id, at which place each basis was sent that is on its way."""
-        return {key: place for place, key in enumerate(self._sent)}
-
-    def bring(self, due: list[tuple[Tensor, torch.device]]) -> Iterator[Tensor]:
-        """Each basis in turn, whole and on its device."""
-        used: list[Any] = [None, None]  # when a buffer was last read
-        buffers: dict[tuple[torch.device, int], Tensor] = {}
-        largest = max((_nbytes(b) for b, _ in due if id(b) not in self._sent), default=0)
-
-        def coming(index: int) -> tuple[Tensor, Any]:
-            basis, device = due[index]
-            if id(basis) in self._sent:
-                return self._sent.pop(id(basis))
-            if isinstance(basis, DTensor):
-                return whole(basis).to(device), None
-            if device.type != "cuda":
-                return basis.to(device), None
-            turn = (device, index % 2)
-            stream = self._stream(device)
-            if turn not in buffers:
-                buffers[turn] = torch.empty(largest, dtype=torch.uint8, device=device)
-                # It may be a block that earlier work on the usual stream still reads.
-                stream.wait_stream(torch.cuda.current_stream(device))
-            if used[index % 2] is not None:
-                stream.wait_event(used[index % 2])
-            target = buffers[turn][: _nbytes(basis)].view(basis.dtype).view(basis.shape)
-            return target, _copied(basis, target, stream)
-
-        following = coming(0) if due else None
-        for index in range(len(due)):
-            assert following is not None
-            (basis, arrived), following = following, None
-            if index + 1 < len(due):
-                following = coming(index + 1)
-            if arrived is None:
-                yield basis
-                continue
-            stream = torch.cuda.current_stream(basis.device)
-            stream.wait_event(arrived)
-            yield basis
-            used[index % 2] = stream.record_event()
-            del basis
-
-    def _send(self, basis: Tensor, room: Room, p: Tensor) -> None:
-        """The hook: send a basis to where p lies, unless the device would hold more than ever."""
-        held, peak = _held_and_peak(p.device)
-        if id(basis) in self._sent or not room.takes(_nbytes(basis), held, peak):
-            return
-        target = torch.empty_like(basis, device=p.device)
-        stream = self._stream(p.device)
-        stream.wait_stream(torch.cuda.current_stream(p.device))
-        self._sent[id(basis)] = target, _copied(basis, target, stream)
-
-    def _let_go(self) -> None:
-        """Of what was sent and no step has used."""
-        for target, arrived in self._sent.values():
-            torch.cuda.current_stream(target.device).wait_event(arrived)
-        self._sent.clear()
-
-    def _stream(self, device: torch.device) -> Any:
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)
-        return self._streams[device]
-
-
-class Room:
-    """What a backward pass has let go of and does not come back for."""
-
-    def __init__(self) -> None:
-        self.before: int | None = None
-        self.rise = 0
-
-    def takes(self, size: int, held: int, peak: int) -> bool:
-        """Whether so many bytes fit under the peak.
-
-        What the memory rose by from one question to the next, in a pass that computes layers anew, it may
-        rise by again.
-
-        Args:
-            size: Bytes asked for, which are taken if the answer is yes.
-            held: Bytes that the device holds.
-            peak: The most that it has held.
-        """
-        if self.before is not None:
-            self.rise = max(self.rise, held - self.before)
-        fits = held + self.rise + size <= peak
-        self.before = held + size * fits
-        return fits
-
-
-def _held_and_peak(device: torch.device) -> tuple[int, int]:
-    """Bytes that torch's tensors take on a GPU, and the most that they have taken.
-
-    As torch.cuda.memory_allocated and max_memory_allocated, which sort all statistics at every call.
-    """
-    found = torch.cuda.memory_stats_as_nested_dict(device)["allocated_bytes"]["all"]
-    return found["current"], found["peak"]
-
-
-def _copied(source: Tensor, target: Tensor, stream: Any) -> Any:
-    """Copy on a stream; the event that it is done."""
-    with torch.cuda.stream(stream):
-        target.copy_(source, non_blocking=True)
-        return stream.record_event()
-
-
-def _nbytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 class SAdam(Optimizer):
@@ -329,22 +190,13 @@ class SAdam(Optimizer):
         due = [(g, p) for g in self.param_groups if (p := _with_gradient(g))]
         for group, params in due:
             _follow(group, params[0].device)
-        away = [(g, p) for g, p in due if "basis" in g and _is_away(g)]
-        here: list[Work] = []
         for group, params in due:
             if "basis" not in group:
                 moments = self._moments(group, params)
                 _adamw(group, [*map(own_part, params)], [*map(_own_gradient, params)], moments)
-            elif not _is_away(group):
-                here.append((group, params))
-        for together in _bundles(_stacks(here)):
+        for together in self._bundled([one for one in due if "basis" in one[0]]):
             self._step_in_bases(together)
-        sent = self._transit.sent()
-        away.sort(key=lambda one: sent.get(id(one[0]["basis"]), len(sent)))
-        for together in _bundles(self._brought(away[: len(sent)])):
-            self._step_in_bases(together)
-        for stack in self._brought(away[len(sent) :]):  # only one and the next have room
-            self._step_in_bases([stack])
+        self._transit.let_go()  # there may have been no gradients after all
         return loss
 
     def ahead(self) -> AbstractContextManager[None]:
@@ -358,11 +210,26 @@ class SAdam(Optimizer):
         hosted = [g for g in self.param_groups if g.get("on_host") and "basis" in g]
         return self._transit.behind([(g["basis"], g["params"][0]) for g in hosted])
 
-    def _brought(self, away: list[Work]) -> Iterator[Stack]:
-        """Groups whose bases are away, one by one with it."""
-        due = [(group["basis"], params[0].device) for group, params in away]
-        for one, basis in zip(away, self._transit.bring(due), strict=True):
-            yield Stack([one], _bases([{**one[0], "basis": basis}]))
+    def _bundled(self, due: list[Work]) -> Iterator[list[Stack]]:
+        """Groups with a basis, and their bases where the parameters are, as many at once as have room."""
+        yield from _bundles(_stacks(one for one in due if not _is_away(one[0])))
+        away = [one for one in due if _is_away(one[0])]
+        for group, params in away:
+            if isinstance(group["basis"], DTensor):
+                yield [_alone((group, params), whole(group["basis"]).to(params[0].device))]
+        hosted = [one for one in away if not isinstance(one[0]["basis"], DTensor)]
+        sent = self._transit.sent()
+        come = [one for one in hosted if id(one[0]["basis"]) in sent]
+        come.sort(key=lambda one: sent[id(one[0]["basis"])])
+        yield from _bundles(self._brought(come))
+        for stack in self._brought([o for o in hosted if id(o[0]["basis"]) not in sent]):
+            yield [stack]
+
+    def _brought(self, hosted: list[Work]) -> Iterator[Stack]:
+        """Groups whose bases lie on the host, one by one when theirs has come."""
+        due = [(group["basis"], params[0].device) for group, params in hosted]
+        for one, basis in zip(hosted, self._transit.bring(due), strict=True):
+            yield _alone(one, basis)
 
     def _step_in_bases(self, stacks: list[Stack]) -> None:
         """One gated step of groups that differ in shape and basis alone (Eq. 18-24).
@@ -571,6 +438,11 @@ def _stacked(groups: list[dict[str, Any]]) -> Bases:
         for group, part in zip(groups, found.parts, strict=True):
             group |= {**part, "stack": found}
     return found
+
+
+def _alone(one: Work, basis: Tensor) -> Stack:
+    """A group with its basis, which lies elsewhere, brought to its parameters."""
+    return Stack([one], _bases([{**one[0], "basis": basis}]))
 
 
 def _bases(groups: list[dict[str, Any]]) -> Bases:
