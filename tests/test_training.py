@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,26 @@ def test_the_first_loss_is_the_bases_loss_on_responses(tmp_path: Path) -> None:
             **{k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "labels")}
         )
     assert logged == pytest.approx(float(expected.loss), rel=1e-4)
+
+
+def test_bases_are_asked_for_ahead_of_the_last_backward_pass_of_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that an earlier one lets go of is needed again by the next."""
+    run = prepared(training={"max_steps": 2, "gradient_accumulation_steps": 2})
+    seen: list[str] = []
+    first = run.optimizer.param_groups[0]["params"][0]
+    first.register_hook(lambda grad: seen.append("gradient"))
+
+    @contextmanager
+    def ahead() -> Iterator[None]:
+        seen.append("from here")
+        yield
+        seen.append("to here")
+
+    monkeypatch.setattr(run.optimizer, "ahead", ahead)
+    train(run, make_tokenizer(), tmp_path)
+    assert seen == 2 * ["gradient", "from here", "gradient", "to here"]
 
 
 def test_it_learns_and_the_meter_is_logged(tmp_path: Path) -> None:
