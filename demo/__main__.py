@@ -64,7 +64,6 @@ def config(model: Path, rows: Path, output: Path) -> FoLoraConfig:
         model=str(model),
         dataset=str(rows),
         output=str(output / "folora"),
-        dtype="bfloat16",
         device="cpu",
         sampling=SamplingConfig(
             num_sequences=80, min_new_tokens=64, max_new_tokens=96, batch_size=80

@@ -348,7 +348,10 @@ class FoLoraConfig:
     base: str | None = _option(
         None, "file of 'folora base' with samples and C_pre of this model, instead of making them"
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option("auto", "of the base model")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+        "auto",
+        "of the base model; 'auto': the checkpoint's, or float32 on a CPU that has no products of it",
+    )
     quantize: Literal["none", "8bit", "4bit"] = _option("none", "load the base by bitsandbytes")
     shard: bool = _option(
         False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -22,6 +23,8 @@ from folora import ranks
 from folora.config import FoLoraConfig
 from folora.errors import ConfigError
 from folora.modes import is_shared_out
+
+logger = logging.getLogger(__name__)
 
 LONGEST_REASON = 300
 OTHER_ARCHITECTURES = frozenset(
@@ -94,6 +97,30 @@ def load_config(config: FoLoraConfig, name: str) -> Any:
     return found
 
 
+def dtype_for(config: FoLoraConfig, device: torch.device, model_config: Any) -> torch.dtype | None:
+    """The dtype to load a model in, on a device; None if nothing but its weights tells.
+
+    ``--dtype auto`` is the checkpoint's, but float32 on a CPU that has no products of its 16-bit numbers:
+    one with AVX2 alone takes 28 times as long for a product in bf16.
+    """
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)  # type: ignore[no-any-return]
+    stored = getattr(model_config.get_text_config(), "dtype", None)
+    stored = getattr(torch, stored) if isinstance(stored, str) else stored
+    return torch.float32 if device.type == "cpu" and is_slow_here(stored) else stored
+
+
+def is_slow_here(dtype: torch.dtype | None) -> bool:
+    """Whether this CPU has no products of such numbers, by what torch's own kernels for it say."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False
+    kernels = torch.ops.mkldnn
+    known = {
+        torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"
+    }  # fmt: skip
+    return not (torch.backends.mkldnn.is_available() and getattr(kernels, known[dtype])())
+
+
 def load_skeleton(config: FoLoraConfig, model_config: Any) -> PreTrainedModel:
     """The model without its weights, on torch's default device. Raises ConfigError."""
     return _load(
@@ -121,12 +148,27 @@ def load_tokenizer(config: FoLoraConfig, name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(config: FoLoraConfig, name: str) -> PreTrainedModel:
-    """The causal LM in evaluation mode on its device. Raises ConfigError."""
-    check_model_name(name)
+def load_model(config: FoLoraConfig, name: str, as_stored: bool = False) -> PreTrainedModel:
+    """The causal LM in evaluation mode on its device.
+
+    Args:
+        config: Tells device, dtype and the like.
+        name: Of the model.
+        as_stored: ``--dtype auto`` is the checkpoint's dtype, also where it is slow; see `dtype_for`.
+
+    Raises:
+        ConfigError: It cannot be loaded, or lacks weights.
+    """
     device = device_of(config)
+    model_config = load_config(config, name)
+    dtype = None if as_stored else dtype_for(config, device, model_config)
+    if device.type == "cpu" and is_slow_here(dtype):
+        logger.warning(
+            "this CPU multiplies %s many times slower than float32, which --dtype auto takes here",
+            config.dtype,
+        )
     options: dict[str, Any] = {
-        "dtype": config.dtype,
+        "dtype": dtype or config.dtype,
         "revision": config.revision,
         "trust_remote_code": config.trust_remote_code,
     }
@@ -141,7 +183,6 @@ def load_model(config: FoLoraConfig, name: str) -> PreTrainedModel:
     if config.shard and ranks.count() > 1:
         # Each process has its part from here on; blocks are gathered while they run.
         options["distributed_config"] = DistributedConfig(fsdp_size=ranks.count())
-    load_config(config, name)
     disable_fsdp_ram_efficient_loading()  # which leaves all but one process without weights
     # Weights of a wrong shape are named below; transformers names them in its log alone.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}

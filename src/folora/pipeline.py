@@ -515,7 +515,7 @@ class Run:
                     factors, target, base_model=self.name, fan_in_fan_out=conv1d, rank=rank
                 )
             # Afresh, since training wraps the layers, and whole: the others do not take part.
-            base = load_model(replace(self.config, shard=False), self.name)
+            base = load_model(replace(self.config, shard=False), self.name, as_stored=True)
             if model_fingerprint(base) != result.manifest["model"]:
                 raise MismatchError(
                     f"{self.name} is not the model that was trained in {self.folder}"

@@ -24,7 +24,7 @@ from folora.activations import (
 )
 from folora.config import FIRST_LOOK, FoLoraConfig
 from folora.errors import ConfigError
-from folora.loading import device_of, load_config, load_skeleton, required
+from folora.loading import device_of, dtype_for, load_config, load_skeleton, required
 from folora.memory import cache_bytes, free_bytes, held_bytes
 from folora.preparation import check_adapter, solved_directions
 from folora.sampling import batch_size_for
@@ -138,7 +138,7 @@ def plan(
     groups = find_groups(skeleton, layers, batch)
     check_adapter(skeleton, groups, config.adapter)
 
-    dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
+    dtype = dtype_for(config, device, model_config) or torch.bfloat16
     parameters = sum(p.numel() for p in skeleton.parameters())
     trainable = sum(config.adapter.r * (d_in + d_out) for d_in, d_out in layers.values())
     moments = sum(4 * g.d_in**2 for g in groups)

@@ -1,0 +1,92 @@
+"""In which dtype a model is loaded: the checkpoint's, or one that the CPU multiplies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks.tiny import make_gpt2, make_llama, make_tokenizer, tiny_config
+from folora import loading
+from folora.loading import dtype_for, is_slow_here, load_model
+from folora.pipeline import Run
+from folora.planning import plan
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def narrow(tmp_path: Path) -> Path:
+    """A folder with a checkpoint in bf16."""
+    folder = tmp_path / "narrow"
+    make_llama().to(torch.bfloat16).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def cpu_of(monkeypatch: pytest.MonkeyPatch, slow: bool) -> None:
+    narrow = (torch.bfloat16, torch.float16)
+    monkeypatch.setattr(loading, "is_slow_here", lambda dtype: slow and dtype in narrow)
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_auto_is_the_checkpoints_dtype_unless_the_cpu_has_no_products_of_it(
+    narrow: Path, monkeypatch: pytest.MonkeyPatch, slow: bool
+) -> None:
+    cpu_of(monkeypatch, slow)
+    auto = tiny_config(model=str(narrow), dtype="auto")
+    expected = torch.float32 if slow else torch.bfloat16
+    model_config = AutoConfig.from_pretrained(narrow)
+    assert load_model(auto, str(narrow)).dtype == expected
+    assert dtype_for(auto, CPU, model_config) == expected
+    assert dtype_for(auto, GPU, model_config) == torch.bfloat16
+    assert load_model(auto, str(narrow), as_stored=True).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_what_is_asked_for_is_taken_with_a_warning_where_it_is_slow(
+    narrow: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, dtype: str
+) -> None:
+    asked = tiny_config(model=str(narrow), dtype=dtype)
+    cpu_of(monkeypatch, slow=False)
+    assert load_model(asked, str(narrow)).dtype == getattr(torch, dtype)
+    assert "slower" not in caplog.text
+    cpu_of(monkeypatch, slow=True)
+    assert load_model(asked, str(narrow)).dtype == getattr(torch, dtype)
+    assert f"multiplies {dtype} many times slower" in caplog.text
+
+
+def test_wide_checkpoints_stay_wide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu_of(monkeypatch, slow=True)
+    make_gpt2().double().save_pretrained(tmp_path)
+    assert load_model(tiny_config(dtype="auto"), str(tmp_path)).dtype == torch.float64
+    assert not is_slow_here(torch.float32)
+    assert not is_slow_here(None)
+
+
+def test_a_plan_counts_the_dtype_that_is_loaded(
+    narrow: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto = tiny_config(model=str(narrow), dtype="auto")
+    found = []
+    for slow in (False, True):
+        cpu_of(monkeypatch, slow)
+        planned = plan(auto)
+        found.append((planned.stages[0].memory, planned.parameters))
+    (there, parameters), (here, _) = found
+    assert here - there > 2 * parameters  # and a wider cache
+
+
+def test_a_merged_export_has_the_checkpoints_dtype(
+    narrow: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu_of(monkeypatch, slow=True)
+    named = {"model": str(narrow), "dataset": str(rows_file), "output": str(tmp_path / "run")}
+    run = Run(tiny_config(**named, dtype="auto"))
+    run.run()
+    assert run.model.dtype == torch.float32
+    run.export(tmp_path / "merged", kind="merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.dtype == torch.bfloat16
