@@ -112,13 +112,13 @@ def dtype_for(config: FoLoraConfig, device: torch.device, model_config: Any) -> 
 
 def is_slow_here(dtype: torch.dtype | None) -> bool:
     """Whether this CPU has no products of such numbers, by what torch's own kernels for it say."""
-    if dtype not in (torch.bfloat16, torch.float16):
+    if dtype == torch.bfloat16:
+        has_products = torch.ops.mkldnn._is_mkldnn_bf16_supported
+    elif dtype == torch.float16:
+        has_products = torch.ops.mkldnn._is_mkldnn_fp16_supported
+    else:
         return False
-    kernels = torch.ops.mkldnn
-    known = {
-        torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"
-    }  # fmt: skip
-    return not (torch.backends.mkldnn.is_available() and getattr(kernels, known[dtype])())
+    return not (torch.backends.mkldnn.is_available() and has_products())
 
 
 def load_skeleton(config: FoLoraConfig, model_config: Any) -> PreTrainedModel:

@@ -282,10 +282,11 @@ class SAdam(Optimizer):
                 for name in ("exp_avg", "exp_avg_sq"):
                     state[name] = _zeros_like(p, dtype or p.dtype, columns)
         states = [self.state[p] for p in params]
-        first, second = (
-            [own_part(state[name]) for state in states] for name in ("exp_avg", "exp_avg_sq")
+        first, second, steps = (
+            [own_part(state[name]) for state in states]
+            for name in ("exp_avg", "exp_avg_sq", "step")
         )
-        return first, second, [state["step"] for state in states]
+        return first, second, steps
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
