@@ -114,7 +114,9 @@ def test_a_plan_from_rows_to_results(
     stamps = {r.path: r.path.stat().st_mtime_ns for r in results}
     run(tmp_path, model_folder, monkeypatch)
     assert stamps == {p: p.stat().st_mtime_ns for p in stamps}
-    other = run(tmp_path, model_folder, monkeypatch, "--seeds", "4", "--targets", "mawps")
+    instead = ["--seeds", "4", "--targets", "mawps", "--dtype", "bfloat16"]
+    other = run(tmp_path, model_folder, monkeypatch, *instead)
+    assert {(r.seed, r.config.get("dtype")) for r in other} == {(3, "float32"), (4, "bfloat16")}
     bases = {r.seed: r.base["task_loss"] for r in other if r.task == "mawps"}
     assert bases[3] != bases[4]  # other rows are held out
 

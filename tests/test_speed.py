@@ -80,6 +80,7 @@ def test_one_command_and_its_tables(
     monkeypatch.setitem(SHAPES, "smollm2-135m", TINY)
     monkeypatch.setattr(speed, "SAMPLED", {"cpu": (32, 32, 2)})
     monkeypatch.setattr(speed, "SAMPLED_VOCABULARY", 64)
+    monkeypatch.setattr("folora.loading.is_slow_here", lambda dtype: dtype == torch.bfloat16)
     arguments = ["--shapes", "smollm2-135m", "--device", "cpu", "--blocks", "1", "--tokens", "64"]
     arguments += ["--rounds", "2", "--output", str(tmp_path)]
     speed.main(arguments)
@@ -90,6 +91,7 @@ def test_one_command_and_its_tables(
     assert capsys.readouterr().out.split() == [str(path)] * 2
     result: dict[str, Any] = read_json(path)
     assert set(result["steps"]["modes"]) == set(MODES)
+    assert result["steps"]["dtype"] == "float32"  # as `--dtype auto` would have it on such a CPU
     steps = step_table(result)
     assert [row[0] for row in steps.rows] == [m.about for m in MODES.values()]
     lora = steps.rows[0]

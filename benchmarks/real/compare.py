@@ -153,6 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     known.add_argument("--targets", nargs="+", help="default: the plan's tasks")
     known.add_argument("--methods", nargs="+", help="of the plan; default: all")
     known.add_argument("--threads", type=int, help="of torch; default: all cores")
+    known.add_argument("--device", help="instead of the plan's")
+    known.add_argument("--dtype", help="instead of the plan's: bfloat16 takes hours on many a CPU")
     options = known.parse_args(given)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("folora").setLevel(logging.INFO)
@@ -161,6 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plan = checked_plan(read_plan(options.plan))
     if options.targets:
         plan["tasks"] = options.targets
+    plan["base"] |= {k: v for k in ("device", "dtype") if (v := getattr(options, k)) is not None}
     check(plan, options.methods or ())
     places = Places.of(options, "benchmarks.real.compare", given)
     for seed in options.seeds or plan["seeds"]:

@@ -23,10 +23,12 @@ from benchmarks.speed.steps import MODES, Contender, race, random_batch
 from folora.artifacts import software_versions
 from folora.disk import read_json, write_json
 from folora.errors import ConfigError, nearest
+from folora.loading import fast_dtype
 from folora.progress import progress
 
 FORMAT = "speed/1"
 LENGTH = 512  # tokens a row
+DTYPES = ("bfloat16", "float32")
 # Blocks, tokens a step and rounds, where nothing else is said.
 FITTING = {
     "cpu": {
@@ -59,23 +61,27 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def measure_steps(
-    name: str, blocks: int, tokens: int, rounds: int, modes: Sequence[str], device: torch.device
+    name: str,
+    blocks: int,
+    tokens: int,
+    rounds: int,
+    modes: Sequence[str],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Steps of all modes on one shape."""
     shape, ids = SHAPES[name], random_batch(tokens, LENGTH, device)
     found: dict[str, dict[str, Any]] = {}
     with progress(f"{name}: memory", len(modes)) as tick:
         for mode in modes:  # one at a time, so that nothing of another is counted
-            contender = Contender(MODES[mode], shape, blocks, torch.bfloat16, device)
+            contender = Contender(MODES[mode], shape, blocks, dtype, device)
             found[mode] = {
                 "basis_bytes": contender.basis_bytes,
                 "peak_bytes": contender.peak_bytes(ids),
             }
             del contender
             tick()
-    contenders = {
-        mode: Contender(MODES[mode], shape, blocks, torch.bfloat16, device) for mode in modes
-    }
+    contenders = {mode: Contender(MODES[mode], shape, blocks, dtype, device) for mode in modes}
     with progress(f"{name}: rounds", rounds + 1) as tick:
         race(contenders.values(), ids, rounds, tick)
     for mode, contender in contenders.items():
@@ -83,13 +89,16 @@ def measure_steps(
             "step_seconds": contender.step_seconds,
             "optimizer_seconds": contender.optimizer_seconds,
         }
-    return {"blocks": blocks, "tokens": ids.numel(), "dtype": "bfloat16", "modes": found}
+    kind = str(dtype).removeprefix("torch.")
+    return {"blocks": blocks, "tokens": ids.numel(), "dtype": kind, "modes": found}
 
 
-def measure_setup(name: str, tokens: int, rounds: int, device: torch.device) -> dict[str, Any]:
+def measure_setup(
+    name: str, tokens: int, rounds: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
     """Sampling, statistics and solve on one shape, a block each."""
     shape = SHAPES[name]
-    model = random_model(shape, 1, torch.bfloat16, device)
+    model = random_model(shape, 1, dtype, device)
     widest, widest_whole = WIDEST[device.type]
     found: dict[str, Any] = {
         "tokens": tokens,
@@ -106,13 +115,13 @@ def measure_setup(name: str, tokens: int, rounds: int, device: torch.device) -> 
             shape,
             SAMPLED_VOCABULARY,
             *SAMPLED[device.type],
-            torch.bfloat16,
+            dtype,
             device,
             shape.blocks,
             3,
         )
     if shape.inner <= widest_whole:
-        found["peers"] = peer_times(shape, torch.bfloat16, device, tokens)
+        found["peers"] = peer_times(shape, dtype, device, tokens)
     return found
 
 
@@ -123,6 +132,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shapes", nargs="+", default=[*SHAPES])
     parser.add_argument("--modes", nargs="+", default=[*MODES])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of the base; default: bfloat16, or float32 on a CPU without it",
+    )
     parser.add_argument("--blocks", type=int, help="default: as many as fit")
     parser.add_argument("--tokens", type=int, help="a step; default: by shape and device")
     parser.add_argument("--rounds", type=int)
@@ -136,6 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
+    dtype = getattr(torch, options.dtype) if options.dtype else fast_dtype(torch.bfloat16, device)
     for name in options.shapes:
         path = options.output / f"{device.type}-{name}.json"
         blocks, tokens, rounds = FITTING[device.type][name]
@@ -150,12 +165,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "versions": software_versions(),
                 "shape": name,
                 "steps": measure_steps(
-                    name, options.blocks or blocks, tokens, rounds, options.modes, device
+                    name, options.blocks or blocks, tokens, rounds, options.modes, dtype, device
                 ),
             }
             write_json(path, result)
         if "setup" not in result and not options.skip_setup:
-            write_json(path, {**result, "setup": measure_setup(name, tokens, rounds, device)})
+            same = getattr(torch, result["steps"]["dtype"])
+            setup = measure_setup(name, tokens, rounds, same, device)
+            write_json(path, {**result, "setup": setup})
         print(path)
 
 

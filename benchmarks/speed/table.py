@@ -84,7 +84,7 @@ def setup_table(results: Sequence[Mapping[str, Any]]) -> Table:
         peers = setup.get("peers", {})
         rows.append(
             (
-                f"{result['shape']} ({result['machine']['device']})",
+                _named(result),
                 _spread([1e6 * f / setup["tokens"] for f in forward], ".0f"),
                 _spread([100 * x for x in over], "+.0f"),
                 *(_spread(peers.get(peer, []), ".1f") for peer in ("PEFT's CorDA", "PEFT's OSF")),
@@ -121,9 +121,7 @@ def sampling_table(results: Sequence[Mapping[str, Any]]) -> Table:
         if rates:
             times = [a / b for a, b in zip(rates["folora"], rates["loop"], strict=True)]
             row = (_spread(rates["folora"], ".0f"), _spread(rates["loop"], ".0f"))
-            rows.append(
-                (f"{result['shape']} ({result['machine']['device']})", *row, _spread(times, ".1f"))
-            )
+            rows.append((_named(result), *row, _spread(times, ".1f")))
     header = ("shape", "folora (tokens/s)", "loop over `generate` (tokens/s)", "times")
     caption = "All blocks and a vocabulary of 49152; the loop decodes one sequence at a time."
     return Table(header, tuple(rows), caption)
@@ -193,6 +191,10 @@ def _solve_seconds(shape: Shape, times: Mapping[int, float]) -> float:
     widths = (shape.hidden, shape.heads * shape.head, shape.hidden, shape.inner)
     each = (times.get(d, times[widest] * (d / widest) ** 3) for d in widths)
     return shape.blocks * sum(each)
+
+
+def _named(result: Mapping[str, Any]) -> str:
+    return f"{result['shape']}, {result['steps']['dtype']} ({result['machine']['device']})"
 
 
 def _spread(values: Sequence[float], form: str) -> str:

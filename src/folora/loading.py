@@ -107,6 +107,11 @@ def dtype_for(config: FoLoraConfig, device: torch.device, model_config: Any) -> 
         return getattr(torch, config.dtype)  # type: ignore[no-any-return]
     stored = getattr(model_config.get_text_config(), "dtype", None)
     stored = getattr(torch, stored) if isinstance(stored, str) else stored
+    return fast_dtype(stored, device)
+
+
+def fast_dtype(stored: torch.dtype | None, device: torch.device) -> torch.dtype | None:
+    """A checkpoint's dtype, but float32 on a CPU that has no products of it."""
     return torch.float32 if device.type == "cpu" and is_slow_here(stored) else stored
 
 
