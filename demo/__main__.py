@@ -22,7 +22,6 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from demo.facts import load_facts, score_facts
@@ -39,6 +38,7 @@ from folora.config import (
 )
 from folora.data import prepare_task
 from folora.disk import write_json, write_text
+from folora.loading import load_model
 from folora.meter import Meter
 from folora.pipeline import Run
 
@@ -202,7 +202,7 @@ def main() -> None:
     lora.train(source=folora)
     lora.export()
 
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    settings, tokenizer = folora.config, folora.tokenizer
     held_out = prepare_task(test, tokenizer, DataConfig(eval_rows=0)).train
     meter = Meter(proxies.held_out, held_out, batch_size=16)
     scores: dict[str, Scores] = {}
@@ -211,7 +211,7 @@ def main() -> None:
     for name, adapter in arms.items():
         gc.collect()
         say(f"asking {name}")
-        model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
+        model: Any = load_model(settings, str(model_folder))  # in a dtype that is fast here
         if adapter is not None:
             model = PeftModel.from_pretrained(model, str(adapter)).eval()
         scores[name] = score(model, tokenizer, meter, test)

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.tiny import make_gpt2, make_llama, make_tokenizer, tiny_config
-from folora import loading
+from folora import loading, prepare
+from folora.errors import DataError
 from folora.loading import dtype_for, is_slow_here, load_model
 from folora.pipeline import Run
 from folora.planning import plan
@@ -58,12 +59,22 @@ def test_what_is_asked_for_is_taken_with_a_warning_where_it_is_slow(
     assert f"multiplies {dtype} many times slower" in caplog.text
 
 
+@pytest.mark.parametrize("slow", [True, False])
+def test_a_model_of_ones_own_is_warned_of_before_anything_is_done(
+    narrow: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, slow: bool
+) -> None:
+    cpu_of(monkeypatch, slow)
+    model = AutoModelForCausalLM.from_pretrained(narrow)
+    with pytest.raises(DataError):
+        prepare(model, make_tokenizer(), [])
+    assert ("dtype=torch.float32" in caplog.text) == slow
+
+
 def test_wide_checkpoints_stay_wide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu_of(monkeypatch, slow=True)
     make_gpt2().double().save_pretrained(tmp_path)
     assert load_model(tiny_config(dtype="auto"), str(tmp_path)).dtype == torch.float64
     assert not is_slow_here(torch.float32)
-    assert not is_slow_here(None)
 
 
 def test_a_plan_counts_the_dtype_that_is_loaded(

@@ -107,15 +107,15 @@ def dtype_for(config: FoLoraConfig, device: torch.device, model_config: Any) -> 
         return getattr(torch, config.dtype)  # type: ignore[no-any-return]
     stored = getattr(model_config.get_text_config(), "dtype", None)
     stored = getattr(torch, stored) if isinstance(stored, str) else stored
-    return fast_dtype(stored, device)
+    return None if stored is None else fast_dtype(stored, device)
 
 
-def fast_dtype(stored: torch.dtype | None, device: torch.device) -> torch.dtype | None:
+def fast_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     """A checkpoint's dtype, but float32 on a CPU that has no products of it."""
     return torch.float32 if device.type == "cpu" and is_slow_here(stored) else stored
 
 
-def is_slow_here(dtype: torch.dtype | None) -> bool:
+def is_slow_here(dtype: torch.dtype) -> bool:
     """Whether this CPU has no products of such numbers, by what torch's own kernels for it say."""
     if dtype == torch.bfloat16:
         has_products = torch.ops.mkldnn._is_mkldnn_bf16_supported
@@ -124,6 +124,17 @@ def is_slow_here(dtype: torch.dtype | None) -> bool:
     else:
         return False
     return not (torch.backends.mkldnn.is_available() and has_products())
+
+
+def warn_if_slow(dtype: torch.dtype | None, device: torch.device) -> None:
+    """Say so if this is a CPU that has no products of such numbers."""
+    if dtype is not None and fast_dtype(dtype, device) != dtype:
+        name = str(dtype).removeprefix("torch.")
+        logger.warning(
+            "this CPU multiplies %s many times slower than float32, which --dtype auto takes here; "
+            "from_pretrained takes it by dtype=torch.float32",
+            name,
+        )
 
 
 def load_skeleton(config: FoLoraConfig, model_config: Any) -> PreTrainedModel:
@@ -167,11 +178,7 @@ def load_model(config: FoLoraConfig, name: str, as_stored: bool = False) -> PreT
     device = device_of(config)
     model_config = load_config(config, name)
     dtype = None if as_stored else dtype_for(config, device, model_config)
-    if device.type == "cpu" and is_slow_here(dtype):
-        logger.warning(
-            "this CPU multiplies %s many times slower than float32, which --dtype auto takes here",
-            config.dtype,
-        )
+    warn_if_slow(dtype, device)
     options: dict[str, Any] = {
         "dtype": dtype or config.dtype,
         "revision": config.revision,

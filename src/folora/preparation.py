@@ -42,6 +42,7 @@ from folora.data import (
 from folora.errors import ConfigError
 from folora.finiteness import check_finite_weights
 from folora.initialization import NEED_NULL_BASIS, NEED_WHOLE_BASIS, check_singular_values
+from folora.loading import warn_if_slow
 from folora.meter import Meter
 from folora.modes import evaluating
 from folora.progress import progress
@@ -114,6 +115,7 @@ def prepare(
         FoLoraError: Bad data, options or weights; cheap checks come first.
     """
     config = config or FoLoraConfig()
+    warn_if_slow(model.dtype, model.device)
     model.requires_grad_(False)  # before it runs; see load_model
     task = prepare_task(load_rows(dataset, config.data.split), tokenizer, config.data)
     start_id = start_token_id(tokenizer, config.sampling.start_token)
