@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +17,7 @@ from conftest import temporary
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from benchmarks.forks import Fork
 from benchmarks.tiny import make_gpt2, make_llama, make_tokenizer, tiny_config
 from folora.artifacts import read_artifact, write_artifact
 from folora.config import FoLoraConfig
@@ -180,16 +179,14 @@ def test_a_second_data_set_keeps_the_bases_statistics(
     assert after[task] != before[task]
 
 
-def wait_and_kill(command: list[str], marker: Path, env: dict[str, str]) -> None:
-    """Start a command and SIGKILL it as soon as the marker is there."""
-    process = subprocess.Popen(
-        command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while not marker.exists() and process.poll() is None and time.monotonic() < deadline:
+def kill_at(marker: Path, words: list[str], place: Path) -> None:
+    """Start the command line and SIGKILL it as soon as the marker is there."""
+    fork = Fork(words, place, prepare=gc.freeze)
+    while not marker.exists() and fork.lives():
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() in (-signal.SIGKILL, 0)
+    fork.send(signal.SIGKILL)
+    ended = fork.ended()
+    assert ended.code in (-signal.SIGKILL, 0), ended.said
     assert marker.exists()
 
 
@@ -199,19 +196,18 @@ def test_sigkill_in_every_stage_loses_nothing(
     folder = tmp_path / "run"
     config = run_config(model_folder, rows_file, folder, adapter={"init": "null_space"})
     (tmp_path / "config.yaml").write_text(config.to_yaml())
-    command = [sys.executable, "-m", "folora.cli", "run", "--config", str(tmp_path / "config.yaml")]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    words = ["run", "--config", str(tmp_path / "config.yaml")]
     for marker in (
         "1-samples/shard-000000.json",
         "2-statistics/pre",
         "3-spectrum",
         "4-training/checkpoint-2/optimizer.pt",
     ):
-        wait_and_kill(command, folder / marker, env)
+        kill_at(folder / marker, words, tmp_path)
         assert not (folder / "report.json").exists()
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "kept" in done.stdout
+    done = Fork(words, tmp_path, prepare=gc.freeze).ended()
+    assert done.code == 0, done.said
+    assert "kept" in (tmp_path / "folora.stdout").read_text()
     assert not temporary(folder)
     assert adapter_bytes(folder) == adapter_bytes(Path(str(finished.output)))
 

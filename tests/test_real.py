@@ -172,11 +172,28 @@ def test_a_metric_that_is_not_there_is_named_before_training(
     assert not list(tmp_path.rglob("shard-*"))
 
 
+def test_arms_are_chosen_by_method_and_learning_rate() -> None:
+    sweeps = [
+        {"methods": ["lora"], "learning_rates": [5e-4, 1e-3]},
+        {"methods": ["folora"], "learning_rates": [1e-3]},
+    ]
+    plan = {"sweeps": sweeps}
+    every = compare.chosen(plan)
+    assert len(every) == 3
+    assert compare.chosen(plan, ["lora"], [1e-3]) == [every[1]]
+    assert compare.chosen(plan, None, [1e-3]) == every[1:]
+    assert compare.chosen(plan, ["lora"]) == every[:2]
+    with pytest.raises(ConfigError, match="no such arm with folora"):
+        compare.chosen(plan, ["folora", "lora"], [5e-4])
+    with pytest.raises(ConfigError, match=r"no such arm with 0\.01"):
+        compare.chosen(plan, None, [1e-3, 1e-2])
+
+
 def test_a_method_that_is_not_in_the_plan_is_refused_first(
     tmp_path: Path, data: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan_file(tmp_path)
-    with pytest.raises(ConfigError, match="no method 'folra' \\(did you mean 'folora'"):
+    with pytest.raises(ConfigError, match="no such arm with folra \\(did you mean 'folora'"):
         run(tmp_path, model_folder, monkeypatch, "--methods", "folra")
     assert not (tmp_path / "runs").exists()
 

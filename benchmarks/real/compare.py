@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from peft import PeftModel
 
 from benchmarks.gemma import gemma3_270m
 from benchmarks.real.targets import TARGETS, data_folder, target_rows
+from benchmarks.source import RATE
 from benchmarks.sweeps import Places, checked_plan, parser, planned, read_plan, run_arms, take_over
 from demo.model import smollm2
-from folora.comparison import READ_AT, Comparison, Score, Scores
+from folora.comparison import READ_AT, Arm, Comparison, Score, Scores
 from folora.config import FoLoraConfig
 from folora.disk import write_text
 from folora.errors import ConfigError, nearest
@@ -80,15 +81,13 @@ def own_texts(run: Run, source: str, count: int) -> list[list[int]]:
     return run.proxies().calibration[:count]
 
 
-def compare_model(
-    plan: Mapping[str, Any], seed: int, methods: Container[str] | None, places: Places
-) -> None:
-    """Every target and arm of the plan for one seed.
+def compare_model(plan: Mapping[str, Any], seed: int, due: Sequence[Arm], places: Places) -> None:
+    """Every target and arm for one seed.
 
     Args:
-        plan: ``model``, ``base`` config by dotted name, ``tasks`` (targets), ``sweeps``, ``evaluation``.
+        plan: ``model``, ``base`` config by dotted name, ``tasks`` (targets), ``evaluation``.
         seed: See above.
-        methods: Those of the plan that are run; default is all.
+        due: Arms of the plan.
         places: For models, samples, statistics and results.
     """
     model = MODELS[plan["model"]](places.models)
@@ -118,17 +117,40 @@ def compare_model(
             read_at=plan.get("read_at", READ_AT),
             score_at=plan.get("score_at"),
         )
-        due = [arm for arm in planned(plan) if methods is None or arm.method in methods]
         run_arms(comparison, run, plan, due, partial(own_texts, run))
 
 
-def check(plan: Mapping[str, Any], methods: Iterable[str] = ()) -> None:
-    """Refuse what cannot work before anything is downloaded or trained. Raises FoLoraError.
+def chosen(
+    plan: Mapping[str, Any],
+    methods: Sequence[str] | None = None,
+    learning_rates: Sequence[float] | None = None,
+) -> list[Arm]:
+    """The arms of a plan with these methods and learning rates, or all.
 
-    Args:
-        plan: As in `compare_model`.
-        methods: Those asked for, which must be the plan's.
+    Raises:
+        ConfigError: The plan has none with one of them.
     """
+    arms = planned(plan)
+    asked = (methods, None if learning_rates is None else [str(rate) for rate in learning_rates])
+
+    def parts(arm: Arm) -> tuple[str, str]:
+        return arm.method, str(arm.changes[RATE])
+
+    due = [
+        arm
+        for arm in arms
+        if all(a is None or part in a for a, part in zip(asked, parts(arm), strict=True))
+    ]
+    for at, words in enumerate(asked):
+        for word in words or ():
+            if word not in {parts(arm)[at] for arm in due}:
+                hint = nearest(word, {parts(arm)[at] for arm in arms})
+                raise ConfigError(f"the plan has no such arm with {word}{hint}")
+    return due
+
+
+def check(plan: Mapping[str, Any]) -> None:
+    """Refuse what cannot work before anything is downloaded or trained. Raises FoLoraError."""
     for word, known in (*((t, TARGETS) for t in plan["tasks"]), (plan["model"], MODELS)):
         if word not in known:
             raise ConfigError(f"the plan names {word!r}{nearest(word, known)}; known: {[*known]}")
@@ -140,10 +162,6 @@ def check(plan: Mapping[str, Any], methods: Iterable[str] = ()) -> None:
         if calibration and calibration["source"] != "self":
             raise ConfigError(f"calibration is {calibration}, but its source must be 'self' here")
     data_folder()
-    there = {arm.method for arm in planned(plan)}
-    for name in methods:
-        if name not in there:
-            raise ConfigError(f"the plan has no method {name!r}{nearest(name, there)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -152,6 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     known = parser("Compare methods on pretrained models.", "models", "runs/real")
     known.add_argument("--targets", nargs="+", help="default: the plan's tasks")
     known.add_argument("--methods", nargs="+", help="of the plan; default: all")
+    known.add_argument("--learning-rates", nargs="+", type=float, help="of the plan; default: all")
     known.add_argument("--threads", type=int, help="of torch; default: all cores")
     known.add_argument("--device", help="instead of the plan's")
     known.add_argument("--dtype", help="instead of the plan's: bfloat16 takes hours on many a CPU")
@@ -164,10 +183,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.targets:
         plan["tasks"] = options.targets
     plan["base"] |= {k: v for k in ("device", "dtype") if (v := getattr(options, k)) is not None}
-    check(plan, options.methods or ())
+    check(plan)
+    due = chosen(plan, options.methods, options.learning_rates)
     places = Places.of(options, "benchmarks.real.compare", given)
     for seed in options.seeds or plan["seeds"]:
-        compare_model(plan, seed, options.methods, places)
+        compare_model(plan, seed, due, places)
 
 
 if __name__ == "__main__":
