@@ -351,7 +351,9 @@ class _SequenceDraws(LogitsProcessor):
     def choose(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """The next token of each row, (rows,) int64, given what is there and the model's scores of it."""
         scores = scores.to(torch.float32, copy=True)
-        if not torch.isfinite(scores).all():
+        if not torch.isfinite(
+            torch.stack(scores.aminmax())
+        ).all():  # tenfold faster than all of them
             if not self.shared_out:
                 where = where_it_breaks(self.model, {"input_ids": input_ids, "use_cache": False})
                 raise NumericsError(_UNSOUND.format(f": {where}"))
@@ -379,9 +381,9 @@ def invert(scores: Tensor, draws: Tensor) -> Tensor:
         Token ids, (rows,) int64.
     """
     weights = (scores - scores.amax(-1, keepdim=True)).exp_()
-    blocks = torch.nn.functional.pad(weights, (0, -scores.shape[1] % BLOCK)).unflatten(
-        1, (-1, BLOCK)
-    )
+    if rest := -scores.shape[1] % BLOCK:
+        weights = torch.nn.functional.pad(weights, (0, rest))
+    blocks = weights.unflatten(1, (-1, BLOCK))
     upto = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
     draw = draws[:, None] * upto[:, -1:]
     hit = torch.searchsorted(upto, draw, right=True).clamp_(max=upto.shape[1] - 1)
@@ -400,18 +402,22 @@ def restrict(scores: Tensor, setting: Decoding) -> Tensor:
     if setting.top_k:
         kth = scores.topk(min(setting.top_k, scores.shape[-1])).values[:, -1:]
         scores = scores.masked_fill(scores < kth, -float("inf"))
-    if setting.top_p < 1.0:
-        whole = scores.logsumexp(-1, keepdim=True)
-        ordered, order = scores.topk(min(CANDIDATES, scores.shape[-1]))
-        upto = (ordered - whole).exp().cumsum(-1)
-        if bool((upto[:, -1] < setting.top_p).any()):  # a flat distribution needs them all
-            ordered, order = scores.sort(descending=True)
-            upto = (ordered - whole).exp().cumsum(-1)
-        # Keep the smallest set that reaches top_p: drop what comes after it was reached.
-        beyond = upto - (ordered - whole).exp() >= setting.top_p
-        kept = ordered.masked_fill(beyond, -float("inf"))
-        scores = torch.full_like(scores, -float("inf")).scatter_(1, order, kept)
-    return scores
+    return scores if setting.top_p == 1.0 else _nucleus(scores, setting.top_p, CANDIDATES)
+
+
+def _nucleus(scores: Tensor, top_p: float, candidates: int) -> Tensor:
+    """The smallest set of each row's tokens that reaches top_p; candidates are the likeliest, which often do."""
+    whole = scores.logsumexp(-1, keepdim=True)
+    ordered, order = scores.topk(min(candidates, scores.shape[-1]))
+    shares = (ordered - whole).exp()
+    upto = shares.cumsum(-1)
+    # Drop what comes after it was reached.
+    kept = ordered.masked_fill(upto - shares >= top_p, -float("inf"))
+    found = torch.full_like(scores, -float("inf")).scatter_(1, order, kept)
+    flat = (upto[:, -1] < top_p).nonzero()[:, 0]
+    if len(flat) and candidates < scores.shape[-1]:
+        found[flat] = _nucleus(scores[flat], top_p, scores.shape[-1])
+    return found
 
 
 def sample(
