@@ -20,16 +20,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.real.targets import TARGETS, data_folder, target_rows
 from folora.activations import Moments, second_moments
 from folora.artifacts import software_versions
-from folora.config import FoLoraConfig
+from folora.config import DataConfig, FoLoraConfig
 from folora.convergence import watched
 from folora.data import Example, batches, load_rows, prepare_task, text_examples
 from folora.disk import write_text
 from folora.errors import DataError
+from folora.loading import load_model, load_tokenizer
 from folora.preparation import groups_of
 from folora.progress import progress
 from folora.report import NONE, Table
@@ -87,9 +87,9 @@ def foreign_text(tokenizer: Any) -> list[list[int]]:
 
 def measured(run: Path, model_folder: Path, targets: Sequence[str], r: int) -> dict[str, Any]:
     """Shares by amount of text and of rows; see `main`."""
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).eval()
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    config = FoLoraConfig().changed({"data.chat_template": False, "data.max_length": 256})
+    config = FoLoraConfig(device="cpu", data=DataConfig(chat_template=False, max_length=256))
+    model = load_model(config, str(model_folder))
+    tokenizer = load_tokenizer(config, str(model_folder))
     proxies = load_proxy_set(run / "1-samples")
     examples = {
         target: prepare_task(load_rows(target_rows(target)), tokenizer, config.data).train

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -10,9 +11,12 @@ import torch
 from scipy.linalg import eigh
 from test_spectrum import moment
 
+from benchmarks import amounts
 from benchmarks.amounts import growing, held, rows_table, text_table
 from benchmarks.source import Source
 from folora.activations import Moments
+from folora.errors import DataError
+from folora.sampling import ProxySet, write_proxy_set
 
 
 def test_directions_are_worth_their_trace_quotient() -> None:
@@ -62,3 +66,48 @@ def test_tables_of_what_was_measured(tmp_path: Path) -> None:
     )
     assert "the mean over a, b." in table.caption
     assert rows_table(found).rows == (("a", "0.160", "0.320"), ("b", "0.160", "0.320"))
+
+
+def test_from_samples_and_rows_to_a_file(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("LENGTHS", (4, 8)), ("SEQUENCES", (4, 8)), ("ROWS", (3, 6))):
+        monkeypatch.setattr(amounts, name, value)
+    monkeypatch.setattr(amounts, "WINDOWS", 4)
+    monkeypatch.setenv("FOLORA_DATA_DIR", str(tmp_path))
+    (tmp_path / "PROVENANCE.md").write_text("made up")
+    rows = [
+        {"question": f"{n} and {n} ?", "equation": f"x={n}+{n}", "answer": n} for n in range(40)
+    ]
+    texts = [{"text": "one and two and three " * 9}]
+    for file, lines in (("mawps/train", rows), ("wikitext2/test", texts)):
+        (tmp_path / file).parent.mkdir()
+        with gzip.open(tmp_path / f"{file}.jsonl.gz", "wt") as stream:
+            stream.write("".join(json.dumps(line) + "\n" for line in lines))
+    written = torch.randint(3, 40, (16, 8), generator=torch.Generator().manual_seed(0)).tolist()
+    write_proxy_set(tmp_path / "run" / "1-samples", ProxySet(written[:8], written[8:]), {})
+    words = [
+        "--run",
+        tmp_path / "run",
+        "--model",
+        model_folder,
+        "--output",
+        tmp_path / "found.json",
+    ]
+    amounts.main([*map(str, words), "--targets", "mawps", "--directions", "2"])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert {(row["sequences"], row["length"], row["on"]) for row in found["text"]} == {
+        (sequences, length, on)
+        for sequences in (4, 8)
+        for length in (4, 8)
+        for on in ("own", "wikitext2")
+    }
+    assert {row["tokens"] for row in found["text"]} == {16, 32, 64}
+    assert [row["rows"] for row in found["rows"]] == [3, 6]
+    # The best directions there are worth 1, and dearer on text that they were not found on.
+    assert all(0 < row["share"] < 1 and row["cost"] > 1 for row in found["text"])
+    assert all(0 < row["share"] < 1 for row in found["rows"])
+
+    with pytest.raises(DataError, match="must have 100; targets of less than 12 rows: none"):
+        monkeypatch.setattr(amounts, "SEQUENCES", (4, 100))
+        amounts.main([*map(str, words), "--targets", "mawps"])
