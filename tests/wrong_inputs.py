@@ -393,6 +393,8 @@ VALUES = [
           r"training\.extra: neftune_noise_alpha is 'x'"),
     Wrong("extra around an option", "--training.extra '{per_device_train_batch_size: 0}'",
           r"per_device_train_batch_size is set by training\.batch_size"),
+    Wrong("extra around checkpointing", "--training.extra '{gradient_checkpointing: true}'",
+          r"gradient_checkpointing is set by training\.gradient_checkpointing"),
     Wrong("extra around the seed", "--training.extra '{seed: -1}'", r"seed is set by training\.seed"),
     Wrong("extra with an optimizer that is none", "--training.extra '{optim: sgdd}'",
           "training: sgdd is not a valid OptimizerNames"),

@@ -69,8 +69,10 @@ CHECKED = {
     "save_steps": "save_steps",
     "logging_steps": "logging_steps",
     "seed": "seed",
+    "gradient_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing": "gradient_checkpointing",
 }
-"""Options of SFTConfig with an option of ours that knows their interval."""
+"""Options of SFTConfig with an option of ours, which knows their interval or their name of today."""
 
 
 class AfterStep(TrainerCallback):
@@ -365,7 +367,7 @@ def sft_config(
         "save_steps": config.save_steps,
         "save_total_limit": 2,
         "logging_steps": config.logging_steps,
-        "gradient_checkpointing": config.gradient_checkpointing,
+        "activation_checkpointing": config.gradient_checkpointing,  # its name in transformers 5.23
         "bf16": config.bf16,
         "seed": config.seed,
         "max_length": None,  # rows are cut already
