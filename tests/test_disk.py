@@ -19,6 +19,7 @@ import torch
 from conftest import temporary
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 import folora.disk
 from folora.artifacts import read_artifact, read_manifest, read_tensors, write_artifact
@@ -226,6 +227,19 @@ def test_everything_is_synced_before_it_gets_its_name(
     cut = done.index("renamed")
     assert set(done[:cut]) == inside
     assert done[cut + 1 :] == [tmp_path.stat().st_ino]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_who_may_read_is_what_the_umask_says(tmp_path: Path, umask: int, mode: int) -> None:
+    """Also of what safetensors writes, which by itself is for the owner alone."""
+    former = os.umask(umask)
+    try:
+        write_artifact(tmp_path / "folder", "samples", {"x": torch.zeros(2)}, {})
+        write_atomically(tmp_path / "file", lambda path: save_file({"x": torch.zeros(2)}, path))
+    finally:
+        os.umask(former)
+    found = {p.name: p.stat().st_mode & 0o777 for p in tmp_path.rglob("*") if p.is_file()}
+    assert found == dict.fromkeys(("file", "manifest.json", "tensors.safetensors"), mode)
 
 
 def test_a_json_file_of_gigabytes_is_not_read(tmp_path: Path) -> None:

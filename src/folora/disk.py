@@ -15,6 +15,7 @@ import logging
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,7 +67,8 @@ def fitting(what: object) -> Iterator[None]:
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` with a temporary path beside `path`, sync what it wrote, and rename it.
 
-    Works for a file and for a folder; a folder that is already there is replaced.
+    Works for a file and for a folder; a folder that is already there is replaced. Who may read it is
+    what the umask says.
 
     Raises:
         ArtifactError: The disk or the folder does not allow it; the message names the path.
@@ -81,7 +83,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             f".{glob.escape(path.name)}.*"
         ):  # of a writer that was killed
             _remove(stale)
+        mode = _mode_of_new(temporary)
         write(temporary)
+        for file in _files(temporary):
+            if stat.S_IMODE(file.stat().st_mode) != mode:  # safetensors lets only the owner read
+                file.chmod(mode)
         sync(temporary)
         if path.is_dir():
             path.rename(replaced)
@@ -92,6 +98,20 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         _remove(temporary)
         _remove(replaced)
+
+
+def _mode_of_new(path: Path) -> int:
+    """The mode of a file that is made at a path where there is none."""
+    path.touch(exist_ok=False)
+    mode = stat.S_IMODE(path.stat().st_mode)
+    path.unlink()
+    return mode
+
+
+def _files(path: Path) -> list[Path]:
+    """A file, or all files in a folder."""
+    inside = path.rglob("*") if path.is_dir() else [path]
+    return [p for p in inside if p.is_file() and not p.is_symlink()]
 
 
 def sync(path: Path) -> None:
