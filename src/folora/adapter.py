@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft.import_utils import is_bnb_4bit_available, is_bnb_available
+from peft.tuners.lora import Linear, LoraLayer, bnb
 from peft.utils.save_and_load import get_base_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from folora.disk import check_replaceable, write_atomically
 from folora.errors import ConfigError, NumericsError
-from folora.frames import FRAME, Frame, Framed, layer_factors, product
+from folora.frames import FRAME, Frame, Framed, Lean, layer_factors, product
 from folora.initialization import STARTS, Site, Start, leading_singular_spaces
 from folora.modes import gathered
 from folora.sadam import full_fp32_matmul
@@ -294,6 +295,8 @@ def _start_layer(
         b.copy_(image.to(b.dtype) / layer.scaling[adapter])
         anchor = (a.detach().clone(), b.detach().clone())
     if anchor is None and protected is None:
+        if _takes_variants(layer):
+            layer.lora_variant[adapter] = Lean()
         return
     if not hasattr(layer, FRAME):
         setattr(layer, FRAME, nn.ModuleDict())
@@ -324,6 +327,16 @@ def _check_unchanged(layer: Any, adapter: str, name: str) -> None:
             "first step, or leaves the spaces that are protected, because this kind of layer ignores "
             "PEFT's LoRA variants. Use adapter.init = 'eigen' and no constraint; they need none."
         )
+
+
+def _takes_variants(layer: Any) -> bool:
+    """Whether PEFT's kind of layer leaves what becomes of its input to a variant; some do not."""
+    kinds: tuple[type, ...] = (Linear,)
+    if is_bnb_available():
+        kinds += (bnb.Linear8bitLt,)
+    if is_bnb_4bit_available():
+        kinds += (bnb.Linear4bit,)
+    return isinstance(layer, kinds)
 
 
 def _keeps_off(layer: Any, adapter: str, x: Tensor, base: Any) -> bool:

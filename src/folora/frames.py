@@ -1,8 +1,8 @@
 """An update that starts from somewhere, or must keep off something: the frozen parts around B A.
 
-A start with B0 A0 /= 0 has to be taken off again for the model to compute W0 x before the first step.
-Folding it into W0 would change the base; instead the adapter carries it: `Framed`, a variant in PEFT's
-sense, computes
+`Lean` is LoRA itself, as a variant in PEFT's sense that keeps less for the backward pass (`lowrank`). A start with B0 A0 /= 0 has to be taken off again for the model to compute W0 x before the first step.
+Folding it into W0 would change the base; instead the adapter carries it: `Framed`, another variant,
+computes
 
     W0 x + kappa P_L (B A - B0 A0) P_R x,
 
@@ -18,6 +18,7 @@ import torch
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
+from folora.lowrank import update
 from folora.sadam import full_fp32_matmul, whole
 
 FRAME = "lora_frame"  # PEFT saves what has "lora_" in its name
@@ -45,21 +46,26 @@ class Frame(nn.Module):
         for name, tensor in zip(("left", "right"), protected or (None, None), strict=True):
             self.register_buffer(name, tensor)
 
-    def forward(self, x: Tensor, a: nn.Module, b: nn.Module) -> Tensor:
+    @property
+    def anchor(self) -> tuple[Tensor, Tensor] | None:
+        """A0 and B0."""
+        return None if self.a0 is None or self.b0 is None else (self.a0, self.b0)
+
+    def forward(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """P_L (B A - B0 A0) P_R x, shape (..., d_out)."""
         if self.right is not None:
+            x = x.to(self.right.dtype)
             x = x - (x @ self.right) @ self.right.T
-        moved: Tensor = b(a(x))
-        if self.a0 is not None and self.b0 is not None:
-            moved = moved - nn.functional.linear(nn.functional.linear(x, self.a0), self.b0)
+        moved = update(x, a, b, self.anchor)
         if self.left is not None:
             moved = moved - (moved @ self.left) @ self.left.T
         return moved
 
     def factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """The same update as the product of two factors."""
-        if self.a0 is not None and self.b0 is not None:
-            a, b = torch.cat([a, self.a0]), torch.cat([b, -self.b0], dim=1)
+        if self.anchor is not None:
+            a0, b0 = self.anchor
+            a, b = torch.cat([a, a0]), torch.cat([b, -b0], dim=1)
         with full_fp32_matmul():
             if self.right is not None:
                 a = a - (a @ self.right) @ self.right.T
@@ -68,18 +74,21 @@ class Frame(nn.Module):
         return a, b
 
 
-class Framed(LoraVariant):
-    """LoRA whose update goes through a `Frame`."""
+class Lean(LoraVariant):
+    """LoRA whose layers keep their inputs for the backward pass as they are."""
 
     @staticmethod
+    def moved(module: Any, adapter: str, x: Tensor) -> Tensor:
+        """B A x."""
+        return update(x, module.lora_A[adapter].weight, module.lora_B[adapter].weight)
+
+    @classmethod
     def forward(
-        module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+        cls, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
-        """Result of the base layer plus kappa times the framed update."""
+        """Result of the base layer plus kappa times the update."""
         x = module.lora_dropout[active_adapter](x)
-        frame = getattr(module, FRAME)[active_adapter]
-        moved = frame(x, module.lora_A[active_adapter], module.lora_B[active_adapter])
-        return result + moved * module.scaling[active_adapter]
+        return result + cls.moved(module, active_adapter, x) * module.scaling[active_adapter]
 
     @staticmethod
     def delta(module: Any, adapter: str) -> Tensor:
@@ -90,17 +99,27 @@ class Framed(LoraVariant):
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """The merged weight, as a new tensor."""
-        return orig_weight + Framed.delta(module, active_adapter).to(orig_weight.dtype)
+        return orig_weight + Lean.delta(module, active_adapter).to(orig_weight.dtype)
 
     @staticmethod
     def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
         """Merge in place."""
-        orig_weight.data += Framed.delta(module, active_adapter).to(orig_weight.dtype)
+        orig_weight.data += Lean.delta(module, active_adapter).to(orig_weight.dtype)
 
     @staticmethod
     def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """The weight without the adapter, as a new tensor."""
-        return orig_weight - Framed.delta(module, active_adapter).to(orig_weight.dtype)
+        return orig_weight - Lean.delta(module, active_adapter).to(orig_weight.dtype)
+
+
+class Framed(Lean):
+    """LoRA whose update goes through a `Frame`."""
+
+    @staticmethod
+    def moved(module: Any, adapter: str, x: Tensor) -> Tensor:
+        """The framed update."""
+        frame = getattr(module, FRAME)[adapter]
+        return frame(x, module.lora_A[adapter].weight, module.lora_B[adapter].weight)  # type: ignore[no-any-return]
 
 
 def layer_factors(module: Any, adapter: str) -> tuple[Tensor, Tensor, float]:

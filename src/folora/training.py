@@ -41,6 +41,7 @@ from folora.divergence import kl, labelled_logits, masked_target_kl
 from folora.errors import ArtifactError, ConfigError, FoLoraError, NumericsError, nearest
 from folora.finiteness import unsound_gradients, where_it_breaks
 from folora.interruption import StopAfterStep, finishing_step
+from folora.lowrank import narrow_inputs
 from folora.meter import LayerNorms, Reading, total_norm, update_norms
 from folora.modes import without_adapter
 from folora.preparation import Prepared, to_dataset
@@ -190,6 +191,11 @@ class FoLoraTrainer(SFTTrainer):
         if num_items_in_batch is not None:
             penalty = penalty / self.current_gradient_accumulation_steps
         return (result[0] + penalty, result[1]) if return_outputs else result + penalty
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """SFTTrainer's, with what adapted layers read kept as it is for the backward pass."""
+        with narrow_inputs(self.prepared.model):
+            return super().train(*args, **kwargs)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None

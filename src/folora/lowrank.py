@@ -1,0 +1,90 @@
+"""A low-rank update of a layer's output that keeps what it read as it is for the backward pass.
+
+PEFT widens the input of every adapted layer to the adapter's float32, and autograd keeps the wide
+copies: seven a block of LLaMA's build, of four tensors. Here the narrow tensor itself is kept, one for
+all layers that read it, and widened again when gradients are formed. Values and gradients are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft import PeftModel
+from peft.helpers import disable_input_dtype_casting
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+
+def update(
+    x: Float[Tensor, "*rows d_in"],
+    a: Float[Tensor, "r d_in"],
+    b: Float[Tensor, "d_out r"],
+    anchor: tuple[Tensor, Tensor] | None = None,
+) -> Float[Tensor, "*rows d_out"]:
+    """(B A - B0 A0) x in the dtype of A and B; under autocast in autocast's.
+
+    Args:
+        x: Of any floating dtype; it is what is kept for the backward pass, not a copy.
+        a: The factor that reads.
+        b: The factor that writes.
+        anchor: A0 and B0, frozen and shaped as A and B, or None for zero. Where they are equal to A and B
+            the update is zero to the last bit.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        moved = linear(linear(x, a), b)
+        return moved if anchor is None else moved - linear(linear(x, anchor[0]), anchor[1])
+    return _Update.apply(x, a, b, *(anchor or (None, None)))  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Update(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None
+    ) -> Tensor:
+        wide = x.to(a.dtype)
+        inner = linear(wide, a)
+        ctx.save_for_backward(x, a, b, inner, a0, b0)
+        moved = linear(inner, b)
+        return moved if a0 is None or b0 is None else moved - linear(linear(wide, a0), b0)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, b, inner, a0, b0 = ctx.saved_tensors
+        needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
+        of_inner = grad @ b
+        of_x = None
+        if needs_x:
+            of_x = of_inner @ a
+            of_x = (of_x if a0 is None else of_x - (grad @ b0) @ a0).to(x.dtype)
+        return (
+            of_x,
+            _rows(of_inner).T @ _rows(x).to(a.dtype) if needs_a else None,
+            _rows(grad).T @ _rows(inner) if needs_b else None,
+            None,
+            None,
+        )
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+@contextmanager
+def narrow_inputs(model: PeftModel) -> Iterator[None]:
+    """Have PEFT hand the inputs of adapted layers on as they are, if all that is active takes them so."""
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    taken = all(
+        name in layer.lora_variant
+        for layer in layers
+        for name in layer.active_adapters
+        if name in layer.lora_A
+    )
+    with disable_input_dtype_casting(model, active=taken):
+        yield
