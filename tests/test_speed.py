@@ -52,7 +52,8 @@ def test_modes_differ_in_the_bytes_of_their_bases(contenders: dict[str, Contende
     }  # fmt: skip
     ids = random_batch(64, 32, CPU)
     peaks = {name: c.peak_bytes(ids) for name, c in contenders.items()}
-    assert peaks["folora-all"] - peaks["lora"] >= whole
+    assert peaks["folora-all"] - peaks["folora"] >= whole - contenders["folora"].basis_bytes
+    assert peaks["folora"] < peaks["lora"]  # which keeps wide copies of what its layers read
     assert peaks["folora-all"] - peaks["folora-bf16"] == pytest.approx(whole / 2, rel=0.2)
 
 

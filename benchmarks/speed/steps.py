@@ -10,17 +10,18 @@ import gc
 import random
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from benchmarks.speed.shapes import VOCABULARY, Shape, random_bases, random_groups, random_model
 from folora.adapter import attach
+from folora.lowrank import narrow_inputs
 from folora.preparation import param_groups
 from folora.sadam import SAdam
 
@@ -34,6 +35,7 @@ class Mode:
         start: As in `attach`.
         columns: Columns of the bases: ``"r"`` for the rank, or all.
         plain: Stepped by ``torch.optim.AdamW(fused=True)``.
+        peft: The adapter is PEFT's own, not that of `attach`.
         options: Of `param_groups`.
         protect: OPLoRA's k is r.
     """
@@ -42,12 +44,13 @@ class Mode:
     start: str = "eigen"
     columns: str = "r"
     plain: bool = False
+    peft: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     protect: bool = False
 
 
 MODES = {
-    "lora": Mode("LoRA, fused AdamW", "kaiming", plain=True),
+    "lora": Mode("PEFT's LoRA, fused AdamW", "kaiming", plain=True, peft=True),
     "folora": Mode("folora, r directions"),
     "folora-4r": Mode("folora, 4 r directions", columns="4r"),
     "folora-all": Mode("folora, all directions, fp32", columns="all"),
@@ -88,8 +91,16 @@ class Contender:
         # What lies beyond is found from the whole basis, and let go of afterwards.
         bases = random_bases(groups, shape.r, None if floor else columns, device)
         protect = shape.r if mode.protect else 0
-        self.model: PeftModel = attach(model, bases, r=shape.r, init=mode.start, protect=protect)
+        self.model: PeftModel
+        if mode.peft:
+            names = [name for group in groups for name in group.layers]
+            config = LoraConfig(r=shape.r, lora_alpha=shape.r, target_modules=names)
+            self.model = get_peft_model(model, config)  # type: ignore[assignment]
+        else:
+            self.model = attach(model, bases, r=shape.r, init=mode.start, protect=protect)
         self.model.train()
+        self._as_in_training = ExitStack()
+        self._as_in_training.enter_context(narrow_inputs(self.model))
         options = {"directions": columns, **mode.options, "spectral": not mode.plain}
         found = param_groups(self.model, bases, lr=1e-3, **options)
         self.optimizer: Optimizer
