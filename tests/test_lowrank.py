@@ -20,18 +20,21 @@ from folora.lowrank import narrow_inputs, update
 R = 4
 
 
-def plain(x: Tensor, a: Tensor, b: Tensor, anchor: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def plain(
+    x: Tensor, a: Tensor, b: Tensor, scaling: float, anchor: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     wide = x.to(a.dtype)
-    moved = linear(linear(wide, a), b)
-    return moved if anchor is None else moved - linear(linear(wide, anchor[0]), anchor[1])
+    moved = linear(linear(wide, a) * scaling, b)
+    return moved if anchor is None else moved - plain(wide, *anchor, scaling)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(6, 10), (2, 3, 10), (1, 1, 1, 10)])
 @pytest.mark.parametrize("frozen", ["", "x", "a", "b"])
 @pytest.mark.parametrize("anchored", [False, True])
+@pytest.mark.parametrize("scaling", [1.0, 0.3])
 def test_values_and_gradients_are_those_of_linear_layers(
-    shape: tuple[int, ...], dtype: torch.dtype, frozen: str, anchored: bool
+    shape: tuple[int, ...], dtype: torch.dtype, frozen: str, anchored: bool, scaling: float
 ) -> None:
     found = []
     for function in (update, plain):
@@ -44,7 +47,7 @@ def test_values_and_gradients_are_those_of_linear_layers(
         for name, part in parts.items():
             part.requires_grad_(name != frozen)
         anchor = (torch.randn(R, 10), torch.randn(8, R)) if anchored else None
-        out = function(**parts, anchor=anchor)
+        out = function(**parts, scaling=scaling, anchor=anchor)
         (out * torch.linspace(-1, 1, 8)).sum().backward()
         assert out.dtype == torch.float32
         found.append([out.detach(), *(p.grad for p in parts.values() if p.requires_grad)])
@@ -57,7 +60,7 @@ def test_gradients_in_float64() -> None:
     torch.manual_seed(0)
     x, a, b = (torch.randn(s, dtype=torch.float64) for s in ((3, 5), (2, 5), (4, 2)))
     anchor = (a + 1, b - 1)
-    for moved in (update, lambda x, a, b: update(x, a, b, anchor)):
+    for moved in (update, lambda x, a, b: update(x, a, b, 0.3, anchor)):
         assert torch.autograd.gradcheck(moved, [t.requires_grad_() for t in (x, a, b)])
 
 
@@ -65,9 +68,9 @@ def test_under_autocast_it_is_what_autocast_makes_of_two_linear_layers() -> None
     x, a, b = torch.randn(6, 10), torch.randn(R, 10), torch.randn(8, R)
     with torch.autocast("cpu", torch.bfloat16):
         assert update(x, a, b).dtype == torch.bfloat16
-        assert torch.equal(update(x, a, b), plain(x, a, b))
+        assert torch.equal(update(x, a, b), plain(x, a, b, 1.0))
         anchor = (torch.randn(R, 10), torch.randn(8, R))
-        assert torch.equal(update(x, a, b, anchor), plain(x, a, b, anchor))
+        assert torch.equal(update(x, a, b, 0.3, anchor), plain(x, a, b, 0.3, anchor))
 
 
 def kept_bytes(model: PeftModel) -> tuple[int, Tensor, dict[str, Tensor]]:

@@ -51,12 +51,12 @@ class Frame(nn.Module):
         """A0 and B0."""
         return None if self.a0 is None or self.b0 is None else (self.a0, self.b0)
 
-    def forward(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """P_L (B A - B0 A0) P_R x, shape (..., d_out)."""
+    def forward(self, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        """kappa P_L (B A - B0 A0) P_R x, shape (..., d_out)."""
         if self.right is not None:
             x = x.to(self.right.dtype)
             x = x - (x @ self.right) @ self.right.T
-        moved = update(x, a, b, self.anchor)
+        moved = update(x, a, b, scaling, self.anchor)
         if self.left is not None:
             moved = moved - (moved @ self.left) @ self.left.T
         return moved
@@ -78,17 +78,16 @@ class Lean(LoraVariant):
     """LoRA whose layers keep their inputs for the backward pass as they are."""
 
     @staticmethod
-    def moved(module: Any, adapter: str, x: Tensor) -> Tensor:
-        """B A x."""
-        return update(x, module.lora_A[adapter].weight, module.lora_B[adapter].weight)
+    def moved(x: Tensor, module: Any, adapter: str) -> Tensor:
+        """kappa B A x."""
+        return update(x, *_trained(module, adapter))
 
     @classmethod
     def forward(
         cls, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
-        """Result of the base layer plus kappa times the update."""
-        x = module.lora_dropout[active_adapter](x)
-        return result + cls.moved(module, active_adapter, x) * module.scaling[active_adapter]
+        """Result of the base layer plus the update."""
+        return result + cls.moved(module.lora_dropout[active_adapter](x), module, active_adapter)
 
     @staticmethod
     def delta(module: Any, adapter: str) -> Tensor:
@@ -116,10 +115,16 @@ class Framed(Lean):
     """LoRA whose update goes through a `Frame`."""
 
     @staticmethod
-    def moved(module: Any, adapter: str, x: Tensor) -> Tensor:
-        """The framed update."""
-        frame = getattr(module, FRAME)[adapter]
-        return frame(x, module.lora_A[adapter].weight, module.lora_B[adapter].weight)  # type: ignore[no-any-return]
+    def moved(x: Tensor, module: Any, adapter: str) -> Tensor:
+        """The framed update, times kappa."""
+        moved: Tensor = getattr(module, FRAME)[adapter](x, *_trained(module, adapter))
+        return moved
+
+
+def _trained(module: Any, adapter: str) -> tuple[Tensor, Tensor, float]:
+    """A, B and kappa as they are in a forward pass."""
+    a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+    return a, b, module.scaling[adapter]
 
 
 def layer_factors(module: Any, adapter: str) -> tuple[Tensor, Tensor, float]:

@@ -25,51 +25,61 @@ def update(
     x: Float[Tensor, "*rows d_in"],
     a: Float[Tensor, "r d_in"],
     b: Float[Tensor, "d_out r"],
+    scaling: float = 1.0,
     anchor: tuple[Tensor, Tensor] | None = None,
 ) -> Float[Tensor, "*rows d_out"]:
-    """(B A - B0 A0) x in the dtype of A and B; under autocast in autocast's.
+    """kappa (B A - B0 A0) x in the dtype of A and B; under autocast in autocast's.
 
     Args:
         x: Of any floating dtype; it is what is kept for the backward pass, not a copy.
         a: The factor that reads.
         b: The factor that writes.
+        scaling: kappa; it meets the r numbers of a row in between, not the d_out.
         anchor: A0 and B0, frozen and shaped as A and B, or None for zero. Where they are equal to A and B
             the update is zero to the last bit.
     """
     if torch.is_autocast_enabled(x.device.type):
-        moved = linear(linear(x, a), b)
-        return moved if anchor is None else moved - linear(linear(x, anchor[0]), anchor[1])
-    return _Update.apply(x, a, b, *(anchor or (None, None)))  # type: ignore[no-any-return, no-untyped-call]
+        moved = linear(_scaled(linear(x, a), scaling), b)
+        return moved if anchor is None else moved - update(x, *anchor, scaling)
+    a0, b0 = anchor or (None, None)
+    return _Update.apply(x, a, b, scaling, a0, b0)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Update(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None
-    ) -> Tensor:
+        ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float, a0: Tensor | None, b0: Tensor | None
+    ) -> Tensor:  # fmt: skip
         wide = x.to(a.dtype)
-        inner = linear(wide, a)
+        inner = _scaled(linear(wide, a), scaling)
+        ctx.scaling = scaling
         ctx.save_for_backward(x, a, b, inner, a0, b0)
         moved = linear(inner, b)
-        return moved if a0 is None or b0 is None else moved - linear(linear(wide, a0), b0)
+        if a0 is None or b0 is None:
+            return moved
+        return moved - linear(_scaled(linear(wide, a0), scaling), b0)
 
     @staticmethod
     @once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b, inner, a0, b0 = ctx.saved_tensors
         needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
-        of_inner = grad @ b
-        of_x = None
+        of_inner = _scaled(grad @ b, ctx.scaling)
+        of_x = of_a = of_b = None
         if needs_x:
             of_x = of_inner @ a
-            of_x = (of_x if a0 is None else of_x - (grad @ b0) @ a0).to(x.dtype)
-        return (
-            of_x,
-            _rows(of_inner).T @ _rows(x).to(a.dtype) if needs_a else None,
-            _rows(grad).T @ _rows(inner) if needs_b else None,
-            None,
-            None,
-        )
+            if a0 is not None:
+                of_x -= _scaled(grad @ b0, ctx.scaling) @ a0
+            of_x = of_x.to(x.dtype)
+        if needs_a:
+            of_a = _rows(of_inner).T @ _rows(x).to(a.dtype)
+        if needs_b:
+            of_b = _rows(grad).T @ _rows(inner)
+        return of_x, of_a, of_b, None, None, None
+
+
+def _scaled(x: Tensor, scaling: float) -> Tensor:
+    return x if scaling == 1.0 else x * scaling
 
 
 def _rows(x: Tensor) -> Tensor:
