@@ -19,6 +19,7 @@ from folora.errors import (
     NumericsError,
     ServerError,
 )
+from folora.lowrank import narrow_inputs
 from folora.meter import Meter, Reading
 from folora.preparation import Prepared, param_groups, prepare
 from folora.sadam import SAdam
@@ -61,6 +62,7 @@ __all__ = [
     "export_merged",
     "generalized_eigenbasis",
     "lora_factors",
+    "narrow_inputs",
     "param_groups",
     "prepare",
     "sample",

@@ -88,7 +88,10 @@ def _rows(x: Tensor) -> Tensor:
 
 @contextmanager
 def narrow_inputs(model: PeftModel) -> Iterator[None]:
-    """Have PEFT hand the inputs of adapted layers on as they are, if all that is active takes them so."""
+    """Have PEFT hand the inputs of adapted layers on as they are, if every active adapter takes them so.
+
+    For a training loop of one's own; `FoLoraTrainer` does it by itself.
+    """
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
     taken = all(
         name in layer.lora_variant
