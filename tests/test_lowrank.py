@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ from peft.tuners.lora import LoraLayer
 from test_adapter import IDS, bases_for
 from torch import Tensor
 from torch.nn.functional import linear
+from transformers import TrainerCallback
 
-from benchmarks.tiny import make_gpt2, make_llama
+import folora
+from benchmarks.tiny import make_gpt2, make_llama, make_tokenizer, rows, tiny_config
 from folora.adapter import attach
 from folora.lowrank import narrow_inputs, update
 
@@ -71,6 +74,15 @@ def test_under_autocast_it_is_what_autocast_makes_of_two_linear_layers() -> None
         assert torch.equal(update(x, a, b), plain(x, a, b, 1.0))
         anchor = (torch.randn(R, 10), torch.randn(8, R))
         assert torch.equal(update(x, a, b, 0.3, anchor), plain(x, a, b, 0.3, anchor))
+
+
+def test_it_compiles_as_one_graph() -> None:
+    torch.manual_seed(0)
+    parts = [torch.randn(s, requires_grad=True) for s in ((6, 10), (R, 10), (8, R))]
+    compiled = torch.compile(update, backend="aot_eager", fullgraph=True)
+    found = [torch.autograd.grad(f(*parts, 0.5).square().sum(), parts) for f in (update, compiled)]
+    for own, other in zip(*found, strict=True):
+        torch.testing.assert_close(own, other)
 
 
 def kept_bytes(model: PeftModel) -> tuple[int, Tensor, dict[str, Tensor]]:
@@ -148,6 +160,21 @@ def test_a_framed_update_keeps_less_too() -> None:
 
 def casts(model: PeftModel) -> set[bool]:
     return {m.cast_input_dtype_enabled for m in model.modules() if isinstance(m, LoraLayer)}
+
+
+def test_the_trainer_sees_to_it_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    config = tiny_config(training={"max_steps": 2})
+    p = folora.prepare(make_llama().to(torch.bfloat16), make_tokenizer(), rows(), config)
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            seen.append(casts(p.model))
+
+    args = folora.sft_config(config.training, tmp_path, evaluates=False, on_cpu=True)
+    folora.FoLoraTrainer(p, args, make_tokenizer(), callbacks=[Look()]).train()
+    assert seen == [{False}] * 2
+    assert casts(p.model) == {True}
 
 
 def test_other_adapters_get_the_inputs_that_they_need() -> None:

@@ -1,6 +1,7 @@
 """An update that starts from somewhere, or must keep off something: the frozen parts around B A.
 
-`Lean` is LoRA itself, as a variant in PEFT's sense that keeps less for the backward pass (`lowrank`). A start with B0 A0 /= 0 has to be taken off again for the model to compute W0 x before the first step.
+`Lean` is LoRA itself, as a variant in PEFT's sense that keeps less for the backward pass (`lowrank`).
+A start with B0 A0 /= 0 has to be taken off again for the model to compute W0 x before the first step.
 Folding it into W0 would change the base; instead the adapter carries it: `Framed`, another variant,
 computes
 

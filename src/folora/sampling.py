@@ -351,9 +351,8 @@ class _SequenceDraws(LogitsProcessor):
     def choose(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """The next token of each row, (rows,) int64, given what is there and the model's scores of it."""
         scores = scores.to(torch.float32, copy=True)
-        if not torch.isfinite(
-            torch.stack(scores.aminmax())
-        ).all():  # tenfold faster than all of them
+        extremes = torch.stack(scores.aminmax())  # NaN is both; ten times as fast as to ask of all
+        if not torch.isfinite(extremes).all():
             if not self.shared_out:
                 where = where_it_breaks(self.model, {"input_ids": input_ids, "use_cache": False})
                 raise NumericsError(_UNSOUND.format(f": {where}"))
