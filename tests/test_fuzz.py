@@ -21,7 +21,7 @@ from benchmarks.reliability.parsers import Files, Parser, parsers, resealed
 from folora.disk import read_sealed, sealed
 from folora.errors import ArtifactError, ConfigError
 
-COUNT, SECONDS = 25, 20.0  # of each parser; `make fuzz` tries more
+COUNT, SECONDS = 25, 200.0  # of each parser; `make fuzz` tries more
 
 CONTENT = json.dumps(sealed({"held_out": 16, "rejected": {"short": 3}, "layers": ["q", "k"]}))
 
