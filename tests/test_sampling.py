@@ -215,9 +215,8 @@ def test_a_draw_finds_its_token(vocabulary: int) -> None:
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.95])
 @pytest.mark.parametrize("top_k", [0, 5])
 def test_restrict_agrees_with_transformers(top_p: float, top_k: int, vocabulary: int) -> None:
-    spread = torch.tensor([3.0, 0.01]).repeat(
-        8
-    )  # rows for which a few tokens will do, and flat ones
+    # Rows for which a few tokens will do, and flat ones.
+    spread = torch.tensor([3.0, 0.01]).repeat(8)
     scores = spread[:, None] * torch.randn(16, vocabulary)
     ours = restrict(scores, Decoding(1, temperature=1.2, top_p=top_p, top_k=top_k))
     theirs = scores / 1.2

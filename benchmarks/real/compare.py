@@ -131,21 +131,19 @@ def chosen(
         ConfigError: The plan has none with one of them.
     """
     arms = planned(plan)
-    asked = (methods, None if learning_rates is None else [str(rate) for rate in learning_rates])
-
-    def parts(arm: Arm) -> tuple[str, str]:
-        return arm.method, str(arm.changes[RATE])
-
     due = [
         arm
         for arm in arms
-        if all(a is None or part in a for a, part in zip(asked, parts(arm), strict=True))
+        if (methods is None or arm.method in methods)
+        and (learning_rates is None or arm.changes[RATE] in learning_rates)
     ]
-    for at, words in enumerate(asked):
-        for word in words or ():
-            if word not in {parts(arm)[at] for arm in due}:
-                hint = nearest(word, {parts(arm)[at] for arm in arms})
-                raise ConfigError(f"the plan has no such arm with {word}{hint}")
+    for name in methods or ():
+        if name not in {arm.method for arm in due}:
+            hint = nearest(name, {arm.method for arm in arms})
+            raise ConfigError(f"the plan has no such arm with {name}{hint}")
+    for rate in learning_rates or ():
+        if rate not in {arm.changes[RATE] for arm in due}:
+            raise ConfigError(f"the plan has no such arm with {rate}")
     return due
 
 

@@ -2,7 +2,8 @@
 
 PEFT widens the input of every adapted layer to the adapter's float32, and autograd keeps the wide
 copies: seven a block of LLaMA's build, of four tensors. Here the narrow tensor itself is kept, one for
-all layers that read it, and widened again when gradients are formed. Values and gradients are the same.
+all layers that read it, and widened again when gradients are formed. Values and gradients are the same,
+but for kappa's rounding where it is not 1.
 """
 
 from __future__ import annotations
