@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.tiny import make_llama, make_tokenizer
 from folora.cli import main
-from folora.config import FoLoraConfig
+from folora.config import FIRST_LOOK, FoLoraConfig
 from folora.planning import plan
 
 
@@ -157,7 +157,7 @@ def test_plan_leaves_to_a_server_what_it_does(model_folder: Path) -> None:
 def test_plan_knows_that_sampling_may_end_at_its_first_look(
     model_folder: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That is 64 sequences, which are one batch, of 2000, which are 32."""
+    """That is after one batch of 64 sequences of the 32 that 2000 take."""
     monkeypatch.setattr("folora.planning._speed", lambda *_: 1e9)
     config = FoLoraConfig(model=str(model_folder), device="cpu", dataset=str(rows_file))
     stages = {stage.name: stage for stage in plan(config).stages}
@@ -167,7 +167,7 @@ def test_plan_knows_that_sampling_may_end_at_its_first_look(
     task = config.statistics.task_examples * 256
     length = (config.sampling.min_new_tokens + config.sampling.max_new_tokens) // 2
     assert measuring.soonest / measuring.seconds == pytest.approx(
-        (64 * length + task) / (2000 * length + task)
+        (FIRST_LOOK * length + task) / (2000 * length + task)
     )
     never = plan(config.changed({"sampling.tolerance": None})).stages
     no_task = plan(

@@ -14,12 +14,14 @@ import folora
 from benchmarks.tiny import make_llama, make_tokenizer, rows, tiny_config
 from folora.activations import InputGroup, Moments
 from folora.cli import main
-from folora.config import FoLoraConfig
+from folora.config import FIRST_LOOK, FoLoraConfig
 from folora.convergence import Convergence, watched
 from folora.disk import read_json
 from folora.pipeline import Run
 from folora.sampling import sample
 from folora.spectrum import agreement, generalized_eigenbasis, spectral_gate
+
+LOOKS = (FIRST_LOOK, 2 * FIRST_LOOK, 4 * FIRST_LOOK)
 
 
 def test_on_their_own_text_directions_cost_one_and_on_another_what_its_matrix_says() -> None:
@@ -86,7 +88,7 @@ class FakeEngine:
         ]
 
 
-@pytest.mark.parametrize("yes_at", [64, 256, None])
+@pytest.mark.parametrize("yes_at", [LOOKS[0], LOOKS[2], None])
 def test_it_is_asked_at_doublings_and_a_yes_ends_it(yes_at: int | None) -> None:
     config = folora.SamplingConfig(
         num_sequences=300, min_new_tokens=32, max_new_tokens=40, batch_size=50
@@ -99,7 +101,7 @@ def test_it_is_asked_at_doublings_and_a_yes_ends_it(yes_at: int | None) -> None:
 
     found = sample(FakeEngine(), 1, [2], config, enough=enough)
     all_of_them = sample(FakeEngine(), 1, [2], config)
-    looks = [64 - 16, 128 - 16, 256 - 16]
+    looks = [look - 16 for look in LOOKS]
     assert asked == looks[: looks.index(yes_at - 16) + 1 if yes_at else 3]
     total = yes_at or 300
     assert len(found.calibration) + len(found.held_out) == total
@@ -121,20 +123,26 @@ def early(
     return config
 
 
-def test_a_yes_comes_before_another_batch_is_decoded() -> None:
+@pytest.mark.parametrize("too_short", [0, 4])
+def test_a_yes_comes_before_another_batch_is_decoded(too_short: int) -> None:
     config = folora.SamplingConfig(
         num_sequences=300, min_new_tokens=32, max_new_tokens=40, batch_size=64
     )
     engine = FakeEngine()
-    sample(engine, 1, [2], config, enough=lambda sequences: True)
+
+    def write(numbers: Sequence[int]) -> list[list[int]]:
+        return [row[:10] if i < too_short else row for i, row in enumerate(engine(numbers))]
+
+    found = sample(write, 1, [2], config, enough=lambda sequences: True)
     assert engine.written == 64
+    assert sum(found.rejected.values()) == too_short
 
 
 def test_a_run_ends_sampling_early(early: FoLoraConfig) -> None:
     folder = Path(str(early.output))
     manifest = read_json(folder / "1-samples" / "set" / "manifest.json")
     total, held_out = manifest["sequences"]
-    assert total in (64, 128, 256)
+    assert total in LOOKS
     assert held_out == 16
     before = (folder / "1-samples" / "set" / "manifest.json").stat().st_mtime_ns
     Run(early).run()  # nothing is decided again
@@ -172,4 +180,4 @@ def test_a_stricter_tolerance_goes_on_from_the_shards(early: FoLoraConfig) -> No
 def test_prepare_ends_early_too() -> None:
     config = tiny_config(sampling={"num_sequences": 400, "tolerance": 0.5})
     prepared = folora.prepare(make_llama(), make_tokenizer(), rows(), config)
-    assert len(prepared.samples.calibration) + 16 in (64, 128, 256)
+    assert len(prepared.samples.calibration) + 16 in LOOKS

@@ -40,7 +40,9 @@ _STRICT = ConfigDict(extra="forbid")
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 300  # a path stays whole
 LARGEST_FILE = 2**20  # bytes of a config file; a data set given by mistake is not read for minutes
-FIRST_LOOK = 64  # sequences, after which it is first asked whether they are enough
+# Sequences, after which it is first asked whether they are enough. Of the 64 that are decoded at once four may be
+# rejected before that takes another batch.
+FIRST_LOOK = 60
 LARGEST_NUMBER = 64  # bits of an integer in a file
 SEEDS = 2**32  # numpy takes no larger ones
 
