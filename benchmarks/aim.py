@@ -1,4 +1,4 @@
-"""How much less is forgotten than by LoRA, at matched task loss: one table a target.
+"""How much less is forgotten than by LoRA, or another method, at matched task loss: one table a target.
 
 Every method may stop at any reading of any arm that has reached the loss; of these, what it forgot is
 the smallest KL, the best kept score and the best log-probability of right answers.
@@ -30,11 +30,12 @@ LOSSES: Mapping[str, Loss] = {
 """What a reading has lost against its base."""
 
 
-def aim_table(results: Sequence[Result]) -> Table:
-    """Table of what each method forgot, and what part that is of LoRA's.
+def aim_table(results: Sequence[Result], baseline: str = BASELINE) -> Table:
+    """Table of what each method forgot, and what part that is of the baseline's.
 
     Args:
         results: Of one task, with a task loss and kept scores.
+        baseline: A method; without results of it nothing is compared.
     """
     scores, levels = scores_of(results), levels_of(results)
     arms = by_method(grouped(results))
@@ -44,12 +45,12 @@ def aim_table(results: Sequence[Result]) -> Table:
         column = Column(title, 4, {m: _least(a, loss, scores, levels) for m, a in arms.items()})
         compare = _part if title == "KL" else Column.difference
         header.append(title)
-        if BASELINE in arms:
-            header.append("of LoRA's" if title == "KL" else "minus LoRA's")
+        if baseline in arms:
+            header.append(f"{'of' if title == 'KL' else 'minus'} {titles[baseline]}'s")
         for method, row in rows.items():
             row.append(column.cell(method))
-            if BASELINE in arms:
-                row.append(compare(column, method, BASELINE))
+            if baseline in arms:
+                row.append(compare(column, method, baseline))
     for method, row in rows.items():
         row += [str(sum(map(len, arms[method].values()))), str(len(arms[method]))]
     stated = ", ".join(f"{-level:.3f}" for _, level in sorted(levels.items()))
@@ -57,7 +58,7 @@ def aim_table(results: Sequence[Result]) -> Table:
     caption = (
         f"{results[0].task}, at a task loss of at most {stated} nats a token, by seed (base: "
         f"{base:.3f} on average): what every method reaches that gets halfway to that seed's best. KL to the base "
-        "in nats a token; its part of LoRA's is the geometric mean over seeds of the ratio, with its 95 % "
+        f"in nats a token; its part of {titles.get(baseline, 'the baseline')}'s is the geometric mean over seeds of the ratio, with its 95 % "
         "interval. Kept lost: fall of the mean kept score. Nats lost: fall of the log-probability of right "
         "answers, mean over the tasks that tell it. Bits lost: rise of the bits a byte on running text. ± "
         "is half of the 95 % interval over seeds; *: the interval excludes no difference. "

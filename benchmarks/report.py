@@ -192,17 +192,28 @@ def knobs(source: Source, method: str) -> Block:
 
 def seeds(source: Source, plan: str, task: str) -> Block:
     """The arms of a plan at all seeds that there are, those of other plans included."""
+    pooled = _pooled(source, plan, task, (MAIN, *VARIANTS))
+    table = comparison_table(pooled, task, reference=REFERENCE)
+    return Block(_paragraphs(table.markdown(), source.missing(plan, task)))
+
+
+def real_seeds(source: Source, plan: str, task: str, baseline: str, *others: str) -> Block:
+    """The same of a pretrained model: what each method forgot, and what part that is of a baseline's."""
+    table = aim_table(_pooled(source, plan, task, others), baseline)
+    return Block(_paragraphs(table.markdown(), source.missing(plan, task)))
+
+
+def _pooled(source: Source, plan: str, task: str, others: Sequence[str]) -> list[Result]:
     wanted = {(arm[2], arm[3]) for arm in source.expected(plan)}
     pooled = [
         r
-        for name in (MAIN, *VARIANTS, plan)
+        for name in (*others, plan)
         for r in source.maybe(name, task)
         if (r.method, settings(r)) in wanted
     ]
     if not pooled:
         raise NoResultsError(f"No results of `{plan}` `{task}` yet.")
-    table = comparison_table(pooled, task, reference=REFERENCE)
-    return Block(_paragraphs(table.markdown(), source.missing(plan, task)))
+    return pooled
 
 
 def real(source: Source, plan: str, task: str) -> Block:
@@ -427,6 +438,7 @@ BLOCKS: dict[str, Callable[..., Block]] = {
     "knobs": knobs,
     "seeds": seeds,
     "real": real,
+    "real_seeds": real_seeds,
     "calibration": calibration,
     "spectra": spectra,
     "compared": compared,

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -322,6 +323,25 @@ def test_more_seeds_are_pooled_with_those_of_other_plans(made: Path) -> None:
     assert table["folora"]["kept at matched task"] == stated(kept)
     assert [row["seeds"] for row in table.values()] == ["4", "3"]
     assert "4 of 8 arms of `world_seeds` have no result yet (of seed 4)" in text
+
+
+def test_more_seeds_of_a_real_model_are_compared_with_a_method_of_choice(made: Path) -> None:
+    plan = {
+        "tasks": ["shift"],
+        "seeds": [3, 4],
+        "sweeps": [{"methods": ["folora", "gate-off"], "learning_rates": list(RATES[:2])}],
+    }
+    (made / "plans/more_seeds.yaml").write_text(yaml.safe_dump(plan))
+    for method, rate in product(("folora", "gate-off"), RATES[:2]):
+        write_arm(made / "results", "more_seeds", method, 3, rate)
+    text = page(made, "real_seeds more_seeds shift gate-off world_methods world_ablation")
+    (table,) = tables(text)
+    assert list(table) == ["folora", "folora, gate off"]  # and nothing else of those plans
+    assert [row["seeds"] for row in table.values()] == ["4", "3"]
+    assert "of folora, gate off's" in table["folora"]
+    kl = [(1 - final("folora", seed, RATES[1])) / 10 for seed in range(4)]
+    assert table["folora"]["KL"] == stated(kl, 4)
+    assert "4 of 8 arms of `more_seeds` have no result yet (of seed 4)" in text
 
 
 def test_a_real_model_is_asked_before_and_after(made: Path) -> None:
