@@ -32,6 +32,11 @@ KEPT = {
     "folora": 0.8, "folora-null": 0.7, "lora": 0.3, "milora": 0.2, "gate-off": 0.6, "eigen-frozen": 0.4,
     "lora-kl": 0.5,
 }  # fmt: skip
+MORE_SEEDS = {
+    "tasks": ["shift"],
+    "seeds": [3, 4],
+    "sweeps": [{"methods": ["folora", "gate-off"], "learning_rates": list(RATES[:2])}],
+}
 PLANS: dict[str, dict[str, Any]] = {
     "world_methods": {
         "seeds": [0, 1, 2],
@@ -307,12 +312,7 @@ def test_ingredients_stand_beside_references_of_their_seeds(made: Path) -> None:
 
 
 def test_more_seeds_are_pooled_with_those_of_other_plans(made: Path) -> None:
-    plan = {
-        "tasks": ["shift"],
-        "seeds": [3, 4],
-        "sweeps": [{"methods": ["folora", "gate-off"], "learning_rates": list(RATES[:2])}],
-    }
-    (made / "plans/world_seeds.yaml").write_text(yaml.safe_dump(plan))
+    (made / "plans/world_seeds.yaml").write_text(yaml.safe_dump(MORE_SEEDS))
     for method in ("folora", "gate-off"):
         for rate in RATES[:2]:
             write_arm(made / "results", "world_seeds", method, 3, rate)
@@ -326,12 +326,7 @@ def test_more_seeds_are_pooled_with_those_of_other_plans(made: Path) -> None:
 
 
 def test_more_seeds_of_a_real_model_are_compared_with_a_method_of_choice(made: Path) -> None:
-    plan = {
-        "tasks": ["shift"],
-        "seeds": [3, 4],
-        "sweeps": [{"methods": ["folora", "gate-off"], "learning_rates": list(RATES[:2])}],
-    }
-    (made / "plans/more_seeds.yaml").write_text(yaml.safe_dump(plan))
+    (made / "plans/more_seeds.yaml").write_text(yaml.safe_dump(MORE_SEEDS))
     for method, rate in product(("folora", "gate-off"), RATES[:2]):
         write_arm(made / "results", "more_seeds", method, 3, rate)
     text = page(made, "real_seeds more_seeds shift gate-off world_methods world_ablation")
