@@ -65,7 +65,9 @@ def config(model: Path, rows: Path, output: Path) -> FoLoraConfig:
         dataset=str(rows),
         output=str(output / "folora"),
         device="cpu",
-        sampling=SamplingConfig(num_sequences=64, min_new_tokens=64, max_new_tokens=96),
+        sampling=SamplingConfig(
+            num_sequences=80, min_new_tokens=64, max_new_tokens=96, batch_size=80
+        ),
         data=DataConfig(eval_rows=16),
         statistics=StatisticsConfig(task_examples=96, batch_size=16),
         adapter=AdapterConfig(r=16),
