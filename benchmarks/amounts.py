@@ -32,8 +32,8 @@ from folora.errors import DataError
 from folora.loading import load_model, load_tokenizer
 from folora.preparation import groups_of
 from folora.progress import progress
+from folora.proxies import load_proxy_set
 from folora.report import NONE, Table
-from folora.sampling import load_proxy_set
 from folora.spectrum import TAU, agreement, generalized_eigenbasis
 
 FORMAT = "amounts/1"

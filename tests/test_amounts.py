@@ -16,7 +16,7 @@ from benchmarks.amounts import growing, held, rows_table, text_table
 from benchmarks.source import Source
 from folora.activations import Moments
 from folora.errors import DataError
-from folora.sampling import ProxySet, write_proxy_set
+from folora.proxies import ProxySet, write_proxy_set
 
 
 def test_directions_are_worth_their_trace_quotient() -> None:

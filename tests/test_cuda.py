@@ -30,10 +30,11 @@ from folora.activations import (
 from folora.artifacts import TENSORS
 from folora.config import SamplingConfig
 from folora.data import batches, text_examples
+from folora.engine import HuggingFaceEngine
 from folora.pipeline import RESULT, TRAINING, Run
 from folora.planning import plan
 from folora.sadam import SAdam, full_fp32_matmul
-from folora.sampling import HuggingFaceEngine, sample
+from folora.sampling import sample
 from folora.solving import solve
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

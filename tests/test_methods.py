@@ -25,8 +25,8 @@ from folora.errors import ConfigError, NumericsError
 from folora.initialization import STARTS
 from folora.methods import METHODS, configured
 from folora.preparation import assemble, param_groups
+from folora.proxies import ProxySet
 from folora.sadam import SAdam
-from folora.sampling import ProxySet
 from folora.solving import GroupBasis, solve
 from folora.spectrum import BASES, generalized_eigenbasis
 from folora.training import sft_config, train

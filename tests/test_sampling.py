@@ -18,24 +18,13 @@ from folora.artifacts import write_artifact
 from folora.config import SamplingConfig
 from folora.decoding import LOOK_EVERY, CannotReplay, Forward, decode
 from folora.disk import write_sealed
+from folora.draws import MIXTURE, Decoding, decoding_of, invert, restrict
+from folora.engine import HuggingFaceEngine, batch_size_for
 from folora.errors import ArtifactError, DataError, MismatchError, NumericsError
 from folora.memory import cache_bytes
-from folora.sampling import (
-    MIXTURE,
-    Decoding,
-    HuggingFaceEngine,
-    ProxySet,
-    batch_size_for,
-    check_same_tokenizer,
-    decoding_of,
-    ending_ids,
-    invert,
-    load_proxy_set,
-    restrict,
-    sample,
-    sample_to_folder,
-    start_token_id,
-)
+from folora.proxies import ProxySet, load_proxy_set
+from folora.sampling import sample, sample_to_folder
+from folora.special_tokens import check_same_tokenizer, ending_ids, start_token_id
 
 CONFIG = SamplingConfig(num_sequences=40, min_new_tokens=32, max_new_tokens=40, batch_size=16)
 
@@ -141,7 +130,7 @@ def test_what_does_not_fit_the_memory_is_decoded_in_halves(
 def test_so_many_at_once_as_fit(
     monkeypatch: pytest.MonkeyPatch, free: int, processes: int, size: int
 ) -> None:
-    monkeypatch.setattr("folora.sampling.free_bytes", lambda _: free + 1000)
+    monkeypatch.setattr("folora.engine.free_bytes", lambda _: free + 1000)
     config = SamplingConfig(max_new_tokens=512, tolerance=None)
     model, cuda = make_llama().config, torch.device("cuda")
     assert cache_bytes(model, 4) == 2 * 2 * 2 * 8 * 4

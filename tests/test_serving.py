@@ -25,10 +25,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.tiny import make_llama, make_tokenizer, tiny_config
 from folora.config import SamplingConfig
+from folora.draws import MIXTURE, Decoding, decoding_of, restrict, stream_seed
+from folora.engine import Engine
 from folora.errors import ConfigError, MismatchError, ServerError
 from folora.pipeline import SET, Run
 from folora.preparation import prepare
-from folora.sampling import MIXTURE, Decoding, Engine, decoding_of, restrict, sample, stream_seed
+from folora.sampling import sample
 from folora.serving import PROBED, VllmEngine, engine_of, served
 
 START, EOS = 1, 2

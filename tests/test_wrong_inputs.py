@@ -22,7 +22,7 @@ import folora.planning
 import folora.sampling
 from benchmarks.tiny import tiny_config
 from folora.cli import main
-from folora.sampling import HuggingFaceEngine
+from folora.engine import HuggingFaceEngine
 
 CASES = {f"{kind}: {case.name}": case for kind, cases in KINDS.items() for case in cases}
 ORDER = get_args(Found)

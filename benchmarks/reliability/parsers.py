@@ -28,11 +28,13 @@ from folora.comparison import read_arm
 from folora.config import FoLoraConfig
 from folora.data import load_rows, prepare_task
 from folora.disk import CHECKSUM, sealed
+from folora.engine import Engine
 from folora.errors import ConfigError
 from folora.methods import configured
 from folora.pipeline import PRE, RESULT, SAMPLES, SPECTRUM, TASK, TRAINING
+from folora.proxies import load_proxy_set
 from folora.results import load_results, point_sets
-from folora.sampling import Engine, load_proxy_set, sample_to_folder
+from folora.sampling import sample_to_folder
 from folora.solving import bases_from_tensors, solve
 
 HERE = Path(__file__).parents[1]

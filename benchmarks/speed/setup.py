@@ -16,7 +16,7 @@ from benchmarks.speed.shapes import Shape, random_groups, random_model
 from benchmarks.speed.steps import random_batch
 from folora.activations import InputGroup, second_moments
 from folora.config import SamplingConfig
-from folora.sampling import HuggingFaceEngine
+from folora.engine import HuggingFaceEngine
 from folora.solving import solve
 
 # Before it wraps the layers CorDA looks for their names, and finds none in "all-linear".

@@ -10,6 +10,7 @@ from folora.config import (
     StatisticsConfig,
     TrainingConfig,
 )
+from folora.engine import HuggingFaceEngine
 from folora.errors import (
     ArtifactError,
     ConfigError,
@@ -22,8 +23,9 @@ from folora.errors import (
 from folora.lowrank import narrow_inputs
 from folora.meter import Meter, Reading
 from folora.preparation import Prepared, param_groups, prepare
+from folora.proxies import ProxySet
 from folora.sadam import SAdam
-from folora.sampling import HuggingFaceEngine, ProxySet, sample
+from folora.sampling import sample
 from folora.serving import VllmEngine, served
 from folora.solving import GroupBasis, solve
 from folora.spectrum import Spectrum, generalized_eigenbasis, spectral_gate, step_scale

@@ -24,7 +24,7 @@ from folora.activations import InputGroup, group_of
 from folora.artifacts import check_manifest, read_tensors, software_versions
 from folora.disk import Facts, checked_depth, fitting, sealed, write_atomically
 from folora.errors import ArtifactError, ConfigError
-from folora.sampling import ProxySet, proxies_from_tensors, proxies_to_tensors
+from folora.proxies import ProxySet, proxies_from_tensors, proxies_to_tensors
 
 KIND = "base"
 HEADER = "folora"  # the key of the manifest in the safetensors header

@@ -67,6 +67,7 @@ from folora.disk import (
     write_sealed,
     write_text,
 )
+from folora.engine import Engine, sized
 from folora.errors import ArtifactError, ConfigError, MismatchError, NumericsError
 from folora.finiteness import check_finite_weights
 from folora.loading import device_of, load_config, load_model, load_tokenizer, required
@@ -83,19 +84,11 @@ from folora.preparation import (
     solved_directions,
 )
 from folora.progress import progress
-from folora.sampling import (
-    Engine,
-    ProxySet,
-    check_same_tokenizer,
-    ending_ids,
-    load_proxy_set,
-    sample_to_folder,
-    sized,
-    start_token_id,
-    write_proxy_set,
-)
+from folora.proxies import ProxySet, load_proxy_set, write_proxy_set
+from folora.sampling import sample_to_folder
 from folora.serving import ENGINE, engine_of, served
 from folora.solving import GroupBasis, bases_from_tensors, bases_to_tensors, solve
+from folora.special_tokens import check_same_tokenizer, ending_ids, start_token_id
 from folora.spectrum import BASES
 from folora.training import FoLoraTrainer, asks_for_fsdp, sft_config, train
 

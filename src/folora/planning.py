@@ -23,11 +23,11 @@ from folora.activations import (
     target_layers,
 )
 from folora.config import FIRST_LOOK, FoLoraConfig
+from folora.engine import batch_size_for
 from folora.errors import ConfigError
 from folora.loading import device_of, dtype_for, load_config, load_skeleton, required
 from folora.memory import cache_bytes, free_bytes, held_bytes
 from folora.preparation import check_adapter, solved_directions
-from folora.sampling import batch_size_for
 from folora.spectrum import are_few
 
 PROBE = 512

@@ -39,6 +39,7 @@ from folora.data import (
     prepare_task,
     text_examples,
 )
+from folora.engine import sized
 from folora.errors import ConfigError
 from folora.finiteness import check_finite_weights
 from folora.initialization import NEED_NULL_BASIS, NEED_WHOLE_BASIS, check_singular_values
@@ -46,10 +47,12 @@ from folora.loading import warn_if_slow
 from folora.meter import Meter
 from folora.modes import evaluating
 from folora.progress import progress
+from folora.proxies import ProxySet
 from folora.sadam import Complement, SAdam
-from folora.sampling import ProxySet, ending_ids, known_tokens, sample, sized, start_token_id
+from folora.sampling import sample
 from folora.serving import engine_of
 from folora.solving import GroupBasis, check_rank, solve
+from folora.special_tokens import ending_ids, known_tokens, start_token_id
 from folora.spectrum import BASES, complement_frame, spectral_gate, step_scale
 
 NOT_CAUSAL = 1e-2  # of the largest logit; rounding in bf16 stays below

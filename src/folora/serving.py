@@ -20,16 +20,11 @@ from anyio.from_thread import start_blocking_portal
 from transformers import PreTrainedModel
 
 from folora.config import SamplingConfig
+from folora.draws import Decoding, decoding_of, stream_seed
+from folora.engine import Engine, HuggingFaceEngine
 from folora.errors import MismatchError, ServerError
 from folora.modes import evaluating
-from folora.sampling import (
-    Decoding,
-    Engine,
-    HuggingFaceEngine,
-    decoding_of,
-    known_tokens,
-    stream_seed,
-)
+from folora.special_tokens import known_tokens
 
 ENGINE = "vllm"  # as manifests call it
 KEY = "VLLM_API_KEY"  # where `vllm serve` itself looks for it
