@@ -21,7 +21,7 @@ from benchmarks.sweeps import Places, checked_plan, parser, planned, read_plan, 
 from benchmarks.world.language import Row, Task, World, pretraining_documents, tasks
 from benchmarks.world.pretrain import STEPS, pretrain
 from benchmarks.world.score import score_rows, score_skills
-from folora.comparison import Comparison, Score, Scores
+from folora.comparison import READ_AT, Comparison, Score, Scores
 from folora.config import FoLoraConfig
 from folora.pipeline import Run
 
@@ -118,6 +118,8 @@ def compare_world(
             task=name,
             command=places.command,
             score=score,
+            read_at=plan.get("read_at", READ_AT),
+            score_at=plan.get("score_at"),
         )
         run_arms(comparison, run, plan, planned(plan), partial(calibration_texts, run, world))
 
