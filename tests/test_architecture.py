@@ -17,7 +17,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "folora"
 # From data to adapter and on; a file may import from files before it, never from later ones.
 ORDER = [
     "errors", "ranks", "transit", "sadam", "spectrum", "config", "memory", "disk", "artifacts", "filtering", "modes", "loading", "progress", "finiteness", "decoding", "draws", "special_tokens", "engine", "proxies", "sampling", "serving",
-    "data", "activations", "basefile", "divergence", "solving", "convergence", "initialization", "lowrank", "frames", "adapter", "meter",
+    "data", "activations", "basefile", "divergence", "solving", "convergence", "initialization", "lowrank", "frames", "adapter", "footprint", "meter",
     "preparation", "checkpoints", "interruption", "training", "pipeline", "evaluation", "frontier", "results", "methods", "comparison",
     "pictures", "report", "planning", "cli",
 ]  # fmt: skip

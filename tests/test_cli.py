@@ -89,6 +89,7 @@ def test_plan(model_folder: Path, rows_file: Path, capsys: pytest.CaptureFixture
     text = capsys.readouterr().out
     assert "14 layers read 8 inputs" in text
     assert "48" in text
+    assert "A forward and backward pass over 8 rows of" in text
     for stage in ("sample", "measure", "solve", "train", "export"):
         assert stage in text
     for way in ("16 directions, float32", "all directions, bfloat16", "all directions, host"):
@@ -124,6 +125,21 @@ def test_plan_says_where_bases_should_lie(
         monkeypatch.setattr("folora.planning.free_bytes", lambda _, room=room: without + room + 1)
         said = plan(whole).advice
         assert (said.title if said else None) == advice
+
+
+def test_plan_counts_the_batch_that_training_takes(model_folder: Path) -> None:
+    config = FoLoraConfig.from_dict(
+        {"model": str(model_folder), "device": "cpu", "dtype": "float32"}
+    ).changed({"training.batch_size": 3, "data.max_length": 100})
+    found, shorter = plan(config), plan(config, longest=40)
+    assert (found.batch, shorter.batch) == ((3, 100), (3, 40))
+    assert 0.3 < shorter.activations / found.activations < 0.45
+    saved = found.activations - shorter.activations
+    assert found.storages[0].training - shorter.storages[0].training == saved > 0
+    packed = config.changed({"training.extra": {"packing": True, "max_length": 64}})
+    assert plan(packed, longest=40).batch == (3, 64)
+    less = plan(config.changed({"training.gradient_checkpointing": True}))
+    assert less.activations < found.activations
 
 
 def test_plan_shares_out_what_several_processes_do(

@@ -11,7 +11,7 @@ import torch
 from benchmarks.speed import __main__ as speed
 from benchmarks.speed.setup import alternated, peer_times, solve_times, statistics_times
 from benchmarks.speed.shapes import SHAPES, Shape, random_groups, random_model
-from benchmarks.speed.steps import MODES, Contender, _peak_of, race, random_batch
+from benchmarks.speed.steps import MODES, Contender, peak_of, race, random_batch
 from benchmarks.speed.table import sampling_table, scale_table, setup_table, solve_table, step_table
 from folora.disk import read_json
 
@@ -32,7 +32,7 @@ def test_the_peak_is_what_was_alive_at_once() -> None:
             b = torch.empty(2**21, dtype=torch.uint8)
             del a, b
 
-    assert _peak_of(work) == pytest.approx(2**20 + 2**21, rel=1e-2)
+    assert peak_of(work) == pytest.approx(2**20 + 2**21, rel=1e-2)
 
 
 @pytest.fixture(scope="module")

@@ -132,7 +132,7 @@ class Contender:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.step(ids)
             return torch.cuda.max_memory_allocated(self.device)
-        return self._standing_bytes() + _peak_of(lambda: self.step(ids))
+        return self._standing_bytes() + peak_of(lambda: self.step(ids))
 
     def _standing_bytes(self) -> int:
         held = [*self.model.parameters(), *self.model.buffers()]
@@ -180,7 +180,7 @@ def _basis_bytes(group: dict[str, Any]) -> int:
     return sum(part.numel() * part.element_size() for part in parts)
 
 
-def _peak_of(work: Callable[[], None]) -> int:
+def peak_of(work: Callable[[], None]) -> int:
     """Most bytes that `work` had allocated on the CPU at once, by the profiler's account."""
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True

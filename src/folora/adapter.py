@@ -8,7 +8,7 @@ adapter, of rank 2r if there is an anchor: P_L [B, -B0] [A; A0] P_R.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,15 +79,7 @@ def attach(
     # Everything that can fail comes before anything is touched.
     frozen = _frozen_parts(base, bases, r, STARTS[init], protect, seed)
     names = list(frozen)
-    config = LoraConfig(
-        r=r,
-        lora_alpha=r if alpha is None else alpha,  # type: ignore[arg-type]
-        target_modules=names,
-        lora_dropout=0.0,
-        bias="none",
-        task_type="CAUSAL_LM",
-        fan_in_fan_out=all(isinstance(_base_layer(base.get_submodule(n)), Conv1D) for n in names),
-    )
+    config = _lora_config(base, names, r, alpha)
     if isinstance(model, PeftModel):
         model.add_adapter(adapter_name, config)
         peft_model = model
@@ -99,6 +91,23 @@ def attach(
         with gathered(base, name):
             _check_unchanged(layer, adapter_name, name)
     return peft_model
+
+
+def outline(model: PreTrainedModel, names: Iterable[str], r: int) -> PeftModel:
+    """An adapter of the build that `attach` gives, for a model without weights: to count with.
+
+    Args:
+        model: On the meta device; its layers are wrapped in place.
+        names: Of the layers to adapt.
+        r: Rank.
+    """
+    names = list(names)
+    found: PeftModel = get_peft_model(model, _lora_config(model, names, r))  # type: ignore[assignment]
+    for name in names:
+        layer = _lora_layer(found, name)
+        if _takes_variants(layer):
+            layer.lora_variant["default"] = Lean()
+    return found
 
 
 def lora_factors(model: PeftModel, adapter_name: str = "default") -> Factors:
@@ -241,6 +250,20 @@ def truncate(
     cut_b = (qb @ u[:, :rank]) * root
     lost = float((s[rank:] ** 2).sum())
     return cut_a.to(a.dtype), cut_b.to(b.dtype), lost, float((s**2).sum())
+
+
+def _lora_config(
+    base: Any, names: list[str], r: int, alpha: float | int | None = None
+) -> LoraConfig:
+    return LoraConfig(
+        r=r,
+        lora_alpha=r if alpha is None else alpha,  # type: ignore[arg-type]
+        target_modules=names,
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=all(isinstance(_base_layer(base.get_submodule(n)), Conv1D) for n in names),
+    )
 
 
 @torch.no_grad()

@@ -236,8 +236,8 @@ def _plan(config: FoLoraConfig, processes: int) -> Plan:
     if not config.dataset:
         return plan(config, processes=processes)
     task = Run(_with_output(config)).task
-    tokens = sum(len(e.input_ids) for e in task.train)
-    return plan(config, tokens, len(task.train), processes)
+    lengths = [len(e.input_ids) for e in task.train]
+    return plan(config, sum(lengths), len(lengths), max(lengths), processes)
 
 
 def _with_output(config: FoLoraConfig) -> FoLoraConfig:
@@ -264,15 +264,24 @@ def _print_plan(found: Plan) -> None:
     )
     own, advice = found.storages[0], found.advice
     free = f"of {_bytes(found.free)} that are free"
+    rows, tokens = found.batch
+    console.print(
+        f"A forward and backward pass over {rows} rows of {tokens} tokens takes "
+        f"{_bytes(found.activations)}, part of what training takes."
+    )
     if advice is None:
-        console.print(f"Training needs {_bytes(own.training)} and activations {free}: too much.")
+        console.print(
+            f"Training needs {_bytes(own.training)} {free}: too much. Fewer rows at once "
+            "(--training.batch_size, with more --training.gradient_accumulation_steps) or "
+            "--training.gradient_checkpointing true take less."
+        )
     elif advice is not own:
         console.print(
             f"Training needs {_bytes(own.training)} {free}; with {advice.options} it needs "
             f"{_bytes(advice.training)}."
         )
     else:
-        console.print(f"Training takes {_bytes(own.training)} {free}, and activations.")
+        console.print(f"Training takes {_bytes(own.training)} {free}.")
     console.print(
         "Times are estimates from a second of measuring here; expect a factor of three. Where there are two, "
         "sampling ends when it is enough (sampling.tolerance), between its first look and its ceiling."

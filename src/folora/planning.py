@@ -22,9 +22,11 @@ from folora.activations import (
     room_for_moments,
     target_layers,
 )
+from folora.adapter import outline
 from folora.config import FIRST_LOOK, FoLoraConfig
 from folora.engine import batch_size_for
 from folora.errors import ConfigError
+from folora.footprint import step_bytes
 from folora.loading import device_of, dtype_for, load_config, load_skeleton, required
 from folora.memory import cache_bytes, free_bytes, held_bytes
 from folora.preparation import check_adapter, solved_directions
@@ -66,7 +68,7 @@ class Storage:
         options: Flags that choose it.
         device: Bytes beside the model, in a step.
         host: Bytes in host memory.
-        training: Bytes of training as a whole with it, activations left out.
+        training: Bytes of training as a whole with it.
     """
 
     title: str
@@ -87,6 +89,8 @@ class Plan:
         trainable: Of the adapter.
         stages: What each needs.
         storages: Ways to keep the bases: as configured, then others, less and less on the device.
+        batch: Rows and tokens of a row that training's memory is counted for.
+        activations: Bytes that a forward and backward pass over them takes, part of training's.
         free: Bytes that the device has free now.
     """
 
@@ -96,6 +100,8 @@ class Plan:
     trainable: int
     stages: list[Stage]
     storages: list[Storage]
+    batch: tuple[int, int]
+    activations: int
     free: int
 
     @property
@@ -110,6 +116,7 @@ def plan(
     config: FoLoraConfig,
     task_tokens: int | None = None,
     rows: int | None = None,
+    longest: int | None = None,
     processes: int = 1,
 ) -> Plan:
     """Estimate a run: memory a process, disk and seconds of all together.
@@ -118,6 +125,7 @@ def plan(
         config: With ``model`` given.
         task_tokens: Tokens of the training rows in one epoch, if known.
         rows: Number of training rows, if known.
+        longest: Tokens of the longest row, if known; else rows are as long as they may be.
         processes: How many work together, each on an accelerator of its own or all on this CPU.
 
     Raises:
@@ -187,7 +195,19 @@ def plan(
         training_seconds = 3 * forward * tokens / flops / TRAINING_EFFICIENCY.get(device.type, 1.0)
     state = trainable * 4 * (2 if config.adapter.init == "null_space" else 1)
     widest = max(g.d_in for g in groups)
-    storages = ways(config, groups, weights + state + 3 * 4 * trainable, processes)
+    length_trained = min(config.data.max_length, longest or config.data.max_length)
+    if training.extra.get("packing"):
+        length_trained = training.extra.get("max_length") or length_trained
+    batch_trained = (training.batch_size, length_trained)
+    typed = skeleton.to(dtype)  # type: ignore[arg-type]
+    activations = step_bytes(
+        outline(typed, layers, config.adapter.r).train(),
+        *batch_trained,
+        on_cpu=device.type == "cpu",
+        checkpointing=training.gradient_checkpointing,
+    )
+    without = weights + state + 2 * 4 * trainable + activations
+    storages = ways(config, groups, without, processes)
     stages = [
         Stage(
             "sample",
@@ -220,7 +240,9 @@ def plan(
         Stage("export", state, state, None, None),
     ]
     free = free_bytes(device) // (processes if device.type == "cpu" else 1)
-    return Plan(groups, len(layers), parameters, trainable, stages, storages, free)
+    return Plan(
+        groups, len(layers), parameters, trainable, stages, storages, batch_trained, activations, free
+    )  # fmt: skip
 
 
 def ways(
