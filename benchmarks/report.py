@@ -233,14 +233,25 @@ def real(source: Source, plan: str, task: str) -> Block:
 def ingredients(source: Source, plan: str, task: str, other: str) -> Block:
     """Methods and settings of a plan, beside another plan's references of the same seeds, by the KL alone."""
     results = source.chosen(plan, task)
-    seeds_there = {r.seed for r in results}
-    beside = [
-        r for r in source.maybe(other, task) if r.method in REFERENCES and r.seed in seeds_there
-    ]
+    beside = _references(source, results, task, other)
     named = [_relabelled(r, f"folora, {_setting(r)}") if _knobs(r) else r for r in results]
     together = [without_scores(r) for r in (*beside, *named)]
     table = comparison_table(together, task, reference=REFERENCE)
     return Block(_paragraphs(table.markdown(), source.missing(plan, task)))
+
+
+def real_rates(source: Source, plan: str, task: str, other: str) -> Block:
+    """What each method and learning rate of a plan forgot, beside another plan's references of the same seeds."""
+    results = source.chosen(plan, task)
+    named = [_relabelled(r, f"{r.title} at {rate_of(r):g}") for r in results]
+    table = aim_table([*_references(source, results, task, other), *named])
+    return Block(_paragraphs(table.markdown(), source.missing(plan, task)))
+
+
+def _references(source: Source, results: Sequence[Result], task: str, other: str) -> list[Result]:
+    """Another plan's references, of the seeds that there are results of."""
+    there = {r.seed for r in results}
+    return [r for r in source.maybe(other, task) if r.method in REFERENCES and r.seed in there]
 
 
 def turned(source: Source, plan: str, task: str, *others: str) -> Block:
@@ -439,6 +450,7 @@ BLOCKS: dict[str, Callable[..., Block]] = {
     "seeds": seeds,
     "real": real,
     "real_seeds": real_seeds,
+    "real_rates": real_rates,
     "calibration": calibration,
     "spectra": spectra,
     "compared": compared,

@@ -339,6 +339,19 @@ def test_more_seeds_of_a_real_model_are_compared_with_a_method_of_choice(made: P
     assert "4 of 8 arms of `more_seeds` have no result yet (of seed 4)" in text
 
 
+def test_a_rate_is_a_row_of_its_own_beside_references_of_its_seeds(made: Path) -> None:
+    for rate in RATES[:2]:
+        write_arm(made / "results", "rates", "folora", 1, rate)
+    (table,) = tables(page(made, "real_rates rates shift world_methods"))
+    assert {"LoRA", "folora", *(f"folora at {rate:g}" for rate in RATES[:2])} <= {*table}
+    assert {row["seeds"] for row in table.values()} == {"1"}  # the references have three
+    for title, method, rate in (
+        (f"folora at {RATES[1]:g}", "folora", RATES[1]),
+        ("LoRA", "lora", RATES[-1]),
+    ):
+        assert table[title]["KL"] == f"{(1 - final(method, 1, rate)) / 10:.4f}"
+
+
 def test_a_real_model_is_asked_before_and_after(made: Path) -> None:
     for method in ("lora", "folora"):
         for seed in range(2):
