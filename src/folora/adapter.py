@@ -104,9 +104,7 @@ def outline(model: PreTrainedModel, names: Iterable[str], r: int) -> PeftModel:
     names = list(names)
     found: PeftModel = get_peft_model(model, _lora_config(model, names, r))  # type: ignore[assignment]
     for name in names:
-        layer = _lora_layer(found, name)
-        if _takes_variants(layer):
-            layer.lora_variant["default"] = Lean()
+        _keep_less(_lora_layer(found, name), "default")
     return found
 
 
@@ -318,8 +316,7 @@ def _start_layer(
         b.copy_(image.to(b.dtype) / layer.scaling[adapter])
         anchor = (a.detach().clone(), b.detach().clone())
     if anchor is None and protected is None:
-        if _takes_variants(layer):
-            layer.lora_variant[adapter] = Lean()
+        _keep_less(layer, adapter)
         return
     if not hasattr(layer, FRAME):
         setattr(layer, FRAME, nn.ModuleDict())
@@ -350,6 +347,12 @@ def _check_unchanged(layer: Any, adapter: str, name: str) -> None:
             "first step, or leaves the spaces that are protected, because this kind of layer ignores "
             "PEFT's LoRA variants. Use adapter.init = 'eigen' and no constraint; they need none."
         )
+
+
+def _keep_less(layer: Any, adapter: str) -> None:
+    """`Lean`, where PEFT's kind of layer takes it."""
+    if _takes_variants(layer):
+        layer.lora_variant[adapter] = Lean()
 
 
 def _takes_variants(layer: Any) -> bool:

@@ -39,7 +39,7 @@ def update(
         anchor: A0 and B0, frozen and shaped as A and B, or None for zero. Where they are equal to A and B
             the update is zero to the last bit.
     """
-    kind = x.device.type
+    kind = x.device.type  # the meta device has no autocast to ask about
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         moved = linear(_scaled(linear(x, a), scaling), b)
         return moved if anchor is None else moved - update(x, *anchor, scaling)

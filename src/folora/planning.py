@@ -195,10 +195,9 @@ def plan(
         training_seconds = 3 * forward * tokens / flops / TRAINING_EFFICIENCY.get(device.type, 1.0)
     state = trainable * 4 * (2 if config.adapter.init == "null_space" else 1)
     widest = max(g.d_in for g in groups)
-    length_trained = min(config.data.max_length, longest or config.data.max_length)
-    if training.extra.get("packing"):
-        length_trained = training.extra.get("max_length") or length_trained
-    batch_trained = (training.batch_size, length_trained)
+    # A packed row is as long as rows are packed to.
+    packed = training.extra.get("max_length") if training.extra.get("packing") else None
+    batch_trained = (training.batch_size, packed or longest or config.data.max_length)
     typed = skeleton.to(dtype)  # type: ignore[arg-type]
     activations = step_bytes(
         outline(typed, layers, config.adapter.r).train(),
