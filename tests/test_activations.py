@@ -110,6 +110,26 @@ def test_batching_changes_nothing(batch_size: int) -> None:
         assert torch.allclose(matrix, b.matrices[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5])
+def test_halves_are_of_every_other_sequence(batch_size: int) -> None:
+    """The longest come first, whatever the batch; the whole has the same bits as without them."""
+    model = make_llama()
+    groups = groups_of(model)
+    asked = batches(text_examples(ROWS), batch_size)
+    found = second_moments(model, groups, asked, apart=groups[1:3])
+    alone = second_moments(model, groups, batches(text_examples(ROWS), batch_size))
+    assert (alone.halves, alone.tokens) == ((), found.tokens)
+    for name, matrix in alone.matrices.items():
+        assert torch.equal(matrix, found.matrices[name])
+    ordered = sorted(ROWS, key=len, reverse=True)
+    for half, rows in zip(found.halves, (ordered[::2], ordered[1::2]), strict=True):
+        assert half.tokens == sum(map(len, rows))
+        assert list(half.matrices) == [group.name for group in groups[1:3]]
+        for name, matrix in half.matrices.items():
+            expected = reference(model, name, rows)
+            assert torch.allclose(matrix.double(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_packed_rows_count_every_token() -> None:
     """One flat row with restarting position_ids equals the sequences alone."""
     model = make_llama()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -48,9 +49,13 @@ def test_more_text_costs_less_until_it_is_enough() -> None:
     x = gaussian(24, 0)
     names = ["one", "two"]
 
-    def measure(sequences: Sequence[list[int]]) -> Moments:
+    def moments(sequences: Sequence[list[int]]) -> Moments:
         inputs = x[torch.tensor([i for row in sequences for i in row])]
         return Moments({n: inputs.T @ inputs / len(inputs) for n in names}, len(inputs))
+
+    def measure(sequences: Sequence[list[int]], all_of_them: bool) -> Moments:
+        halves = (moments(sequences[::2]), moments(sequences[1::2]))
+        return replace(moments(sequences), halves=halves)
 
     task = {n: moment(24, seed=i).float() for i, n in enumerate(names)}
     convergence = Convergence(measure, task, 1e-3, 1.0, 0.3, 6, 0.1)
@@ -65,6 +70,48 @@ def test_more_text_costs_less_until_it_is_enough() -> None:
     at_once = Convergence(measure, task, 1e-3, 1.0, 0.3, 6, 0.1)
     at_once(sequences)
     assert at_once.agreement().penalty == pytest.approx(costs[-1], rel=1e-3)
+
+
+@pytest.mark.parametrize(("keeps", "enough_at"), [(True, 1), (True, 2), (False, 1)])
+def test_what_the_first_look_measured_is_kept_if_that_was_enough(
+    keeps: bool, enough_at: int
+) -> None:
+    asked: list[tuple[int, bool]] = []
+
+    def measure(sequences: Sequence[list[int]], all_of_them: bool) -> Moments:
+        asked.append((len(sequences), all_of_them))
+        half = Moments({"one": moment(8, seed=len(asked)).float()}, 1)
+        other = half if len(asked) >= enough_at else Moments({"one": 1e-6 * torch.eye(8)}, 1)
+        return Moments({}, 2, (half, other))
+
+    task = {"one": moment(8, seed=9).float()}
+    convergence = Convergence(measure, task, 1e-3, 1.0, 0.3, 3, 0.1, keeps)
+    said = [convergence([[1]] * count) for count in (4, 10)[:enough_at]]
+    assert said[0] == (enough_at == 1)
+    assert asked == [(4, keeps), (6, False)][:enough_at]
+    assert (convergence.pre is not None) == (keeps and enough_at == 1)
+
+
+@pytest.mark.parametrize("memory_gb", [None, 1e-5])
+def test_c_pre_has_the_same_bits_whether_or_not_a_look_measured_it(
+    early: FoLoraConfig, tmp_path: Path, memory_gb: float | None
+) -> None:
+    """With no memory for all inputs at once, and when the run goes on in another process."""
+    config = replace(early, output=str(tmp_path / "run")).changed(
+        {"sampling.tolerance": 1e6, "statistics.memory_gb": memory_gb}
+    )
+    first = Run(config)
+    assert len(first.sample().calibration) == LOOKS[0] - 16
+    assert (first._looked is not None) == (memory_gb is None)
+    first.measure()
+    found = first.statistics("pre")
+    assert first._looked is None
+    shutil.rmtree(tmp_path / "run" / "2-statistics")
+    again = Run(config)
+    again.sample()
+    assert again._looked is None
+    again.measure()
+    assert again.statistics("pre").manifest["sha256"] == found.manifest["sha256"]
 
 
 def test_a_few_inputs_are_watched_over_the_whole_model() -> None:

@@ -12,7 +12,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, islice
 from typing import Any
 
@@ -65,10 +65,14 @@ def group_of(fact: Mapping[str, Any]) -> InputGroup:
 
 @dataclass(frozen=True)
 class Moments:
-    """Second moments by group name, each (d_in, d_in) float32, and the tokens they average."""
+    """Second moments by group name, each (d_in, d_in) float32, and the tokens they average.
+
+    Of some groups also those of every other sequence alone, in `halves`, if that was asked for.
+    """
 
     matrices: dict[str, Float[Tensor, "_d _d"]]
     tokens: int
+    halves: tuple[Moments, ...] = ()
 
 
 def linear_dims(module: nn.Module) -> tuple[int, int] | None:
@@ -198,6 +202,7 @@ def second_moments(
     groups: Sequence[InputGroup],
     batches: Iterable[Batch],
     on_batch: Callable[[int], None] = lambda tokens: None,
+    apart: Sequence[InputGroup] = (),
 ) -> Moments:
     """Average x x' over the unmasked tokens of all batches, for every group.
 
@@ -209,18 +214,20 @@ def second_moments(
         batches: Model inputs. Tokens whose ``attention_mask`` is 0 do not count; without a mask
             (packed rows, with ``position_ids``) all count. ``labels`` are ignored.
         on_batch: Called with the tokens of each batch, for progress.
+        apart: Which of the groups are averaged over the even rows of all batches and over the odd ones, too.
 
     Returns:
-        One float32 matrix a group, on the device where its layer lives.
+        One float32 matrix a group, on the device where its layer lives; two `halves` if any are apart.
 
     Raises:
         NumericsError: An activation is not finite; the layer is named.
         DataError: No tokens, or a layer's input does not have the shape of the batch.
     """
     leaders = {group.name: group for group in groups}
-    sums: dict[str, Tensor] = {}
-    tokens = 0
-    mask: Tensor | None = None
+    halved = {group.name: group for group in apart}
+    whole, halves = _Sums({}), (_Sums({}), _Sums({}))
+    mask: Tensor | None = None  # (batch, tokens) bool: what counts
+    even = torch.empty(0)  # of the same shape: what is of even rows
 
     def accumulate(name: str, x: Tensor) -> None:
         if not counts:
@@ -233,10 +240,11 @@ def second_moments(
                     "cannot be told from text there. Leave it out of adapter.target_modules."
                 )
             rows = rows[mask.reshape(-1).to(rows.device)]
-        if name not in sums:
-            d = rows.shape[1]
-            sums[name] = torch.zeros(d, d, dtype=torch.float32, device=rows.device)
-        add_upper_gram(sums[name], rows)
+        whole.add(name, rows)
+        if name in halved:
+            first = even[mask].to(rows.device)
+            for half, part in zip(halves, (rows[first], rows[~first]), strict=True):
+                half.add(name, part)
 
     shared_out = is_shared_out(model)
     counts = True
@@ -245,26 +253,38 @@ def second_moments(
     spared = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
 
     def own_share() -> None:
-        nonlocal tokens, mask, counts
+        nonlocal mask, even, counts
         remaining = iter(batches)
+        row = 0  # of all processes together
         for number in count(1):
             together = [*islice(remaining, ranks.count())]
             if not together:
                 break
             counts = ranks.rank() < len(together)
+            own = ranks.rank() if counts else 0
+            sizes = [len(batch["input_ids"]) for batch in together]
             if counts or shared_out:  # the others need this process's part of the weights
-                batch = together[ranks.rank() if counts else 0]
-                inputs = {k: v.to(model.device) for k, v in batch.items() if k != "labels"}
+                inputs = {k: v.to(model.device) for k, v in together[own].items() if k != "labels"}
                 given = inputs.get("attention_mask")
                 mask = None if given is None else given.bool()
+                if halved:
+                    ids = inputs["input_ids"]
+                    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+                    places = row + sum(sizes[:own]) + torch.arange(sizes[own], device=ids.device)
+                    even = (places % 2 == 0)[:, None].expand_as(mask)
                 model(**inputs, **spared, use_cache=False)
             if counts:
                 read = int(inputs["input_ids"].numel() if mask is None else mask.sum())
-                tokens += read
+                whole.tokens += read
+                if halved:
+                    in_even = int((mask & even).sum())
+                    halves[0].tokens += in_even
+                    halves[1].tokens += read - in_even
                 on_batch(read)
+            row += sum(sizes)
             if number % LOOK_EVERY == 0:  # hours may be left
-                ranks.agree(lambda: _check_finite(sums))
-        _check_finite(sums)
+                ranks.agree(lambda: _check_finite(whole.matrices))
+        _check_finite(whole.matrices)
 
     with (
         evaluating(model),
@@ -273,17 +293,38 @@ def second_moments(
         full_fp32_matmul(),
     ):
         ranks.agree(own_share)
-    tokens = int(ranks.add_(torch.tensor(tokens, device=model.device)))
-    if tokens == 0:
-        raise DataError("no tokens to measure: every batch is empty or fully masked")
-    for name, group in leaders.items():
-        if not ranks.largest(name in sums):
-            raise DataError(f"{name} saw no input in {tokens} tokens")
-        if name not in sums:  # fewer batches than processes
-            sums[name] = torch.zeros(group.d_in, group.d_in, device=model.device)
-        upper = ranks.add_(sums[name].triu_())
-        sums[name] = (upper + upper.triu(1).T) / tokens
-    return Moments(sums, tokens)
+    found = whole.averaged(leaders, model.device)
+    if not halved:
+        return found
+    return replace(found, halves=tuple(half.averaged(halved, model.device) for half in halves))
+
+
+@dataclass
+class _Sums:
+    """Sums of x x' in the making, of which the upper triangles count, and of how many tokens."""
+
+    matrices: dict[str, Tensor]
+    tokens: int = 0
+
+    def add(self, name: str, rows: Tensor) -> None:
+        if name not in self.matrices:
+            d = rows.shape[1]
+            self.matrices[name] = torch.zeros(d, d, dtype=torch.float32, device=rows.device)
+        add_upper_gram(self.matrices[name], rows)
+
+    def averaged(self, groups: Mapping[str, InputGroup], device: torch.device) -> Moments:
+        """Over the tokens of all processes. Raises DataError."""
+        tokens = int(ranks.add_(torch.tensor(self.tokens, device=device)))
+        if tokens == 0:
+            raise DataError("no tokens to measure: every batch is empty or fully masked")
+        for name, group in groups.items():
+            if not ranks.largest(name in self.matrices):
+                raise DataError(f"{name} saw no input in {tokens} tokens")
+            if name not in self.matrices:  # fewer batches than processes
+                self.matrices[name] = torch.zeros(group.d_in, group.d_in, device=device)
+            upper = ranks.add_(self.matrices[name].triu_())
+            self.matrices[name] = (upper + upper.triu(1).T) / tokens
+        return Moments(self.matrices, tokens)
 
 
 def _check_finite(sums: dict[str, Tensor]) -> None:

@@ -3,6 +3,8 @@
 On the text that C_pre was measured on every column v of T costs v'Hv = 1, by construction. On text that
 it was not chosen on it costs more, and the more so the fewer tokens there were: among many directions
 some look unused by chance. Half against half shows how much, long before the ceiling is reached.
+
+The pass over the text that the first look takes measures C_pre as well: if that much is enough, it is done.
 """
 
 from __future__ import annotations
@@ -27,35 +29,42 @@ class Convergence:
     """Called with more and more sequences; says whether they are enough.
 
     Args:
-        measure: Second moments of the watched inputs on sequences.
+        measure: Second moments on sequences, with `Moments.halves` of the watched inputs. Also asked for
+            those of all inputs if its second argument is true, otherwise for no more than it needs.
         c_task: C_task of the watched inputs, by group name.
         tau: Ridge.
         lam: Gate's lambda, for what is said of the gate.
         s_min: Gate's floor, likewise.
         directions: How many leading directions must hold.
         tolerance: What they may cost on the other half beyond 1. Their gate settles long before.
+        keeps: Whether the matrices of all inputs fit the memory.
+
+    Attributes:
+        pre: What `measure` found of all inputs, if the sequences of the first call were enough and `keeps`.
     """
 
-    measure: Callable[[Sequence[list[int]]], Moments]
+    measure: Callable[[Sequence[list[int]], bool], Moments]
     c_task: Mapping[str, Tensor]
     tau: float
     lam: float
     s_min: float
     directions: int
     tolerance: float
+    keeps: bool = False
+    pre: Moments | None = None
     _seen: int = 0
     _halves: tuple[dict[str, Tensor], dict[str, Tensor]] = field(default_factory=lambda: ({}, {}))
     _tokens: list[int] = field(default_factory=lambda: [0, 0])
 
     def __call__(self, sequences: Sequence[list[int]]) -> bool:
         """Whether these, which begin with those of the last call, are enough."""
-        new = sequences[self._seen :]
+        keeps = self.keeps and self._seen == 0
+        moments = self.measure(sequences[self._seen :], keeps)
         self._seen = len(sequences)
-        for half in (0, 1):
-            moments = self.measure(new[half::2])
-            self._tokens[half] += moments.tokens
-            for name, matrix in moments.matrices.items():
-                total = matrix * moments.tokens
+        for half, part in enumerate(moments.halves):
+            self._tokens[half] += part.tokens
+            for name, matrix in part.matrices.items():
+                total = matrix * part.tokens
                 sums = self._halves[half]
                 sums[name] = sums[name] + total if name in sums else total
         found = self.agreement()
@@ -64,7 +73,9 @@ class Convergence:
             "(enough: %.2f), their gate moves by %.2f",
             len(sequences), found.penalty, 1 + self.tolerance, found.gate,
         )  # fmt: skip
-        return found.penalty <= 1 + self.tolerance
+        is_enough = found.penalty <= 1 + self.tolerance
+        self.pre = moments if keeps and is_enough else None
+        return is_enough
 
     def agreement(self) -> Agreement:
         """The mean over the watched inputs, and over which half is which."""

@@ -33,7 +33,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from folora import ranks
-from folora.activations import InputGroup
+from folora.activations import InputGroup, Moments
 from folora.adapter import ExportReport, lora_factors, write_adapter, write_merged
 from folora.artifacts import (
     Artifact,
@@ -150,6 +150,7 @@ class Run:
         if os.path.isfile(self.folder):  # False for a name too long, at which Path raises
             raise ConfigError(f"output {self.folder} is a file, but must be a folder")
         self._lock = lock_of(self.folder)
+        self._looked: tuple[str, Moments] | None = None
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -303,10 +304,13 @@ class Run:
             self._engine, self.start_id, eos_ids, config, facts, folder, enough, decision
         )  # fmt: skip
         try:
-            return sample_to_folder(*arguments)
+            proxies = sample_to_folder(*arguments)
         except MismatchError:
             ranks.first(lambda: self._set_aside(folder))
-            return sample_to_folder(*arguments)
+            proxies = sample_to_folder(*arguments)
+        if enough and enough.pre:
+            self._looked = (proxies.fingerprint, enough.pre)
+        return proxies
 
     @_alone
     def measure(self) -> None:
@@ -337,10 +341,14 @@ class Run:
         proxies = self.proxies()
 
         def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
-            if self.config.base is None:
+            if self.config.base is not None:
+                found = self._base_file()
+                return found.moments(self.groups), {"tokens": found.manifest["tokens"]}
+            looked, self._looked = self._looked, None
+            if looked is None or looked[0] != proxies.fingerprint:
                 return self._measured("pre", text_examples(proxies.calibration))
-            found = self._base_file()
-            return found.moments(self.groups), {"tokens": found.manifest["tokens"]}
+            logger.info("C_pre: measured when it was asked whether the text is enough")
+            return looked[1].matrices, {"tokens": looked[1].tokens}
 
         self._statistics_unless_done("pre", {"samples": proxies.fingerprint}, make)
 

@@ -132,7 +132,10 @@ def prepare(
     on_task = measure(model, groups, chosen, config.statistics, "C_task")
     enough = convergence(model, groups, on_task.matrices, config)
     proxies = sample(engine, start_id, eos_ids, sized(config.sampling, model), enough=enough)
-    pre = measure(model, groups, text_examples(proxies.calibration), config.statistics, "C_pre")
+    pre = enough.pre if enough else None
+    if pre is None:
+        texts = text_examples(proxies.calibration)
+        pre = measure(model, groups, texts, config.statistics, "C_pre")
     with progress("solving", len(groups)) as tick:
         bases = solve(
             groups,
@@ -228,7 +231,7 @@ def measure(
         what: For the progress line.
         kept: Whether this process needs the matrices. After several passes they lie on the host.
     """
-    parts = passes(groups, room_for_moments(model.device, config.memory_gb))
+    parts = _in_passes(model, groups, config)
     matrices: dict[str, Tensor] = {}
     total = len(parts) * sum(len(e.input_ids) for e in examples)
     with progress(f"measuring {what} (tokens)", total) as tick:
@@ -240,6 +243,13 @@ def measure(
                 several = len(parts) > 1
                 matrices |= {n: m.cpu() if several else m for n, m in found.matrices.items()}
     return Moments(matrices, found.tokens)
+
+
+def _in_passes(
+    model: PreTrainedModel, groups: Sequence[InputGroup], config: StatisticsConfig
+) -> list[list[InputGroup]]:
+    """The groups that are measured in one pass over the text, and in the next."""
+    return passes(groups, room_for_moments(model.device, config.memory_gb))
 
 
 def convergence(
@@ -254,9 +264,9 @@ def convergence(
         return None
     chosen = watched(groups)
 
-    def measured(sequences: Sequence[list[int]]) -> Moments:
-        size = config.statistics.batch_size
-        return second_moments(model, chosen, batches(text_examples(sequences), size))
+    def measured(sequences: Sequence[list[int]], all_of_them: bool) -> Moments:
+        texts = batches(text_examples(sequences), config.statistics.batch_size)
+        return second_moments(model, groups if all_of_them else chosen, texts, apart=chosen)
 
     return Convergence(
         measured,
@@ -266,6 +276,7 @@ def convergence(
         config.spectrum.s_min,
         config.directions or config.adapter.r,
         tolerance,
+        keeps=len(_in_passes(model, groups, config.statistics)) == 1,
     )
 
 
