@@ -14,6 +14,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -73,6 +75,16 @@ def make_gpt2(seed: int = 0) -> PreTrainedModel:
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
     return GPT2LMHeadModel(config).eval()
+
+
+def make_mistral() -> PreTrainedModel:
+    """Its cache holds fewer tokens than a sequence has, and counts on the host."""
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=51, hidden_size=32, intermediate_size=48, num_hidden_layers=2, sliding_window=8,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    return MistralForCausalLM(config).eval()
 
 
 MAKERS = {"llama": make_llama, "gpt2": make_gpt2}

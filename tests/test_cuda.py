@@ -17,9 +17,8 @@ from safetensors.torch import load_file
 from test_sadam import gradients, orthogonal_and_gate, params, reference
 from test_spectrum import moment
 from torch.utils.checkpoint import checkpoint
-from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from benchmarks.tiny import make_gpt2, make_llama, make_tokenizer, tiny_config
+from benchmarks.tiny import make_gpt2, make_llama, make_mistral, make_tokenizer, tiny_config
 from folora.activations import (
     InputGroup,
     add_upper_gram,
@@ -284,26 +283,15 @@ def test_the_set_is_that_of_the_cpu_whatever_the_batch() -> None:
         assert found == expected
 
 
-def make_mistral() -> PreTrainedModel:
-    """Its cache holds fewer tokens than a sequence has, and counts on the host."""
-    torch.manual_seed(0)
-    return MistralForCausalLM(
-        MistralConfig(
-            vocab_size=51, hidden_size=32, intermediate_size=48, num_hidden_layers=2, sliding_window=8,
-            num_attention_heads=4, num_key_value_heads=2,
-        )
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("make", [make_llama, make_gpt2, make_mistral])
 def test_replays_of_a_graph_write_what_generate_writes(make: Any) -> None:
     """In float32, where the two attend alike; a model that may not be replayed is generated from."""
     model = make().to(GPU)
     replays = HuggingFaceEngine(model, 1, [2], CONFIG)
     generates = HuggingFaceEngine(model, 1, [2], CONFIG)
-    assert replays.replays or make is not make_llama
-    assert not (replays.replays and make is make_mistral)
-    generates.replays = False
+    assert replays.steps or make is not make_llama
+    assert not (replays.steps and make is make_mistral)
+    generates.steps = False
     assert replays(range(32)) == generates(range(32))
     before = torch.cuda.memory_allocated()  # with what the libraries keep for graphs
     replays(range(32))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from benchmarks.tiny import make_llama, make_tokenizer, tiny_config
+from benchmarks.tiny import make_gpt2, make_llama, make_mistral, make_tokenizer, tiny_config
 from folora.artifacts import write_artifact
 from folora.config import SamplingConfig
 from folora.decoding import LOOK_EVERY, CannotReplay, Forward, decode
@@ -44,12 +44,16 @@ def test_same_set_whatever_the_batch_size(batch_size: int) -> None:
     assert found.fingerprint == expected.fingerprint
 
 
-def test_the_loop_for_a_gpu_writes_what_generate_writes() -> None:
+@pytest.mark.parametrize("make", [make_llama, make_gpt2, make_mistral])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_steps_write_what_generate_writes(make: Any, attention: str) -> None:
     """Also rows that end in other steps; the graph itself needs a GPU, see test_cuda.py."""
     config = replace(CONFIG, num_sequences=64, min_new_tokens=2)
-    generates, loops = engine(config), engine(config)
-    assert not loops.replays
-    loops.replays = True
+    model = make()
+    model.set_attn_implementation(attention)
+    generates, loops = (HuggingFaceEngine(model, 1, [2], config) for _ in range(2))
+    assert loops.steps == (make is not make_mistral)  # which has a sliding window
+    generates.steps = False
     expected = generates(range(20))
     assert len({len(row) for row in expected}) > 5
     assert loops(range(20)) == expected
@@ -58,6 +62,7 @@ def test_the_loop_for_a_gpu_writes_what_generate_writes() -> None:
 def test_a_model_of_which_no_graph_can_be_taken_is_generated_from(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    expected = [engine()(range(9)), engine()(range(9, 18))]
     taken = []
 
     def capture(forward: Forward, tokens: torch.Tensor) -> torch.Tensor:
@@ -69,11 +74,7 @@ def test_a_model_of_which_no_graph_can_be_taken_is_generated_from(
 
     monkeypatch.setattr(Forward, "__call__", capture)
     decoder = engine()
-    decoder.replays = True
-    assert [decoder(range(9)), decoder(range(9, 18))] == [
-        engine()(range(9)),
-        engine()(range(9, 18)),
-    ]
+    assert [decoder(range(9)), decoder(range(9, 18))] == expected
     assert len(taken) == 1
     assert caplog.text.count("stream is capturing") == 1
 
@@ -102,6 +103,7 @@ def test_what_does_not_fit_the_memory_is_decoded_in_halves(
     expected = sample(engine(), 1, [2], CONFIG)
     config = replace(CONFIG, batch_size=64)
     decoder, seen = engine(config), []
+    decoder.steps = False
     generate = decoder.model.generate
 
     def with_room_for(rows: int) -> None:

@@ -277,7 +277,7 @@ def second_moments(
                 read = int(inputs["input_ids"].numel() if mask is None else mask.sum())
                 whole.tokens += read
                 if halved:
-                    in_even = int((mask & even).sum())
+                    in_even = int(even[mask].sum())
                     halves[0].tokens += in_even
                     halves[1].tokens += read - in_even
                 on_batch(read)

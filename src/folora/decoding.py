@@ -1,8 +1,9 @@
-"""Decoding by one CUDA graph: a step is the same work on the same memory for every token, so the host
-asks for all of its kernels once, and for one replay a token from then on.
+"""Decoding, one token of every row at a time, from a cache that is written in place.
 
-On a GPU it is the host that a step of decoding waits for, whatever the number of rows. Keys and values
-lie in transformers' static cache, which counts its tokens on the device.
+On a GPU it is the host that a step waits for, whatever the number of rows. There a step is one CUDA graph,
+the same work on the same memory for every token: the host asks for all of its kernels once, and for one
+replay a token from then on. Keys and values lie in transformers' static cache, which counts its tokens on
+the device. On the CPU a step attends to what has been written, and not to the room for the rest.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StaticCache
+from transformers import Cache, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from folora.modes import is_shared_out
@@ -29,32 +30,51 @@ class CannotReplay(Exception):
     """A model's step asks the host for something, so that no graph can be taken of it."""
 
 
-def is_replayable(model: Any) -> bool:
-    """Whether a model's step for one token may be taken as a graph: the same kernels for every token.
+def is_steppable(model: Any) -> bool:
+    """Whether `Forward` may run a model: it reads a static cache, with the same kernels for every token.
 
     By what transformers says of it; caches of sliding windows count on the host.
     """
     quantizer = getattr(model, "hf_quantizer", None)
     return (
-        model.device.type == "cuda"
+        model.device.type in ("cuda", "cpu")
         and not is_shared_out(model)
         and bool(getattr(model, "_can_compile_fullgraph", False))
         and getattr(model.config, "_attn_implementation", None) in MASKED
         and (quantizer is None or quantizer.is_compileable)
         and len({p.device for p in model.parameters()}) == 1
-        and all(type(layer) is StaticLayer for layer in _cache(model, 1).layers)
+        and all(type(layer) is StaticLayer for layer in StaticCache(model.config, 1).layers)
     )
 
 
-def _cache(model: Any, length: int) -> StaticCache:
-    return StaticCache(config=model.config, max_cache_len=length)
+class _WrittenPart(StaticLayer):
+    """A layer of the cache that hands out what is written. The host counts it, so no graph may hold it."""
+
+    is_compileable = False  # no mask is made then
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        written = int(self.cumulative_length)
+        return keys[:, :, :written], values[:, :, :written]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return int(self.cumulative_length) + query_length, 0
+
+
+def _cache(model: Any, length: int) -> Cache:
+    cache = StaticCache(config=model.config, max_cache_len=length)
+    if model.device.type == "cuda":
+        return cache
+    return Cache(layers=[_WrittenPart(length) for _ in cache.layers])
 
 
 class Forward:
     """The forward pass for one more token of every row; on a GPU a graph, after `EAGER_STEPS`.
 
     Args:
-        model: In eval mode; see `is_replayable`.
+        model: In eval mode; see `is_steppable`.
         length: Tokens of a row at most.
     """
 

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from folora import ranks
 from folora.config import SamplingConfig
-from folora.decoding import CannotReplay, Forward, decode, is_replayable
+from folora.decoding import CannotReplay, Forward, decode, is_steppable
 from folora.draws import UNSOUND, SequenceDraws
 from folora.errors import NumericsError
 from folora.memory import cache_bytes, free_bytes
@@ -86,7 +86,7 @@ def batch_size_for(
 class HuggingFaceEngine:
     """A model of transformers, with random draws that belong to the sequence, not to the batch.
 
-    Decoded by replays of a CUDA graph where the model allows it, else by ``generate``.
+    Decoded step by step where the model allows it (see `decoding`), else by ``generate``.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class HuggingFaceEngine:
         self.start_id = start_id
         self.eos_ids = list(eos_ids)
         self.config = config
-        self.replays = is_replayable(model)
+        self.steps = is_steppable(model)
 
     def __call__(self, numbers: Sequence[int]) -> list[list[int]]:
         """See `Engine`. What does not fit the memory at once is decoded in halves."""
@@ -120,19 +120,19 @@ class HuggingFaceEngine:
         wanted = list(numbers) + [numbers[-1]] * max(0, MIN_ROWS - len(numbers))
         start = torch.full((len(wanted), 1), self.start_id, device=self.model.device)
         with evaluating(self.model):
-            written = self._replayed(start, wanted) if self.replays else None
+            written = self._stepped(start, wanted) if self.steps else None
             if written is None:
                 written = self._generated(start, wanted)
         return [_until_eos(row, self.eos_ids) for row in written[: len(numbers)].tolist()]
 
-    def _replayed(self, start: Tensor, numbers: Sequence[int]) -> Tensor | None:
+    def _stepped(self, start: Tensor, numbers: Sequence[int]) -> Tensor | None:
         most = self.config.max_new_tokens
         draws = SequenceDraws(self.model, numbers, self.eos_ids, self.config)
         try:
             return decode(Forward(self.model, most), start, draws.choose, self.eos_ids, most)
         except CannotReplay as error:
             logger.warning("no CUDA graph of a step of decoding, generate is slower: %s", error)
-            self.replays = False
+            self.steps = False
             return None
 
     def _generated(self, start: Tensor, numbers: Sequence[int]) -> Tensor:
