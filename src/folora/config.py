@@ -80,7 +80,7 @@ class SamplingConfig:
         2000, "at most so many sequences that pass the filter, held-out ones included"
     )
     tolerance: float | None = _option(
-        3.0,
+        4.0,
         "end before that if the leading directions found on half of the samples cost at most so much "
         "more on the other half; 'null': never",
     )
