@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
+import folora
 from folora.adapter import truncate
 
 SOURCE = Path(__file__).parents[1] / "src" / "folora"
@@ -18,8 +20,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "folora"
 ORDER = [
     "errors", "ranks", "transit", "sadam", "spectrum", "config", "memory", "disk", "artifacts", "filtering", "modes", "loading", "progress", "finiteness", "decoding", "draws", "special_tokens", "engine", "proxies", "sampling", "serving",
     "data", "activations", "basefile", "divergence", "solving", "convergence", "initialization", "lowrank", "frames", "adapter", "footprint", "meter",
-    "preparation", "checkpoints", "interruption", "training", "pipeline", "evaluation", "frontier", "results", "methods", "comparison",
-    "pictures", "report", "planning", "cli",
+    "preparation", "checkpoints", "signals", "interruption", "training", "pipeline", "evaluation", "frontier", "results", "methods", "comparison",
+    "pictures", "report", "planning", "commands", "cli",
 ]  # fmt: skip
 
 
@@ -42,9 +44,27 @@ def test_every_file_has_its_place() -> None:
 @pytest.mark.parametrize("name", ORDER)
 def test_imports_go_one_way(name: str) -> None:
     allowed = {f"folora.{n}" for n in ORDER[: ORDER.index(name)]}
+    allowed |= {"folora"} if name == "cli" else set()  # which hands it `commands` when it asks
     own = {i for i in imports(SOURCE / f"{name}.py") if i.split(".")[0] == "folora"}
     assert own <= allowed
     assert not {i.split(".")[0] for i in imports(SOURCE / f"{name}.py")} & {"demo", "benchmarks"}
+
+
+def test_the_command_line_reads_its_options_before_it_imports_what_takes_seconds() -> None:
+    code = "import sys, folora.cli; folora.cli.parse(['run', '--model', 'm']); print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    ).stdout.split()
+    assert "torch" in loaded
+    assert not {"peft", "trl", "datasets", "transformers", "matplotlib"} & set(loaded)
+
+
+def test_every_public_name_is_there() -> None:
+    assert set(folora.__all__) <= set(dir(folora))
+    assert all(getattr(folora, name) is not None for name in folora.__all__)
+    stub = ast.parse((SOURCE / "__init__.pyi").read_text())
+    (listed,) = (n.value for n in stub.body if isinstance(n, ast.Assign))
+    assert sorted(ast.literal_eval(listed)) == sorted(folora.__all__)
 
 
 def test_the_optimizer_needs_torch_alone() -> None:

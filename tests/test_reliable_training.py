@@ -22,7 +22,7 @@ from folora.checkpoints import SEAL, check_checkpoint, latest_checkpoint
 from folora.disk import write_sealed
 from folora.errors import ArtifactError, NumericsError
 from folora.finiteness import unsound_gradients, where_it_breaks
-from folora.interruption import Interrupted, interruptible
+from folora.signals import Interrupted, interruptible
 from folora.training import MOST_SKIPPED, train
 
 STATES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")

@@ -1,33 +1,18 @@
-"""Ctrl-C and SIGTERM end the work at once; in training the step is finished and a checkpoint written first."""
+"""In training Ctrl-C and SIGTERM wait for the end of the step, and a checkpoint is written first."""
 
 from __future__ import annotations
 
 import logging
-import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from folora import ranks
+from folora.signals import Interrupted, handled_by
 
 logger = logging.getLogger(__name__)
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class Interrupted(KeyboardInterrupt):
-    """A signal ended the work.
-
-    Args:
-        signum: Which.
-    """
-
-    def __init__(self, signum: int = signal.SIGINT) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.exit_code = 128 + signum
 
 
 class StopAfterStep(TrainerCallback):
@@ -69,30 +54,6 @@ class StopAfterStep(TrainerCallback):
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """Have signals raise Interrupted, whatever the code makes of it that they come in.
-
-    A library in C may turn what a signal handler raises into an error of its own.
-
-    Raises:
-        Interrupted: A signal came.
-    """
-    came: list[int] = []
-
-    def stop(signum: int, frame: Any) -> None:
-        came.append(signum)
-        raise Interrupted(signum)
-
-    with _handled_by(stop):
-        try:
-            yield
-        except Exception as error:
-            if came:
-                raise Interrupted(came[0]) from error
-            raise
-
-
-@contextmanager
 def finishing_step(stop: StopAfterStep) -> Iterator[None]:
     """Have signals ask for the end of training instead of ending it; a second one does not wait.
 
@@ -106,21 +67,7 @@ def finishing_step(stop: StopAfterStep) -> Iterator[None]:
         stop.own = signum
         logger.warning("stopping after this step, with a checkpoint; once more to stop at once")
 
-    with _handled_by(ask):
+    with handled_by(ask):
         yield
     if (signum := stop.signum or stop.own) is not None:
         raise Interrupted(signum)
-
-
-@contextmanager
-def _handled_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Handle both signals; they belong to the main thread, on another one nothing is changed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    former = {signum: signal.signal(signum, handler) for signum in SIGNALS}
-    try:
-        yield
-    finally:
-        for signum, restored in former.items():
-            signal.signal(signum, restored)

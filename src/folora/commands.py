@@ -1,0 +1,234 @@
+"""What each command of ``folora`` does, and what it prints."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
+
+from folora import ranks
+from folora.comparison import Comparison, arms
+from folora.config import FoLoraConfig
+from folora.disk import write_text
+from folora.errors import ConfigError
+from folora.loading import required
+from folora.pictures import frontier_picture, norm_picture
+from folora.pipeline import ADAPTER, COMPARISON, Run
+from folora.planning import Plan, Stage, plan, widths
+from folora.report import comparison_table
+from folora.results import load_results
+
+
+def execute(options: argparse.Namespace, config: FoLoraConfig) -> None:
+    """Do what a command line asks for, together with the other processes if there are any.
+
+    Args:
+        options: From `cli.parse`: the command, and what is no part of the config.
+        config: Likewise.
+
+    Raises:
+        FoLoraError: With what failed and what to do.
+        Interrupted: A signal came.
+    """
+    ranks.join(config.device)
+    _set_up_logging(options.verbose)
+    command = options.command
+    if command in ("plan", "compare") and ranks.count() > 1:
+        raise ConfigError(f"folora {command} works in one process; start it without a launcher")
+    if command == "plan":
+        _print_plan(_plan(config, options.processes))
+        return
+    run = Run(config)
+    if command == "compare":
+        _compare(run, options)
+        return
+    if command == "run":
+        _print_report(run.run())
+        return
+    if command == "export":
+        path = Path(options.to) if options.to else None
+        report = run.export(path, options.rank, "merged" if options.merged else "adapter")
+        target = path or run.folder / ("merged" if options.merged else ADAPTER)
+        _say(f"wrote {target}" + (f", rank {report.rank}" if report.rank else ""))
+        if report.relative_error:
+            _say(
+                f"relative error of the update: {report.relative_error:.2%} in all, at most "
+                f"{report.worst_relative_error:.2%} ({report.worst_layer})"
+            )
+        return
+    reads_task = command in ("measure", "train") or (
+        command in ("sample", "base") and run.config.ends_early
+    )
+    run.check(needs_data=reads_task)
+    run.check_stage(command)
+    with run.alone():
+        run.write_config()
+        if command == "base":
+            _say(f"wrote {run.share(Path(options.to) if options.to else None)}")
+            return
+        getattr(run, command)()
+        if command == "train":
+            _print_report(run.report())
+
+
+def _compare(run: Run, options: argparse.Namespace) -> None:
+    """All arms, then a table and two pictures beside their files."""
+    chosen = arms(
+        options.methods.split(","),
+        _numbers(options.learning_rates, "--learning-rates", float),
+        **{"training.seed": _numbers(options.seeds, "--seeds", int)},
+    )
+    folder = run.folder / COMPARISON
+    task = Path(required(run.config.dataset, "dataset")).name.split(".")[0]
+    comparison = Comparison(
+        run, folder, stage=run.name, task=task, command=shlex.join(["folora", *sys.argv[1:]])
+    )
+    for arm in chosen:
+        comparison.config(arm)  # a wrong one is found before the model is loaded
+    run.check(needs_data=True)
+    run.check_stage("compare")
+    comparison.check(chosen)
+    with run.alone():
+        run.write_config()
+        for _ in comparison.run_all(chosen):
+            pass
+    results = [r for r in load_results(folder) if r.task == task and r.stage == run.name]
+    table = comparison_table(results, task)
+    write_text(folder / "comparison.md", table.markdown())
+    frontier_picture(results, task, folder / "frontier.png")
+    norm_picture(results, task, folder / "norms.png")
+    Console().print(table.rich())
+    print(f"wrote {folder}: one .json an arm, comparison.md, frontier.png, norms.png")
+
+
+def _numbers(text: str, flag: str, kind: type) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"{flag} is {text!r}, but must be numbers with commas between") from error
+
+
+def _plan(config: FoLoraConfig, processes: int) -> Plan:
+    if not config.dataset:
+        return plan(config, processes=processes)
+    task = Run(_with_output(config)).task
+    lengths = [len(e.input_ids) for e in task.train]
+    return plan(config, sum(lengths), len(lengths), max(lengths), processes)
+
+
+def _with_output(config: FoLoraConfig) -> FoLoraConfig:
+    return config if config.output else FoLoraConfig.from_dict({**config.to_dict(), "output": "."})
+
+
+def _print_plan(found: Plan) -> None:
+    console = Console()
+    shapes = Table("width d_in", "shared inputs", "layers", "whole basis each", title="Inputs")
+    for d, groups, layers in widths(found.groups):
+        shapes.add_row(str(d), str(groups), str(layers), _bytes(4 * d * d))
+    console.print(shapes)
+    stages = Table("stage", "memory", "disk", "time", title="Stages")
+    for stage in found.stages:
+        stages.add_row(stage.name, _bytes(stage.memory), _bytes(stage.disk), _durations(stage))
+    console.print(stages)
+    keeping = Table("bases in training", "on the device", "on the host", title="Where bases lie")
+    for way in found.storages:
+        keeping.add_row(way.title, _bytes(way.device), _bytes(way.host))
+    console.print(keeping)
+    console.print(
+        f"{found.layers} layers read {len(found.groups)} inputs; {found.trainable:,} of "
+        f"{found.parameters:,} parameters are trained."
+    )
+    own, advice = found.storages[0], found.advice
+    free = f"of {_bytes(found.free)} that are free"
+    rows, tokens = found.batch
+    console.print(
+        f"A forward and backward pass over {rows} rows of {tokens} tokens takes "
+        f"{_bytes(found.activations)}, part of what training takes."
+    )
+    if advice is None:
+        console.print(
+            f"Training needs {_bytes(own.training)} {free}: too much. Fewer rows at once "
+            "(--training.batch_size, with more --training.gradient_accumulation_steps) or "
+            "--training.gradient_checkpointing true take less."
+        )
+    elif advice is not own:
+        console.print(
+            f"Training needs {_bytes(own.training)} {free}; with {advice.options} it needs "
+            f"{_bytes(advice.training)}."
+        )
+    else:
+        console.print(f"Training takes {_bytes(own.training)} {free}.")
+    console.print(
+        "Times are estimates from a second of measuring here; expect a factor of three. Where there are two, "
+        "sampling ends when it is enough (sampling.tolerance), between its first look and its ceiling."
+    )
+
+
+def _say(what: str | Table) -> None:
+    """Print, once for all processes."""
+    if ranks.rank() == 0:
+        Console().print(what, markup=False, highlight=False, soft_wrap=isinstance(what, str))
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    table = Table(title=f"After {report['steps']} steps")
+    for column in ("", "base", "adapted"):
+        table.add_column(column, justify="left" if not column else "right")
+    base, adapted, norm = report["base"], report["adapted"], report["total_norm"]
+    rows = [
+        ("learned: task loss (nats a response token)", base["task_loss"], adapted["task_loss"]),
+        ("kept: KL to the base (nats a token)", base["kl"], adapted["kl"]),
+        ("kept: change in cross-entropy", base["ce_change"], adapted["ce_change"]),
+        ("cost: norm of the update", 0.0, norm["frobenius"]),
+        ("cost: norm of the update in H", 0.0, norm["h_norm"]),
+    ]
+    for what, before, after in rows:
+        table.add_row(what, _number(before), _number(after))
+    _say(table)
+    _say(f"adapter: {report['adapter']}")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def _durations(stage: Stage) -> str:
+    if stage.soonest is None or stage.seconds is None:
+        return "not known"
+    soonest, latest = _duration(stage.soonest), _duration(stage.seconds)
+    return latest if soonest == latest else f"{soonest} to {latest}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _set_up_logging(verbose: bool) -> None:
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False)
+    level = logging.INFO if ranks.rank() == 0 else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", handlers=[handler], force=True)
+    transformers_logging.disable_progress_bar()
+    if not verbose:
+        for library in ("httpx", "datasets", "transformers", "huggingface_hub", "accelerate"):
+            logging.getLogger(library).setLevel(logging.ERROR)
+        transformers_logging.set_verbosity_error()
+        warnings.simplefilter("ignore", FutureWarning)
