@@ -138,7 +138,7 @@ class FakeEngine:
 @pytest.mark.parametrize("yes_at", [LOOKS[0], LOOKS[2], None])
 def test_it_is_asked_at_doublings_and_a_yes_ends_it(yes_at: int | None) -> None:
     config = folora.SamplingConfig(
-        num_sequences=300, min_new_tokens=32, max_new_tokens=40, batch_size=50
+        num_sequences=500, min_new_tokens=32, max_new_tokens=40, batch_size=50
     )
     asked: list[int] = []
 
@@ -150,10 +150,10 @@ def test_it_is_asked_at_doublings_and_a_yes_ends_it(yes_at: int | None) -> None:
     all_of_them = sample(FakeEngine(), 1, [2], config)
     looks = [look - 16 for look in LOOKS]
     assert asked == looks[: looks.index(yes_at - 16) + 1 if yes_at else 3]
-    total = yes_at or 300
+    total, held_out = (yes_at, 16) if yes_at else (500, config.num_held_out)
     assert len(found.calibration) + len(found.held_out) == total
-    assert found.calibration == all_of_them.calibration[: total - 16]
-    assert len(found.held_out) == 16
+    assert found.calibration == all_of_them.calibration[: total - held_out]
+    assert len(found.held_out) == held_out
 
 
 @pytest.fixture(scope="module")
@@ -164,16 +164,26 @@ def early(
     config = tiny_config(
         model=str(model_folder), dataset=str(rows_file),
         output=str(tmp_path_factory.mktemp("early") / "run"),
-        sampling={"num_sequences": 400, "tolerance": 0.5},
+        sampling={"num_sequences": 500, "tolerance": 0.5},
     )  # fmt: skip
     Run(config).run()
     return config
 
 
+@pytest.mark.parametrize(("ceiling", "asks"), [(119, False), (120, True)])
+def test_it_is_not_asked_for_less_than_half(ceiling: int, asks: bool) -> None:
+    config = folora.SamplingConfig(
+        num_sequences=ceiling, min_new_tokens=32, max_new_tokens=40, batch_size=50
+    )
+    assert config.may_end_early == asks
+    found = sample(FakeEngine(), 1, [2], config, enough=lambda sequences: True)
+    assert len(found.calibration) + 16 == (LOOKS[0] if asks else ceiling)
+
+
 @pytest.mark.parametrize("too_short", [0, 4])
 def test_a_yes_comes_before_another_batch_is_decoded(too_short: int) -> None:
     config = folora.SamplingConfig(
-        num_sequences=300, min_new_tokens=32, max_new_tokens=40, batch_size=64
+        num_sequences=500, min_new_tokens=32, max_new_tokens=40, batch_size=64
     )
     engine = FakeEngine()
 
@@ -219,12 +229,12 @@ def test_a_stricter_tolerance_goes_on_from_the_shards(early: FoLoraConfig) -> No
     shards = {p.name: p.stat().st_mtime_ns for p in (folder / "1-samples").glob("shard-*")}
     strict = early.changed({"sampling.tolerance": 1e-6})
     found = Run(strict).sample()
-    assert len(found.calibration) + len(found.held_out) == 400
+    assert len(found.calibration) + len(found.held_out) == 500
     after = {p.name: p.stat().st_mtime_ns for p in (folder / "1-samples").glob("shard-*")}
     assert shards.items() < after.items()
 
 
 def test_prepare_ends_early_too() -> None:
-    config = tiny_config(sampling={"num_sequences": 400, "tolerance": 0.5})
+    config = tiny_config(sampling={"num_sequences": 500, "tolerance": 0.5})
     prepared = folora.prepare(make_llama(), make_tokenizer(), rows(), config)
     assert len(prepared.samples.calibration) + 16 in LOOKS

@@ -142,7 +142,7 @@ class SamplingConfig:
     @property
     def may_end_early(self) -> bool:
         """Whether it is ever asked if there are enough."""
-        return self.tolerance is not None and self.num_sequences > FIRST_LOOK
+        return self.tolerance is not None and self.num_sequences >= 2 * FIRST_LOOK
 
     @property
     def num_held_out(self) -> int:

@@ -50,7 +50,7 @@ def sample(
         config: Counts, lengths, seed.
         shards: Folder for one file a batch; what is already there is not sampled again.
         enough: Asked with the sequences for C_pre when there are `FIRST_LOOK` sequences, twice as
-            many, and so on; at a yes sampling ends before its ceiling. Later calls bring all that
+            many, and so on up to half the ceiling; at a yes sampling ends. Later calls bring all that
             earlier ones did.
 
     Raises:
@@ -102,8 +102,9 @@ def _split(accepted: list[list[int]], config: SamplingConfig, rejected: Counter[
 
 
 def _looks(ceiling: int) -> Iterator[int]:
+    """Numbers of sequences after which it is asked, as long as a yes saves as many again."""
     count = FIRST_LOOK
-    while count < ceiling:
+    while 2 * count <= ceiling:
         yield count
         count *= 2
 
