@@ -209,7 +209,8 @@ def test_a_run_with_a_shared_out_base_goes_on_without(bench: Bench) -> None:
     """Its checkpoints, statistics and fingerprints are those of a whole base."""
     stopped = [killed(bench, 2, 1, 2, "--shard", "DDP")]
     assert breaches({**NOTHING, "killed": stopped}) == []
-    one, other = (bench.place / name for name in (bench.undisturbed(1), "--shard-2"))
+    names = bench.undisturbed(1), bench.undisturbed(2, "--shard")
+    one, other = (bench.place / name for name in names)
     requests = [json.loads((p / TRAINING / "request.json").read_text()) for p in (one, other)]
     assert requests[0]["model"] == requests[1]["model"]
 

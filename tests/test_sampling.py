@@ -46,10 +46,11 @@ def test_same_set_whatever_the_batch_size(batch_size: int) -> None:
 
 @pytest.mark.parametrize("make", [make_llama, make_gpt2, make_mistral])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_steps_write_what_generate_writes(make: Any, attention: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_write_what_generate_writes(make: Any, attention: str, dtype: torch.dtype) -> None:
     """Also rows that end in other steps; the graph itself needs a GPU, see test_cuda.py."""
     config = replace(CONFIG, num_sequences=64, min_new_tokens=2)
-    model = make()
+    model = make().to(dtype)
     model.set_attn_implementation(attention)
     generates, loops = (HuggingFaceEngine(model, 1, [2], config) for _ in range(2))
     assert loops.steps == (make is not make_mistral)  # which has a sliding window

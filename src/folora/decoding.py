@@ -31,14 +31,15 @@ class CannotReplay(Exception):
 
 
 def is_steppable(model: Any) -> bool:
-    """Whether `Forward` may run a model: it reads a static cache, with the same kernels for every token.
+    """Whether `Forward` may run a model: alone, with a static cache, the same kernels for every token."""
+    return not is_shared_out(model) and _reads_static_cache(model)
 
-    By what transformers says of it; caches of sliding windows count on the host.
-    """
+
+def _reads_static_cache(model: Any) -> bool:
+    """By what transformers says of it; caches of sliding windows count on the host."""
     quantizer = getattr(model, "hf_quantizer", None)
     return (
         model.device.type in ("cuda", "cpu")
-        and not is_shared_out(model)
         and bool(getattr(model, "_can_compile_fullgraph", False))
         and getattr(model.config, "_attn_implementation", None) in MASKED
         and (quantizer is None or quantizer.is_compileable)
@@ -68,6 +69,18 @@ def _cache(model: Any, length: int) -> Cache:
     if model.device.type == "cuda":
         return cache
     return Cache(layers=[_WrittenPart(length) for _ in cache.layers])
+
+
+def cache_to_generate(model: Any, length: int) -> dict[str, Any]:
+    """What makes ``generate`` use the cache that `Forward` would, on the CPU to the bit.
+
+    On an accelerator nothing: there it would compile the model for a static cache.
+    """
+    if model.device.type != "cpu":
+        return {}
+    if _reads_static_cache(model):
+        return {"past_key_values": _cache(model, length)}
+    return {"cache_implementation": "static"}
 
 
 class Forward:

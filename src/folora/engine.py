@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from folora import ranks
 from folora.config import SamplingConfig
-from folora.decoding import CannotReplay, Forward, decode, is_steppable
+from folora.decoding import CannotReplay, Forward, cache_to_generate, decode, is_steppable
 from folora.draws import UNSOUND, SequenceDraws
 from folora.errors import NumericsError
 from folora.memory import cache_bytes, free_bytes
@@ -144,14 +144,13 @@ class HuggingFaceEngine:
                 do_sample=False,
                 num_beams=1,
                 use_cache=True,
-                # Written in place; on an accelerator generate would compile the model for it.
-                cache_implementation="static" if start.device.type == "cpu" else None,
                 max_new_tokens=self.config.max_new_tokens,
                 eos_token_id=self.eos_ids or NO_TOKEN,
                 pad_token_id=self.eos_ids[0] if self.eos_ids else 0,
                 repetition_penalty=1.0,
             ),
             logits_processor=LogitsProcessorList([draws]),
+            **cache_to_generate(self.model, self.config.max_new_tokens),
         )
         if draws.unsound:
             raise NumericsError(UNSOUND.format(""))
