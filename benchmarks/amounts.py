@@ -27,6 +27,7 @@ from folora.artifacts import software_versions
 from folora.config import DataConfig, FoLoraConfig
 from folora.convergence import watched
 from folora.data import Example, batches, load_rows, prepare_task, text_examples
+from folora.defaults import TAU
 from folora.disk import write_text
 from folora.errors import DataError
 from folora.loading import load_model, load_tokenizer
@@ -34,7 +35,7 @@ from folora.preparation import groups_of
 from folora.progress import progress
 from folora.proxies import load_proxy_set
 from folora.report import NONE, Table
-from folora.spectrum import TAU, agreement, generalized_eigenbasis
+from folora.spectrum import agreement, generalized_eigenbasis
 
 FORMAT = "amounts/1"
 LENGTHS = (64, 128, 256, 512)  # tokens

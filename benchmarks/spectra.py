@@ -18,16 +18,10 @@ import torch
 from torch import Tensor
 
 from folora.artifacts import read_artifact, software_versions
+from folora.defaults import LAMBDA, S_MIN, TAU
 from folora.disk import write_text
 from folora.pipeline import STATISTICS
-from folora.spectrum import (
-    LAMBDA,
-    S_MIN,
-    TAU,
-    generalized_eigenbasis,
-    off_diagonal_mass,
-    spectral_gate,
-)
+from folora.spectrum import generalized_eigenbasis, off_diagonal_mass, spectral_gate
 
 FORMAT = "spectra/1"
 QUANTILES = 33

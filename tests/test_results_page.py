@@ -21,9 +21,10 @@ from benchmarks.report import PAGES, main, render
 from benchmarks.source import Source
 from benchmarks.spectra import main as spectra_main
 from folora.artifacts import write_artifact
+from folora.defaults import S_MIN, TAU
 from folora.errors import ConfigError, NumericsError
 from folora.methods import METHODS
-from folora.spectrum import S_MIN, TAU, off_diagonal_mass
+from folora.spectrum import off_diagonal_mass
 
 ROOT = Path(__file__).parents[1]
 RATES = (1e-3, 3e-3, 1e-2)

@@ -1,7 +1,7 @@
 """folora: fine-tune a foundation model and keep what it already knew (arXiv:2606.00132).
 
-Names are those of ``__init__.pyi``. Each is imported when it is first asked for: PEFT, TRL and
-Transformers take seconds, which neither ``folora --help`` nor a wrong option has to wait for.
+Names are those of ``__init__.pyi``. Each is imported when it is first asked for: PyTorch, PEFT,
+TRL and Transformers take seconds, which neither ``folora --help`` nor a wrong option has to wait for.
 """
 
 import lazy_loader

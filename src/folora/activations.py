@@ -268,10 +268,9 @@ def second_moments(
                 given = inputs.get("attention_mask")
                 mask = None if given is None else given.bool()
                 if halved:
-                    ids = inputs["input_ids"]
-                    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-                    places = row + sum(sizes[:own]) + torch.arange(sizes[own], device=ids.device)
-                    even = (places % 2 == 0)[:, None].expand_as(mask)
+                    if mask is None:
+                        mask = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+                    even = _even_rows(mask, row + sum(sizes[:own]))
                 model(**inputs, **spared, use_cache=False)
             if counts:
                 read = int(inputs["input_ids"].numel() if mask is None else mask.sum())
@@ -325,6 +324,12 @@ class _Sums:
             upper = ranks.add_(self.matrices[name].triu_())
             self.matrices[name] = (upper + upper.triu(1).T) / tokens
         return Moments(self.matrices, tokens)
+
+
+def _even_rows(mask: Tensor, first: int) -> Tensor:
+    """Of the shape of a mask (rows, tokens), of which the first is row `first`."""
+    numbers = first + torch.arange(len(mask), device=mask.device)
+    return (numbers % 2 == 0)[:, None].expand_as(mask)
 
 
 def _check_finite(sums: dict[str, Tensor]) -> None:

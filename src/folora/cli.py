@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.markup import escape
 
 import folora
-from folora import ranks
 from folora.config import FoLoraConfig, option_names, parse_yaml, read_yaml
 from folora.errors import ConfigError, FoLoraError, nearest
 from folora.methods import METHODS
@@ -131,10 +130,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def entry() -> NoReturn:
     """Console script."""
     code = main()
-    if code == 0:
-        ranks.leave()
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     # At once: not when an eigenproblem is solved, or another process has answered.
-    if code > 128 or ranks.count() > 1:
+    if code > 128 or (code and several):
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)

@@ -41,6 +41,11 @@ def execute(options: argparse.Namespace, config: FoLoraConfig) -> None:
     """
     ranks.join(config.device)
     _set_up_logging(options.verbose)
+    _work(options, config)
+    ranks.leave()
+
+
+def _work(options: argparse.Namespace, config: FoLoraConfig) -> None:
     command = options.command
     if command in ("plan", "compare") and ranks.count() > 1:
         raise ConfigError(f"folora {command} works in one process; start it without a launcher")

@@ -19,8 +19,8 @@ from typing import Any, Literal, get_args, get_type_hints
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from folora.defaults import LAMBDA, S_MIN, TAU
 from folora.errors import ConfigError, nearest
-from folora.spectrum import LAMBDA, S_MIN, TAU
 
 StepScale = Literal["task", "paper"]
 Basis = Literal["generalized", "pretraining", "whitening"]

@@ -21,13 +21,10 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from folora.defaults import LAMBDA, S_MIN, TAU
 from folora.errors import NumericsError
 
 logger = logging.getLogger(__name__)
-
-TAU = 1e-3
-LAMBDA = 1.0
-S_MIN = 0.3
 
 ASYMMETRY = 1e-4  # of the largest entry; fp32 accumulation leaves about 1e-6
 NEGATIVITY = 1e-5  # of the Frobenius norm; likewise
