@@ -86,10 +86,10 @@ def test_what_the_first_look_measured_is_kept_if_that_was_enough(
 
     task = {"one": moment(8, seed=9).float()}
     convergence = Convergence(measure, task, 1e-3, 1.0, 0.3, 3, 0.1, keeps)
-    said = [convergence([[1]] * count) for count in (4, 10)[:enough_at]]
-    assert said[0] == (enough_at == 1)
+    for look, count in enumerate((4, 10)[:enough_at], start=1):
+        assert convergence([[1]] * count) == (look == enough_at)
+        assert (convergence.pre is not None) == (keeps and look == enough_at == 1)
     assert asked == [(4, keeps), (6, False)][:enough_at]
-    assert (convergence.pre is not None) == (keeps and enough_at == 1)
 
 
 @pytest.mark.parametrize("memory_gb", [None, 1e-5])
