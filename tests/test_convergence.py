@@ -113,6 +113,10 @@ def test_c_pre_has_the_same_bits_whether_or_not_a_look_measured_it(
     assert again._looked is None
     again.measure()
     assert again.statistics("pre").manifest["sha256"] == found.manifest["sha256"]
+    shutil.rmtree(tmp_path / "run" / "1-samples" / "set")
+    again.sample()  # asks anew
+    again.measure()  # which is done
+    assert again._looked is None
 
 
 def test_a_few_inputs_are_watched_over_the_whole_model() -> None:

@@ -12,7 +12,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from typing import Any
 
@@ -225,9 +225,9 @@ def second_moments(
     """
     leaders = {group.name: group for group in groups}
     halved = {group.name: group for group in apart}
-    whole, halves = _Sums({}), (_Sums({}), _Sums({}))
+    whole, halves = _Sums(), (_Sums(), _Sums())
     mask: Tensor | None = None  # (batch, tokens) bool: what counts
-    even = torch.empty(0)  # of the same shape: what is of even rows
+    even = torch.empty(0)  # of the tokens that count, bool: whether they are of even rows
 
     def accumulate(name: str, x: Tensor) -> None:
         if not counts:
@@ -242,8 +242,8 @@ def second_moments(
             rows = rows[mask.reshape(-1).to(rows.device)]
         whole.add(name, rows)
         if name in halved:
-            first = even[mask].to(rows.device)
-            for half, part in zip(halves, (rows[first], rows[~first]), strict=True):
+            here = even.to(rows.device)
+            for half, part in zip(halves, (rows[here], rows[~here]), strict=True):
                 half.add(name, part)
 
     shared_out = is_shared_out(model)
@@ -270,13 +270,13 @@ def second_moments(
                 if halved:
                     if mask is None:
                         mask = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
-                    even = _even_rows(mask, row + sum(sizes[:own]))
+                    even = _even_rows(mask, row + sum(sizes[:own]))[mask]
                 model(**inputs, **spared, use_cache=False)
             if counts:
                 read = int(inputs["input_ids"].numel() if mask is None else mask.sum())
                 whole.tokens += read
                 if halved:
-                    in_even = int(even[mask].sum())
+                    in_even = int(even.sum())
                     halves[0].tokens += in_even
                     halves[1].tokens += read - in_even
                 on_batch(read)
@@ -302,7 +302,7 @@ def second_moments(
 class _Sums:
     """Sums of x x' in the making, of which the upper triangles count, and of how many tokens."""
 
-    matrices: dict[str, Tensor]
+    matrices: dict[str, Tensor] = field(default_factory=dict)
     tokens: int = 0
 
     def add(self, name: str, rows: Tensor) -> None:

@@ -339,12 +339,12 @@ class Run:
 
     def _measure_pre(self) -> None:
         proxies = self.proxies()
+        looked, self._looked = self._looked, None  # let go of even if there is nothing to make
 
         def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
             if self.config.base is not None:
                 found = self._base_file()
                 return found.moments(self.groups), {"tokens": found.manifest["tokens"]}
-            looked, self._looked = self._looked, None
             if looked is None or looked[0] != proxies.fingerprint:
                 return self._measured("pre", text_examples(proxies.calibration))
             logger.info("C_pre: measured when it was asked whether the text is enough")
