@@ -14,6 +14,7 @@ from folora.errors import NumericsError
 from folora.spectrum import (
     BASES,
     Spectrum,
+    checked_moment,
     complement_frame,
     generalized_eigenbasis,
     smallest_eigenvectors,
@@ -183,6 +184,14 @@ def broken(kind: str) -> torch.Tensor:
     if kind == "integer":
         c = c.long()
     return c
+
+
+def test_asymmetry_of_rounding_is_averaged_out() -> None:
+    exact = moment(6)
+    rounded = exact + 1e-5 * torch.randn(6, 6, generator=torch.Generator().manual_seed(0)).double()
+    given = rounded.clone()
+    assert torch.equal(checked_moment(given, "C"), (rounded + rounded.T) / 2)
+    assert torch.equal(given, rounded)
 
 
 @pytest.mark.parametrize(

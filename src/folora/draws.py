@@ -122,7 +122,8 @@ class SequenceDraws(LogitsProcessor):
 def invert(scores: Tensor, draws: Tensor) -> Tensor:
     """The token of each row whose share of the cumulative distribution holds the row's draw.
 
-    Sums are in float64, first over blocks of tokens and then inside of the one block that is hit.
+    Blocks of tokens are summed first, and tokens inside of the one block that is hit. The sums run on in
+    float64; that of a block is in float32, whose pairwise sum of so few is exact to its rounding.
 
     Args:
         scores: Unnormalized log-probabilities, (rows, vocabulary) float32, -inf where forbidden.
@@ -135,11 +136,12 @@ def invert(scores: Tensor, draws: Tensor) -> Tensor:
     if rest := -scores.shape[1] % BLOCK:
         weights = torch.nn.functional.pad(weights, (0, rest))
     blocks = weights.unflatten(1, (-1, BLOCK))
-    upto = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    shares = blocks.sum(-1)
+    upto = shares.cumsum(-1, dtype=torch.float64)
     draw = draws[:, None] * upto[:, -1:]
     hit = torch.searchsorted(upto, draw, right=True).clamp_(max=upto.shape[1] - 1)
     block = blocks.gather(1, hit[..., None].expand(-1, 1, BLOCK))[:, 0].double()
-    inside = block.cumsum(-1) + (upto.gather(1, hit) - block.sum(-1, keepdim=True))
+    inside = block.cumsum(-1) + (upto - shares).gather(1, hit)
     # Rounding may leave a draw just beyond the sum; then it is the last token that is allowed.
     places = torch.arange(BLOCK, device=scores.device)
     last = torch.where(block > 0, places, 0).amax(-1, keepdim=True)
@@ -153,7 +155,9 @@ def restrict(scores: Tensor, setting: Decoding) -> Tensor:
     if setting.top_k:
         kth = scores.topk(min(setting.top_k, scores.shape[-1])).values[:, -1:]
         scores = scores.masked_fill(scores < kth, -float("inf"))
-    return scores if setting.top_p == 1.0 else _nucleus(scores, setting.top_p, CANDIDATES)
+    if setting.top_p == 1.0:
+        return scores
+    return _nucleus(scores, setting.top_p, setting.top_k or CANDIDATES)
 
 
 def _nucleus(scores: Tensor, top_p: float, candidates: int) -> Tensor:

@@ -37,7 +37,7 @@ PROBE = 512
 DECODING_EFFICIENCY, TRAINING_EFFICIENCY = 0.15, {"cpu": 0.25}
 # Operations of a solve over the cube of the width, in float64: to reduce it to one matrix, and for all its
 # vectors; and of k leading ones over k times the square of the width. Measured.
-REDUCTION, ALL_VECTORS, LEADING_VECTORS = 3, 17, 60
+REDUCTION, ALL_VECTORS, LEADING_VECTORS = 2.4, 17, 60
 
 
 @dataclass(frozen=True)

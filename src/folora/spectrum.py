@@ -31,6 +31,7 @@ NEGATIVITY = 1e-5  # of the Frobenius norm; likewise
 RESIDUAL = 1e-6
 RIDGE_RETRIES = 6
 SMALLEST_RIDGE = 1e-10
+SOLVE_BLOCKS = 4  # of rows
 
 FEW = 4  # times as many directions as are wanted, from which they are looked for alone
 LEADING_RESIDUAL = 1e-6  # |M v - gamma v| / gamma
@@ -76,24 +77,24 @@ def checked_moment(matrix: Tensor, what: str) -> Float64[Tensor, "d d"]:
         raise NumericsError(f"{what} has shape {tuple(matrix.shape)}, but must be square")
     if not matrix.is_floating_point():
         raise NumericsError(f"{what} has dtype {matrix.dtype}, but must be floating point")
-    if not torch.isfinite(matrix).all():
+    largest = _largest_entry(matrix)
+    if not math.isfinite(largest):
         bad = int((~torch.isfinite(matrix)).sum())
         raise NumericsError(
             f"{what} has {bad} entries that are not finite; the activations overflowed or the "
             "weights hold NaN. Measure in bf16 or fp32 instead of fp16, and check the weights."
         )
-    wide = matrix.double()
-    largest = float(wide.abs().max())
-    asymmetry = float((wide - wide.T).abs().max())
+    asymmetry = _largest_entry(matrix - matrix.T)
     if asymmetry > ASYMMETRY * largest:
         raise NumericsError(
             f"{what} is not symmetric: max|C - C'| is {asymmetry:.3g}, allowed is "
             f"{ASYMMETRY * largest:.3g}. A second moment X'X / tokens is symmetric."
         )
-    wide = (wide + wide.T) / 2
+    wide = matrix.double()
+    if asymmetry > 0:
+        wide = (wide + wide.T) / 2
     slack = NEGATIVITY * float(torch.linalg.matrix_norm(wide))
-    shifted = wide + slack * torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
-    if largest > 0 and int(torch.linalg.cholesky_ex(shifted).info) != 0:
+    if largest > 0 and int(torch.linalg.cholesky_ex(_ridged(wide, slack)).info) != 0:
         raise NumericsError(
             f"{what} has an eigenvalue below -{slack:.3g}, which rounding does not explain. "
             "A second moment X'X / tokens has none; was the file made by something else?"
@@ -133,10 +134,9 @@ def generalized_eigenbasis(
     """
     pre, task, mean_power = _checked_pair(c_pre, c_task, tau, name)
     h, lower, used = _factor(pre, tau, name)
-    half = torch.linalg.solve_triangular(lower, task, upper=False)
-    reduced = torch.linalg.solve_triangular(lower, half.T, upper=False)
+    reduced = _congruent(lower, task)
     total = float(reduced.diagonal().sum())
-    gamma, rotation = _largest((reduced + reduced.T) / 2, directions, name)
+    gamma, rotation = _largest(reduced, directions, name)
     basis = torch.linalg.solve_triangular(lower.T, rotation, upper=True)
 
     identity = torch.eye(len(gamma), dtype=gamma.dtype, device=gamma.device)
@@ -406,8 +406,9 @@ def _whitened(
     image = basis.T @ task @ basis
     gamma, order = image.diagonal().clamp(min=0.0).sort(descending=True)
     basis, image = basis[:, order], image[order][:, order]
-    h = pre + tau * torch.eye(len(pre), dtype=pre.dtype, device=pre.device)
-    error = basis.T @ h @ basis - torch.eye(len(pre), dtype=pre.dtype, device=pre.device)
+    error = basis.T @ _ridged(pre, tau) @ basis - torch.eye(
+        len(pre), dtype=pre.dtype, device=pre.device
+    )
     scale = max(float(gamma[0]), torch.finfo(torch.float64).tiny)
     return Spectrum(
         basis=basis[:, :directions] / mean_power**0.5,
@@ -422,12 +423,11 @@ def _whitened(
 
 def _factor(pre: Tensor, tau: float, name: str) -> tuple[Tensor, Tensor, float]:
     """H, its lower Cholesky factor and the ridge used, for a C_pre of unit mean power."""
-    identity = torch.eye(len(pre), dtype=pre.dtype, device=pre.device)
     ridge = tau
     for attempt in range(RIDGE_RETRIES + 1):
-        h = pre + ridge * identity
+        h = _ridged(pre, ridge)
         lower, info = torch.linalg.cholesky_ex(h)
-        if int(info) == 0 and bool(torch.isfinite(lower).all()):
+        if int(info) == 0 and math.isfinite(_largest_entry(lower)):
             return h, lower, ridge
         if attempt < RIDGE_RETRIES:
             raised = max(10 * ridge, SMALLEST_RIDGE)
@@ -440,6 +440,30 @@ def _factor(pre: Tensor, tau: float, name: str) -> tuple[Tensor, Tensor, float]:
         f"{name}: C_pre + tau mean(diag) I is not positive definite even at tau = {ridge:g} (asked "
         f"for: {tau:g}). Give a larger tau, or measure C_pre on more text."
     )
+
+
+def _ridged(matrix: Tensor, ridge: float) -> Tensor:
+    """A copy with so much added to the diagonal."""
+    found = matrix.clone()
+    found.diagonal().add_(ridge)
+    return found
+
+
+def _largest_entry(matrix: Tensor) -> float:
+    """max |entry|; not finite if an entry is not."""
+    return float(torch.linalg.vector_norm(matrix, math.inf))
+
+
+def _congruent(lower: Tensor, symmetric: Tensor) -> Tensor:
+    """L^(-1) S L^(-T) for a symmetric S: the second solve is of what lies on or above the diagonal alone."""
+    half = torch.linalg.solve_triangular(lower, symmetric, upper=False).T
+    found = torch.zeros_like(half)
+    width = -(-len(half) // SOLVE_BLOCKS)
+    for start in range(0, len(half), width):
+        rows = slice(start, start + width)
+        left = half[rows, start:] - lower[rows, :start] @ found[:start, start:]
+        found[rows, start:] = torch.linalg.solve_triangular(lower[rows, rows], left, upper=False)
+    return found.triu() + found.triu(1).T
 
 
 def are_few(count: int, d: int) -> bool:
