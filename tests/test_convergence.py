@@ -239,7 +239,10 @@ def test_a_stricter_tolerance_goes_on_from_the_shards(early: FoLoraConfig) -> No
     assert shards.items() < after.items()
 
 
-def test_prepare_ends_early_too() -> None:
+def test_prepare_ends_early_too(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "folora")
     config = tiny_config(sampling={"num_sequences": 500, "tolerance": 0.5})
     prepared = folora.prepare(make_llama(), make_tokenizer(), rows(), config)
     assert len(prepared.samples.calibration) + 16 in LOOKS
+    said = " ".join(record.getMessage() for record in caplog.records)
+    assert "looking (tokens): took" in said and "tokens/s" in said  # it is no moment, on real models

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 
 import pytest
+from rich.console import Console
 
 from folora import progress as module
 from folora.progress import progress
@@ -27,3 +29,16 @@ def test_what_failed_has_not_been_done(caplog: pytest.LogCaptureFixture) -> None
     with pytest.raises(ValueError), progress("reading", 10):
         raise ValueError
     assert not caplog.records
+
+
+def test_one_runs_in_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.StringIO()
+    monkeypatch.setattr(module, "STDERR", Console(file=written, force_terminal=True, width=120))
+    with progress("writing", 10) as outer:
+        outer(4)
+        with progress("looking", 5) as inner:
+            inner(5)
+        outer(6)
+    last = written.getvalue().split("\n")[-2]
+    assert "looking" in written.getvalue()
+    assert "writing" in last and "10/10" in last

@@ -24,6 +24,7 @@ from folora.loading import required
 from folora.pictures import frontier_picture, norm_picture
 from folora.pipeline import ADAPTER, COMPARISON, Run
 from folora.planning import Plan, Stage, plan, widths
+from folora.progress import STDERR
 from folora.report import comparison_table
 from folora.results import load_results
 
@@ -228,7 +229,7 @@ def _duration(seconds: float) -> str:
 
 
 def _set_up_logging(verbose: bool) -> None:
-    handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False)
+    handler = RichHandler(console=STDERR, show_path=False, show_level=False)
     level = logging.INFO if ranks.rank() == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", handlers=[handler], force=True)
     transformers_logging.disable_progress_bar()

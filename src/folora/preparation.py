@@ -265,8 +265,11 @@ def convergence(
     chosen = watched(groups)
 
     def measured(sequences: Sequence[list[int]], all_of_them: bool) -> Moments:
-        texts = batches(text_examples(sequences), config.statistics.batch_size)
-        return second_moments(model, groups if all_of_them else chosen, texts, apart=chosen)
+        examples = text_examples(sequences)
+        texts = batches(examples, config.statistics.batch_size)
+        where = groups if all_of_them else chosen
+        with progress("looking (tokens)", sum(len(e.input_ids) for e in examples)) as tick:
+            return second_moments(model, where, texts, lambda n: tick(n, n), apart=chosen)
 
     return Convergence(
         measured,

@@ -23,6 +23,7 @@ from folora import ranks
 logger = logging.getLogger(__name__)
 
 LOG_SECONDS = 30.0
+STDERR = Console(stderr=True)  # one, so that bars and lines do not overwrite each other
 
 
 class Tick(Protocol):
@@ -35,11 +36,10 @@ class Tick(Protocol):
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Tick]:
-    """Show the progress of `total` units of work on stderr while the block runs."""
-    console = Console(stderr=True)
+    """Show the progress of `total` units of work on stderr while the block runs; one in another will do."""
     started = time.monotonic()
     done = tokens_done = 0
-    logs = not console.is_terminal and ranks.rank() == 0
+    logs = not STDERR.is_terminal and ranks.rank() == 0
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -48,8 +48,8 @@ def progress(what: str, total: int) -> Iterator[Tick]:
         TextColumn("left"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[rate]}"),
-        console=console,
-        disable=not console.is_terminal or ranks.rank() > 0,
+        console=STDERR,
+        disable=not STDERR.is_terminal or ranks.rank() > 0,
     )
     last_log = started
 
