@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+import folora.commands  # noqa: F401 - which the command line imports when it is called
 from folora.cli import entry
 
 PATIENCE = 120.0  # seconds for a run that takes two
