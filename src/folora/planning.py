@@ -11,8 +11,10 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from folora.activations import (
     GRAM_SHARE,
@@ -133,6 +135,69 @@ def plan(
     """
     if processes < 1:
         raise ConfigError(f"--processes is {processes}, but must be >= 1")
+    known = _known(config, processes)
+    training = config.training
+    # A packed row is as long as rows are packed to.
+    packed = training.extra.get("max_length") if training.extra.get("packing") else None
+    batch = (training.batch_size, packed or longest or config.data.max_length)
+    typed = known.skeleton.to(known.dtype)  # type: ignore[arg-type]
+    activations = step_bytes(
+        outline(typed, known.layers, config.adapter.r).train(),
+        *batch,
+        on_cpu=known.device.type == "cpu",
+        checkpointing=training.gradient_checkpointing,
+    )
+    factors = known.trainable * 4 * (2 if config.adapter.init == "null_space" else 1)
+    without = known.weights + factors + 2 * 4 * known.trainable + activations
+    storages = ways(config, known.groups, without, processes)
+    seconds = _training_seconds(known, config, task_tokens, rows)
+    checkpoints = 2 * (factors + 3 * 4 * known.trainable)
+    free = free_bytes(known.device) // (processes if known.device.type == "cpu" else 1)
+    return Plan(
+        groups=known.groups,
+        layers=len(known.layers),
+        parameters=known.parameters,
+        trainable=known.trainable,
+        stages=[
+            *_text_stages(known, config),
+            _solving(known, config),
+            Stage("train", storages[0].training, checkpoints, seconds, seconds),
+            Stage("export", factors, factors, None, None),
+        ],
+        storages=storages,
+        batch=batch,
+        activations=activations,
+        free=free,
+    )
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What all stages work on, how many processes share them, and how fast each is."""
+
+    device: torch.device
+    dtype: torch.dtype
+    model_config: Any
+    skeleton: PreTrainedModel
+    groups: list[InputGroup]
+    layers: dict[str, tuple[int, int]]
+    parameters: int
+    trainable: int
+    processes: int
+    weights: int
+    """Bytes of the base in a process."""
+    rate: float
+    """Operations a second of a product in the model's dtype."""
+    wide_rate: float
+    """Likewise in float64."""
+
+    @property
+    def moments(self) -> int:
+        """Bytes of all second moments."""
+        return sum(4 * g.d_in**2 for g in self.groups)
+
+
+def _known(config: FoLoraConfig, processes: int) -> _Known:
     device = device_of(config)
     model_config = load_config(config, required(config.model, "model"))
     with torch.device("meta"):
@@ -145,103 +210,98 @@ def plan(
     }
     groups = find_groups(skeleton, layers, batch)
     check_adapter(skeleton, groups, config.adapter)
-
     dtype = dtype_for(config, device, model_config) or torch.bfloat16
     parameters = sum(p.numel() for p in skeleton.parameters())
-    trainable = sum(config.adapter.r * (d_in + d_out) for d_in, d_out in layers.values())
-    moments = sum(4 * g.d_in**2 for g in groups)
     weights = parameters * dtype.itemsize
     if config.shard:
         blocks = model_config.get_text_config().num_hidden_layers
         weights = int(held_bytes(weights, blocks, processes))
-    flops, wide_flops = _speed(device, dtype), _speed(device, torch.float64)
-    room = room_for_moments(device, config.statistics.memory_gb, weights)
-    parts = [sum(4 * g.d_in**2 for g in part) for part in passes(groups, room)]
+    return _Known(
+        device=device,
+        dtype=dtype,
+        model_config=model_config,
+        skeleton=skeleton,
+        groups=groups,
+        layers=layers,
+        parameters=parameters,
+        trainable=sum(config.adapter.r * (d_in + d_out) for d_in, d_out in layers.values()),
+        processes=processes,
+        weights=weights,
+        rate=_speed(device, dtype),
+        wide_rate=_speed(device, torch.float64),
+    )
 
-    sampling = config.sampling
+
+def _text_stages(known: _Known, config: FoLoraConfig) -> tuple[Stage, Stage]:
+    """Sampling, and measuring what was sampled and the task."""
+    sampling, processes = config.sampling, known.processes
     length = (sampling.min_new_tokens + sampling.max_new_tokens) // 2
     most = 0 if config.base is not None else sampling.num_sequences
     fewest = min(most, FIRST_LOOK) if config.ends_early else most
-    at_once = batch_size_for(device, model_config, dtype.itemsize, sampling, processes, weights)
+    at_once = batch_size_for(
+        known.device, known.model_config, known.dtype.itemsize, sampling, processes, known.weights
+    )
+    a_token = cache_bytes(known.model_config, known.dtype.itemsize)
+    cache = a_token * at_once * sampling.max_new_tokens
+    room = room_for_moments(known.device, config.statistics.memory_gb, known.weights)
+    parts = [sum(4 * g.d_in**2 for g in part) for part in passes(known.groups, room)]
+    of_task = config.statistics.task_examples * min(config.data.max_length, 256)
+    forward = 2 * known.parameters
+    gram = GRAM_SHARE * sum(2 * g.d_in**2 for g in known.groups)
     elsewhere = sampling.server is not None
-    cache = cache_bytes(model_config, dtype.itemsize) * at_once * sampling.max_new_tokens
-    task_measured = config.statistics.task_examples * min(config.data.max_length, 256)
-    gram = GRAM_SHARE * sum(2 * g.d_in**2 for g in groups)
-    forward = 2 * parameters
-    kept = solved_directions(config)
-    spectrum = sum(4 * g.d_in * min(kept or g.d_in, g.d_in) for g in groups)
-    solve_operations = sum(_solve_operations(g.d_in, kept) for g in groups)
-    training = config.training
 
     def sampling_seconds(sequences: int) -> float | None:
         if elsewhere:
             return None
         # Of the busiest process: batches are not divided, and the last is as large as the others.
         mine = math.ceil(math.ceil(sequences / at_once) / processes) * at_once
-        return forward * mine * length / flops / DECODING_EFFICIENCY
+        return forward * mine * length / known.rate / DECODING_EFFICIENCY
 
     def measuring_seconds(sequences: int) -> float:
-        tokens = sequences * length + task_measured
-        return (len(parts) * forward + gram) * tokens / flops / processes
+        tokens = sequences * length + of_task
+        return (len(parts) * forward + gram) * tokens / known.rate / processes
 
-    solving_share = math.ceil(len(groups) / processes) / len(groups)  # likewise
-    solving_seconds = solving_share * solve_operations / wide_flops
-    training_seconds = None
-    if task_tokens:
-        tokens = training.num_train_epochs * task_tokens / processes
-        if training.max_steps > 0 and rows:
-            a_step = training.batch_size * training.gradient_accumulation_steps
-            tokens = training.max_steps * a_step * task_tokens / rows
-        training_seconds = 3 * forward * tokens / flops / TRAINING_EFFICIENCY.get(device.type, 1.0)
-    state = trainable * 4 * (2 if config.adapter.init == "null_space" else 1)
-    widest = max(g.d_in for g in groups)
-    # A packed row is as long as rows are packed to.
-    packed = training.extra.get("max_length") if training.extra.get("packing") else None
-    batch_trained = (training.batch_size, packed or longest or config.data.max_length)
-    typed = skeleton.to(dtype)  # type: ignore[arg-type]
-    activations = step_bytes(
-        outline(typed, layers, config.adapter.r).train(),
-        *batch_trained,
-        on_cpu=device.type == "cpu",
-        checkpointing=training.gradient_checkpointing,
-    )
-    without = weights + state + 2 * 4 * trainable + activations
-    storages = ways(config, groups, without, processes)
-    stages = [
+    return (
         Stage(
             "sample",
-            weights + (0 if elsewhere else cache),
+            known.weights + (0 if elsewhere else cache),
             8 * most * length,
             sampling_seconds(most),
             sampling_seconds(fewest),
         ),
         Stage(
             "measure",
-            weights + 2 * max(parts),
-            2 * moments,
+            known.weights + 2 * max(parts),
+            2 * known.moments,
             measuring_seconds(most),
             measuring_seconds(fewest),
         ),
-        Stage(
-            "solve",
-            2 * moments + spectrum + 10 * 8 * widest**2,
-            spectrum,
-            solving_seconds,
-            solving_seconds,
-        ),
-        Stage(
-            "train",
-            storages[0].training,
-            2 * (state + 3 * 4 * trainable),
-            training_seconds,
-            training_seconds,
-        ),
-        Stage("export", state, state, None, None),
-    ]
-    free = free_bytes(device) // (processes if device.type == "cpu" else 1)
-    return Plan(
-        groups, len(layers), parameters, trainable, stages, storages, batch_trained, activations, free
-    )  # fmt: skip
+    )
+
+
+def _solving(known: _Known, config: FoLoraConfig) -> Stage:
+    kept = solved_directions(config)
+    bases = sum(4 * g.d_in * min(kept or g.d_in, g.d_in) for g in known.groups)
+    widest = max(g.d_in for g in known.groups)
+    count = len(known.groups)
+    share = math.ceil(count / known.processes) / count  # of the busiest process
+    seconds = share * sum(_solve_operations(g.d_in, kept) for g in known.groups) / known.wide_rate
+    return Stage("solve", 2 * known.moments + bases + 10 * 8 * widest**2, bases, seconds, seconds)
+
+
+def _training_seconds(
+    known: _Known, config: FoLoraConfig, task_tokens: int | None, rows: int | None
+) -> float | None:
+    """None if the tokens of the rows are not known."""
+    if not task_tokens:
+        return None
+    training = config.training
+    tokens = training.num_train_epochs * task_tokens / known.processes
+    if training.max_steps > 0 and rows:
+        a_step = training.batch_size * training.gradient_accumulation_steps
+        tokens = training.max_steps * a_step * task_tokens / rows
+    efficiency = TRAINING_EFFICIENCY.get(known.device.type, 1.0)
+    return 3 * 2 * known.parameters * tokens / known.rate / efficiency
 
 
 def ways(
