@@ -240,11 +240,23 @@ def ingredients(source: Source, plan: str, task: str, other: str) -> Block:
     return Block(_paragraphs(table.markdown(), source.missing(plan, task)))
 
 
+def real_beside(source: Source, plan: str, task: str, other: str) -> Block:
+    """What each method of a plan forgot, beside another plan's references of the same seeds."""
+    return _beside(source, plan, task, other, lambda result: result)
+
+
 def real_rates(source: Source, plan: str, task: str, other: str) -> Block:
-    """What each method and learning rate of a plan forgot, beside another plan's references of the same seeds."""
+    """The same with each learning rate as a row of its own."""
+    return _beside(
+        source, plan, task, other, lambda r: _relabelled(r, f"{r.title} at {rate_of(r):g}")
+    )
+
+
+def _beside(
+    source: Source, plan: str, task: str, other: str, named: Callable[[Result], Result]
+) -> Block:
     results = source.chosen(plan, task)
-    named = [_relabelled(r, f"{r.title} at {rate_of(r):g}") for r in results]
-    table = aim_table([*_references(source, results, task, other), *named])
+    table = aim_table([*_references(source, results, task, other), *map(named, results)])
     return Block(_paragraphs(table.markdown(), source.missing(plan, task)))
 
 
@@ -450,6 +462,7 @@ BLOCKS: dict[str, Callable[..., Block]] = {
     "seeds": seeds,
     "real": real,
     "real_seeds": real_seeds,
+    "real_beside": real_beside,
     "real_rates": real_rates,
     "calibration": calibration,
     "spectra": spectra,

@@ -353,6 +353,16 @@ def test_a_rate_is_a_row_of_its_own_beside_references_of_its_seeds(made: Path) -
         assert table[title]["KL"] == f"{(1 - final(method, 1, rate)) / 10:.4f}"
 
 
+def test_rates_are_pooled_beside_references_of_the_same_seeds(made: Path) -> None:
+    """The matched loss is what the better rate reaches: a rate that learns little lowers no bar."""
+    for rate in RATES[:2]:
+        write_arm(made / "results", "mixed", "lora-kl", 1, rate)
+    (table,) = tables(page(made, "real_beside mixed shift world_methods"))
+    assert {"LoRA", "folora", "LoRA + KL"} <= {*table}
+    assert table["LoRA + KL"]["arms"] == "2"
+    assert {row["seeds"] for row in table.values()} == {"1"}
+
+
 def test_a_real_model_is_asked_before_and_after(made: Path) -> None:
     for method in ("lora", "folora"):
         for seed in range(2):
