@@ -354,7 +354,7 @@ def test_a_rate_is_a_row_of_its_own_beside_references_of_its_seeds(made: Path) -
 
 
 def test_rates_are_pooled_beside_references_of_the_same_seeds(made: Path) -> None:
-    """The matched loss is what the better rate reaches: a rate that learns little lowers no bar."""
+    """So that a rate that learns little has no row of its own to lower the matched loss."""
     for rate in RATES[:2]:
         write_arm(made / "results", "mixed", "lora-kl", 1, rate)
     (table,) = tables(page(made, "real_beside mixed shift world_methods"))

@@ -406,9 +406,7 @@ def _whitened(
     image = basis.T @ task @ basis
     gamma, order = image.diagonal().clamp(min=0.0).sort(descending=True)
     basis, image = basis[:, order], image[order][:, order]
-    error = basis.T @ _ridged(pre, tau) @ basis - torch.eye(
-        len(pre), dtype=pre.dtype, device=pre.device
-    )
+    error = _ridged(basis.T @ _ridged(pre, tau) @ basis, -1.0)
     scale = max(float(gamma[0]), torch.finfo(torch.float64).tiny)
     return Spectrum(
         basis=basis[:, :directions] / mean_power**0.5,
@@ -416,7 +414,7 @@ def _whitened(
         rest=float(gamma.sum() - gamma[:directions].sum()),
         tau=tau,
         task_trace=float(task.diagonal().sum()) * mean_power,
-        orthogonality=float(error.abs().max()),
+        orthogonality=_largest_entry(error),
         diagonality=float((image - torch.diag(gamma)).abs().max()) / scale,
     )
 
