@@ -13,6 +13,7 @@ from folora import spectrum
 from folora.errors import NumericsError
 from folora.spectrum import (
     BASES,
+    Eigenbasis,
     Spectrum,
     checked_moment,
     complement_frame,
@@ -184,6 +185,11 @@ def broken(kind: str) -> torch.Tensor:
     if kind == "integer":
         c = c.long()
     return c
+
+
+@pytest.mark.parametrize("basis", BASES.values())
+def test_every_basis_says_that_it_is_orthonormal_in_h(basis: Eigenbasis) -> None:
+    assert basis(moment(6, seed=1), moment(6, seed=2)).orthogonality < 1e-10
 
 
 def test_asymmetry_of_rounding_is_averaged_out() -> None:
