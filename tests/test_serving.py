@@ -295,7 +295,7 @@ def test_a_run_goes_on_where_the_server_left_it(
 def test_prepare_takes_its_text_from_a_server(model_folder: Path, rows_file: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     with serving(AutoModelForCausalLM.from_pretrained(model_folder)) as server:
-        config = tiny_config(sampling={"server": server.url})
+        config = tiny_config(sampling={"server": server.url, "batch_size": 20})
         prepared = prepare(model, make_tokenizer(), str(rows_file), config)
         assert len(server.requests) > 32
         expected = sample(engine(server, config.sampling), START, [EOS], config.sampling)

@@ -8,6 +8,7 @@ trainer, an optimizer and a model made anew from what lies on disk. Both must en
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import io
 import sys
@@ -39,11 +40,14 @@ from folora.training import AfterStep, train
 EVERY = 50  # steps
 MOST_GROWTH = 8e6  # bytes of memory that allocators may keep between two thirds of a run
 COUNTED = ("handles", "threads", "hooks")
+# glibc keeps what is freed, and what leaks would take its place unseen.
+give_back = getattr(ctypes.CDLL(None), "malloc_trim", lambda kept: 0)
 
 
 def standing(model: torch.nn.Module) -> dict[str, int]:
     """What a process holds: bytes of memory, open files, threads, and hooks on a model."""
     gc.collect()
+    give_back(0)
     process = psutil.Process()
     hooks = (len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
     return {

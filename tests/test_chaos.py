@@ -1,23 +1,17 @@
-"""The short form of `make chaos` and `make soak`, and that both find what is planted for them."""
+"""The short form of `make chaos`, and that it finds what is planted for it."""
 
 from __future__ import annotations
 
-import io
-import os
 import random
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import folora.artifacts
 import folora.pipeline
-import folora.sadam
 from benchmarks.reliability.chaos import KINDS, Trial, at_write, disturb, finish, kill_self
-from benchmarks.reliability.soak import breaches, soak
 from benchmarks.reliability.stand import Stand
 
 
@@ -67,43 +61,3 @@ def test_work_that_is_done_twice_is_found(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(folora.pipeline, "read_manifest", forgetful)
     found = disturb(tmp_path, seed=0, counts={"kill": 1})
     assert any("made again" in line for trial in found["trials"] for line in trial["lost"])
-
-
-def soaked(place: Path, **more: Any) -> list[str]:
-    with redirect_stdout(io.StringIO()):
-        return breaches(soak(place, 30, every=10, **more))
-
-
-def test_nothing_grows_and_stops_change_nothing(tmp_path: Path) -> None:
-    assert soaked(tmp_path) == []
-
-
-def leaking_memory() -> Callable[[int], None]:
-    kept: list[bytearray] = []
-    return lambda step: kept.append(bytearray(os.urandom(2 * 10**7)))
-
-
-def leaking_handles() -> Callable[[int], None]:
-    kept: list[Any] = []
-    return lambda step: kept.append(open(os.devnull))
-
-
-@pytest.mark.parametrize(
-    ("leak", "said"), [(leaking_memory, "memory grew by"), (leaking_handles, "handles grew by")]
-)
-def test_what_grows_is_found(leak: Callable[[], Any], said: str, tmp_path: Path) -> None:
-    assert any(said in line for line in soaked(tmp_path, disturb=leak()))
-
-
-def test_a_moment_that_is_not_saved_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    load = folora.sadam.SAdam.load_state_dict
-
-    def forgetful(optimizer: Any, state: dict[str, Any]) -> None:
-        load(optimizer, state)
-        for moments in optimizer.state.values():
-            moments["exp_avg_sq"] = torch.zeros_like(moments["exp_avg_sq"])
-
-    monkeypatch.setattr(folora.sadam.SAdam, "load_state_dict", forgetful)
-    assert any("exp_avg_sq" in line and "differs" in line for line in soaked(tmp_path))
