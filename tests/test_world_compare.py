@@ -17,6 +17,7 @@ from benchmarks.world.pretrain import pretrain
 from folora.comparison import Arm
 from folora.config import FoLoraConfig
 from folora.errors import ConfigError
+from folora.methods import configured
 from folora.results import load_results
 
 PLANS = sorted((Path(__file__).parents[1] / "benchmarks" / "plans").glob("*.yaml"))
@@ -148,6 +149,9 @@ def test_a_world_that_is_not_there_is_pretrained(
 def test_committed_plans_are_possible_and_name_every_arm_once(path: Path) -> None:
     arms = planned(read_plan(path))
     assert len({arm.name for arm in arms}) == len(arms) > 0
+    base = FoLoraConfig().changed(read_plan(path)["base"])
+    for arm in arms:
+        configured(base, arm.method, arm.changes)
 
 
 def test_a_plan_may_change_another(tmp_path: Path) -> None:
