@@ -220,6 +220,22 @@ def test_bad_moments_are_refused_by_layer(kind: str, message: str, which: str) -
     assert "layers.3.down_proj" in str(error.value)
 
 
+@pytest.mark.parametrize("scale", [1e-60, 1.0, 1e60])
+def test_how_negative_an_eigenvalue_may_be(scale: float) -> None:
+    rotation = torch.linalg.qr(moment(200)).Q
+
+    def with_smallest(value: float) -> torch.Tensor:
+        """Of Frobenius norm 1, but for the last eigenvalue."""
+        eigenvalues = torch.full((200,), 199**-0.5, dtype=torch.float64)
+        eigenvalues[-1] = value
+        found = (rotation * eigenvalues) @ rotation.T * scale
+        return (found + found.T) / 2
+
+    checked_moment(with_smallest(-0.8e-5), "C")
+    with pytest.raises(NumericsError, match="eigenvalue below"):
+        checked_moment(with_smallest(-1.2e-5), "C")
+
+
 def test_small_negative_eigenvalues_of_rounding_are_fine() -> None:
     c = moment(32, rank=3).float()
     c -= 1e-7 * torch.eye(32)
