@@ -321,8 +321,8 @@ class _Sums:
                 raise DataError(f"{name} saw no input in {tokens} tokens")
             if name not in self.matrices:  # fewer batches than processes
                 self.matrices[name] = torch.zeros(group.d_in, group.d_in, device=device)
-            upper = ranks.add_(self.matrices[name].triu_())
-            self.matrices[name] = (upper + upper.triu(1).T) / tokens
+            whole = ranks.add_(self.matrices[name].triu_())
+            whole.add_(whole.triu(1).T).div_(tokens)
         return Moments(self.matrices, tokens)
 
 
