@@ -17,6 +17,7 @@ from folora.results import Result, Scores, by_method, grouped, mean_score, point
 
 BASELINE = "lora"
 BITS = ".bits_per_byte"
+FAR = 10.0  # times the baseline's
 
 Reading = Mapping[str, Any]
 Loss = Callable[[Reading, Reading], float]
@@ -159,8 +160,13 @@ def _part(column: Column, method: str, baseline: str) -> str:
         return NONE
     text = f"{math.exp(logs.mean):.1%}"
     if logs.n > 1:
-        text += f" ({math.exp(logs.low):.1%} to {math.exp(logs.high):.1%})"
+        text += f" ({math.exp(logs.low):.1%} to {_up_to(math.exp(logs.high))})"
     return text + " *" * logs.excludes_zero
+
+
+def _up_to(share: float) -> str:
+    """Two seeds can leave an interval whose end says nothing but that."""
+    return f"{share:.1%}" if share < FAR else f"over {FAR:.0%}"
 
 
 def _log(value: float) -> float:
