@@ -94,7 +94,7 @@ def checked_moment(matrix: Tensor, what: str) -> Float64[Tensor, "d d"]:
     if asymmetry > 0:
         wide = (wide + wide.T) / 2
     slack = NEGATIVITY * float(torch.linalg.matrix_norm(wide))
-    if largest > 0 and not _is_definite(_ridged(wide, slack)):
+    if largest > 0 and int(torch.linalg.cholesky_ex(_ridged(wide, slack)).info) != 0:
         raise NumericsError(
             f"{what} has an eigenvalue below -{slack:.3g}, which rounding does not explain. "
             "A second moment X'X / tokens has none; was the file made by something else?"
@@ -437,14 +437,6 @@ def _factor(pre: Tensor, tau: float, name: str) -> tuple[Tensor, Tensor, float]:
     raise NumericsError(
         f"{name}: C_pre + tau mean(diag) I is not positive definite even at tau = {ridge:g} (asked "
         f"for: {tau:g}). Give a larger tau, or measure C_pre on more text."
-    )
-
-
-def _is_definite(matrix: Tensor) -> bool:
-    """By Cholesky. A yes in float32 is enough, and takes half the time; after a no float64 is asked."""
-    return any(
-        int(torch.linalg.cholesky_ex(matrix.to(dtype)).info) == 0
-        for dtype in (torch.float32, torch.float64)
     )
 
 
