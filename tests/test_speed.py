@@ -107,6 +107,14 @@ def test_one_command_and_its_tables(
     assert [row[:2] for row in solve_table([result]).rows] == [("64", "4"), ("96", "4")]
 
 
+def test_widths_that_were_not_solved_are_counted_by_the_cube() -> None:
+    times = {"r": [2.0, 1.0, 9.0], "all": [4.0]}
+    rows = scale_table([{"setup": {"solve": {"4096": times}}}]).rows
+    found = next(row for row in rows if row[0] == "llama2-7b")
+    seconds = 32 * 2.0 * (3 + (11008 / 4096) ** 3)
+    assert found[-2:] == (f"{seconds / 60:.0f} min", f"{2 * seconds / 60:.0f} min")
+
+
 def test_set_up_is_timed_on_a_block() -> None:
     model = random_model(TINY, 1, torch.float32, CPU)
     assert set(statistics_times(model, 64, 1)) == {"forward pass", "statistics"}
