@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
-from peft.tuners.lora import Linear, LoraLayer, bnb
+from peft.tuners import lora
+from peft.tuners.lora import Linear, LoraLayer
 from peft.utils.save_and_load import get_base_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -358,10 +359,11 @@ def _keep_less(layer: Any, adapter: str) -> None:
 def _takes_variants(layer: Any) -> bool:
     """Whether PEFT's kind of layer leaves what becomes of its input to a variant; some do not."""
     kinds: tuple[type, ...] = (Linear,)
+    # PEFT imports these on first access, and bitsandbytes with them.
     if is_bnb_available():
-        kinds += (bnb.Linear8bitLt,)
+        kinds += (lora.Linear8bitLt,)
     if is_bnb_4bit_available():
-        kinds += (bnb.Linear4bit,)
+        kinds += (lora.Linear4bit,)
     return isinstance(layer, kinds)
 
 
