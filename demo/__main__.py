@@ -65,6 +65,7 @@ def config(model: Path, rows: Path, output: Path) -> FoLoraConfig:
         dataset=str(rows),
         output=str(output / "folora"),
         device="cpu",
+        dtype="float32",  # bf16, which some CPUs are fast in, rounds by more than folora changes
         sampling=SamplingConfig(
             num_sequences=80, min_new_tokens=64, max_new_tokens=96, batch_size=80
         ),

@@ -20,8 +20,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "folora"
 ORDER = [
     "errors", "defaults", "ranks", "transit", "sadam", "spectrum", "config", "memory", "disk", "artifacts", "filtering", "modes", "loading", "progress", "finiteness", "decoding", "draws", "special_tokens", "engine", "proxies", "sampling", "serving",
     "data", "activations", "basefile", "divergence", "solving", "convergence", "initialization", "lowrank", "frames", "adapter", "footprint", "meter",
-    "preparation", "checkpoints", "signals", "interruption", "training", "pipeline", "evaluation", "frontier", "results", "methods", "comparison",
-    "pictures", "report", "planning", "commands", "cli",
+    "preparation", "checkpoints", "signals", "interruption", "training_progress", "training", "pipeline", "evaluation", "frontier", "results", "methods", "comparison",
+    "pictures", "report", "planning", "summary", "commands", "cli",
 ]  # fmt: skip
 
 

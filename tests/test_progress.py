@@ -16,7 +16,7 @@ def test_it_says_what_is_left_and_what_it_took(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO, "folora")
-    monkeypatch.setattr(module, "LOG_SECONDS", -1.0)
+    monkeypatch.setattr(module, "LOG_SECONDS", (-1.0, -1.0))
     with progress("reading", 10) as tick:
         tick(4, tokens=80)
     first, last = (record.getMessage() for record in caplog.records)
@@ -42,3 +42,18 @@ def test_one_runs_in_another(monkeypatch: pytest.MonkeyPatch) -> None:
     last = written.getvalue().split("\n")[-2]
     assert "looking" in written.getvalue()
     assert "writing" in last and "10/10" in last
+
+
+def test_log_lines_become_rarer_with_time() -> None:
+    intervals = [module._log_interval(elapsed) for elapsed in (0.0, 60.0, 200.0, 600.0, 36000.0)]
+    assert intervals == [5.0, 5.0, 10.0, 30.0, 30.0]
+
+
+def test_resumed_work_starts_where_it_stopped(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, "folora")
+    monkeypatch.setattr(module, "LOG_SECONDS", (-1.0, -1.0))
+    with progress("training", 10, already=6) as tick:
+        tick()
+    assert caplog.records[0].getMessage().startswith("training: 7 of 10")

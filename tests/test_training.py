@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ import torch
 from transformers import BertConfig, BertLMHeadModel, TrainerCallback
 
 import folora
+import folora.progress as progress
 from benchmarks.tiny import make_gpt2, make_llama, make_tokenizer, rows, tiny_config
 from folora.adapter import lora_factors
 from folora.checkpoints import SEAL, latest_checkpoint
@@ -110,6 +113,34 @@ def test_it_learns_and_the_meter_is_logged(tmp_path: Path) -> None:
     assert [line["step"] for line in evaluations] == [10, 20, 30]
     assert {"eval_loss", "eval_ce_change", "eval_frobenius", "eval_h_norm"} <= set(evaluations[0])
     assert evaluations[-1]["eval_kl"] == pytest.approx(after.kl)
+
+
+def test_training_shows_steps_losses_and_time_left(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, "folora")
+    monkeypatch.setattr(progress, "LOG_SECONDS", (-1.0, -1.0))
+    one = prepared(training={"max_steps": 3, "logging_steps": 1, "eval_steps": 2})
+    trainer = train(one, make_tokenizer(), tmp_path)
+    said = [r.getMessage() for r in caplog.records]
+    assert any(re.match(r"training \(steps\): 1 of 3, \d+ s left", line) for line in said)
+    assert any(re.match(r"step 1 of 3: training loss \d", line) for line in said)
+    assert any(re.match(r"step 2 of 3: task loss \d.*, KL to the base 0", line) for line in said)
+    assert "{'loss'" not in capfd.readouterr().out
+    callbacks = trainer.callback_handler.callbacks
+    assert not any("_TrainingProgress" in type(c).__name__ for c in callbacks)
+
+
+def test_a_trainer_that_shows_its_own_bar_is_left_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "folora")
+    train(
+        prepared(training={"max_steps": 1, "logging_steps": 1, "extra": {"disable_tqdm": False}}),
+        make_tokenizer(),
+        tmp_path,
+    )
+    assert not any(r.getMessage().startswith("step 1 of 1") for r in caplog.records)
 
 
 def test_other_options_pass_through(tmp_path: Path) -> None:

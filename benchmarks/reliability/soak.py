@@ -107,7 +107,6 @@ def soak(
     config = tiny_config(
         training={
             "max_steps": steps, "save_steps": every, "logging_steps": 10 * every, "eval_steps": 5 * every,
-            "extra": {"disable_tqdm": True},
         }
     )  # fmt: skip
     tokenizer = make_tokenizer()

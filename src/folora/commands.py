@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.logging import RichHandler
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
@@ -27,6 +27,7 @@ from folora.planning import Plan, Stage, plan, widths
 from folora.progress import STDERR
 from folora.report import comparison_table
 from folora.results import load_results
+from folora.summary import summary
 
 
 def execute(options: argparse.Namespace, config: FoLoraConfig) -> None:
@@ -179,32 +180,15 @@ def _print_plan(found: Plan) -> None:
     )
 
 
-def _say(what: str | Table) -> None:
+def _say(what: RenderableType) -> None:
     """Print, once for all processes."""
     if ranks.rank() == 0:
         Console().print(what, markup=False, highlight=False, soft_wrap=isinstance(what, str))
 
 
 def _print_report(report: dict[str, Any]) -> None:
-    table = Table(title=f"After {report['steps']} steps")
-    for column in ("", "base", "adapted"):
-        table.add_column(column, justify="left" if not column else "right")
-    base, adapted, norm = report["base"], report["adapted"], report["total_norm"]
-    rows = [
-        ("learned: task loss (nats a response token)", base["task_loss"], adapted["task_loss"]),
-        ("kept: KL to the base (nats a token)", base["kl"], adapted["kl"]),
-        ("kept: change in cross-entropy", base["ce_change"], adapted["ce_change"]),
-        ("cost: norm of the update", 0.0, norm["frobenius"]),
-        ("cost: norm of the update in H", 0.0, norm["h_norm"]),
-    ]
-    for what, before, after in rows:
-        table.add_row(what, _number(before), _number(after))
-    _say(table)
+    _say(summary(report))
     _say(f"adapter: {report['adapter']}")
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
 
 
 def _bytes(count: float) -> str:

@@ -224,7 +224,7 @@ class Comparison:
         self, prepared: Prepared, config: FoLoraConfig
     ) -> tuple[list[dict[str, Any]], bool]:
         """Readings during and after training, and whether it ended with nothing of the model left."""
-        extra = {**config.training.extra, "save_strategy": "no", "disable_tqdm": True}
+        extra = {**config.training.extra, "save_strategy": "no"}
         on_cpu = prepared.model.device.type == "cpu"
         training = config.changed({"training.extra": extra}).training
         args = sft_config(training, self.folder, evaluates=False, on_cpu=on_cpu)

@@ -6,7 +6,7 @@ depends neither on the batch nor on where an interrupted run went on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,9 +75,15 @@ class SequenceDraws(LogitsProcessor):
     """
 
     def __init__(
-        self, model: Any, numbers: Sequence[int], eos_ids: list[int], config: SamplingConfig
+        self,
+        model: Any,
+        numbers: Sequence[int],
+        eos_ids: list[int],
+        config: SamplingConfig,
+        on_token: Callable[[], None] = lambda: None,
     ) -> None:
         self.model = model
+        self.on_token = on_token
         self.shared_out = is_shared_out(model)
         self.unsound = False
         settings = [decoding_of(n) for n in numbers]
@@ -116,6 +122,7 @@ class SequenceDraws(LogitsProcessor):
             scores[rows] = restrict(scores[rows], setting)
         choice = invert(scores, self.draws[:, self.step])
         self.step += 1
+        self.on_token()
         return choice
 
 

@@ -21,6 +21,7 @@ from folora.draws import UNSOUND, SequenceDraws
 from folora.errors import NumericsError
 from folora.memory import cache_bytes, free_bytes
 from folora.modes import evaluating, is_shared_out
+from folora.progress import Tick, progress
 
 logger = logging.getLogger(__name__)
 
@@ -119,15 +120,16 @@ class HuggingFaceEngine:
         """Fewer than `MIN_ROWS` numbers are decoded beside copies of the last."""
         wanted = list(numbers) + [numbers[-1]] * max(0, MIN_ROWS - len(numbers))
         start = torch.full((len(wanted), 1), self.start_id, device=self.model.device)
-        with evaluating(self.model):
-            written = self._stepped(start, wanted) if self.steps else None
+        what, most = f"decoding {len(numbers)} sequences (tokens each)", self.config.max_new_tokens
+        with evaluating(self.model), progress(what, most) as tick:
+            written = self._stepped(start, wanted, tick) if self.steps else None
             if written is None:
-                written = self._generated(start, wanted)
+                written = self._generated(start, wanted, tick)
         return [_until_eos(row, self.eos_ids) for row in written[: len(numbers)].tolist()]
 
-    def _stepped(self, start: Tensor, numbers: Sequence[int]) -> Tensor | None:
+    def _stepped(self, start: Tensor, numbers: Sequence[int], tick: Tick) -> Tensor | None:
         most = self.config.max_new_tokens
-        draws = SequenceDraws(self.model, numbers, self.eos_ids, self.config)
+        draws = SequenceDraws(self.model, numbers, self.eos_ids, self.config, tick)
         try:
             return decode(Forward(self.model, most), start, draws.choose, self.eos_ids, most)
         except CannotReplay as error:
@@ -135,8 +137,8 @@ class HuggingFaceEngine:
             self.steps = False
             return None
 
-    def _generated(self, start: Tensor, numbers: Sequence[int]) -> Tensor:
-        draws = SequenceDraws(self.model, numbers, self.eos_ids, self.config)
+    def _generated(self, start: Tensor, numbers: Sequence[int], tick: Tick) -> Tensor:
+        draws = SequenceDraws(self.model, numbers, self.eos_ids, self.config, tick)
         written: Tensor = self.model.generate(
             input_ids=start,
             attention_mask=torch.ones_like(start),

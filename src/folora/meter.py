@@ -75,6 +75,12 @@ class Meter:
         self.task = list(held_out_task)
         self.batch_size = batch_size
 
+    @property
+    def num_batches(self) -> int:
+        """Batches of a reading: how often `on_batch` is called."""
+        rows = (len(self.samples), len(self.task))
+        return sum(-(-count // self.batch_size) for count in rows)
+
     def read(self, model: PeftModel, on_batch: Callable[[], None] = lambda: None) -> Reading:
         """Take a reading; the model's mode and adapter are as before afterwards."""
         with evaluating(model):

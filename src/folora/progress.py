@@ -1,4 +1,4 @@
-"""Progress of long work: a Rich bar with rate and time left, or plain log lines without a terminal."""
+"""Progress of long work: a Rich bar with rate and time left, or log lines where there is no terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from folora import ranks
 
 logger = logging.getLogger(__name__)
 
-LOG_SECONDS = 30.0
+LOG_SECONDS = (5.0, 30.0)  # between log lines: early in the work, and once it takes many minutes
+LOGS_AN_ELAPSED = 20  # in between, so many lines in the time that has passed
 STDERR = Console(stderr=True)  # one, so that bars and lines do not overwrite each other
 
 
@@ -35,10 +36,16 @@ class Tick(Protocol):
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Tick]:
-    """Show the progress of `total` units of work on stderr while the block runs; one in another will do."""
+def progress(what: str, total: int, already: int = 0) -> Iterator[Tick]:
+    """Show the progress of some work on stderr while the block runs; blocks may be nested.
+
+    Args:
+        what: Label of the bar and of the log lines.
+        total: Units of work in all.
+        already: Units that an earlier, interrupted run did.
+    """
     started = time.monotonic()
-    done = tokens_done = 0
+    done, tokens_done = already, 0
     logs = not STDERR.is_terminal and ranks.rank() == 0
     bar = Progress(
         TextColumn("{task.description}"),
@@ -54,7 +61,7 @@ def progress(what: str, total: int) -> Iterator[Tick]:
     last_log = started
 
     with bar:
-        task = bar.add_task(what, total=total, rate="")
+        task = bar.add_task(what, total=total, completed=already, rate="")
 
         def tick(units: int = 1, tokens: int = 0) -> None:
             nonlocal done, tokens_done, last_log
@@ -62,8 +69,8 @@ def progress(what: str, total: int) -> Iterator[Tick]:
             now = time.monotonic()
             rate = _rate(tokens_done, now - started)
             bar.update(task, completed=done, rate=rate)
-            if logs and now - last_log > LOG_SECONDS and done < total:
-                left = (now - started) / max(done, 1) * (total - done)
+            if logs and now - last_log > _log_interval(now - started) and done < total:
+                left = (now - started) / max(done - already, 1) * (total - done)
                 logger.info("%s: %d of %d, %.0f s left %s", what, done, total, left, rate)
                 last_log = now
 
@@ -71,6 +78,12 @@ def progress(what: str, total: int) -> Iterator[Tick]:
     if logs:
         took = time.monotonic() - started
         logger.info("%s: took %.1f s %s", what, took, _rate(tokens_done, took))
+
+
+def _log_interval(elapsed: float) -> float:
+    """Seconds until the next log line, after so many seconds of work."""
+    shortest, longest = LOG_SECONDS
+    return min(longest, max(shortest, elapsed / LOGS_AN_ELAPSED))
 
 
 def _rate(tokens: int, seconds: float) -> str:

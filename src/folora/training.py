@@ -45,7 +45,9 @@ from folora.lowrank import narrow_inputs
 from folora.meter import LayerNorms, Reading, total_norm, update_norms
 from folora.modes import without_adapter
 from folora.preparation import Prepared, to_dataset
+from folora.progress import progress
 from folora.sadam import whole
+from folora.training_progress import training_progress
 
 logger = logging.getLogger(__name__)
 
@@ -193,8 +195,8 @@ class FoLoraTrainer(SFTTrainer):
         return (result[0] + penalty, result[1]) if return_outputs else result + penalty
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """SFTTrainer's, with what adapted layers read kept as it is for the backward pass."""
-        with narrow_inputs(self.prepared.model):
+        """SFTTrainer's, with narrow inputs of adapted layers and with folora's progress bar."""
+        with narrow_inputs(self.prepared.model), training_progress(self):
             return super().train(*args, **kwargs)
 
     def training_step(
@@ -337,8 +339,12 @@ class FoLoraTrainer(SFTTrainer):
 
     def read(self) -> tuple[Reading, dict[str, LayerNorms]]:
         """The meter's reading and every layer's norms, in the precision of training."""
-        with self.compute_loss_context_manager():
-            reading = self.prepared.meter.read(self.prepared.model)
+        meter = self.prepared.meter
+        with (
+            self.compute_loss_context_manager(),
+            progress("measuring KL and task loss (batches)", meter.num_batches) as tick,
+        ):
+            reading = meter.read(self.prepared.model, tick)
         return reading, update_norms(self.prepared.model, self.prepared.bases)
 
 
@@ -378,6 +384,7 @@ def sft_config(
         "seed": config.seed,
         "max_length": None,  # rows are cut already
         "report_to": "none",
+        "disable_tqdm": True,  # `training_progress` shows a bar
         "use_cpu": on_cpu,
         "dataloader_pin_memory": not on_cpu,
     }

@@ -1,0 +1,76 @@
+"""The end of a run in words: a table of what was measured, what each quantity is, and a verdict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+
+# Upper limits of the KL, in nats a token. Measured on SmolLM2-135M: bf16 instead of float32 gives .002
+# by rounding alone; at .073 all known facts were kept; at .235 nine of ten were lost.
+VERDICTS = (
+    (0.003, "very small, no more than rounding to bf16 causes: the model writes as before"),
+    (0.02, "small: the model's text hardly changes"),
+    (0.1, "moderate: the model's text changes; evaluate what must be kept"),
+    (math.inf, "large: expect lost knowledge; lower training.learning_rate or training.max_steps"),
+)
+
+QUANTITIES = (
+    (
+        "task loss",
+        "cross-entropy of a response token on held-out rows, in nats; lower is better",
+        lambda report, part: report[part]["task_loss"],
+    ),
+    (
+        "KL to the base",
+        "KL(base || adapted) per token on held-out text that the base model generated, in nats; 0 is no change",
+        lambda report, part: report[part]["kl"],
+    ),
+    (
+        "change in cross-entropy",
+        "cross-entropy of the adapted minus the base model on the same text, in nats a token",
+        lambda report, part: report[part]["ce_change"],
+    ),
+    (
+        "norm of the update",
+        "Frobenius norm of the weight updates of all layers together",
+        lambda report, part: 0.0 if part == "base" else report["total_norm"]["frobenius"],
+    ),
+    (
+        "norm of the update in H",
+        "the same, weighted by the second moments of the layers' inputs on generated text",
+        lambda report, part: 0.0 if part == "base" else report["total_norm"]["h_norm"],
+    ),
+)
+"""Name, definition, and how it is read from a report for ``"base"`` and ``"adapted"``."""
+
+
+def verdict(kl: float | None) -> str:
+    """One sentence on a KL in nats a token; None or NaN if it could not be measured."""
+    if kl is None or math.isnan(kl):
+        return "KL to the base could not be measured: the adapted model's logits are not finite"
+    words = next(words for limit, words in VERDICTS if kl < limit or limit == math.inf)
+    return f"KL to the base is {words}"
+
+
+def summary(report: Mapping[str, Any]) -> Group:
+    """What `Run.report` returned, for a terminal."""
+    table = Table(title=f"After {report['steps']} steps")
+    table.add_column("")
+    table.add_column("base", justify="right")
+    table.add_column("adapted", justify="right")
+    definitions = []
+    for name, definition, read in QUANTITIES:
+        table.add_row(name, *(_number(read(report, part)) for part in ("base", "adapted")))
+        definitions.append(f"  {name}: {definition}")
+    lines = [verdict(report["adapted"]["kl"]) + "."]
+    if report["base"]["task_loss"] is None:
+        lines.append("No rows are held out (data.eval_rows), so the task loss is not known.")
+    return Group(table, *lines, *definitions)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
