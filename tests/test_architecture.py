@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import json
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -18,16 +21,30 @@ SOURCE = Path(__file__).parents[1] / "src" / "folora"
 
 # From data to adapter and on; a file may import from files before it, never from later ones.
 ORDER = [
-    "errors", "defaults", "ranks", "transit", "sadam", "spectrum", "config", "memory", "disk", "artifacts", "filtering", "modes", "loading", "progress", "finiteness", "decoding", "draws", "special_tokens", "engine", "proxies", "sampling", "serving",
+    "errors", "extras", "shapes", "defaults", "ranks", "transit", "sadam", "spectrum", "config", "memory", "disk", "artifacts", "filtering", "modes", "loading", "progress", "finiteness", "decoding", "draws", "special_tokens", "engine", "proxies", "sampling", "client", "serving",
     "data", "activations", "basefile", "divergence", "solving", "convergence", "initialization", "lowrank", "frames", "adapter", "footprint", "meter",
     "preparation", "checkpoints", "signals", "interruption", "training_progress", "training", "pipeline", "evaluation", "frontier", "results", "methods", "comparison",
-    "pictures", "report", "planning", "summary", "commands", "cli",
+    "pictures", "report", "planning", "summary", "commands", "cli", "__main__",
 ]  # fmt: skip
 
 
+# Modules that cannot be imported without an extra.
+OPTIONAL = {
+    "client": "vllm", "training": "trl", "evaluation": "eval", "frontier": "compare", "results": "compare",
+    "comparison": "compare", "pictures": "compare", "report": "compare",
+}  # fmt: skip
+
+
+IMPORT_NAMES = {"pyyaml": "yaml", "pillow": "PIL", "lm-eval": "lm_eval", "pytest-xdist": "xdist"}
+
+
 def imports(path: Path) -> set[str]:
+    return imports_of(ast.parse(path.read_text()))
+
+
+def imports_of(tree: ast.AST) -> set[str]:
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module == "folora":
@@ -73,14 +90,73 @@ def test_the_optimizer_needs_torch_alone() -> None:
     assert {i for i in outside if i.startswith("folora")} == {"folora.transit"}
 
 
-@pytest.mark.parametrize("path", sorted(SOURCE.glob("*.py")), ids=lambda p: p.stem)
-def test_no_import_hides_in_a_function(path: Path) -> None:
+def hidden_imports(path: Path) -> set[str]:
+    """What is imported inside of functions, or for types alone."""
     tree = ast.parse(path.read_text())
-    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
-    hidden = [
-        n for f in functions for n in ast.walk(f) if isinstance(n, ast.Import | ast.ImportFrom)
-    ]
-    assert not hidden
+    blocks = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.If)]
+    return {name for block in blocks for name in imports_of(block)}
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.glob("*.py")), ids=lambda p: p.stem)
+def test_only_what_needs_an_extra_is_imported_in_a_function(path: Path) -> None:
+    allowed = {f"folora.{n}" for n in OPTIONAL} | (
+        {"jaxtyping"} if path.stem == "shapes" else set()
+    )
+    assert hidden_imports(path) <= allowed
+
+
+def declared(extra: str) -> tuple[set[str], set[str]]:
+    """The packages of an extra, or of a plain install, by their import names; and the extras it includes."""
+    project = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text())["project"]
+    packages, extras = set(), {extra}
+    for line in project["optional-dependencies"][extra] if extra else project["dependencies"]:
+        name = re.match(r"[\w-]+", line)[0]
+        if name != "folora":
+            packages.add(IMPORT_NAMES.get(name, name))
+            continue
+        for included in re.search(r"\[(.*?)\]", line)[1].split(","):
+            more, deeper = declared(included)
+            packages, extras = packages | more, extras | deeper
+    return packages, extras
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_every_import_is_declared(name: str) -> None:
+    """What needs an extra is imported only where that extra is needed anyway."""
+    path = SOURCE / f"{name}.py"
+    top = imports(path) - hidden_imports(path)
+    packages, extras = declared(OPTIONAL[name]) if name in OPTIONAL else (set(), set())
+    outside = {i.split(".")[0] for i in top} - set(sys.stdlib_module_names) - {"folora"}
+    assert outside <= packages | declared("")[0]
+    assert {OPTIONAL[n] for i in top if (n := i.removeprefix("folora.")) in OPTIONAL} <= extras
+
+
+def test_without_extras_all_else_is_there_and_what_is_missing_is_named() -> None:
+    """The packages of the extras are hidden, but for those that the plain install's packages need."""
+    needed_anyway = {"accelerate", "numpy", "httpx2", "anyio"}
+    extras = ("trl", "compare", "eval", "quantized", "demo")
+    hidden = {"jaxtyping", *(p for e in extras for p in declared(e)[0])} - needed_anyway
+    code = f"""
+import importlib, json, sys
+sys.modules |= dict.fromkeys({sorted(hidden)})
+found = {{}}
+for name in {ORDER[:-1]}:
+    try:
+        importlib.import_module("folora." + name)
+        found[name] = ""
+    except Exception as error:
+        found[name] = type(error).__name__ + ": " + str(error)
+import folora
+folora.prepare
+print(json.dumps(found))
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    missing = {n: extra for n, extra in OPTIONAL.items() if declared(extra)[0] - needed_anyway}
+    assert {name for name, error in found.items() if error} == set(missing)
+    for name, extra in missing.items():
+        wanted = rf"ConfigError: .* needs \w+: pip install 'folora\[{extra}\]'"
+        assert re.fullmatch(wanted, found[name])
 
 
 @pytest.mark.parametrize("path", sorted(SOURCE.glob("*.py")), ids=lambda p: p.stem)

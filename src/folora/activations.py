@@ -17,7 +17,6 @@ from itertools import count, islice
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -27,6 +26,7 @@ from folora.errors import ConfigError, DataError, NumericsError, nearest
 from folora.memory import free_bytes
 from folora.modes import evaluating, is_shared_out
 from folora.sadam import full_fp32_matmul
+from folora.shapes import Float
 
 logger = logging.getLogger(__name__)
 

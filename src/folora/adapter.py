@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners import lora
@@ -31,6 +30,7 @@ from folora.frames import FRAME, Frame, Framed, Lean, layer_factors, product
 from folora.initialization import STARTS, Site, Start, leading_singular_spaces
 from folora.modes import gathered
 from folora.sadam import full_fp32_matmul
+from folora.shapes import Float
 from folora.solving import GroupBasis, check_rank
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")

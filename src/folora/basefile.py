@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,6 +24,7 @@ from folora.artifacts import check_manifest, read_tensors, software_versions
 from folora.disk import Facts, checked_depth, fitting, sealed, write_atomically
 from folora.errors import ArtifactError, ConfigError
 from folora.proxies import ProxySet, proxies_from_tensors, proxies_to_tensors
+from folora.shapes import Float
 
 KIND = "base"
 HEADER = "folora"  # the key of the manifest in the safetensors header

@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     top = _Parser(
         prog="folora", description="Fine-tune a model and keep what it knew (arXiv:2606.00132)."
     )
+    top.add_argument("--version", action="version", version=f"folora {folora.__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, help_text in COMMANDS.items():
         command = commands.add_parser(

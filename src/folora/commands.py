@@ -16,17 +16,13 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from folora import ranks
-from folora.comparison import Comparison, arms
 from folora.config import FoLoraConfig
 from folora.disk import write_text
 from folora.errors import ConfigError
 from folora.loading import required
-from folora.pictures import frontier_picture, norm_picture
 from folora.pipeline import ADAPTER, COMPARISON, Run
 from folora.planning import Plan, Stage, plan, widths
 from folora.progress import STDERR
-from folora.report import comparison_table
-from folora.results import load_results
 from folora.summary import summary
 
 
@@ -75,7 +71,7 @@ def _work(options: argparse.Namespace, config: FoLoraConfig) -> None:
     reads_task = command in ("measure", "train") or (
         command in ("sample", "base") and run.config.ends_early
     )
-    run.check(needs_data=reads_task)
+    run.check(needs_data=reads_task, trains=command == "train")
     run.check_stage(command)
     with run.alone():
         run.write_config()
@@ -89,6 +85,11 @@ def _work(options: argparse.Namespace, config: FoLoraConfig) -> None:
 
 def _compare(run: Run, options: argparse.Namespace) -> None:
     """All arms, then a table and two pictures beside their files."""
+    from folora.comparison import Comparison, arms
+    from folora.pictures import frontier_picture, norm_picture
+    from folora.report import comparison_table
+    from folora.results import load_results
+
     chosen = arms(
         options.methods.split(","),
         _numbers(options.learning_rates, "--learning-rates", float),

@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from folora.data import IGNORE
+from folora.shapes import Float, Int
 
 
 def labelled_logits(

@@ -15,15 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval.api.group import Group
-from lm_eval.api.task import Task
-from lm_eval.evaluator import evaluate
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerBase
 
 from folora.errors import ConfigError, DataError, nearest
+from folora.extras import needed_by
 from folora.modes import evaluating
+
+with needed_by("evaluation", "eval"):
+    from lm_eval.api.group import Group
+    from lm_eval.api.task import Task
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
 FEWSHOT_SEED = 1234  # the harness's own default
 

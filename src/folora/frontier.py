@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-import numpy as np
-from scipy import stats
-
 from folora.errors import ConfigError
+from folora.extras import needed_by
+
+with needed_by("comparing", "compare"):
+    import numpy as np
+    from scipy import stats
 
 ROUNDING = 1e-9  # a score is a mean of ratios; meeting a level exactly must not depend on its bits
 

@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from folora.errors import ConfigError, NumericsError
+from folora.shapes import Float
 from folora.solving import GroupBasis
 
 Start = tuple[Tensor, Tensor | None]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+from importlib.util import find_spec
 from typing import Any
 
 import torch
-from accelerate.utils import disable_fsdp_ram_efficient_loading
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -58,6 +58,14 @@ def check_model_name(name: str) -> None:
         raise ConfigError(f"the model {name} is a file, but must be a folder or a Hub name")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ConfigError(f"the model folder {name} does not exist")
+
+
+def check_quantizer(config: FoLoraConfig) -> None:
+    """Refuse ``--quantize`` without bitsandbytes. Raises ConfigError."""
+    if config.quantize != "none" and find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"quantize {config.quantize!r} needs bitsandbytes: pip install 'folora[quantized]'"
+        )
 
 
 def device_of(config: FoLoraConfig) -> torch.device:
@@ -175,6 +183,7 @@ def load_model(config: FoLoraConfig, name: str, as_stored: bool = False) -> PreT
     Raises:
         ConfigError: It cannot be loaded, or lacks weights.
     """
+    check_quantizer(config)
     device = device_of(config)
     model_config = load_config(config, name)
     dtype = None if as_stored else dtype_for(config, device, model_config)
@@ -195,7 +204,8 @@ def load_model(config: FoLoraConfig, name: str, as_stored: bool = False) -> PreT
     if config.shard and ranks.count() > 1:
         # Each process has its part from here on; blocks are gathered while they run.
         options["distributed_config"] = DistributedConfig(fsdp_size=ranks.count())
-    disable_fsdp_ram_efficient_loading()  # which leaves all but one process without weights
+    # Accelerate's switch, read by transformers: it leaves all but one process without weights.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     # Weights of a wrong shape are named below; transformers names them in its log alone.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = _load(AutoModelForCausalLM.from_pretrained, name, **options)

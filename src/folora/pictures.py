@@ -13,13 +13,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure  # without pyplot there is no state and no window
-from PIL import Image
-
+from folora.extras import needed_by
 from folora.frontier import Point, at_norm, kept_at, pareto, task_at
 from folora.results import Result, Scores, by_method, grouped, of_task, point_sets, scores_of
+
+with needed_by("drawing", "compare"):
+    import numpy as np
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure  # without pyplot there is no state and no window
+    from PIL import Image
 
 Norm = Literal["frobenius", "h_norm"]
 

@@ -24,8 +24,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property, partial, wraps
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -70,7 +71,14 @@ from folora.disk import (
 from folora.engine import Engine, sized
 from folora.errors import ArtifactError, ConfigError, MismatchError, NumericsError
 from folora.finiteness import check_finite_weights
-from folora.loading import device_of, load_config, load_model, load_tokenizer, required
+from folora.loading import (
+    check_quantizer,
+    device_of,
+    load_config,
+    load_model,
+    load_tokenizer,
+    required,
+)
 from folora.meter import Reading, total_norm
 from folora.modes import without_adapter
 from folora.preparation import (
@@ -90,7 +98,9 @@ from folora.serving import ENGINE, engine_of, served
 from folora.solving import GroupBasis, bases_from_tensors, bases_to_tensors, solve
 from folora.special_tokens import check_same_tokenizer, ending_ids, start_token_id
 from folora.spectrum import BASES
-from folora.training import FoLoraTrainer, asks_for_fsdp, sft_config, train
+
+if TYPE_CHECKING:
+    from folora.training import FoLoraTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -215,11 +225,18 @@ class Run:
         """The token that sampling starts from."""
         return start_token_id(self.tokenizer, self.config.sampling.start_token)
 
-    def check(self, *, needs_data: bool) -> None:
-        """Everything that can be found out without loading the model."""
+    def check(self, *, needs_data: bool, trains: bool = True) -> None:
+        """Everything that can be found out without loading the model.
+
+        Args:
+            needs_data: Whether the rows of the task are read.
+            trains: Whether training follows; if not, TRL may be missing.
+        """
         check_writable(self.folder, "output")
-        on_cpu = device_of(self.config).type == "cpu"
-        sft_config(self.config.training, self.folder / TRAINING, evaluates=False, on_cpu=on_cpu)
+        check_quantizer(self.config)
+        device = device_of(self.config)
+        if trains or find_spec("trl"):
+            self._check_training(device)
         if self._by_fsdp and self.config.shard:
             raise ConfigError(
                 "--shard shares the weights out already; start the processes without FSDP"
@@ -234,10 +251,18 @@ class Run:
         task = self.task if needs_data else TaskData([], [])
         check_fits(task, self.tokenizer, start_id, **limits)
 
+    def _check_training(self, device: torch.device) -> None:
+        """Training options that TRL refuses. Raises ConfigError, also if TRL is missing."""
+        from folora.training import sft_config
+
+        folder = self.folder / TRAINING
+        on_cpu = device.type == "cpu"
+        sft_config(self.config.training, folder, evaluates=False, on_cpu=on_cpu)
+
     @property
     def _by_fsdp(self) -> bool:
         """Whether training is asked to share parameters out."""
-        return asks_for_fsdp(self.config.training.extra.get("fsdp"))
+        return ranks.asks_for_fsdp(self.config.training.extra.get("fsdp"))
 
     def check_stage(self, command: str) -> None:
         """Everything else that can be found out before a stage begins.
@@ -420,6 +445,8 @@ class Run:
             source: Another run of the same model and data whose samples and spectrum are used, for
                 comparing methods without doing the first stages again. Default: this one.
         """
+        from folora.training import train
+
         source = source or self
         folder = self.folder / TRAINING
         spectrum = source._read(SPECTRUM, self.model_facts)

@@ -52,6 +52,16 @@ def join(device: str) -> None:
             ) from error
 
 
+def asks_for_fsdp(given: Any) -> bool:
+    """Whether FSDP is asked for, by the launcher or by the training option ``fsdp``."""
+    return bool(given) or is_set("ACCELERATE_USE_FSDP")
+
+
+def is_set(variable: str) -> bool:
+    """Whether a launcher has set a switch in the environment."""
+    return os.environ.get(variable, "").lower() in ("1", "true")
+
+
 def leave() -> None:
     """Let go of the other processes, at the end of all work."""
     if dist.is_initialized():

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from folora import ranks
 from folora.activations import InputGroup, group_of
 from folora.disk import fitting
 from folora.errors import ConfigError
+from folora.shapes import Float
 from folora.spectrum import Eigenbasis, generalized_eigenbasis, smallest_eigenvectors
 
 
@@ -124,8 +123,7 @@ def _one_thread_each(
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        with threadpool_limits(1):  # scipy's LAPACK has threads of its own
-            yield from pool.map(work, groups)
+        yield from pool.map(work, groups)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # interrupted, it does not wait for LAPACK
         torch.set_num_threads(threads)  # part of the setting is shared by all threads

@@ -18,11 +18,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float64
 from torch import Tensor
 
 from folora.defaults import LAMBDA, S_MIN, TAU
 from folora.errors import NumericsError
+from folora.shapes import Float, Float64
 
 logger = logging.getLogger(__name__)
 

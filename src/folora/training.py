@@ -30,8 +30,6 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl.trainer.sft_config import SFTConfig
-from trl.trainer.sft_trainer import SFTTrainer
 
 from folora import ranks
 from folora.checkpoints import latest_checkpoint, seal_checkpoint, way_out
@@ -39,6 +37,7 @@ from folora.config import TrainingConfig
 from folora.data import IGNORE, pad_batch, text_examples
 from folora.divergence import kl, labelled_logits, masked_target_kl
 from folora.errors import ArtifactError, ConfigError, FoLoraError, NumericsError, nearest
+from folora.extras import needed_by
 from folora.finiteness import unsound_gradients, where_it_breaks
 from folora.interruption import StopAfterStep, finishing_step
 from folora.lowrank import narrow_inputs
@@ -48,6 +47,10 @@ from folora.preparation import Prepared, to_dataset
 from folora.progress import progress
 from folora.sadam import whole
 from folora.training_progress import training_progress
+
+with needed_by("training", "trl"):
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +147,7 @@ class FoLoraTrainer(SFTTrainer):
             plugin = self.accelerator.state.fsdp_plugin
             plugin.state_dict_config = plugin.optim_state_dict_config = None
             plugin.set_state_dict_type("SHARDED_STATE_DICT")
-        elif asks_for_fsdp(args.fsdp):
+        elif ranks.asks_for_fsdp(args.fsdp):
             logger.warning("FSDP is asked for, but Accelerate takes it on accelerators alone")
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
@@ -400,20 +403,15 @@ def sft_config(
     return found
 
 
-def asks_for_fsdp(given: Any) -> bool:
-    """Whether FSDP is asked for, by the launcher or by the option ``fsdp``."""
-    return bool(given) or _is_set("ACCELERATE_USE_FSDP")
-
-
 def check_sharding(args: SFTConfig) -> None:
     """Refuse what makes flat vectors of parameters, in which rows are lost. Raises ConfigError."""
     _refuse_deepspeed(args.deepspeed)
-    if not asks_for_fsdp(args.fsdp):
+    if not ranks.asks_for_fsdp(args.fsdp):
         return
     given = args.fsdp_plugin_args or {}
     if int(given.get("fsdp_version", os.environ.get("FSDP_VERSION", "1"))) != 2:
         raise ConfigError(FLAT.format("FSDP 1 makes flat vectors of the parameters"))
-    if given.get("activation_checkpointing") or _is_set("FSDP_ACTIVATION_CHECKPOINTING"):
+    if given.get("activation_checkpointing") or ranks.is_set("FSDP_ACTIVATION_CHECKPOINTING"):
         raise ConfigError(
             "FSDP's own activation checkpointing renames the layers, so that the adapter's are not found. "
             "Give --training.gradient_checkpointing true instead."
@@ -421,14 +419,10 @@ def check_sharding(args: SFTConfig) -> None:
 
 
 def _refuse_deepspeed(given: Any) -> None:
-    if given or _is_set("ACCELERATE_USE_DEEPSPEED"):
+    if given or ranks.is_set("ACCELERATE_USE_DEEPSPEED"):
         raise ConfigError(
             FLAT.format("DeepSpeed makes flat vectors of the parameters, at ZeRO-1 already")
         )
-
-
-def _is_set(variable: str) -> bool:
-    return os.environ.get(variable, "").lower() in ("1", "true")
 
 
 def _check_extra(extra: dict[str, Any]) -> None:

@@ -1,0 +1,5 @@
+"""``python -m folora``: the command line."""
+
+from folora.cli import entry
+
+entry()
