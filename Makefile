@@ -18,13 +18,17 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test gpu results chaos soak fuzz distributed lint format lock sbom audit clean
+.PHONY: demo test cpus gpu results chaos soak fuzz distributed lint format lock sbom audit clean
 
 demo: $(VENV)/ready
 	$(RUN) -m demo --output demo/output
 
 test: $(VENV)/ready
 	$(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile
+
+# The suite with the kernels of other CPUs, and with two threads; ARGS="--short" for what CI runs.
+cpus: $(VENV)/ready
+	$(RUN) -m benchmarks.cpus $(ARGS)
 
 # What can only be seen on a GPU; `make test` hides it, and compares with what the CPU gives.
 gpu: $(VENV)/ready

@@ -41,8 +41,9 @@ def _seeded() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+def _threads() -> None:
+    """One, so that processes that test side by side do not disturb each other; see `make cpus`."""
+    torch.set_num_threads(int(os.environ.get("FOLORA_TEST_THREADS", "1")))
 
 
 @pytest.fixture(params=sorted(MAKERS))

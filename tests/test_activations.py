@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_near
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -66,7 +67,7 @@ def test_equals_reference_with_padding(model: PreTrainedModel) -> None:
         assert matrix.dtype == torch.float32
         for layer in group.layers:  # what is shared is really the same
             expected = reference(model, layer, ROWS)
-            assert torch.allclose(matrix.double(), expected, rtol=1e-4, atol=1e-5)
+            assert_near(matrix, expected)
 
 
 def test_no_more_logits_are_made_than_must_be(model: PreTrainedModel) -> None:
@@ -97,7 +98,7 @@ def test_half_of_a_gram_matrix_is_enough(d: int) -> None:
     total = torch.zeros(d, d, dtype=torch.float64)
     add_upper_gram(total, x)
     add_upper_gram(total, y)
-    assert torch.allclose(total.triu(), (x.T @ x + y.T @ y).triu(), atol=1e-12)
+    assert_near(total.triu(), (x.T @ x + y.T @ y).triu())
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
@@ -107,7 +108,7 @@ def test_batching_changes_nothing(batch_size: int) -> None:
     a = second_moments(model, groups, batches(text_examples(ROWS), 4))
     b = second_moments(model, groups, batches(text_examples(ROWS), batch_size, pad_id=7))
     for name, matrix in a.matrices.items():
-        assert torch.allclose(matrix, b.matrices[name], rtol=1e-4, atol=1e-5)
+        assert_near(matrix, b.matrices[name])
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5])
@@ -127,7 +128,7 @@ def test_halves_are_of_every_other_sequence(batch_size: int) -> None:
         assert list(half.matrices) == [group.name for group in groups[1:3]]
         for name, matrix in half.matrices.items():
             expected = reference(model, name, rows)
-            assert torch.allclose(matrix.double(), expected, rtol=1e-4, atol=1e-5)
+            assert_near(matrix, expected)
 
 
 def test_packed_rows_count_every_token() -> None:
@@ -140,7 +141,7 @@ def test_packed_rows_count_every_token() -> None:
     assert found.tokens == flat.numel()
     for group in groups:
         expected = reference(model, group.name, ROWS)
-        assert torch.allclose(found.matrices[group.name].double(), expected, rtol=1e-4, atol=1e-5)
+        assert_near(found.matrices[group.name], expected)
 
 
 def test_sharing_is_found_by_watching() -> None:

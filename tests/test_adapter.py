@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from closeness import assert_near
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -96,7 +97,7 @@ def test_a_second_adapter_is_unharmed(model: PreTrainedModel) -> None:
         {k: v for k, v in alone.state_dict().items() if ".other." in k}, strict=False
     )
     adapted.set_adapter("other")
-    assert torch.allclose(adapted(IDS).logits, expected, atol=1e-6)
+    assert_near(adapted(IDS).logits, expected)
     adapted.set_adapter("default")
     assert torch.equal(adapted(IDS).logits, first)
     adapted.delete_adapter("other")
@@ -120,11 +121,11 @@ def test_merge_and_unmerge(model: PreTrainedModel) -> None:
     expected = adapted(IDS).logits
     for safe in (False, True):
         adapted.merge_adapter(safe_merge=safe)
-        assert torch.allclose(adapted(IDS).logits, expected, atol=1e-5)
+        assert_near(adapted(IDS).logits, expected)
         adapted.unmerge_adapter()
-        assert torch.allclose(adapted(IDS).logits, expected, atol=1e-5)
+        assert_near(adapted(IDS).logits, expected)
     merged = adapted.merge_and_unload()
-    assert torch.allclose(merged(IDS).logits, expected, atol=1e-5)
+    assert_near(merged(IDS).logits, expected)
 
 
 def test_saved_and_loaded_state_goes_on(tmp_path: Path) -> None:
@@ -165,8 +166,8 @@ def test_export_loads_without_folora(kind: str, tmp_path: Path) -> None:
     arguments = [str(tmp_path / n) for n in ("base", "adapter", "ids", "out", "merged")]
     subprocess.run([sys.executable, "-c", PLAIN, *arguments], check=True, cwd=tmp_path)
     expected = adapted(IDS).logits
-    assert torch.allclose(torch.load(tmp_path / "out"), expected, atol=1e-5)
-    assert torch.allclose(torch.load(tmp_path / "merged"), expected, atol=1e-5)
+    assert_near(torch.load(tmp_path / "out"), expected)
+    assert_near(torch.load(tmp_path / "merged"), expected)
 
 
 @pytest.mark.parametrize("kind", sorted(MAKERS))
@@ -175,7 +176,7 @@ def test_merged_export(kind: str, tmp_path: Path) -> None:
     expected = adapted(IDS).logits
     export_merged(adapted, tmp_path / "merged")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-    assert torch.allclose(loaded(IDS).logits, expected, atol=1e-5)
+    assert_near(loaded(IDS).logits, expected)
     assert torch.equal(adapted(IDS).logits, expected)
 
 
@@ -232,9 +233,9 @@ def test_starts() -> None:
     model = make_llama()
     (first, *_) = bases_for(model)
     a0 = leading_eigenvectors(first.basis, 4)
-    assert torch.allclose(a0 @ a0.T, torch.eye(4).double(), atol=1e-8)
+    assert_near(a0 @ a0.T, torch.eye(4), dtype=torch.float64)
     span = torch.linalg.lstsq(a0.T, first.basis[:, :4].double()).solution
-    assert torch.allclose(a0.T @ span, first.basis[:, :4].double(), atol=1e-6)
+    assert_near(a0.T @ span, first.basis[:, :4])
     generator = torch.Generator().manual_seed(0)
     assert kaiming(4, 100, generator).abs().max() <= 0.1
     with pytest.raises(NumericsError):

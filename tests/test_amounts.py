@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from closeness import assert_near
 from scipy.linalg import eigh
 from test_spectrum import moment
 
@@ -22,7 +23,7 @@ from folora.proxies import ProxySet, write_proxy_set
 def test_directions_are_worth_their_trace_quotient() -> None:
     a, b, task, other = (moment(12, rank=40, seed=seed) for seed in range(4))
     assert held((a, task), (a, task), 3) == pytest.approx(1.0)
-    h, there = (m.double() + 1e-3 * m.diagonal().mean() * torch.eye(12) for m in (a, b))
+    h, there = (m.double() + 1e-3 * m.diagonal().mean() * torch.eye(12).double() for m in (a, b))
     v = torch.from_numpy(eigh(task.numpy(), h.numpy())[1][:, -3:])
     best = eigh(other.numpy(), there.numpy())[0][-3:].sum()
     # The best basis of their span, whatever basis it was found in.
@@ -38,7 +39,7 @@ def test_text_adds_up() -> None:
     assert [m.tokens for m in found] == [10, 25, 60]
     for m in found:
         whole = x[: m.tokens]
-        assert torch.allclose(m.matrices["layer"], whole.T @ whole / m.tokens, atol=1e-6)
+        assert_near(m.matrices["layer"], whole.T @ whole / m.tokens)
 
 
 def test_tables_of_what_was_measured(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def test_on_their_own_text_directions_cost_one_and_on_another_what_its_matrix_sa
     assert same.gate == pytest.approx(0.0, abs=1e-9)
     there = agreement(a, b, task, directions=4)
     found = generalized_eigenbasis(a, task)
-    h = b + 1e-3 * b.diagonal().mean() * torch.eye(10)
+    h = b + 1e-3 * b.diagonal().mean() * torch.eye(10).double()
     costs = torch.stack([v @ h @ v for v in found.basis[:, :4].T])
     assert there.penalty == pytest.approx(float(costs.mean()))
     gates = spectral_gate(found.gamma[:4] / costs) - spectral_gate(found.gamma[:4])

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_near
 from conftest import temporary
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -266,7 +267,7 @@ def test_merged_and_cut_back_exports(finished: FoLoraConfig, tmp_path: Path) -> 
     base = AutoModelForCausalLM.from_pretrained(str(finished.model)).eval()
     exact = PeftModel.from_pretrained(base, str(Path(str(finished.output)) / "5-adapter")).eval()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-    assert torch.allclose(merged(ids).logits, exact(ids).logits, atol=1e-5)
+    assert_near(merged(ids).logits, exact(ids).logits)
 
 
 def test_a_gpt2_style_model_runs(rows_file: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_near
 
 import folora
 from folora import sadam
@@ -87,13 +88,13 @@ def test_matches_the_equations(shape: tuple[int, int], decay: float) -> None:
     )
     drive(optimizer, [a], grads)
     expected = reference(start, [g for (g,) in grads], basis, gate, 3e-2, (0.8, 0.95), decay=decay)
-    assert torch.allclose(a, expected, rtol=1e-10, atol=1e-10)
+    assert_near(a, expected, roundings=1e5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_identity_basis_is_adamw(dtype: torch.dtype, decay: float) -> None:
-    """Bound 1e-12 in float64, not equality: AdamW may fuse p + step into one rounding, we add twice."""
+    """Within roundings, not equal: AdamW may fuse p + step into one rounding, we add twice."""
     shapes = [(4, 6), (2, 6)]
     ours, theirs = params(shapes, dtype), params(shapes, dtype)
     grads = gradients(shapes, 50)
@@ -102,9 +103,8 @@ def test_identity_basis_is_adamw(dtype: torch.dtype, decay: float) -> None:
         ours, grads,
     )  # fmt: skip
     drive(torch.optim.AdamW(theirs, lr=1e-2, weight_decay=decay), theirs, grads)
-    bound = 1e-12 if dtype == torch.float64 else 1e-6
     for p, q in zip(ours, theirs, strict=True):
-        assert (p - q).abs().max() <= bound
+        assert_near(p, q, roundings=10)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -131,7 +131,7 @@ def test_one_optimizer_holds_both_kinds() -> None:
     )
     drive(torch.optim.AdamW([b2], lr=1e-2, weight_decay=0.0), [b2], [[g[1]] for g in grads])
     assert torch.equal(b, b2)
-    assert torch.allclose(a, reference(start, [g[0] for g in grads], basis, gate, 1e-2), atol=1e-10)
+    assert_near(a, reference(start, [g[0] for g in grads], basis, gate, 1e-2), roundings=1e5)
 
 
 def test_sign_and_order_of_columns_change_nothing() -> None:
@@ -142,7 +142,7 @@ def test_sign_and_order_of_columns_change_nothing() -> None:
     drive(SAdam([{"params": [a], "basis": basis, "gate": gate}], lr=1e-2), [a], grads)
     other = {"params": [b], "basis": (basis * signs)[:, order], "gate": gate[order]}
     drive(SAdam([other], lr=1e-2), [b], grads)
-    assert torch.allclose(a, b, rtol=0, atol=1e-12)
+    assert_near(a, b, roundings=1e3)
 
 
 def test_parameters_of_a_group_do_not_see_each_other() -> None:
@@ -154,7 +154,7 @@ def test_parameters_of_a_group_do_not_see_each_other() -> None:
     groups = [{"params": [p], "basis": basis, "gate": gate} for p in alone]
     drive(SAdam(groups, lr=1e-2), alone, grads)
     for p, q in zip(together, alone, strict=True):
-        assert torch.allclose(p, q, rtol=0, atol=1e-12)
+        assert_near(p, q, roundings=1e3)
 
 
 def test_gate_zero_never_moves_and_dense_weights_work() -> None:
@@ -262,7 +262,7 @@ def test_accumulated_gradients_count_once() -> None:
         for half in x.split(4):
             ((half @ b.T).sin().sum() / 8).backward()
         two.step()
-    assert torch.allclose(a, b, atol=1e-12)
+    assert_near(a, b, roundings=1e3)
 
 
 def test_closure_and_missing_gradients() -> None:
@@ -340,7 +340,7 @@ def test_a_cut_basis_is_the_whole_one_with_the_rest_closed() -> None:
     drive(SAdam([{"params": [whole], "basis": basis, "gate": gate}], lr=1e-2), [whole], grads)
     optimizer = SAdam([{"params": [cut], "basis": basis[:, :5], "gate": gate[:5]}], lr=1e-2)
     drive(optimizer, [cut], grads)
-    assert torch.allclose(whole, cut, rtol=0, atol=1e-12)
+    assert_near(whole, cut, roundings=1e3)
     assert optimizer.state[cut]["exp_avg"].shape == (3, 5)
 
 
@@ -351,7 +351,7 @@ def test_scale_multiplies_the_basis() -> None:
     drive(SAdam([{"params": [a], "basis": 3.5 * basis, "gate": gate}], lr=1e-2), [a], grads)
     scaled = SAdam([{"params": [b], "basis": basis, "gate": gate, "scale": 3.5}], lr=1e-2)
     drive(scaled, [b], grads)
-    assert torch.allclose(a, b, rtol=0, atol=1e-12)
+    assert_near(a, b, roundings=1e3)
     other = SAdam([{"params": [b], "basis": basis, "gate": gate, "scale": 3.4}], lr=1e-2)
     with pytest.raises(ValueError, match="another basis"):
         other.load_state_dict(scaled.state_dict())
@@ -370,7 +370,7 @@ def test_a_narrow_basis_is_widened_for_its_products(on_host: bool, monkeypatch: 
     drive(optimizer, [a], grads)
     drive(SAdam([{"params": [b], "basis": narrow.float(), "gate": gate}], lr=1e-2), [b], grads)
     assert optimizer.param_groups[0]["basis"].dtype == torch.bfloat16
-    assert torch.allclose(a, b, rtol=0, atol=1e-5)
+    assert_near(a, b)
 
 
 def test_without_a_gpu_nothing_is_sent_ahead() -> None:
@@ -418,7 +418,7 @@ def test_a_complement_moves_what_the_basis_lacks_and_nothing_else() -> None:
     together = 0.7 * torch.cat([t, frame], dim=1)
     gates = torch.cat([gate, torch.full((10,), floor, dtype=torch.float64)])
     expected = reference(start, [g for (g,) in grads], together, gates, 1e-2)
-    assert torch.allclose(a, expected, rtol=0, atol=1e-12)
+    assert_near(a, expected, roundings=1e3)
 
     (b,) = params([(3, 10)])
     drive(SAdam([{**group, "params": [b]}], lr=1e-2), [b], grads)
@@ -506,7 +506,7 @@ def test_a_compiled_step_is_the_step() -> None:
         drive(optimizer, ps, grads)
         found.append(ps)
     for p, q in zip(*found, strict=True):
-        assert torch.allclose(p, q, rtol=0, atol=1e-6)
+        assert_near(p, q, roundings=10)
 
 
 def test_public_name() -> None:

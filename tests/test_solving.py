@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_near
 from test_spectrum import moment
 
 from folora.activations import InputGroup
@@ -33,7 +34,7 @@ def test_same_as_one_at_a_time(threads: int) -> None:
     assert len(ticks) == len(GROUPS)
     for b in found:
         alone = generalized_eigenbasis(PRE[b.group.name], TASK[b.group.name], tau=1e-3)
-        assert torch.allclose(b.basis.abs().double(), alone.basis.abs(), rtol=1e-4, atol=1e-5)
+        assert_near(b.basis.abs(), alone.basis.abs())
         assert b.null_basis is not None
         assert b.null_basis.shape == (b.group.d_in, 2)
 
