@@ -169,3 +169,19 @@ def test_sound_checksums_of_something_else(
     resealed(base, file, tensors, **facts)
     with pytest.raises(ArtifactError, match=rf"other\.safetensors .*{message}"):
         read_base_file(file)
+
+
+def test_a_file_of_another_dtype_is_refused_or_reported(
+    finished: FoLoraConfig, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """These weights are rounded in bfloat16, and are others then; weights that are not are the same."""
+    given = {"base": str(base), "output": str(tmp_path / "run"), "dtype": "bfloat16"}
+    with pytest.raises(MismatchError, match=r"another dtype: it was made for float32, .*bfloat16"):
+        Run(finished.changed(given)).check_stage("run")
+
+    make_llama().bfloat16().save_pretrained(tmp_path / "exact")
+    make_tokenizer().save_pretrained(tmp_path / "exact")
+    exact = {"model": str(tmp_path / "exact"), "output": str(tmp_path / "first")}
+    file = Run(finished.changed({**exact, "dtype": "bfloat16"})).share()
+    Run(finished.changed({**exact, "base": str(file)})).check_stage("run")
+    assert "was made in bfloat16, but the model is loaded in float32" in caplog.text

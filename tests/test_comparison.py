@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.tiny import tiny_config
+from benchmarks.tiny import make_llama, tiny_config, write_rows
 from folora.cli import main
 from folora.comparison import Arm, Comparison, arms, read_arm
 from folora.config import FoLoraConfig
-from folora.errors import ArtifactError, ConfigError, DataError
+from folora.errors import ArtifactError, ConfigError, DataError, MismatchError
 from folora.pipeline import Run
 from folora.results import load_results
 
+ROW = '{"prompt": "say", "completion": "hello"}\n'
 IDS = torch.randint(3, 50, (4, 12), generator=torch.Generator().manual_seed(5))
 
 
@@ -172,6 +174,39 @@ def test_an_arm_of_other_settings_is_not_taken_for_this_one(
     longer = make_run(model_folder, rows_file, measured, training={"max_steps": 8})
     with pytest.raises(ArtifactError, match=r"training\.max_steps.*move it away"):
         next(compare(longer, tmp_path / "arms").run_all(chosen))
+
+
+def changed_weight(model: Path) -> None:
+    make_llama(seed=5).save_pretrained(model)
+
+
+def changed_config(model: Path) -> None:
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_act": "gelu"}))
+
+
+@pytest.mark.parametrize(
+    ("what", "edit"),
+    [
+        ("model", changed_weight),
+        ("model config", changed_config),
+        ("data", lambda model: (model / "rows.jsonl").write_text(ROW * 30)),
+    ],
+)
+def test_an_arm_of_other_inputs_under_the_same_name_is_refused(
+    what: str, edit: Any, model_folder: Path, tmp_path: Path
+) -> None:
+    """Before anything is sampled for them."""
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    rows = write_rows(model / "rows.jsonl")
+    run = make_run(model, rows, tmp_path / "run")
+    chosen = arms(["lora"], [1e-2])
+    list(compare(run, tmp_path / "arms").run_all(chosen))
+    edit(model)
+    again = make_run(model, rows, tmp_path / "run")
+    with pytest.raises(MismatchError, match=f"was made from another {what} than"):
+        next(compare(again, tmp_path / "arms").run_all(chosen))
+    assert not (tmp_path / "run" / "old").exists()
 
 
 def test_a_damaged_or_foreign_file_is_not_taken_for_a_result(

@@ -754,7 +754,7 @@ OUTPUTS += [
             "options" if command == "export" else "files", command)
     for part, command in STAGES.items()
     for what, edit, message in (
-        ("an old format", lambda f: json_file(f, format_version=1), "format version 1, this folora reads 2"),
+        ("an old format", lambda f: json_file(f, format_version=1), "format version 1, this folora reads 3"),
         ("another kind", lambda f: resealed(f, kind="other"), "holds 'other', but"),
         ("a changed word", lambda f: json_file(f, kind="other"), "is damaged: its checksum"),
         ("garbage", lambda f: content(f, b"\xff{"), "cannot be read"),

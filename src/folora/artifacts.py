@@ -7,25 +7,20 @@ carries the checksum of the tensors; reading compares both before anything is tr
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
 
 from folora.disk import (
     Facts,
     file_sha256,
-    json_fingerprint,
     read_json,
     sealed,
     unsealed,
@@ -33,10 +28,8 @@ from folora.disk import (
 )
 from folora.errors import ArtifactError, MismatchError
 from folora.memory import check_fits_memory
-from folora.sadam import whole
 
 TENSORS, MANIFEST = "tensors.safetensors", "manifest.json"
-FINGERPRINT_VALUES = 1024
 
 
 @dataclass(frozen=True)
@@ -150,43 +143,6 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except (OSError, SafetensorError, KeyError) as error:  # KeyError: a type that torch has not
         raise ArtifactError(f"{file} cannot be read: {error}") from error
-
-
-def tokens_fingerprint(rows: Iterable[Iterable[int]]) -> str:
-    """SHA-256 of token rows."""
-    result = hashlib.sha256()
-    for row in rows:
-        result.update((",".join(map(str, row)) + "\n").encode())
-    return result.hexdigest()
-
-
-@torch.no_grad()
-def model_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names, shapes and up to 1024 evenly spaced values of every parameter.
-
-    Values are rounded to bf16 first, so the same weights loaded in bf16 or widened to fp32 agree;
-    another model, revision or quantization does not. Of weights that processes share out all must call it.
-    """
-    result = hashlib.sha256()
-    for module in model.modules():
-        if isinstance(module, FSDPModule):  # after a forward pass tied weights may be there twice
-            module.reshard()
-    for name, p in sorted(model.named_parameters()):
-        result.update(f"{name}{tuple(p.shape)}".encode())
-        if p.is_meta:
-            continue
-        flat = whole(p.detach()).reshape(-1)
-        stride = max(1, flat.numel() // FINGERPRINT_VALUES)
-        values = flat[::stride].clone()  # or numpy would nail down the storage of the weights
-        if values.is_floating_point():
-            values = values.to(torch.bfloat16).view(torch.int16)
-        result.update(values.cpu().numpy().tobytes())
-    return result.hexdigest()
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of the vocabulary: equal for tokenizers that give every token the same id."""
-    return json_fingerprint(sorted(tokenizer.get_vocab().items()))
 
 
 def _short(value: Any) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,19 @@ from torch import Tensor
 
 from folora.activations import InputGroup, group_of
 from folora.artifacts import check_manifest, read_tensors, software_versions
-from folora.disk import Facts, checked_depth, fitting, sealed, write_atomically
+from folora.disk import (
+    Facts,
+    check_regular_file,
+    checked_depth,
+    fitting,
+    sealed,
+    write_atomically,
+)
 from folora.errors import ArtifactError, ConfigError
 from folora.proxies import ProxySet, proxies_from_tensors, proxies_to_tensors
 from folora.shapes import Float
+
+logger = logging.getLogger(__name__)
 
 KIND = "base"
 HEADER = "folora"  # the key of the manifest in the safetensors header
@@ -116,10 +126,16 @@ def write_base_file(
 def read_base_manifest(path: Path, expected: Mapping[str, Any] | None = None) -> Facts:
     """The manifest alone, without reading the tensors.
 
+    Args:
+        path: The file.
+        expected: `fingerprints.model_facts` of the model that it is for. The dtype may be another one
+            if it holds the same weights: the text and the rounding of C_pre are then of that dtype.
+
     Raises:
         ArtifactError: Missing, damaged, or something else.
         MismatchError: Of another model or tokenizer than `expected`.
     """
+    check_regular_file(path)
     try:
         with safe_open(path, "pt") as file:
             manifest = checked_depth(json.loads((file.metadata() or {}).get(HEADER, "null")))
@@ -129,7 +145,20 @@ def read_base_manifest(path: Path, expected: Mapping[str, Any] | None = None) ->
         raise ArtifactError(f"{path} is no base file: {error}") from error
     if manifest is None:
         raise ArtifactError(f"{path} is no base file: its header says nothing of folora")
+    found = check_manifest(manifest, path, path, KIND)
+    if expected and found.get("model") == expected["model"]:
+        expected = {name: value for name, value in expected.items() if name != "dtype"}
     return check_manifest(manifest, path, path, KIND, expected)
+
+
+def warn_of_dtype(manifest: Facts, dtype: str) -> None:
+    """Say that a base file was made in another dtype than the model has here."""
+    if manifest["dtype"] != dtype:
+        logger.warning(
+            "%s was made in %s, but the model is loaded in %s: C_pre has the rounding of the former. "
+            "--dtype %s gives the same numbers.",
+            manifest.file, manifest["dtype"], dtype, manifest["dtype"],
+        )  # fmt: skip
 
 
 def read_base_file(path: Path, expected: Mapping[str, Any] | None = None) -> BaseFile:

@@ -22,9 +22,10 @@ from torch import Tensor
 from transformers import TrainerControl, TrainerState
 
 from folora.artifacts import software_versions
+from folora.basefile import tensors_sha256
 from folora.config import FoLoraConfig
 from folora.disk import read_json, write_text
-from folora.errors import ArtifactError, ConfigError, DataError
+from folora.errors import ArtifactError, ConfigError, DataError, MismatchError
 from folora.meter import total_norm
 from folora.methods import configured, method
 from folora.pipeline import Run
@@ -133,12 +134,17 @@ class Comparison:
         self._null_rank = max(null_rank(config) for config in configs)
         self.run.sample()
         self.run.measure()
+        made_from = self.run.made_from()
+        if self._pre is not None:
+            own = {name: matrix.cpu() for name, matrix in self._pre.items()}
+            made_from["statistics"][0] = tensors_sha256(own)
         with progress("arms", len(chosen)) as tick:
             for arm, config in zip(chosen, configs, strict=True):
                 path = self.path(arm)
                 if not path.exists():
-                    write_text(path, json.dumps(self._result(arm, config)) + "\n")
-                yield read_arm(path, config)
+                    result = {**self._result(arm, config), "made_from": made_from}
+                    write_text(path, json.dumps(result) + "\n")
+                yield read_arm(path, config, made_from)
                 tick()
 
     def config(self, arm: Arm) -> FoLoraConfig:
@@ -184,6 +190,11 @@ class Comparison:
                 raise ConfigError("arms share statistics, so adapter.target_modules cannot differ")
             sft_config(config.training, self.folder, evaluates=False, on_cpu=on_cpu)
             check_adapter(self.run.model, self.run.groups, config.adapter)
+        # What was made from another model or other rows is found before these are sampled for.
+        known = {**self.run.model_facts, "data": self.run.task.fingerprint}
+        for arm, config in zip(chosen, configs, strict=True):
+            if self.path(arm).exists():
+                read_arm(self.path(arm), config, known)
         if not self.run.task.held_out:
             raise DataError(
                 "a comparison needs held-out rows for the task loss, and a tenth of the rows is "
@@ -259,8 +270,20 @@ class Comparison:
         return readings, lost()
 
 
-def read_arm(path: Path, config: FoLoraConfig) -> dict[str, Any]:
-    """The result in a file, if it is that of the arm with this very config. Raises ArtifactError."""
+def read_arm(
+    path: Path, config: FoLoraConfig, made_from: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The result in a file, if it is that of the arm with this config, made from the same inputs.
+
+    Args:
+        path: The file.
+        config: The arm's.
+        made_from: Fingerprints that it must have been made from; see `Run.made_from`.
+
+    Raises:
+        ArtifactError: It is no result, or that of other settings.
+        MismatchError: It was made from another model, data set or the like.
+    """
     result = read_json(path)
     if not isinstance(result, dict) or not isinstance(found := result.get("config"), dict):
         raise ArtifactError(f"{path} is no result; move it away")
@@ -270,6 +293,14 @@ def read_arm(path: Path, config: FoLoraConfig) -> dict[str, Any]:
         raise ArtifactError(
             f"{path} is the result of other settings ({', '.join(other) or 'format'}); move it away"
         )
+    said = result.get("made_from")
+    said = said if isinstance(said, dict) else {}
+    for name, value in (made_from or {}).items():
+        if said.get(name) != value:
+            raise MismatchError(
+                f"{path} was made from another {name.replace('_', ' ')} than this comparison has; "
+                "move it away, or give another output folder"
+            )
     return result
 
 

@@ -25,9 +25,9 @@ from pyarrow.parquet import ParquetFile
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from folora.artifacts import tokens_fingerprint
 from folora.config import DataConfig
 from folora.errors import DataError, nearest
+from folora.fingerprints import tokens_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +68,9 @@ class TaskData:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of tokens and labels."""
-        rows = [e.input_ids + e.labels for e in [*self.train, *self.held_out]]
-        return tokens_fingerprint(rows)
+        """SHA-256 of tokens and labels, and of where the held-out rows begin."""
+        train, held_out = ([e.input_ids + e.labels for e in p] for p in (self.train, self.held_out))
+        return tokens_fingerprint([*train, [], *held_out])
 
 
 def local_format(name: str) -> str | None:

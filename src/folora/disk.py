@@ -28,7 +28,7 @@ from folora.errors import ArtifactError, ConfigError, FoLoraError
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 VERSION, CHECKSUM = "format_version", "checksum"
 LOCK = ".lock"
 LOCK_SECONDS = 3.0  # to wait for another process
@@ -139,6 +139,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read a JSON file. Raises ArtifactError naming the file if it is missing or damaged."""
     path = Path(path)
+    check_regular_file(path)
     try:
         if (size := path.stat().st_size) > LARGEST_JSON:
             raise ArtifactError(f"{path} has {size} bytes, but must have at most {LARGEST_JSON}")
@@ -216,6 +217,15 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes. Raises OSError."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_regular_file(path: Path) -> None:
+    """Refuse what would be waited for: a named pipe or a device. Raises ArtifactError.
+
+    A file that is missing, or a folder, is for the caller to name.
+    """
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise ArtifactError(f"{path} is a named pipe or a device, but must be a regular file")
 
 
 def check_writable(folder: Path, what: str) -> None:

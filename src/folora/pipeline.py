@@ -38,14 +38,18 @@ from folora.activations import InputGroup, Moments
 from folora.adapter import ExportReport, lora_factors, write_adapter, write_merged
 from folora.artifacts import (
     Artifact,
-    model_fingerprint,
     read_artifact,
     read_manifest,
     software_versions,
-    tokenizer_fingerprint,
     write_artifact,
 )
-from folora.basefile import BaseFile, read_base_file, read_base_manifest, write_base_file
+from folora.basefile import (
+    BaseFile,
+    read_base_file,
+    read_base_manifest,
+    warn_of_dtype,
+    write_base_file,
+)
 from folora.config import FoLoraConfig
 from folora.data import (
     Example,
@@ -70,6 +74,7 @@ from folora.disk import (
 )
 from folora.engine import Engine, sized
 from folora.errors import ArtifactError, ConfigError, MismatchError, NumericsError
+from folora.fingerprints import config_fingerprint, model_facts, weights_fingerprint
 from folora.finiteness import check_finite_weights
 from folora.loading import (
     check_quantizer,
@@ -198,10 +203,7 @@ class Run:
     @cached_property
     def model_facts(self) -> dict[str, Any]:
         """Fingerprints of model and tokenizer, for manifests."""
-        return {
-            "model": model_fingerprint(self.model),
-            "tokenizer": tokenizer_fingerprint(self.tokenizer),
-        }
+        return model_facts(self.model, self.tokenizer)
 
     @cached_property
     def limits(self) -> dict[str, int | None]:
@@ -277,7 +279,8 @@ class Run:
         _ = self.groups  # the rank must fit the layers before hours of sampling
         ending_ids(self.model, self.tokenizer, self.config.sampling)
         if self.config.base is not None:
-            read_base_manifest(Path(self.config.base), self.model_facts)
+            found = read_base_manifest(Path(self.config.base), self.model_facts)
+            warn_of_dtype(found, self.model_facts["dtype"])
         for part in STAGE_READS.get(command, ()):
             self._manifest(part, self.model_facts)
         ranks.check_same("set of options", self.config)
@@ -375,7 +378,8 @@ class Run:
             logger.info("C_pre: measured when it was asked whether the text is enough")
             return looked[1].matrices, {"tokens": looked[1].tokens}
 
-        self._statistics_unless_done("pre", {"samples": proxies.fingerprint}, make)
+        facts = {"samples": proxies.fingerprint, "base": self._base_checksum}
+        self._statistics_unless_done("pre", facts, make)
 
     def _statistics_unless_done(
         self,
@@ -387,6 +391,11 @@ class Run:
         shared = {**self.model_facts, "groups": json_fingerprint(layers)}
         path = self.folder / STATISTICS / part
         self._unless_done(path, f"statistics_{part}", {**shared, **facts}, make)
+
+    @property
+    def _base_checksum(self) -> str | None:
+        path = self.config.base
+        return None if path is None else str(read_base_manifest(Path(path))["sha256"])
 
     def _base_file(self) -> BaseFile:
         return read_base_file(Path(required(self.config.base, "base")), self.model_facts)
@@ -543,8 +552,13 @@ class Run:
                     factors, target, base_model=self.name, fan_in_fan_out=conv1d, rank=rank
                 )
             # Afresh, since training wraps the layers, and whole: the others do not take part.
-            base = load_model(replace(self.config, shard=False), self.name, as_stored=True)
-            if model_fingerprint(base) != result.manifest["model"]:
+            whole = replace(self.config, shard=False)
+            base = load_model(whole, self.name, as_stored=True)
+            dtype, trained = result.manifest["dtype"], result.manifest["model"]
+            same = weights_fingerprint(base) == trained
+            if not same and str(base.dtype) != f"torch.{dtype}":  # rounded when it was trained
+                same = weights_fingerprint(load_model(whole, self.name)) == trained
+            if not same or config_fingerprint(base.config) != result.manifest["model_config"]:
                 raise MismatchError(
                     f"{self.name} is not the model that was trained in {self.folder}"
                 )
@@ -571,6 +585,15 @@ class Run:
         return report
 
     # What stages read.
+
+    def made_from(self) -> dict[str, Any]:
+        """Fingerprints of all that a training reads: model, data, samples and statistics."""
+        return {
+            **self.model_facts,
+            "data": self.task.fingerprint,
+            "samples": self._manifest(SET)["fingerprint"],
+            "statistics": [self._manifest(part)["sha256"] for part in (PRE, TASK)],
+        }
 
     def proxies(self) -> ProxySet:
         """The finished proxy set of this model."""

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from folora.artifacts import read_artifact, tokens_fingerprint, write_artifact
+from folora.artifacts import read_artifact, write_artifact
 from folora.disk import fitting
+from folora.fingerprints import tokens_fingerprint
 
 
 @dataclass(frozen=True)

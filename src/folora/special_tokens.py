@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from folora.artifacts import tokenizer_fingerprint
 from folora.config import SamplingConfig
 from folora.errors import DataError
+from folora.fingerprints import tokenizer_fingerprint
 
 
 def start_token_id(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> int:
