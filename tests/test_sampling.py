@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TopKLogitsWarper, TopPLogitsWarper
+from transformers import LlamaConfig, TopKLogitsWarper, TopPLogitsWarper
 
 from benchmarks.tiny import make_gpt2, make_llama, make_mistral, make_tokenizer, tiny_config
 from folora.artifacts import write_artifact
@@ -323,15 +323,60 @@ def test_rejections_are_counted() -> None:
     assert len(found.calibration) + len(found.held_out) == 40
 
 
-def test_start_token_is_never_chosen_silently() -> None:
+def test_a_start_token_is_the_chosen_one_or_bos() -> None:
     assert start_token_id(make_tokenizer(), None) == 1
     assert start_token_id(make_tokenizer(), "a") == 4
     without = make_tokenizer(bos=False)
-    with pytest.raises(DataError, match="start_token eos"):
-        start_token_id(without, None)
     assert start_token_id(without, "eos") == 2
     with pytest.raises(DataError, match="nope"):
         start_token_id(without, "nope")
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("special", "eos", "template", "model_bos", "generation_bos", "wanted"),
+    [
+        (["<|endoftext|>", "<|im_end|>"], "<|im_end|>", CHATML, "<|endoftext|>", None, "<|endoftext|>"),
+        (["<|endoftext|>", "<|im_end|>", "<s>"], "<|im_end|>", CHATML, "<s>", None, "<s>"),
+        (["<|endoftext|>", "<|im_end|>", "<s>"], "<|im_end|>", CHATML, None, "<s>", "<s>"),
+        (["<|endoftext|>", "<|im_end|>"], "<|im_end|>", CHATML, None, None, "<|endoftext|>"),
+        (["<|end_of_text|>", "<|eot_id|>"], "<|eot_id|>", "{{ eos_token }}", None, None, "<|end_of_text|>"),
+        (["<|endoftext|>"], "<|endoftext|>", None, "a", None, "<|endoftext|>"),  # a default id
+        (["</s>"], "</s>", None, None, None, "</s>"),
+        (["</s>", "<end>"], "</s>", "{{ messages[0]['content'] }}<end>", None, None, "</s>"),
+        (["<|im_end|>"], "<|im_end|>", CHATML, None, None, None),
+        (["<|im_end|>"], "<|im_end|>", "{{ eos_token }}", "a", "a", None),
+    ],
+    ids=["qwen3", "the model's", "its generation's", "qwen without bos_token_id", "llama 3", "an id of a letter",
+         "eos, no chat", "eos, not of turns", "no separator", "no separator, ids of letters"],
+)  # fmt: skip
+def test_without_bos_a_document_separator_starts(
+    special: list[str], eos: str, template: str | None, model_bos: str | None,
+    generation_bos: str | None, wanted: str | None, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    tokenizer = make_tokenizer(bos=False)
+    tokenizer.add_special_tokens({"additional_special_tokens": special, "eos_token": eos})
+    tokenizer.chat_template = template
+
+    def config(bos: str | None) -> LlamaConfig:
+        return LlamaConfig(
+            bos_token_id=None if bos is None else tokenizer.convert_tokens_to_ids(bos)
+        )
+
+    configs = config(model_bos), config(generation_bos), None
+    if wanted is None:
+        with pytest.raises(
+            DataError, match=r"no BOS token .*start_token eos \(which is '<\|im_end"
+        ):
+            start_token_id(tokenizer, None, *configs)
+        return
+    with caplog.at_level("INFO"):
+        assert start_token_id(tokenizer, None, *configs) == tokenizer.convert_tokens_to_ids(wanted)
+    assert f"starts from '{wanted}'" in caplog.text
 
 
 def test_a_sampler_with_another_tokenizer_is_refused() -> None:

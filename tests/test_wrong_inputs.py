@@ -20,6 +20,7 @@ import folora.comparison
 import folora.pipeline
 import folora.planning
 import folora.sampling
+import folora.training
 from benchmarks.tiny import tiny_config
 from folora.cli import main
 from folora.engine import HuggingFaceEngine
@@ -40,7 +41,7 @@ DOORS: list[tuple[Any, str, Found]] = [
     (HuggingFaceEngine, "__call__", "work"),
     (folora.pipeline, "measure", "work"),
     (folora.pipeline, "solve", "work"),
-    (folora.pipeline, "train", "work"),
+    (folora.training, "train", "work"),
     (folora.comparison, "solve", "work"),
 ]
 

@@ -179,6 +179,17 @@ def tokenizer(
     return edit
 
 
+def without_bos(**changes: Any) -> Edit:
+    """Neither the tokenizer nor the model has one; the default id of a config class is a letter's."""
+
+    def edit(folder: Path) -> None:
+        tokenizer(bos=False, **changes)(folder)
+        json_file("config.json", bos_token_id=5)(folder)
+        json_file("generation_config.json", bos_token_id=None)(folder)
+
+    return edit
+
+
 def another(make: Callable[[], PreTrainedModel], **config: Any) -> Edit:
     """Another model with the same tokenizer."""
 
@@ -680,8 +691,8 @@ TOKENIZERS = [
     model("half a tokenizer", cut("tokenizer.json", 99), "the tokenizer of model .*/model' cannot be loaded", "files"),
     model("a tokenizer of garbage", content("tokenizer.json", "{}"), "the tokenizer of model .* cannot be loaded", "files"),
     model("half a tokenizer's config", content("tokenizer_config.json", "{"), "the tokenizer of model", "files"),
-    model("no BOS", tokenizer(bos=False), r"no BOS token .*--sampling\.start_token eos \(which is '</s>'", "files"),
-    model("neither BOS nor EOS", tokenizer(bos=False, change=lambda t: setattr(t, "eos_token", None)),
+    model("no BOS", without_bos(template="{{ eos_token }}"), r"no BOS token .*--sampling\.start_token eos \(which is '</s>'", "files"),
+    model("neither BOS nor EOS", without_bos(change=lambda t: setattr(t, "eos_token", None)),
           "no BOS token", "files"),
     model("no EOS to start from", tokenizer(lambda t: setattr(t, "eos_token", None)),
           r"sampling\.start_token is 'eos', but this tokenizer has no EOS", "files",

@@ -93,7 +93,9 @@ class SamplingConfig:
     )
     seed: int = _option(0, "seed of the random draws; each sequence has its own stream")
     start_token: str | None = _option(
-        None, "token to start from: 'eos' or a token's text; default is the tokenizer's BOS"
+        None,
+        "token to start from: 'eos' or a token's text; default: the tokenizer's BOS, or the model's, or what "
+        "separates documents",
     )
     ignore_eos: bool = _option(
         False, "let a sequence run through the end of a document; for models of short documents"

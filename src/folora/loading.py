@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -103,6 +104,14 @@ def load_config(config: FoLoraConfig, name: str) -> Any:
             f"model {name!r} is a {wrong[0]}, but must be a causal LM, which predicts the next token"
         )
     return found
+
+
+def load_generation_config(config: FoLoraConfig, name: str) -> GenerationConfig | None:
+    """The model's generation config; None if it has no such file."""
+    try:
+        return GenerationConfig.from_pretrained(name, revision=config.revision or "main")
+    except OSError:
+        return None
 
 
 def dtype_for(config: FoLoraConfig, device: torch.device, model_config: Any) -> torch.dtype | None:

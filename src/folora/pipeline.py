@@ -80,6 +80,7 @@ from folora.loading import (
     check_quantizer,
     device_of,
     load_config,
+    load_generation_config,
     load_model,
     load_tokenizer,
     required,
@@ -222,10 +223,14 @@ class Run:
         rows = load_rows(dataset, self.config.data.split)
         return prepare_task(rows, self.tokenizer, self.config.data)
 
-    @property
+    @cached_property
     def start_id(self) -> int:
         """The token that sampling starts from."""
-        return start_token_id(self.tokenizer, self.config.sampling.start_token)
+        configs = (
+            load_config(self.config, self.name),
+            load_generation_config(self.config, self.name),
+        )
+        return start_token_id(self.tokenizer, self.config.sampling.start_token, *configs)
 
     def check(self, *, needs_data: bool, trains: bool = True) -> None:
         """Everything that can be found out without loading the model.

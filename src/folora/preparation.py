@@ -121,7 +121,12 @@ def prepare(
     warn_if_slow(model.dtype, model.device)
     model.requires_grad_(False)  # before it runs; see load_model
     task = prepare_task(load_rows(dataset, config.data.split), tokenizer, config.data)
-    start_id = start_token_id(tokenizer, config.sampling.start_token)
+    start_id = start_token_id(
+        tokenizer,
+        config.sampling.start_token,
+        model.config,
+        getattr(model, "generation_config", None),
+    )
     check_fits(task, tokenizer, start_id, **limits_of(model.config))
     groups = groups_of(model, config.adapter, start_id)
     check_finite_weights(model)
