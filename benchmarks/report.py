@@ -416,11 +416,23 @@ def demo(source: Source) -> Block:
     """What ``make demo`` wrote: one seed of LoRA and folora at the same rate and steps."""
     if not source.demo:
         raise NoResultsError("No result of `make demo` yet.")
-    scores = source.demo["scores"]
-    rows = [
-        (title, *[style.format(arm[key]) for arm in scores.values()]) for title, key, style in DEMO
-    ]
-    return Block(Table(("", *scores), tuple(rows), "One seed; `make demo`.").markdown())
+    kinds = " and ".join(run["cpu"] for run in source.demo)
+    caption = f"One seed; `make demo` on CPUs with {kinds}; a range where they differ."
+    return Block(Table(*demo_cells(source.demo), caption).markdown())
+
+
+def demo_cells(
+    runs: Sequence[Mapping[str, Any]],
+) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """Header and rows of the demo's table, from the results of ``make demo`` on several CPUs."""
+    arms = tuple(runs[0]["scores"])
+
+    def cell(arm: str, key: str, style: str) -> str:
+        values = sorted(run["scores"][arm][key] for run in runs)
+        return " to ".join(dict.fromkeys(style.format(v) for v in (values[0], values[-1])))
+
+    rows = tuple((title, *(cell(arm, key, style) for arm in arms)) for title, key, style in DEMO)
+    return ("", *arms), rows
 
 
 def spectra(source: Source) -> Block:

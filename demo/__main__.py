@@ -222,6 +222,7 @@ def main() -> None:
         output / "result.json",
         {
             "command": "make demo",
+            "cpu": torch.backends.cpu.get_cpu_capability(),
             "seconds": round(time.monotonic() - started),
             "versions": software_versions(),
             "scores": {name: asdict(s) for name, s in scores.items()},

@@ -507,7 +507,7 @@ def test_variants_without_references_and_knobs_without_defaults(made: Path) -> N
 def test_a_comparison_without_a_plan_and_the_demo_have_blocks_too(made: Path) -> None:
     assert page(made, "demo") == "*No result of `make demo` yet.*\n"
     (made / "demo.json").write_text((ROOT / "docs/demo.json").read_text())
-    scores = json.loads((made / "demo.json").read_text())["scores"]
+    scores = json.loads((made / "demo.json").read_text())[0]["scores"]
     assert f"| {scores['base']['task_loss']:.3f} | {scores['LoRA']['task_loss']:.3f} |" in page(
         made, "demo"
     )
