@@ -16,17 +16,16 @@ from benchmarks.tiny import make_tokenizer
 from folora.config import DataConfig
 from folora.data import (
     ALPACA,
-    IGNORE,
     Example,
     Formatter,
     batches,
-    choose_columns,
     load_rows,
     local_format,
     pad_batch,
     prepare_task,
 )
 from folora.errors import DataError
+from folora.formats import IGNORE, choose_format
 
 
 def one(row: dict[str, Any], chat: bool = False, **options: Any) -> tuple[str, str, Example]:
@@ -107,11 +106,11 @@ def test_bad_rows_are_named(row: dict[str, Any], message: str) -> None:
 
 def test_columns_can_be_named() -> None:
     config = DataConfig(prompt_column="q", response_column="a")
-    assert choose_columns(["q", "a", "z"], config) == ("q", "a")
+    assert choose_format(["q", "a", "z"], config).columns == ("q", "a")
     with pytest.raises(DataError, match="did you mean 'question'"):
-        choose_columns(["question", "a"], DataConfig(prompt_column="qestion", response_column="a"))
+        choose_format(["question", "a"], DataConfig(prompt_column="qestion", response_column="a"))
     with pytest.raises(DataError, match="both"):
-        choose_columns(["q", "a"], DataConfig(prompt_column="q"))
+        choose_format(["q", "a"], DataConfig(prompt_column="q"))
 
 
 ROWS = [{"prompt": "p" * (n % 7 + 1), "completion": "c" * (n % 3 + 1)} for n in range(30)]

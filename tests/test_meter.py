@@ -9,8 +9,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from benchmarks.tiny import make_llama
-from folora.data import IGNORE, Example
+from folora.data import Example
 from folora.errors import DataError
+from folora.formats import IGNORE
 from folora.meter import Meter
 
 SAMPLES = [[1, *range(4, 4 + n)] for n in (9, 3, 17)]

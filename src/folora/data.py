@@ -1,8 +1,7 @@
 """Rows of a data set -> token ids with a loss mask on the response.
 
-Understood, by column names: prompt/completion, instruction[/input]/response (or output),
-question/answer, and chats in ``messages`` (or a chat in ``prompt`` and ``completion``, as in TRL).
-Loss falls on the response alone: labels are -100 elsewhere.
+`formats.FORMATS` lists the rows that are read, `chats.ChatTokenizer` finds the answers of a chat.
+Labels are -100 where there is no loss.
 """
 
 from __future__ import annotations
@@ -13,41 +12,42 @@ import logging
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset
 from pyarrow.parquet import ParquetFile
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from folora.chats import STRICT, ChatTokenizer
 from folora.config import DataConfig
-from folora.errors import DataError, nearest
+from folora.errors import DataError
 from folora.fingerprints import tokens_fingerprint
+from folora.formats import (
+    IGNORE,
+    Chat,
+    Format,
+    Plain,
+    Row,
+    Tokens,
+    choose_format,
+    columns_of,
+)
 
 logger = logging.getLogger(__name__)
 
-IGNORE = -100
 CHUNK = 2**20  # bytes
 _SPACE = re.compile(r"\s*")
 LOCAL_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-PAIRS = (
-    ("prompt", "completion"),
-    ("instruction", "response"),
-    ("instruction", "output"),
-    ("question", "answer"),
-)
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
     "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
 )
-
-Message = dict[str, str]
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,14 @@ def local_format(name: str) -> str | None:
     return LOCAL_FORMATS.get(suffixes[-1]) if suffixes else None
 
 
-def load_rows(dataset: str | Dataset | Sequence[Row], split: str = "train") -> list[Row]:
+def load_rows(
+    dataset: str | Dataset | DatasetDict | Sequence[Row], split: str = "train"
+) -> list[Row]:
     """Rows of a local file, of a Hub data set, or of what is already in memory.
 
     Raises:
-        DataError: The file is missing, empty, or cannot be parsed.
+        DataError: The file is missing, empty, or cannot be parsed; no such split; or what is in
+            memory has no length (IterableDataset) or no rows with named columns.
     """
     if isinstance(dataset, str):
         kind = local_format(dataset)
@@ -98,9 +101,32 @@ def load_rows(dataset: str | Dataset | Sequence[Row], split: str = "train") -> l
                     f"to be had from the Hub (split {split!r}): {error}"
                 ) from error
     else:
-        rows = list(dataset)
+        rows = _rows_in_memory(dataset, split)
     if not rows:
         raise DataError(f"data set {dataset if isinstance(dataset, str) else ''!r} has no rows")
+    return rows
+
+
+def _rows_in_memory(dataset: Any, split: str) -> list[Row]:
+    if isinstance(dataset, Mapping):  # DatasetDict: one data set for each split
+        if split not in dataset:
+            raise DataError(
+                f"the data set has no split {split!r}, but {sorted(map(str, dataset))}; give one with "
+                "data.split"
+            )
+        dataset = dataset[split]
+    if not hasattr(dataset, "__len__"):
+        raise DataError(
+            f"a {type(dataset).__name__} does not say how many rows it has; give a list, for example "
+            "list(dataset.take(10000))"
+        )
+    rows = list(dataset)
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise DataError(
+                f"row {number} of the data set is {type(row).__name__}, but must be a dict of columns "
+                "(of a pandas DataFrame: frame.to_dict('records'))"
+            )
     return rows
 
 
@@ -196,20 +222,21 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> Row:
 
 
 class Formatter:
-    """Turns rows into examples for one tokenizer; the columns are chosen once, from the first row.
+    """Turns rows into examples for one tokenizer; the format is chosen once, from all columns.
 
     Raises:
-        DataError: No known pair of columns, a named column that is not there, a row with something
-            else than text, a chat without an answer, or a chat template that does not render chats
-            turn by turn.
+        DataError: No known format, or a refused one; a named column that is not there; a row with
+            something else than its format has; a chat whose answers cannot be found.
     """
 
     def __init__(
-        self, columns: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: DataConfig
+        self, columns: Collection[str], tokenizer: PreTrainedTokenizerBase, config: DataConfig
     ) -> None:
         self.tokenizer = tokenizer
         self.config = config
-        self.columns = choose_columns(columns, config)
+        self.format = choose_format(columns, config)
+        self.cut = 0
+        self.chats = ChatTokenizer(tokenizer)
         template = tokenizer.chat_template is not None
         self.use_template = template if config.chat_template is None else config.chat_template
         if self.use_template and not template:
@@ -222,30 +249,27 @@ class Formatter:
         except DataError as error:
             raise DataError(f"row {number}: {error}") from error
         end = self.config.max_length
+        self.cut += len(example.input_ids) > end
         return Example(example.input_ids[:end], example.labels[:end])
 
     def _example(self, row: Row) -> Example:
-        prompt_name, response_name = self.columns
-        if response_name is None:
-            return self._chat(row.get(prompt_name))
-        prompt: Any = row.get(prompt_name)
-        response: Any = row.get(response_name)
-        if isinstance(prompt, list) and isinstance(response, list):
-            return self._chat([*prompt, *response], first=len(prompt))
-        for name, value in zip(self.columns, (prompt, response), strict=True):
-            if not isinstance(value, str):
-                raise DataError(f"column {name!r} holds {type(value).__name__}, not text")
-            _check_unicode(value, f"column {name!r}")
-        if prompt_name == "prompt":
-            return self._plain(prompt, response)
-        if row.get("input") and prompt_name == "instruction":
-            prompt = f"{prompt}\n\n{row['input']}"
-            _check_unicode(prompt, "column 'input'")
+        if self.format.read is None:
+            raise TypeError(f"{self.format.name} has no reader")
+        content = self.format.read(row)
+        if isinstance(content, Tokens):
+            return Example(content.input_ids, content.labels)
+        if isinstance(content, Plain):
+            return self._plain(content.prompt, content.response)
+        if isinstance(content, Chat):
+            return self._chat(content)
+        if not content.response:
+            raise DataError("the response is empty")
         if self.use_template:
-            return self._chat(
-                [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-            )
-        return self._plain(ALPACA.format(instruction=prompt), response)
+            return self._chat(content.chat)
+        if content.tools or content.options:
+            raise DataError("columns 'tools' and 'chat_template_kwargs' need a chat template")
+        system = f"{content.system}\n\n" if content.system else ""
+        return self._plain(system + ALPACA.format(instruction=content.prompt), content.response)
 
     def _plain(self, prompt: str, response: str) -> Example:
         """Text before text; the response ends with EOS."""
@@ -256,76 +280,19 @@ class Formatter:
         if before and before[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id:
             before = before[:-1]  # tokenizers that close every text
         after = tokenizer(response, add_special_tokens=False)["input_ids"]
-        if tokenizer.eos_token_id is not None:
+        if tokenizer.eos_token_id is not None and after[-1:] != [tokenizer.eos_token_id]:
             after = [*after, tokenizer.eos_token_id]
+        if before and (before[1:] + after)[:1] == before[:1] == [tokenizer.bos_token_id]:
+            before = before[1:]  # the text has its own
         return Example([*before, *after], [IGNORE] * len(before) + after)
 
-    def _chat(self, messages: Any, first: int = 0) -> Example:
-        """A chat with loss on what the assistant says from message `first` on."""
-        if not isinstance(messages, list) or not all(
-            isinstance(m, dict)
-            and isinstance(m.get("role"), str)
-            and isinstance(m.get("content"), str)
-            for m in messages
-        ):
-            raise DataError("a chat must be a list of {'role': name, 'content': text}")
-        if self.tokenizer.chat_template is None:
-            raise DataError("the data are chats, but this tokenizer has no chat template")
-        if not any(m["role"] == "assistant" for m in messages[first:]):
-            raise DataError("the chat has no message of the role 'assistant' to learn from")
-        ids = self._render(messages)
-        labels = [IGNORE] * len(ids)
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant" or i < first:
-                continue
-            before = self._render(messages[:i], add_generation_prompt=True)
-            upto = self._render(messages[: i + 1])
-            start = len(before)
-            if upto != ids[: len(upto)] or before != ids[:start] or start >= len(upto):
-                raise DataError(
-                    "this chat template renders a turn differently once others follow, so the "
-                    "assistant's tokens cannot be found. Give prompt/completion rows instead."
-                )
-            labels[start : len(upto)] = ids[start : len(upto)]
-        return Example(ids, labels)
-
-    def _render(self, messages: list[Message], add_generation_prompt: bool = False) -> list[int]:
-        if not messages:
-            return []
-        try:
-            text: Any = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # a template is a program, and may raise what it likes
-            raise DataError(f"the tokenizer's chat template refuses this chat: {error}") from error
-        _check_unicode(text, "the chat")  # a role, or whatever the template adds
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
-
-
-def choose_columns(columns: Sequence[str], config: DataConfig) -> tuple[str, str | None]:
-    """The columns of prompt and response; ``("messages", None)`` for chats. Raises DataError."""
-    for option in ("prompt_column", "response_column"):
-        name = getattr(config, option)
-        if name is not None and name not in columns:
-            raise DataError(
-                f"data.{option} is {name!r}, but the data have {sorted(columns)}"
-                f"{nearest(name, columns)}"
-            )
-    if config.prompt_column and config.response_column:
-        return config.prompt_column, config.response_column
-    if config.prompt_column or config.response_column:
-        raise DataError("give both data.prompt_column and data.response_column, or neither")
-    if "messages" in columns:
-        return "messages", None
-    for pair in PAIRS:
-        if set(pair) <= set(columns):
-            return pair
-    known = ", ".join("/".join(pair) for pair in PAIRS)
-    raise DataError(
-        f"no prompt and response among the columns {sorted(columns)}; known are {known} and "
-        "messages. Name them: --data.prompt_column X --data.response_column Y"
-    )
+    def _chat(self, chat: Chat) -> Example:
+        """A chat with loss on its learned answers."""
+        found = self.chats(chat)
+        labels = [IGNORE] * len(found.input_ids)
+        for start, end in found.answers:
+            labels[start:end] = found.input_ids[start:end]
+        return Example(found.input_ids, labels)
 
 
 def prepare_task(
@@ -338,13 +305,23 @@ def prepare_task(
     Raises:
         DataError: See `Formatter`; also when no row is left.
     """
-    formatter = Formatter(list(rows[0]), tokenizer, config)
+    columns = columns_of(rows)
+    formatter = Formatter(columns, tokenizer, config)
+    _say_format(formatter.format, columns)
     examples = [formatter(row, number) for number, row in enumerate(rows)]
+    _say_chats(formatter.chats)
     usable = [e for e in examples if any(label != IGNORE for label in e.labels[1:])]
     dropped = len(examples) - len(usable)
     if not usable:
         raise DataError(
             f"no row has a response token within data.max_length = {config.max_length}; raise it"
+        )
+    if formatter.cut:
+        logger.warning(
+            "%d of %d rows cut to data.max_length = %d tokens",
+            formatter.cut,
+            len(rows),
+            config.max_length,
         )
     if dropped:
         logger.warning(
@@ -357,6 +334,26 @@ def prepare_task(
     held_out = sorted(order[:count])
     train = sorted(order[count:])
     return TaskData([usable[i] for i in train], [usable[i] for i in held_out], dropped)
+
+
+def _say_format(chosen: Format, columns: Collection[str]) -> None:
+    """Name the columns before work starts, those that are not used above all."""
+    used = [name for name in columns if name not in chosen.unused(columns)]
+    logger.info("rows are read as %s: columns %s", chosen.name, ", ".join(used))
+    if unused := chosen.unused(columns):
+        logger.info("columns not used: %s", ", ".join(unused))
+
+
+def _say_chats(chats: ChatTokenizer) -> None:
+    if set(chats.ways) - {STRICT}:
+        ways = ", ".join(f"{count} by {way}" for way, count in chats.ways.most_common())
+        logger.info("answers of the chats were found %s", ways)
+    if chats.unused:
+        logger.info("fields of messages not used: %s", ", ".join(sorted(chats.unused)))
+    if chats.unended:
+        logger.warning(
+            "%d chats end without a special token: the model may not learn to stop", chats.unended
+        )
 
 
 def check_fits(
@@ -408,14 +405,6 @@ def pad_batch(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
         "attention_mask": padded(([1] * len(e.input_ids) for e in examples), 0),
         "labels": padded((e.labels for e in examples), IGNORE),
     }
-
-
-def _check_unicode(text: str, what: str) -> None:
-    """Raise DataError for a text that cannot be encoded, as JSON may hold it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise DataError(f"{what} holds half of a surrogate pair, which is no text") from None
 
 
 def batches(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from folora.data import IGNORE
+from folora.formats import IGNORE
 from folora.shapes import Float, Int
 
 

@@ -31,7 +31,6 @@ from folora.config import AdapterConfig, FoLoraConfig, StatisticsConfig
 from folora.convergence import Convergence, watched
 from folora.data import (
     Example,
-    Row,
     TaskData,
     batches,
     check_fits,
@@ -42,6 +41,7 @@ from folora.data import (
 from folora.engine import sized
 from folora.errors import ConfigError
 from folora.finiteness import check_finite_weights
+from folora.formats import Row
 from folora.initialization import NEED_NULL_BASIS, NEED_WHOLE_BASIS, check_singular_values
 from folora.loading import warn_if_slow
 from folora.meter import Meter

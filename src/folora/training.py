@@ -34,11 +34,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from folora import ranks
 from folora.checkpoints import latest_checkpoint, seal_checkpoint, way_out
 from folora.config import TrainingConfig
-from folora.data import IGNORE, pad_batch, text_examples
+from folora.data import pad_batch, text_examples
 from folora.divergence import kl, labelled_logits, masked_target_kl
 from folora.errors import ArtifactError, ConfigError, FoLoraError, NumericsError, nearest
 from folora.extras import needed_by
 from folora.finiteness import unsound_gradients, where_it_breaks
+from folora.formats import IGNORE
 from folora.interruption import StopAfterStep, finishing_step
 from folora.lowrank import narrow_inputs
 from folora.meter import LayerNorms, Reading, total_norm, update_norms
