@@ -160,7 +160,7 @@ def test_export_loads_without_folora(kind: str, tmp_path: Path) -> None:
     assert report.rank == 8
     assert report.relative_error == 0
     assert {f.name for f in (tmp_path / "adapter").iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors",
+        "adapter_config.json", "adapter_model.safetensors", "folora.json",
     }  # fmt: skip
     torch.save(IDS, tmp_path / "ids")
     arguments = [str(tmp_path / n) for n in ("base", "adapter", "ids", "out", "merged")]

@@ -248,7 +248,7 @@ def test_the_command_compares_and_says_where_things_are(
 
     assert main([*command, "--methods", "folora,lora", "--seeds", "0,1"]) == 0
     folder = tmp_path / "run" / "compare"
-    assert len(list(folder.glob("*.json"))) == 8
+    assert len(list(folder.glob("*--*.json"))) == 8
     assert "| folora |" in (folder / "comparison.md").read_text()
     for picture in ("frontier.png", "norms.png"):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")

@@ -64,7 +64,7 @@ def test_the_folder_explains_itself(finished: FoLoraConfig) -> None:
     folder = Path(str(finished.output))
     assert sorted(p.name for p in folder.iterdir() if p.name != LOCK) == [
         "1-samples", "2-statistics", "3-spectrum", "4-training", "5-adapter",
-        "config.yaml", "report.json",
+        "config.yaml", "folora.json", "report.json",
     ]  # fmt: skip
     report = json.loads((folder / "report.json").read_text())
     assert report["adapted"]["kl"] > 0

@@ -780,15 +780,16 @@ OUTPUTS += [
     if command != "export"
 ]  # fmt: skip
 OUTPUTS += [
-    damaged("a list for a manifest", content("3-spectrum/manifest.json", "[]"), "3-spectrum/manifest.json has format version 1"),
-    damaged("half a request for samples", content("1-samples/request.json", "{"), r"request\.json cannot be read"),
+    damaged("a list for a manifest", content("3-spectrum/manifest.json", "[]"), "3-spectrum/manifest.json has format version 1",
+            "files"),
+    damaged("half a request for samples", content("1-samples/request.json", "{"), r"request\.json cannot be read", "files"),
     damaged("samples cut off", cut("1-samples/set/tensors.safetensors", 99), "is damaged: its checksum", "model"),
     damaged("statistics without tensors", removed("2-statistics/pre/tensors.safetensors"),
             r"pre/tensors\.safetensors cannot be read.*No such file", "model", "solve"),
     damaged("a result of garbage", content("4-training/result/tensors.safetensors", "x"),
             "result/tensors.safetensors is damaged", "options", "export"),
     damaged("half a request for training", content("4-training/request.json", "{"),
-            r"4-training/request\.json cannot be read", "model"),
+            r"4-training/request\.json cannot be read", "files"),
 ]  # fmt: skip
 
 # 8. Export, compare and plan.
@@ -802,13 +803,13 @@ OTHERS = [
     Wrong("a rank for merged weights", "--merged --rank 2", "--rank goes with the adapter alone", command="export"),
     Wrong("export to a file", "--to HERE/x", "the export folder HERE/x .*is a file", command="export", files={"x": ""}),
     Wrong("export below a file", "--to HERE/x/y", "HERE/x is a file", command="export", files={"x": ""}),
-    Wrong("export over other files", "--to HERE", "HERE holds 'precious.txt', which would be lost",
+    Wrong("export over other files", "--to HERE", "HERE holds 'precious.txt', and no folora.json",
           command="export", files={"precious.txt": "a"}),
-    Wrong("export beside an adapter's files", "--to HERE", "HERE holds 'precious.txt', which would be lost",
+    Wrong("export beside an adapter's files", "--to HERE", "HERE holds 'adapter_config.json', and no folora.json",
           command="export", files={"precious.txt": "a", "adapter_config.json": "{}"}),
     Wrong("merged weights over other files", "--merged --to HERE", "HERE holds 'precious.txt'",
           command="export", files={"precious.txt": "a"}),
-    model("merged weights over the base", lambda _: None, "HERE/model holds 'config.json', which would be lost",
+    model("merged weights over the base", lambda _: None, "HERE/model holds 'config.json', and no folora.json",
           "options", command="export", arguments="--merged --to HERE/model"),
     model("merged weights of another model", another(lambda: make_llama(seed=1)),
           "is not the model that was trained in", command="export", arguments="--merged --to HERE/new"),

@@ -21,19 +21,20 @@ from peft.tuners.lora import Linear, LoraLayer
 from peft.utils.save_and_load import get_base_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from folora.disk import check_replaceable, write_atomically
 from folora.errors import ConfigError, NumericsError
 from folora.frames import FRAME, Frame, Framed, Lean, layer_factors, product
 from folora.initialization import STARTS, Site, Start, leading_singular_spaces
 from folora.modes import gathered
+from folora.ownership import check_own_folder, write_own_folder
 from folora.sadam import full_fp32_matmul
 from folora.shapes import Float
 from folora.solving import GroupBasis, check_rank
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+ADAPTER, MERGED = "adapter", "merged"
+"""What the list of an exported folder says of it; see `ownership`."""
 
 Factors = dict[str, tuple[Tensor, Tensor, float]]
 """A (k, d_in), B (d_out, k) and kappa by layer name; the layer's update is kappa B A."""
@@ -140,14 +141,14 @@ def export_adapter(
 
     Args:
         model: From `attach`, trained or not.
-        path: Folder to make or replace.
+        path: Folder to make, or one of an earlier export; files of others in it are kept.
         rank: None for the exact adapter (rank 2r if anchored, else r); otherwise each layer's
             update is cut back to its best approximation of that rank, and the error is reported.
         adapter_name: Which adapter.
 
     Raises:
         ConfigError: `rank` is outside of [1, rank of the exact adapter], or the folder holds
-            something else than an adapter.
+            what folora did not write, or what was changed since.
         NumericsError: A factor is not finite.
         ArtifactError: The folder cannot be written.
     """
@@ -170,7 +171,7 @@ def write_adapter(
     rank: int | None = None,
 ) -> ExportReport:
     """Write factors as a PEFT adapter folder; see `export_adapter`."""
-    check_replaceable(Path(path), ADAPTER_FILES)
+    check_own_folder(Path(path), ADAPTER, "the export folder")
     exact = max(len(a) for a, _, _ in factors.values())
     if rank is not None and not 1 <= rank <= exact:
         raise ConfigError(f"export rank is {rank}, but must lie in [1, {exact}]")
@@ -203,7 +204,7 @@ def write_adapter(
         config.save_pretrained(str(target))
         save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
 
-    write_atomically(Path(path), write)
+    write_own_folder(Path(path), ADAPTER, write)
     return _report(target, errors)
 
 
@@ -213,7 +214,8 @@ def export_merged(model: PeftModel, path: str | Path, adapter_name: str = "defau
     The model in memory is not changed.
 
     Raises:
-        ConfigError: The base is quantized; its weights cannot take the update exactly.
+        ConfigError: The base is quantized; its weights cannot take the update exactly. Or the folder
+            is none that folora may write; see `export_adapter`.
         ArtifactError: The folder cannot be written.
     """
     _refuse_quantized(model.get_base_model())
@@ -221,9 +223,16 @@ def export_merged(model: PeftModel, path: str | Path, adapter_name: str = "defau
     write_merged(model.get_base_model(), state, lora_factors(model, adapter_name), path)
 
 
-def write_merged(base: Any, state: dict[str, Tensor], factors: Factors, path: str | Path) -> None:
+def write_merged(
+    base: Any,
+    state: dict[str, Tensor],
+    factors: Factors,
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
     """Write a base model's `state` plus factors as a model folder; see `export_merged`."""
     _refuse_quantized(base)
+    check_own_folder(Path(path), MERGED, "the export folder")
     merged = dict(state)
     for name, (a, b, scaling) in factors.items():
         weight = state[f"{name}.weight"]
@@ -231,7 +240,13 @@ def write_merged(base: Any, state: dict[str, Tensor], factors: Factors, path: st
         if isinstance(_base_layer(base.get_submodule(name)), Conv1D):
             delta = delta.T
         merged[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype)
-    write_atomically(Path(path), lambda target: base.save_pretrained(target, state_dict=merged))
+
+    def write(target: Path) -> None:
+        base.save_pretrained(target, state_dict=merged)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(target)
+
+    write_own_folder(Path(path), MERGED, write)
 
 
 def truncate(

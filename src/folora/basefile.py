@@ -31,6 +31,7 @@ from folora.disk import (
     write_atomically,
 )
 from folora.errors import ArtifactError, ConfigError
+from folora.ownership import check_target
 from folora.proxies import ProxySet, proxies_from_tensors, proxies_to_tensors
 from folora.shapes import Float
 
@@ -98,7 +99,7 @@ def write_base_file(
     """Write a base file atomically.
 
     Args:
-        path: The file to make or replace.
+        path: The file to make or replace; see `check_base_target`.
         proxies: The samples.
         groups: Shared inputs.
         moments: C_pre by group name.
@@ -121,6 +122,30 @@ def write_base_file(
     }
     header = {HEADER: json.dumps(sealed(manifest))}
     write_atomically(path, lambda target: save_file(tensors, target, metadata=header))
+
+
+def check_base_target(path: Path, source: Path | None) -> None:
+    """Refuse, before any work, to write a base file over something else.
+
+    Args:
+        path: The file to make or replace.
+        source: The base file that is read for it, if there is one.
+
+    Raises:
+        ConfigError: `path` is no file, is `source`, or holds something that folora did not write.
+    """
+    check_target(path)
+    if not path.exists():
+        return
+    if source is not None and source.exists() and source.samefile(path):
+        raise ConfigError(f"{path} is the base file that is read; give another one to write to")
+    try:
+        read_base_manifest(path)
+    except ArtifactError as error:
+        raise ConfigError(
+            f"{path} would be replaced, but folora did not write it ({error}); move it away, or give "
+            "another file"
+        ) from error
 
 
 def read_base_manifest(path: Path, expected: Mapping[str, Any] | None = None) -> Facts:

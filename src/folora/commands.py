@@ -7,6 +7,7 @@ import logging
 import shlex
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from transformers.utils import logging as transformers_logging
 
 from folora import ranks
 from folora.config import FoLoraConfig
-from folora.disk import write_text
+from folora.disk import obstacle
 from folora.errors import ConfigError
 from folora.loading import required
+from folora.ownership import check_own, write_own
 from folora.pipeline import ADAPTER, COMPARISON, Run
 from folora.planning import Plan, Stage, plan, widths
 from folora.progress import STDERR
@@ -71,6 +73,8 @@ def _work(options: argparse.Namespace, config: FoLoraConfig) -> None:
     reads_task = command in ("measure", "train") or (
         command in ("sample", "base") and run.config.ends_early
     )
+    if command == "base":
+        run.base_target(Path(options.to) if options.to else None)
     run.check(needs_data=reads_task, trains=command == "train")
     run.check_stage(command)
     with run.alone():
@@ -102,6 +106,12 @@ def _compare(run: Run, options: argparse.Namespace) -> None:
     )
     for arm in chosen:
         comparison.config(arm)  # a wrong one is found before the model is loaded
+    if why := obstacle(folder, folder=True):
+        raise ConfigError(f"{folder} {why}, but must be a folder of this run; move it away")
+    check_own(folder, COMPARISON, ["comparison.md", "frontier.png", "norms.png"])
+    comparison.check_results(chosen)
+    if folder.is_dir():
+        load_results(folder)  # what cannot be read would end the comparison after the last arm
     run.check(needs_data=True)
     run.check_stage("compare")
     comparison.check(chosen)
@@ -111,9 +121,13 @@ def _compare(run: Run, options: argparse.Namespace) -> None:
             pass
     results = [r for r in load_results(folder) if r.task == task and r.stage == run.name]
     table = comparison_table(results, task)
-    write_text(folder / "comparison.md", table.markdown())
-    frontier_picture(results, task, folder / "frontier.png")
-    norm_picture(results, task, folder / "norms.png")
+    made: dict[str, Callable[[Path], object]] = {
+        "comparison.md": lambda path: path.write_text(table.markdown(), "utf-8"),
+        "frontier.png": lambda path: frontier_picture(results, task, path),
+        "norms.png": lambda path: norm_picture(results, task, path),
+    }
+    for name, write in made.items():
+        write_own(folder / name, COMPARISON, write)
     Console().print(table.rich())
     print(f"wrote {folder}: one .json an arm, comparison.md, frontier.png, norms.png")
 

@@ -24,7 +24,7 @@ from transformers import TrainerControl, TrainerState
 from folora.artifacts import software_versions
 from folora.basefile import tensors_sha256
 from folora.config import FoLoraConfig
-from folora.disk import read_json, write_text
+from folora.disk import obstacle, read_json, write_text
 from folora.errors import ArtifactError, ConfigError, DataError, MismatchError
 from folora.meter import total_norm
 from folora.methods import configured, method
@@ -201,6 +201,19 @@ class Comparison:
                 f"none: {len(self.run.task.train)} rows. Give at least 10, and data.eval_rows > 0."
             )
         return configs
+
+    def check_results(self, chosen: Sequence[Arm]) -> None:
+        """Refuse, before other arms are run for hours, a file that is none of its arm's.
+
+        Raises:
+            FoLoraError: It is of other settings, damaged, or no plain file.
+        """
+        for arm in chosen:
+            path = self.path(arm)
+            if why := obstacle(path):
+                raise ConfigError(f"{path} {why}, but is to hold a result; move it away")
+            if path.exists():
+                read_arm(path, self.config(arm))
 
     def _result(self, arm: Arm, config: FoLoraConfig) -> dict[str, Any]:
         began = time.monotonic()

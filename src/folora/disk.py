@@ -8,15 +8,15 @@ folder.
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,9 +30,10 @@ T = TypeVar("T")
 
 FORMAT_VERSION = 3
 VERSION, CHECKSUM = "format_version", "checksum"
-LOCK = ".lock"
+LOCK = ".folora.lock"
 LOCK_SECONDS = 3.0  # to wait for another process
 LONGEST_NAME = 255  # bytes; what common file systems take
+TEMPORARY = r"\.{}\.folora-[0-9a-f]{{16}}\.(tmp|old)"  # names beside a target that are our own
 LARGEST_JSON = 2**28  # bytes
 DEEPEST_JSON = 64  # brackets in brackets
 
@@ -64,40 +65,112 @@ def fitting(what: object) -> Iterator[None]:
         raise ArtifactError(f"{what} does not hold what it should: {said:.200}") from e
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(
+    path: Path,
+    write: Callable[[Path], object],
+    put: Callable[[Path, Path], None] | None = None,
+) -> None:
     """Call `write` with a temporary path beside `path`, sync what it wrote, and rename it.
 
-    Works for a file and for a folder; a folder that is already there is replaced. Who may read it is
-    what the umask says.
+    Works for a file and for a folder. A folder that is already there is replaced if it holds nothing
+    but files of the same names. Who may read it is what the umask says.
+
+    Args:
+        path: The file or folder to make or replace.
+        write: Given a path at which there is nothing; it makes a file or a folder there.
+        put: Given the temporary path and `path`; moves one to the other in another way.
 
     Raises:
-        ArtifactError: The disk or the folder does not allow it; the message names the path.
+        ArtifactError: The disk or the folder does not allow it, or something is in the way; the
+            message names the path.
     """
     path = Path(path)
     # Beside the target and not in a folder of its own: killed after the rename, nothing is left.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    replaced = temporary.with_name(f"{temporary.name}.replaced")
+    temporary = path.with_name(f".{path.name}.folora-{secrets.token_hex(8)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for stale in path.parent.glob(
-            f".{glob.escape(path.name)}.*"
-        ):  # of a writer that was killed
-            _remove(stale)
+        sweep(path.parent, path.name)
         mode = _mode_of_new(temporary)
         write(temporary)
         for file in _files(temporary):
             if stat.S_IMODE(file.stat().st_mode) != mode:  # safetensors lets only the owner read
                 file.chmod(mode)
         sync(temporary)
-        if path.is_dir():
-            path.rename(replaced)
-        os.replace(temporary, path)
-        _sync_one(path.parent)
+        (put or _replace)(temporary, path)
+        sync_one(path.parent)
     except (OSError, ValueError, SafetensorError) as error:  # ValueError: a NUL in the name
+        if isinstance(error, FoLoraError):
+            raise
         raise ArtifactError(f"cannot write {path}: {error}") from error
     finally:
         _remove(temporary)
-        _remove(replaced)
+        _remove(temporary.with_suffix(".old"))
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    """Give what was written its name. Raises ArtifactError if something else has it."""
+    folder = temporary.is_dir()
+    if why := obstacle(path, folder):
+        raise ArtifactError(f"cannot write {path}: it {why}; move it away")
+    if folder and path.is_dir():
+        others = {p.name for p in path.iterdir()} - {p.name for p in temporary.iterdir()}
+        if others:
+            raise ArtifactError(
+                f"cannot replace {path}: it holds {min(others)!r}, which folora did not write; move "
+                "that away"
+            )
+        old = temporary.with_suffix(".old")
+        path.rename(old)
+        try:
+            os.replace(temporary, path)
+        except BaseException:
+            old.rename(path)
+            raise
+    else:
+        os.replace(temporary, path)
+
+
+def obstacle(path: Path, folder: bool = False) -> str | None:
+    """Why a file (or a folder) may not be put at a path: what is there is not a plain one.
+
+    Returns:
+        The rest of a sentence that begins with the path, or None if nothing is in the way.
+    """
+    try:
+        mode = os.lstat(path).st_mode
+    except (OSError, ValueError):  # nothing is there, or writing will say why it cannot be
+        return None
+    if stat.S_ISLNK(mode):
+        return "is a symbolic link"
+    if folder or stat.S_ISDIR(mode):
+        return None if folder and stat.S_ISDIR(mode) else f"is a {'file' if folder else 'folder'}"
+    if not stat.S_ISREG(mode):
+        return "is not a regular file"
+    return None if mode & stat.S_IWUSR else "is read-only"
+
+
+def discard(path: Path) -> None:
+    """Remove a file or a folder of our own; if this is interrupted, `sweep` removes the rest."""
+    temporary = path.with_name(f".{path.name}.folora-{secrets.token_hex(8)}.tmp")
+    path.rename(temporary)
+    _remove(temporary)
+
+
+def sweep(folder: Path, target: str | None = None) -> None:
+    """Remove what writers of a target in a folder (default: of any) left there when they were killed.
+
+    Raises:
+        OSError: The folder cannot be read.
+    """
+    for name in os.listdir(folder):
+        if is_temporary(name, target):
+            _remove(folder / name)
+
+
+def is_temporary(name: str, target: str | None = None) -> bool:
+    """Whether a name is one that `write_atomically` makes beside a target (default: any)."""
+    pattern = TEMPORARY.format(".+" if target is None else re.escape(target))
+    return re.fullmatch(pattern, name, re.DOTALL) is not None
 
 
 def _mode_of_new(path: Path) -> int:
@@ -118,8 +191,8 @@ def sync(path: Path) -> None:
     """Have a file, or a folder with all that is in it, reach the disk. Raises OSError."""
     if path.is_dir():
         for inside in sorted(path.rglob("*")):
-            _sync_one(inside)
-    _sync_one(path)
+            sync_one(inside)
+    sync_one(path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -241,17 +314,16 @@ def check_writable(folder: Path, what: str) -> None:
         raise ConfigError(f"{what} {folder} cannot be written: no permission in {place}")
 
 
-def check_replaceable(folder: Path, own: Collection[str]) -> None:
-    """Refuse to replace a folder that holds something else than `own` files. Raises ConfigError."""
-    if folder.is_dir() and (others := sorted({p.name for p in folder.iterdir()} - set(own))):
-        raise ConfigError(
-            f"{folder} holds {others[0]!r}, which would be lost; give a new or an empty folder"
-        )
-
-
 def lock_of(folder: Path) -> FileLock:
     """The lock of a folder, for `alone`; one object may be taken again by who holds it."""
     return FileLock(folder / LOCK, timeout=LOCK_SECONDS)
+
+
+def check_lock(folder: Path) -> None:
+    """Refuse a file of somebody else's in the lock's place. Raises ConfigError."""
+    file = folder / LOCK
+    if (why := obstacle(file)) or (file.exists() and file.stat().st_size):
+        raise ConfigError(f"{file} {why or 'is not empty'}, so it is no lock; move it away")
 
 
 @contextlib.contextmanager
@@ -264,6 +336,7 @@ def alone(lock: FileLock) -> Iterator[None]:
     folder = Path(lock.lock_file).parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        check_lock(folder)
         lock.acquire()
     except Timeout:
         raise ArtifactError(
@@ -280,15 +353,16 @@ def alone(lock: FileLock) -> Iterator[None]:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or a folder if it is there and can be."""
-    if path.is_dir():
+    """Remove a file or a folder if it is there and can be; a link is removed, not followed."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         with contextlib.suppress(OSError):
             path.unlink()
 
 
-def _sync_one(path: Path) -> None:
+def sync_one(path: Path) -> None:
+    """Have a file, or a folder's list of names, reach the disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

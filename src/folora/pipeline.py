@@ -3,6 +3,7 @@
 A run is a folder::
 
     config.yaml      what was asked for
+    folora.json      which of the files beside it folora wrote
     1-samples/       text that the model wrote itself, in shards, and the finished set
     2-statistics/    pre/ belongs to the base model, task/ to the data set
     3-spectrum/      the eigenbasis of every shared input
@@ -17,6 +18,7 @@ done again if its inputs have changed; the former result is then kept under ``ol
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -45,11 +47,13 @@ from folora.artifacts import (
 )
 from folora.basefile import (
     BaseFile,
+    check_base_target,
     read_base_file,
     read_base_manifest,
     warn_of_dtype,
     write_base_file,
 )
+from folora.checkpoints import check_checkpoints
 from folora.config import FoLoraConfig
 from folora.data import (
     Example,
@@ -62,18 +66,17 @@ from folora.data import (
 )
 from folora.disk import (
     alone,
-    check_replaceable,
+    check_lock,
     check_writable,
     fitting,
     json_fingerprint,
     lock_of,
+    obstacle,
     read_sealed,
-    write_json,
     write_sealed,
-    write_text,
 )
 from folora.engine import Engine, sized
-from folora.errors import ArtifactError, ConfigError, MismatchError, NumericsError
+from folora.errors import ArtifactError, ConfigError, FoLoraError, MismatchError, NumericsError
 from folora.fingerprints import config_fingerprint, model_facts, weights_fingerprint
 from folora.finiteness import check_finite_weights
 from folora.loading import (
@@ -87,6 +90,7 @@ from folora.loading import (
 )
 from folora.meter import Reading, total_norm
 from folora.modes import without_adapter
+from folora.ownership import check_own, check_own_folder, write_own
 from folora.preparation import (
     Prepared,
     assemble,
@@ -112,8 +116,11 @@ logger = logging.getLogger(__name__)
 
 SAMPLES, STATISTICS, SPECTRUM = "1-samples", "2-statistics", "3-spectrum"
 TRAINING, ADAPTER, REPORT = "4-training", "5-adapter", "report.json"
-COMPARISON = "compare"
+CONFIG, REQUEST = "config.yaml", "request.json"
+COMPARISON, OLD, MERGED = "compare", "old", "merged"
 BASE = "base.safetensors"
+KIND = "run"
+"""What the list of a run's folder says of it; see `ownership`."""
 
 SET, RESULT = f"{SAMPLES}/set", f"{TRAINING}/result"
 PRE, TASK = f"{STATISTICS}/pre", f"{STATISTICS}/task"
@@ -125,6 +132,16 @@ MADE = {
     RESULT: ("training", "train"),
 }
 """The kind of each part of the folder, and the command that makes it."""
+STAGE_WRITES = {
+    "run": tuple(MADE),
+    "sample": (SET,),
+    "measure": (PRE, TASK),
+    "solve": (SPECTRUM,),
+    "train": (RESULT,),
+    "base": (SET, PRE),
+    "compare": (SET, PRE, TASK),
+}
+"""What a command makes, or finds done already."""
 STAGE_READS = {"measure": (SET,), "solve": (PRE, TASK), "train": (SET, SPECTRUM)}
 """What a stage finds in the folder."""
 
@@ -239,7 +256,7 @@ class Run:
             needs_data: Whether the rows of the task are read.
             trains: Whether training follows; if not, TRL may be missing.
         """
-        check_writable(self.folder, "output")
+        self._check_folder()
         check_quantizer(self.config)
         device = device_of(self.config)
         if trains or find_spec("trl"):
@@ -266,6 +283,36 @@ class Run:
         on_cpu = device.type == "cpu"
         sft_config(self.config.training, folder, evaluates=False, on_cpu=on_cpu)
 
+    def _check_folder(self) -> None:
+        """Refuse a folder in which something would be lost. Raises ConfigError."""
+        check_writable(self.folder, "output")
+        if os.path.isdir(self.name) and os.path.realpath(self.name) == os.path.realpath(
+            self.folder
+        ):
+            raise ConfigError(f"output {self.folder} is the folder of the model; give another one")
+        for part in (SAMPLES, STATISTICS, *MADE, TRAINING, ADAPTER, OLD):
+            if why := obstacle(self.folder / part, folder=True):
+                raise ConfigError(
+                    f"{self.folder / part} {why}, but must be a folder of this run; move it away, or "
+                    "choose another output"
+                )
+        check_lock(self.folder)
+        check_own(self.folder, KIND, [REPORT])
+        self._config_is_there()
+        check_own_folder(self.folder / ADAPTER, "adapter", "the export folder")
+        check_checkpoints(self.folder / TRAINING, REQUEST)
+
+    def _config_is_there(self) -> bool:
+        """Whether there is a config file of this very config, be it the user's; see `check_own`."""
+        file = self.folder / CONFIG
+        try:
+            check_own(self.folder, KIND, [CONFIG])
+        except ConfigError:
+            if obstacle(file) or not _says(file, self.config):
+                raise
+            return True
+        return False
+
     @property
     def _by_fsdp(self) -> bool:
         """Whether training is asked to share parameters out."""
@@ -281,6 +328,8 @@ class Run:
             self._check_sampling()
         for part in STAGE_READS.get(command, ()):
             self._manifest(part)
+        for part in STAGE_WRITES.get(command, ()):
+            self._check_made(part)
         _ = self.groups  # the rank must fit the layers before hours of sampling
         ending_ids(self.model, self.tokenizer, self.config.sampling)
         if self.config.base is not None:
@@ -312,7 +361,13 @@ class Run:
     @_alone
     def write_config(self) -> None:
         """Leave the resolved config where a reader looks for it."""
-        ranks.first(lambda: write_text(self.folder / "config.yaml", self.config.to_yaml()))
+        text = self.config.to_yaml()
+
+        def write() -> None:
+            if not self._config_is_there():
+                write_own(self.folder / CONFIG, KIND, lambda file: file.write_text(text, "utf-8"))
+
+        ranks.first(write)
 
     @_alone
     def sample(self) -> ProxySet:
@@ -353,13 +408,27 @@ class Run:
 
     @_alone
     def share(self, path: Path | None = None) -> Path:
-        """Samples and C_pre in one file, for any task on this model; returns its path."""
+        """Samples and C_pre in one file, for any task on this model; returns its path.
+
+        Args:
+            path: The file to make, or a base file to replace. Default is in the run's folder.
+        """
+        path = self.base_target(path)
         proxies = self.sample()
         self._measure_pre()
         pre = self.statistics("pre")
-        path = path or self.folder / BASE
         facts = {**self.model_facts, "tokens": pre.manifest["tokens"]}
         ranks.first(lambda: write_base_file(path, proxies, self.groups, pre.tensors, facts))
+        return path
+
+    def base_target(self, path: Path | None) -> Path:
+        """Where `share` writes. Raises ConfigError if something else is there."""
+        path = path or self.folder / BASE
+        if os.path.isdir(self.name) and os.path.realpath(path.parent) == os.path.realpath(
+            self.name
+        ):
+            raise ConfigError(f"{path} would lie among the files of the model; give another folder")
+        check_base_target(path, Path(self.config.base) if self.config.base else None)
         return path
 
     def _measure_task(self) -> None:
@@ -492,7 +561,8 @@ class Run:
 
     def _is_trained(self, folder: Path, request: dict[str, Any]) -> bool:
         """Whether training is done; if not, its folder is made ready."""
-        request_file = folder / "request.json"
+        check_checkpoints(folder, REQUEST)
+        request_file = folder / REQUEST
         if request_file.exists() and read_sealed(request_file) != request:
             self._set_aside(folder)
         if (folder / "result").exists():
@@ -538,10 +608,10 @@ class Run:
         """Stage 5: an ordinary PEFT adapter, exact or cut back to `rank`, or merged weights."""
         if kind == "merged" and rank is not None:
             raise ConfigError("a merged export is exact; --rank goes with the adapter alone")
-        if path is not None:
-            check_writable(path, "the export folder")
-        if kind == "merged" and path is not None:
-            check_replaceable(path, ())
+        target = path or self.folder / (MERGED if kind == "merged" else ADAPTER)
+        if path is None and (why := obstacle(target, folder=True)):
+            raise ConfigError(f"{target} {why}, but must be a folder; move it away, or give --to")
+        check_own_folder(target, kind, "the export folder")
         result = self._read(RESULT)
         with fitting(self.folder / RESULT):
             factors = {
@@ -550,7 +620,6 @@ class Run:
             }
 
         def write() -> ExportReport:
-            target = path or self.folder / ("merged" if kind == "merged" else ADAPTER)
             if kind == "adapter":
                 conv1d = result.manifest["fan_in_fan_out"]
                 return write_adapter(
@@ -567,8 +636,7 @@ class Run:
                 raise MismatchError(
                     f"{self.name} is not the model that was trained in {self.folder}"
                 )
-            write_merged(base, base.state_dict(), factors, target)
-            self.tokenizer.save_pretrained(target)
+            write_merged(base, base.state_dict(), factors, target, self.tokenizer)
             return ExportReport(0, 0.0, "", 0.0)
 
         with self.alone():
@@ -586,7 +654,9 @@ class Run:
         report = {name: manifest[name] for name in names}
         report |= {"tokens_measured": statistics, "rejected_samples": samples["rejected"]}
         report |= {"adapter": str(self.folder / ADAPTER)}
-        ranks.first(lambda: write_json(self.folder / REPORT, report))
+        text = json.dumps(report, indent=1) + "\n"
+        file = self.folder / REPORT
+        ranks.first(lambda: write_own(file, KIND, lambda path: path.write_text(text, "utf-8")))
         return report
 
     # What stages read.
@@ -642,6 +712,14 @@ class Run:
     def _manifest(self, part: str, expected: dict[str, Any] | None = None) -> dict[str, Any]:
         self._require(part)
         return read_manifest(self.folder / part, MADE[part][0], expected)
+
+    def _check_made(self, part: str) -> None:
+        """Refuse what is in a part's place and is none of it, before hours. Raises FoLoraError."""
+        request = self.folder / part.partition("/")[0] / REQUEST
+        if part in (SET, RESULT) and request.exists():
+            read_sealed(request)
+        if os.path.lexists(self.folder / part):
+            self._manifest(part)
 
     def _require(self, part: str) -> None:
         if not (self.folder / part).exists():
@@ -716,13 +794,20 @@ class Run:
     def _set_aside(self, path: Path) -> None:
         """Keep a result whose inputs have changed under ``old/``."""
         stem = str(path.relative_to(self.folder)).replace("/", "-")
-        number = next(
-            n for n in range(1, 10**6) if not (self.folder / "old" / f"{stem}-{n}").exists()
-        )
-        target = self.folder / "old" / f"{stem}-{number}"
+        taken = {p.name for p in (self.folder / OLD).glob(f"{stem}-*")}
+        number = next(n for n in range(1, 10**6) if f"{stem}-{n}" not in taken)
+        target = self.folder / OLD / f"{stem}-{number}"
         target.parent.mkdir(parents=True, exist_ok=True)
         path.rename(target)
         logger.warning("%s was made from other inputs; it is kept as %s", path, target)
+
+
+def _says(file: Path, config: FoLoraConfig) -> bool:
+    """Whether a YAML file is of this very config."""
+    try:
+        return FoLoraConfig.from_yaml(file) == config
+    except FoLoraError:
+        return False
 
 
 def _all_conv1d(prepared: Prepared, factors: Mapping[str, Any]) -> bool:

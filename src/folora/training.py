@@ -32,9 +32,16 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from folora import ranks
-from folora.checkpoints import latest_checkpoint, seal_checkpoint, way_out
+from folora.checkpoints import (
+    begin_checkpoint,
+    latest_checkpoint,
+    prune,
+    seal_checkpoint,
+    way_out,
+)
 from folora.config import TrainingConfig
 from folora.data import pad_batch, text_examples
+from folora.disk import sweep
 from folora.divergence import kl, labelled_logits, masked_target_kl
 from folora.errors import ArtifactError, ConfigError, FoLoraError, NumericsError, nearest
 from folora.extras import needed_by
@@ -128,9 +135,11 @@ class FoLoraTrainer(SFTTrainer):
         # Of the model, not of the Trainer, which knows it only in later versions of transformers.
         model: Any = prepared.model
         self._loaded_in_parts = getattr(model, "is_distributed_loading_by_transformers", False)
+        args = copy(args)
+        # The Trainer deletes whatever is named as a checkpoint; `prune` deletes what we wrote.
+        self._keep, args.save_total_limit = args.save_total_limit, None
         if self._loaded_in_parts:
             # The Trainer would refuse to save the optimizer of such a model; see `_save_checkpoint`.
-            args = copy(args)
             args.save_only_model = True
         self._unsound, self._skipped_in_a_row = False, 0
         held_out = prepared.task.held_out
@@ -274,8 +283,19 @@ class FoLoraTrainer(SFTTrainer):
             except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: of torch.save
                 raise ArtifactError(f"cannot write the checkpoint {folder}: {error}") from error
 
+        def finish() -> None:
+            seal_checkpoint(folder)
+            if self._keep:
+                prune(folder.parent, self._keep, self.state.best_model_checkpoint)
+
+        ranks.first(lambda: begin_checkpoint(folder))
         ranks.agree(write)  # every process adds a file
-        ranks.first(lambda: seal_checkpoint(folder))
+        ranks.first(finish)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """SFTTrainer's, which replaces README.md beside the checkpoints, for a push to the Hub alone."""
+        if self.args.push_to_hub:
+            super().create_model_card(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter; whole and as PEFT writes it, also where FSDP2 has shared it out."""
@@ -479,7 +499,13 @@ def train(
         trainer = FoLoraTrainer(prepared, args, tokenizer, **kwargs)
     except ValueError as error:  # combinations that TRL looks at only here
         raise ConfigError(f"training: {error}") from error
-    checkpoint = ranks.first(lambda: latest_checkpoint(folder))
+
+    def latest() -> Path | None:
+        if folder.is_dir():
+            sweep(folder)  # a checkpoint that was being deleted
+        return latest_checkpoint(folder)
+
+    checkpoint = ranks.first(latest)
     trainer.add_callback(stop := StopAfterStep())
     try:
         if checkpoint and _take_if_finished(trainer, checkpoint):
