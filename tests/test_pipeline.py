@@ -208,7 +208,7 @@ def test_sigkill_in_every_stage_loses_nothing(
         assert not (folder / "report.json").exists()
     done = Fork(words, tmp_path, prepare=gc.freeze).ended()
     assert done.code == 0, done.said
-    assert "kept" in (tmp_path / "folora.stdout").read_text()
+    assert "After 6 steps" in (tmp_path / "folora.stdout").read_text()
     assert not temporary(folder)
     assert adapter_bytes(folder) == adapter_bytes(Path(str(finished.output)))
 
