@@ -18,10 +18,17 @@ from transformers import (
     MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from folora.config import FoLoraConfig
 
+ALPHABET = string.ascii_lowercase + string.digits + " .,:?+-=#\n"
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 CHAT = (
     "{% for m in messages %}{{ '<s>' + m['role'][0] + ':' + m['content'] + '</s>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<s>a:' }}{% endif %}"
@@ -30,8 +37,7 @@ CHAT = (
 
 def make_tokenizer(bos: bool = True, chat: bool = False) -> PreTrainedTokenizerFast:
     """One token a character."""
-    alphabet = string.ascii_lowercase + string.digits + " .,:?+-=#\n"
-    vocabulary = {c: i for i, c in enumerate(["<pad>", "<s>", "</s>", "<unk>", *alphabet])}
+    vocabulary = {c: i for i, c in enumerate(["<pad>", "<s>", "</s>", "<unk>", *ALPHABET])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer = PreTrainedTokenizerFast(
@@ -85,6 +91,31 @@ def make_mistral() -> PreTrainedModel:
         num_attention_heads=4, num_key_value_heads=2,
     )  # fmt: skip
     return MistralForCausalLM(config).eval()
+
+
+def write_qwen3(folder: Path) -> Path:
+    """A very small Qwen3 with special tokens as Qwen's: a chat's EOS, and no BOS in the tokenizer."""
+    backend = Tokenizer(models.WordLevel({c: i for i, c in enumerate(ALPHABET)}, unk_token="#"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    end, turn = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    config = Qwen3Config(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, head_dim=8,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512,
+        tie_word_embeddings=True, initializer_range=0.3, bos_token_id=end, eos_token_id=turn,
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config)
+    model.generation_config.eos_token_id = [turn, end]
+    model.save_pretrained(folder)
+    return folder
 
 
 MAKERS = {"llama": make_llama, "gpt2": make_gpt2}

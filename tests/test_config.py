@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+from collections.abc import Callable
 from operator import attrgetter
 from pathlib import Path
 from types import UnionType
@@ -216,3 +217,31 @@ def test_extra_holds_what_a_request_can_keep(tmp_path: Path, text: str) -> None:
     (tmp_path / "c.yaml").write_text(f"training:\n  extra:\n    model_init_kwargs: {{x: {text}}}\n")
     with pytest.raises(ConfigError, match=r"training\.extra"):
         FoLoraConfig.from_yaml(tmp_path / "c.yaml")
+
+
+def test_sections_may_be_dicts() -> None:
+    config = FoLoraConfig(adapter={"r": 4}, sampling={"num_sequences": 40})
+    assert config == FoLoraConfig.from_dict(
+        {"adapter": {"r": 4}, "sampling": {"num_sequences": 40}}
+    )
+    assert FoLoraConfig.paper(adapter={"r": 4}).adapter.r == 4
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: FoLoraConfig(adapter=3), r"adapter is 3: Input should be a dictionary or an instance"),
+        (lambda: FoLoraConfig(adapter={"rr": 4}), r"unknown option 'adapter\.rr' \(did you mean"),
+        (lambda: FoLoraConfig(adapter={"r": 0}), r"adapter\.r is 0, but must be >= 1"),
+        (lambda: FoLoraConfig(sampling=AdapterConfig()), r"sampling is AdapterConfig"),
+        (lambda: FoLoraConfig(model=3), r"model is 3: Input should be a valid string"),
+        (lambda: AdapterConfig(r="x"), r"adapter\.r is 'x': Input should be a valid integer"),
+        (lambda: AdapterConfig(r=True), r"adapter\.r is True, but must be a number"),
+        (lambda: AdapterConfig(init="e"), r"adapter\.init is 'e': Input should be 'eigen', "),
+    ],
+)  # fmt: skip
+def test_wrong_types_are_refused_where_a_section_is_built(
+    build: Callable[[], Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build()

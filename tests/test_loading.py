@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.tiny import make_gpt2, make_llama, make_tokenizer, tiny_config
 from folora import loading, prepare
-from folora.errors import DataError
+from folora.errors import ConfigError, DataError
 from folora.loading import dtype_for, is_slow_here, load_model
 from folora.pipeline import Run
 from folora.planning import plan
@@ -68,6 +68,21 @@ def test_a_model_of_ones_own_is_warned_of_before_anything_is_done(
     with pytest.raises(DataError):
         prepare(model, make_tokenizer(), [])
     assert ("dtype=torch.float32" in caplog.text) == slow
+
+
+def test_prepare_loads_a_model_by_its_name(model_folder: Path, rows_file: Path) -> None:
+    config = tiny_config(dataset=str(rows_file))
+    prepared = prepare(str(model_folder), config=config)
+    assert prepared.model.get_base_model().name_or_path == str(model_folder)
+    assert len(prepared.task.train) + len(prepared.task.held_out) == 40
+    with pytest.raises(ConfigError, match="needs a dataset"):
+        prepare(str(model_folder))
+    with pytest.raises(DataError, match="none.jsonl does not exist"):
+        prepare(str(model_folder), dataset="none.jsonl")
+    with pytest.raises(ConfigError, match="folder ./none does not exist"):
+        prepare("./none", config=config)
+    with pytest.raises(ConfigError, match="needs the tokenizer"):
+        prepare(make_gpt2(), dataset=[{"prompt": "a", "completion": "b"}])
 
 
 def test_wide_checkpoints_stay_wide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -57,6 +58,34 @@ def _option(default: Any, help: str) -> Any:
 def _require(condition: bool, name: str, value: object, allowed: str) -> None:
     if not condition:
         raise ConfigError(f"{name} is {_short(value)}, but must {allowed}")
+
+
+def _check_types(config: Any) -> None:
+    """Refuse values of wrong types in a section, and make sections of dicts, as `from_dict` does.
+
+    Raises:
+        ConfigError: The option and its value are named.
+    """
+    section = next((n for n, t in get_type_hints(FoLoraConfig).items() if t is type(config)), None)
+    for name, (hint, adapter) in _types(type(config)).items():  # type: ignore[arg-type]
+        value, full = getattr(config, name), f"{section}.{name}" if section else name
+        if isinstance(value, Mapping) and hasattr(hint, "__dataclass_fields__"):
+            found: Any = getattr(FoLoraConfig.from_dict({name: dict(value)}), name)
+        else:
+            if isinstance(value, bool) and {hint, *get_args(hint)} & {int, float}:
+                raise ConfigError(f"{full} is {value!r}, but must be a number")
+            try:
+                found = adapter.validate_python(value)
+            except ValidationError as error:
+                reason = error.errors()[0]["msg"]
+                raise ConfigError(f"{full} is {_short(value)}: {reason}") from None
+        object.__setattr__(config, name, found)
+
+
+@cache
+def _types(kind: Any) -> dict[str, tuple[Any, TypeAdapter]]:
+    """Type and validator of every field of a section."""
+    return {name: (hint, TypeAdapter(hint)) for name, hint in get_type_hints(kind).items()}
 
 
 def _require_json(value: object, name: str) -> None:
@@ -110,6 +139,7 @@ class SamplingConfig:
     )
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _require(self.num_sequences >= 32, "sampling.num_sequences", self.num_sequences, "be >= 32")
         _require(
             self.min_new_tokens >= 1, "sampling.min_new_tokens", self.min_new_tokens, "be >= 1"
@@ -169,6 +199,7 @@ class DataConfig:
     seed: int = _option(0, "seed of the choice of held-out rows")
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _require(self.max_length >= 2, "data.max_length", self.max_length, "be >= 2")
         _require(self.eval_rows >= 0, "data.eval_rows", self.eval_rows, "be >= 0")
         _require_seed(self.seed, "data.seed")
@@ -188,6 +219,7 @@ class StatisticsConfig:
     )
 
     def __post_init__(self) -> None:
+        _check_types(self)
         if self.memory_gb is not None:
             _require(
                 0 < self.memory_gb < float("inf"), "statistics.memory_gb", self.memory_gb, "be > 0"
@@ -226,6 +258,7 @@ class SpectrumConfig:
     )
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _require(0 <= self.tau < float("inf"), "spectrum.tau", self.tau, "be finite and >= 0")
         _require(0 <= self.lam < float("inf"), "spectrum.lam", self.lam, "be finite and >= 0")
         _require(0 <= self.s_min <= 1, "spectrum.s_min", self.s_min, "lie in [0, 1]")
@@ -255,6 +288,7 @@ class AdapterConfig:
     freeze_a: bool = _option(False, "train B alone")
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _require(self.r >= 1, "adapter.r", self.r, "be >= 1")
         if self.protect is not None:
             _require(self.protect >= 1, "adapter.protect", self.protect, "be >= 1")
@@ -318,6 +352,7 @@ class TrainingConfig:
     extra: dict[str, Any] = _option({}, "any other option of trl.SFTConfig, by its name")
 
     def __post_init__(self) -> None:
+        _check_types(self)
         for name in ("learning_rate", "lr_b_ratio"):
             value = getattr(self, name)
             _require(0 < value < float("inf"), f"training.{name}", value, "be finite and > 0")
@@ -372,6 +407,7 @@ class FoLoraConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
+        _check_types(self)
         kept, r = self.directions, self.adapter.r
         _require(
             kept is None or kept >= r or self.adapter.init != "eigen",

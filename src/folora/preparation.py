@@ -33,6 +33,7 @@ from folora.data import (
     Example,
     TaskData,
     batches,
+    check_dataset,
     check_fits,
     load_rows,
     prepare_task,
@@ -43,7 +44,7 @@ from folora.errors import ConfigError
 from folora.finiteness import check_finite_weights
 from folora.formats import Row
 from folora.initialization import NEED_NULL_BASIS, NEED_WHOLE_BASIS, check_singular_values
-from folora.loading import warn_if_slow
+from folora.loading import load_model, load_tokenizer, warn_if_slow
 from folora.meter import Meter
 from folora.modes import evaluating
 from folora.progress import progress
@@ -100,24 +101,31 @@ class Prepared:
 
 
 def prepare(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    dataset: str | Dataset | Sequence[Row],
+    model: PreTrainedModel | str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dataset: str | Dataset | Sequence[Row] | None = None,
     config: FoLoraConfig | None = None,
 ) -> Prepared:
     """Sample, measure, solve, attach and build the optimizer.
 
     Args:
         model: A causal LM on its device; it is frozen, and its layers are wrapped in place, as PEFT does.
-            Processes may share its weights out (transformers' DistributedConfig).
-        tokenizer: Of the model.
-        dataset: Rows, a `datasets.Dataset`, a local file or a Hub name.
+            Processes may share its weights out (transformers' DistributedConfig). Or a Hub name or a
+            folder, loaded by the config's device, dtype, revision and the like.
+        tokenizer: Of the model; loaded with it by default if the model is given by name.
+        dataset: Rows, a `datasets.Dataset`, a local file or a Hub name; ``config.dataset`` by default.
         config: Options; ``FoLoraConfig()`` by default.
 
     Raises:
         FoLoraError: Bad data, options or weights; cheap checks come first.
     """
     config = config or FoLoraConfig()
+    dataset = config.dataset if dataset is None else dataset
+    if dataset is None:
+        raise ConfigError("prepare needs a dataset: rows, a datasets.Dataset, a file or a Hub name")
+    if isinstance(dataset, str):
+        check_dataset(dataset)
+    model, tokenizer = _loaded(model, tokenizer, config)
     warn_if_slow(model.dtype, model.device)
     model.requires_grad_(False)  # before it runs; see load_model
     task = prepare_task(load_rows(dataset, config.data.split), tokenizer, config.data)
@@ -154,6 +162,18 @@ def prepare(
             on_group=tick,
         )
     return assemble(model, bases, task, proxies, config)
+
+
+def _loaded(
+    model: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase | None, config: FoLoraConfig
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer, loaded if given by name. Raises ConfigError."""
+    if isinstance(model, str):
+        tokenizer = load_tokenizer(config, model) if tokenizer is None else tokenizer
+        return load_model(config, model), tokenizer
+    if tokenizer is None:
+        raise ConfigError("prepare needs the tokenizer of a model that is given in memory")
+    return model, tokenizer
 
 
 def assemble(
