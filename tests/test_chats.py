@@ -185,7 +185,7 @@ def test_fields_and_ends_that_do_not_count_are_said(caplog: pytest.LogCaptureFix
 
 FOLDER = (
     Path(find_spec("trl").origin or "").parent / "chat_templates" if find_spec("trl") else Path()
-)  # type: ignore[union-attr]
+)
 FAMILIES = sorted(p.stem for p in FOLDER.glob("*.jinja") if not p.stem.endswith("_training"))
 
 

@@ -258,6 +258,14 @@ TOKENS: dict[str, tuple[Row, str | tuple[str, str]]] = {
     "context before text": ({"prompt": "u", "completion": "a", "context": "c"}, "'context' changes"),
     "tools that are no JSON": ({"messages": CHAT, "tools": "f(x)"}, "'tools' must hold a list or its JSON"),
     "EOS of its own": ({"prompt": "u", "completion": "a</s>"}, ("ua</s>", "a</s>")),
+    "a block without text": ({"messages": [turn("user", [{"type": "text"}]), ANSWER]}, "must be a list of"),
+    "a sender that is no name": ({"conversations": [said(["x"], "u")]}, "known are human"),
+    "options of folora": (
+        {"messages": CHAT, "chat_template_kwargs": {"add_generation_prompt": True}},
+        "holds 'add_generation_prompt', which folora sets itself",
+    ),
+    "options of no kind": ({"messages": CHAT, "chat_template_kwargs": [1]}, "must hold a dict, not list"),
+    "an empty answer of a chat": ({"question": "u", "answer": ""}, ("<|u|>u<|end|><|a|><|end|>", "<|end|>")),
     "a label elsewhere": ({"instruction": "u", "output": "a", "label": 0}, "'label' changes"),
 }  # fmt: skip
 
@@ -381,10 +389,11 @@ def test_tensors_are_numbers() -> None:
         ((row for row in ROWS), "generator does not say how many rows"),
         ({"prompt": ["u"], "completion": ["a"]}, r"no split 'train', but \['completion', 'prompt'\]"),
         (["u", "a"], "row 0 of the data set is str, but must be a dict"),
+        ([{1: "u", 2: "a"}], "dict of named columns"),
         (Dataset.from_list(ROWS).to_pandas(), r"frame.to_dict\('records'\)"),
         ([], "has no rows"),
     ],
-    ids=["IterableDataset", "generator", "columns", "texts", "DataFrame", "nothing"],
+    ids=["IterableDataset", "generator", "columns", "texts", "numbers", "DataFrame", "nothing"],
 )  # fmt: skip
 def test_what_is_no_list_of_rows_is_refused(given: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):

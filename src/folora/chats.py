@@ -86,7 +86,10 @@ class ChatTokenizer:
                 continue
             self.ways[way] += 1
             self.unended += not self._ends(found)
-            self.unused |= {k for m in chat.messages for k in m if k not in own} - {*WEIGHTS}
+            self.unused |= {k for m in chat.messages for k in m if k not in own} - {
+                *WEIGHTS,
+                *REASONING,
+            }
             return found
         raise last or DataError(DIFFERENT)
 

@@ -122,9 +122,9 @@ def _rows_in_memory(dataset: Any, split: str) -> list[Row]:
         )
     rows = list(dataset)
     for number, row in enumerate(rows):
-        if not isinstance(row, Mapping):
+        if not isinstance(row, Mapping) or not all(isinstance(name, str) for name in row):
             raise DataError(
-                f"row {number} of the data set is {type(row).__name__}, but must be a dict of columns "
+                f"row {number} of the data set is {type(row).__name__}, but must be a dict of named columns "
                 "(of a pandas DataFrame: frame.to_dict('records'))"
             )
     return rows
@@ -262,8 +262,6 @@ class Formatter:
             return self._plain(content.prompt, content.response)
         if isinstance(content, Chat):
             return self._chat(content)
-        if not content.response:
-            raise DataError("the response is empty")
         if self.use_template:
             return self._chat(content.chat)
         if content.tools or content.options:

@@ -6,10 +6,13 @@ A column is used, or the rows are refused with a remedy. Columns that only descr
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from folora.config import DataConfig
 from folora.errors import DataError, nearest
@@ -114,6 +117,8 @@ def check_unicode(text: str, what: str) -> None:
 
 SYSTEM = ("system", "system_prompt")
 TEMPLATE = ("tools", "chat_template_kwargs")
+# Arguments of `apply_chat_template` that are no variables of a template.
+TAKEN = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
 
 
 def _system(row: Row) -> str:
@@ -124,8 +129,11 @@ def _system(row: Row) -> str:
 
 
 def _options(row: Row) -> Mapping[str, Any]:
-    given = from_json(row.get("chat_template_kwargs"), "column 'chat_template_kwargs'", dict)
-    return without_nulls(given) or {}
+    column = "column 'chat_template_kwargs'"
+    given = without_nulls(from_json(row.get("chat_template_kwargs"), column, dict)) or {}
+    if taken := [name for name in given if name in TAKEN or not isinstance(name, str)]:
+        raise DataError(f"{column} holds {taken[0]!r}, which folora sets itself. Remove it")
+    return given  # type: ignore[no-any-return]
 
 
 def _numbers(row: Row, column: str) -> list[int] | None:

@@ -81,7 +81,7 @@ def _read(given: Any) -> list[Message]:
         return [{"role": role, "content": _content(text)} for role, text in turn]
     if "role" not in message and {"from", "value"} <= set(message):
         sender = message.pop("from")
-        if sender not in ROLES:
+        if not isinstance(sender, str) or sender not in ROLES:
             raise DataError(
                 f"a message is from {sender!r}; known are {', '.join(ROLES)}. Give a tool call as "
                 "{'role': 'assistant', 'tool_calls': [...]}"
@@ -102,7 +102,8 @@ def _content(content: Any) -> str:
         other = sorted({str(block.get("type")) for block in content} - {"text"})
         if other:
             raise DataError(f"{NO_CHAT}; content of type {', '.join(other)} is not supported")
-        content = "".join(str(block.get("text", "")) for block in content)
+        texts = [block.get("text") for block in content]
+        content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
     if not isinstance(content, str):
         raise DataError(NO_CHAT)
     return content
