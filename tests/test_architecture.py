@@ -23,14 +23,14 @@ SOURCE = Path(__file__).parents[1] / "src" / "folora"
 ORDER = [
     "errors", "extras", "shapes", "defaults", "ranks", "transit", "sadam", "spectrum", "config", "memory", "disk", "ownership", "artifacts", "fingerprints", "filtering", "modes", "loading", "progress", "finiteness", "decoding", "draws", "special_tokens", "engine", "proxies", "sampling", "client", "serving",
     "messages", "formats", "chats", "data", "activations", "basefile", "divergence", "solving", "convergence", "initialization", "lowrank", "frames", "adapter", "footprint", "meter",
-    "preparation", "checkpoints", "signals", "interruption", "training_progress", "training", "pipeline", "evaluation", "frontier", "results", "methods", "comparison",
+    "hyperparameters", "sft_options", "preparation", "checkpoints", "signals", "interruption", "training_progress", "training", "trainer_check", "pipeline", "evaluation", "frontier", "results", "methods", "comparison",
     "pictures", "report", "planning", "summary", "commands", "cli", "__main__",
 ]  # fmt: skip
 
 
 # Modules that cannot be imported without an extra.
 OPTIONAL = {
-    "client": "vllm", "training": "trl", "evaluation": "eval", "frontier": "compare", "results": "compare",
+    "client": "vllm", "training": "trl", "trainer_check": "trl", "evaluation": "eval", "frontier": "compare", "results": "compare",
     "comparison": "compare", "pictures": "compare", "report": "compare",
 }  # fmt: skip
 

@@ -148,13 +148,15 @@ def test_other_options_pass_through(tmp_path: Path) -> None:
     config = TrainingConfig(
         gradient_accumulation_steps=2,
         gradient_checkpointing=True,
-        extra={"adam_beta2": 0.95, "lr_scheduler_type": "linear"},
+        lr_scheduler_type="linear",
+        extra={"adam_beta2": 0.95, "label_smoothing_factor": 0.1},
     )
     with warnings.catch_warnings(action="error"):  # nothing that is on its way out
         args = sft_config(config, tmp_path, evaluates=True, on_cpu=True)
     assert args.gradient_checkpointing
     assert args.lr_scheduler_type == "linear"
     assert args.adam_beta2 == 0.95
+    assert args.label_smoothing_factor == 0.1
     with pytest.raises(ConfigError, match="did you mean 'packing'"):
         sft_config(TrainingConfig(extra={"pakcing": True}), tmp_path, evaluates=True, on_cpu=True)
     with pytest.raises(ConfigError, match="training"):

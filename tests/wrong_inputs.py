@@ -408,10 +408,47 @@ VALUES = [
           r"gradient_checkpointing is set by training\.gradient_checkpointing"),
     Wrong("extra around the seed", "--training.extra '{seed: -1}'", r"seed is set by training\.seed"),
     Wrong("extra with an optimizer that is none", "--training.extra '{optim: sgdd}'",
-          "training: sgdd is not a valid OptimizerNames"),
+          r"optim is set by training\.optimizer"),
     Wrong("extra that makes flat vectors", "--training.extra '{deepspeed: none.json}'",
           "DeepSpeed makes flat vectors"),
     Wrong("packing without a length", "--training.extra '{packing: true}'", "packing needs max_length"),
+    Wrong("packing into nothing", "--training.extra '{packing: true, max_length: 0}'",
+          r"max_length is 0, but must be >= 2"),
+    Wrong("a length without packing", "--training.extra '{max_length: 0}'", "max_length is for packing"),
+    *(
+        Wrong(f"extra {given}", f"--training.extra '{{{given}}}'", rf"training\.extra: {message}")
+        for given, message in (
+            ("push_to_hub: true", "push_to_hub is not honoured"),
+            ("load_best_model_at_end: true", "load_best_model_at_end is not honoured"),
+            ("resume_from_checkpoint: x", "resume_from_checkpoint is not honoured: folora resumes"),
+            ("completion_only_loss: false", "completion_only_loss is not honoured"),
+            ("assistant_only_loss: true", "assistant_only_loss is not honoured"),
+            ("dataset_text_field: x", "dataset_text_field is not honoured"),
+            ("eval_strategy: epoch", r"eval_strategy is set by training\.eval_steps"),
+            ("save_only_model: true", "save_only_model is not honoured"),
+            ("metric_for_best_model: x", "metric_for_best_model is 'x', but must be one of loss, kl"),
+            ("train_sampling_strategy: x", "train_sampling_strategy is 'x', but must be one of random"),
+            ("adam_beta1: 2", r"adam_beta1 is 2, but must lie in \[0, 1\)"),
+            ("adam_epsilon: -1", "adam_epsilon is -1, but must be finite"),
+            ("fsdp: full_shard", "fsdp needs several processes"),
+        )
+    ),
+    *(
+        Wrong(f"extra {given}", f"--training.extra '{{{given}}}'", f"training.*: .*{message}", "files")
+        for given, message in (
+            ("report_to: wandb", "wandb to be installed"),
+            ("report_to: tensorboard", "tensorboard to be installed"),
+            ("use_liger_kernel: true", "use_liger_kernel needs the package liger-kernel"),
+            ("packing: true, max_length: 64, packing_strategy: x", "packing strategy 'x'"),
+            ("lr_scheduler_kwargs: {x: 1}", "unexpected keyword argument 'x'"),
+            ("dataloader_persistent_workers: true", "needs num_workers > 0"),
+            ("router_aux_loss_coef: 0.1", "for models with experts"),
+        )
+    ),
+    Wrong("a schedule that needs more", "--training.lr_scheduler_type warmup_stable_decay",
+          "training: .*num_decay_steps", "files"),
+    Wrong("a meter without rows", "--training.eval_steps 2 --data.eval_rows 0",
+          r"eval_steps is 2, but no rows are held out of 40", "files"),
 ]  # fmt: skip
 
 # 3. Config files.
@@ -678,7 +715,7 @@ MODELS = [
           r"inputs of model\.layers\.0\.mlp\.down_proj are not finite or overflow", "work"),
     Wrong("gradients beyond fp32", "--lr 1e30 --training.max_grad_norm 0",
           r"step \d: \d+ gradients are not finite.*lower training\.learning_rate \(now 1e\+30\)", "work"),
-    Wrong("a loss that TRL does not know", "--training.extra '{loss_type: nlll}'", "training: .*nlll", "work"),
+    Wrong("a loss that TRL does not know", "--training.extra '{loss_type: nlll}'", "training: .*nlll", "files"),
     model("no ridge for a basis that needs one", weights(lambda t: t[NORM][3].zero_()),
           r"model\.layers\.1\.self_attn\.q_proj: C_pre .* positive definite. Give a larger tau", "work",
           arguments="--spectrum.tau 0 --spectrum.basis whitening"),

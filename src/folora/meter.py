@@ -8,6 +8,7 @@ own text (plus the ridge).
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,9 +23,13 @@ from folora.data import Example, batches, text_examples
 from folora.divergence import kl, labelled_logits
 from folora.errors import DataError
 from folora.modes import evaluating, without_adapter
+from folora.sadam import SAdam
 from folora.solving import GroupBasis
 
+logger = logging.getLogger(__name__)
+
 OUTSIDE = 1e-3  # share of A that may lie outside of a cut basis; rounding in fp32 leaves 1e-6
+UNTRAINED = 1e-6  # of the factors' norms; an initialization that is subtracted leaves 1e-8
 ROWS_AT_ONCE = 256  # of (tokens, vocabulary) log-probabilities in float32
 
 
@@ -58,6 +63,7 @@ class Meter:
         held_out_samples: Self-samples set aside, with the start token in front.
         held_out_task: Task rows set aside; may be empty.
         batch_size: Sequences a forward pass.
+        check: Called before every reading.
 
     Raises:
         DataError: There are no held-out samples.
@@ -68,12 +74,14 @@ class Meter:
         held_out_samples: Sequence[list[int]],
         held_out_task: Sequence[Example],
         batch_size: int = 8,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         if not held_out_samples:
             raise DataError("the meter needs held-out samples; sample at least 32 sequences")
         self.samples = text_examples(held_out_samples)
         self.task = list(held_out_task)
         self.batch_size = batch_size
+        self.check = check
 
     @property
     def num_batches(self) -> int:
@@ -83,6 +91,7 @@ class Meter:
 
     def read(self, model: PeftModel, on_batch: Callable[[], None] = lambda: None) -> Reading:
         """Take a reading; the model's mode and adapter are as before afterwards."""
+        self.check()
         with evaluating(model):
             total = change = tokens = 0.0
             for batch in batches(self.samples, self.batch_size):
@@ -126,6 +135,36 @@ def update_norms(
                 scaling * _norm_of_product(gram, a), scaling * _norm_of_product(gram, own)
             )
     return norms
+
+
+def warn_if_not_stepped(optimizer: SAdam, model: PeftModel, bases: Sequence[GroupBasis]) -> None:
+    """Warn that an adapter has been trained, but not by its optimizer: a Trainer then took AdamW.
+
+    Args:
+        optimizer: That of `prepare`.
+        model: Its model.
+        bases: Their bases. While A lies in the span of a cut one, another `SAdam` may have stepped it.
+    """
+    spectral = any("basis" in group for group in optimizer.param_groups)
+    if optimizer.state or not spectral:
+        return
+    norms = update_norms(model, bases)
+    factors = lora_factors(model)
+    moved = [name for name, norm in norms.items() if norm.frobenius > _rounding(*factors[name])]
+    cut = {n: len(b.gamma) < b.group.d_in for b in bases for n in b.group.layers}
+    strange = [name for name in moved if not cut[name] or math.isnan(norms[name].h_norm)]
+    if strange:
+        logger.warning(
+            "%d layers have been trained, such as %s, but the prepared optimizer has not taken a step. Does "
+            "the Trainer have optimizers=(prepared.optimizer, None)? Without it, it trains a plain LoRA "
+            "adapter by AdamW, and nothing keeps what the model knew.",
+            len(strange), strange[0],
+        )  # fmt: skip
+
+
+def _rounding(a: Tensor, b: Tensor, scaling: float) -> float:
+    """The largest ||dW||_F that the factors of an adapter that was not trained may have."""
+    return UNTRAINED * abs(scaling) * float(a.double().norm() * b.double().norm())
 
 
 def _coordinates(basis: Tensor, a: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ from folora.basefile import (
     write_base_file,
 )
 from folora.checkpoints import check_checkpoints
-from folora.config import FoLoraConfig
+from folora.config import FoLoraConfig, TrainingConfig
 from folora.data import (
     Example,
     TaskData,
@@ -105,6 +105,7 @@ from folora.progress import progress
 from folora.proxies import ProxySet, load_proxy_set, write_proxy_set
 from folora.sampling import sample_to_folder
 from folora.serving import ENGINE, engine_of, served
+from folora.sft_options import effective
 from folora.solving import GroupBasis, bases_from_tensors, bases_to_tensors, solve
 from folora.special_tokens import check_same_tokenizer, ending_ids, start_token_id
 from folora.spectrum import BASES
@@ -144,9 +145,6 @@ STAGE_WRITES = {
 """What a command makes, or finds done already."""
 STAGE_READS = {"measure": (SET,), "solve": (PRE, TASK), "train": (SET, SPECTRUM)}
 """What a stage finds in the folder."""
-
-WITHOUT_EFFECT = frozenset({"non_finite", "batch_size", "gradient_accumulation_steps"})
-"""Options that may change in the middle of a training, as long as a step takes as many rows."""
 
 ExportKind = Literal["adapter", "merged"]
 
@@ -259,8 +257,9 @@ class Run:
         self._check_folder()
         check_quantizer(self.config)
         device = device_of(self.config)
-        if trains or find_spec("trl"):
-            self._check_training(device)
+        arguments = (
+            self._training_arguments(device) if trains or find_spec("trl") is not None else None
+        )
         if self._by_fsdp and self.config.shard:
             raise ConfigError(
                 "--shard shares the weights out already; start the processes without FSDP"
@@ -274,14 +273,30 @@ class Run:
             self._check_sampler(self.config.sampling.sampler_model)
         task = self.task if needs_data else TaskData([], [])
         check_fits(task, self.tokenizer, start_id, **limits)
+        if arguments is not None:
+            self._check_trainer(arguments, task)
+        if needs_data and trains and self.config.training.eval_steps and not task.held_out:
+            raise ConfigError(
+                f"training.eval_steps is {self.config.training.eval_steps}, but no rows are held out of "
+                f"{len(task.train)}: give at least 10 rows and data.eval_rows > 0, or eval_steps 0"
+            )
 
-    def _check_training(self, device: torch.device) -> None:
-        """Training options that TRL refuses. Raises ConfigError, also if TRL is missing."""
+    def _training_arguments(self, device: torch.device) -> Any:
+        """What TRL is told. Raises ConfigError for what it refuses, also if TRL is missing."""
         from folora.training import sft_config
 
         folder = self.folder / TRAINING
         on_cpu = device.type == "cpu"
-        sft_config(self.config.training, folder, evaluates=False, on_cpu=on_cpu)
+        return sft_config(self.config.training, folder, evaluates=True, on_cpu=on_cpu)
+
+    def _check_trainer(self, arguments: Any, task: TaskData) -> None:
+        """What TRL refuses only with rows and a tokenizer. Raises ConfigError."""
+        from folora.trainer_check import check_trainer
+
+        training = self.config.training
+        if training.extra or training.lr_scheduler_type != TrainingConfig().lr_scheduler_type:
+            model_config = load_config(self.config, self.name)
+            check_trainer(arguments, self.tokenizer, task.train, model_config)
 
     def _check_folder(self) -> None:
         """Refuse a folder in which something would be lost. Raises ConfigError."""
@@ -542,8 +557,9 @@ class Run:
             "held_out": proxies.fingerprint,
             "options": json_fingerprint(
                 [
-                    {k: v for k, v in asdict(section).items() if k not in WITHOUT_EFFECT}
-                    for section in (config.training, config.adapter, config.spectrum)
+                    effective(asdict(config.training)),
+                    asdict(config.adapter),
+                    asdict(config.spectrum),
                 ]
             ),
             "rows_a_step": ranks.count()

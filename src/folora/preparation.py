@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,10 @@ from folora.engine import sized
 from folora.errors import ConfigError
 from folora.finiteness import check_finite_weights
 from folora.formats import Row
+from folora.hyperparameters import adam_options
 from folora.initialization import NEED_NULL_BASIS, NEED_WHOLE_BASIS, check_singular_values
 from folora.loading import load_model, load_tokenizer, warn_if_slow
-from folora.meter import Meter
+from folora.meter import Meter, warn_if_not_stepped
 from folora.modes import evaluating
 from folora.progress import progress
 from folora.proxies import ProxySet
@@ -96,7 +98,11 @@ class Prepared:
         return to_dataset([*self.task.train, *islice(cycle(texts), replayed)])
 
     def export(self, path: str | Path, rank: int | None = None) -> ExportReport:
-        """Write an ordinary LoRA adapter; see `export_adapter`."""
+        """Write an ordinary LoRA adapter; see `export_adapter`.
+
+        Warns of an adapter that another optimizer than `SAdam` has trained.
+        """
+        self.meter.check()
         return export_adapter(self.model, path, rank=rank)
 
 
@@ -185,8 +191,10 @@ def assemble(
 ) -> Prepared:
     """Adapter, optimizer and meter from what the first three stages found."""
     peft_model = attach_configured(model, bases, config)
-    optimizer = SAdam(param_groups(peft_model, bases, **group_options(config)))
-    meter = Meter(samples.held_out, task.held_out, config.statistics.batch_size)
+    groups = param_groups(peft_model, bases, **group_options(config))
+    optimizer = SAdam(groups, **adam_options(config.training))
+    check = partial(warn_if_not_stepped, optimizer, peft_model, bases)
+    meter = Meter(samples.held_out, task.held_out, config.statistics.batch_size, check)
     return Prepared(peft_model, optimizer, bases, task, samples, meter, config)
 
 

@@ -47,6 +47,7 @@ from folora.errors import ArtifactError, ConfigError, FoLoraError, NumericsError
 from folora.extras import needed_by
 from folora.finiteness import unsound_gradients, where_it_breaks
 from folora.formats import IGNORE
+from folora.hyperparameters import adam_options, check_optimizer, follow_arguments
 from folora.interruption import StopAfterStep, finishing_step
 from folora.lowrank import narrow_inputs
 from folora.meter import LayerNorms, Reading, total_norm, update_norms
@@ -54,6 +55,7 @@ from folora.modes import without_adapter
 from folora.preparation import Prepared, to_dataset
 from folora.progress import progress
 from folora.sadam import whole
+from folora.sft_options import refusal
 from folora.training_progress import training_progress
 
 with needed_by("training", "trl"):
@@ -69,24 +71,6 @@ FLAT = (
     "The base is frozen, so its weights need no optimizer state."
 )
 LORA = "lora_"  # in the names of all that belongs to an adapter
-
-CHECKED = {
-    "learning_rate": "learning_rate",
-    "weight_decay": "weight_decay",
-    "num_train_epochs": "num_train_epochs",
-    "max_steps": "max_steps",
-    "per_device_train_batch_size": "batch_size",
-    "gradient_accumulation_steps": "gradient_accumulation_steps",
-    "warmup_steps": "warmup_ratio",
-    "warmup_ratio": "warmup_ratio",
-    "max_grad_norm": "max_grad_norm",
-    "save_steps": "save_steps",
-    "logging_steps": "logging_steps",
-    "seed": "seed",
-    "gradient_checkpointing": "gradient_checkpointing",
-    "activation_checkpointing": "gradient_checkpointing",
-}
-"""Options of SFTConfig with an option of ours, which knows their interval or their name of today."""
 
 
 class AfterStep(TrainerCallback):
@@ -110,6 +94,20 @@ class AfterStep(TrainerCallback):
         self.act(state, control)
 
 
+class OwnIntervals(TrainerCallback):
+    """Has a training that is resumed log, save and evaluate at the intervals that it is given now."""
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Called by the Trainer, with the state of the checkpoint."""
+        state.compute_steps(args, state.max_steps)
+
+
 class FoLoraTrainer(SFTTrainer):
     """SFTTrainer on a `Prepared` model: `evaluate` reads the meter and logs what it says.
 
@@ -118,9 +116,13 @@ class FoLoraTrainer(SFTTrainer):
 
     Args:
         prepared: From `prepare`.
-        args: Any SFTConfig; see `sft_config` for one that follows a `TrainingConfig`.
+        args: Any SFTConfig; see `sft_config` for one that follows a `TrainingConfig`. Its learning
+            rate, weight decay, betas and epsilon are taken, also where those prepared are others.
         processing_class: The tokenizer.
         kwargs: Passed on to SFTTrainer (callbacks, data_collator, ...).
+
+    Raises:
+        ConfigError: `args` asks for another optimizer, or for parameters that are not whole.
     """
 
     def __init__(
@@ -132,6 +134,7 @@ class FoLoraTrainer(SFTTrainer):
     ) -> None:
         self.prepared = prepared
         check_sharding(args)
+        check_optimizer(args)
         # Of the model, not of the Trainer, which knows it only in later versions of transformers.
         model: Any = prepared.model
         self._loaded_in_parts = getattr(model, "is_distributed_loading_by_transformers", False)
@@ -151,6 +154,7 @@ class FoLoraTrainer(SFTTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        self.add_callback(OwnIntervals())
         if self.is_fsdp_enabled:
             # By torch.distributed.checkpoint, which other numbers of processes can read; whole states
             # are not loaded for an adapter alone (Accelerate 1.15 waits for ever).
@@ -162,7 +166,9 @@ class FoLoraTrainer(SFTTrainer):
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
         """The prepared optimizer, over parameters that FSDP2 has not shared out yet."""
-        self.optimizer = self.prepared.optimizer if self.optimizer is None else self.optimizer
+        if self.optimizer is None:
+            self.optimizer = self.prepared.optimizer
+            follow_arguments(self.optimizer, self.args, self.prepared.config.training)
         return self.optimizer
 
     def get_batch_samples(
@@ -388,7 +394,12 @@ def sft_config(
             or a value that SFTConfig refuses.
     """
     _check_extra(config.extra)
-    _refuse_deepspeed(config.extra.get("deepspeed"))  # before its package is looked for
+    # Before its package is looked for, or the environment set for it.
+    _refuse_deepspeed(config.extra.get("deepspeed"))
+    if config.extra.get("fsdp") and ranks.count() == 1:
+        raise ConfigError(
+            "training.extra: fsdp needs several processes, which torchrun or accelerate launch starts"
+        )
     values: dict[str, Any] = {
         "output_dir": str(output_dir),
         "learning_rate": config.learning_rate,
@@ -418,10 +429,25 @@ def sft_config(
         found = SFTConfig(**(values | config.extra))
     except Exception as error:  # also of packages that an option asks for
         raise ConfigError(f"training: {error}") from error
-    if found.packing and found.max_length is None:
-        raise ConfigError("training.extra: packing needs max_length, the tokens of a packed row")
+    _check_length(found)
+    adam_options(config)
     check_sharding(found)
     return found
+
+
+def _check_length(args: SFTConfig) -> None:
+    length = args.max_length
+    if length is None:
+        if args.packing:
+            raise ConfigError(
+                "training.extra: packing needs max_length, the tokens of a packed row"
+            )
+    elif not args.packing:
+        raise ConfigError(
+            "training.extra: max_length is for packing; rows are cut by data.max_length"
+        )
+    elif length < 2:
+        raise ConfigError(f"training.extra: max_length is {length}, but must be >= 2")
 
 
 def check_sharding(args: SFTConfig) -> None:
@@ -455,10 +481,8 @@ def _check_extra(extra: dict[str, Any]) -> None:
             raise ConfigError(
                 f"training.extra: trl.SFTConfig has no option {name!r}{nearest(name, known)}"
             )
-        if name in CHECKED:
-            raise ConfigError(
-                f"training.extra: {name} is set by training.{CHECKED[name]}; give that instead"
-            )
+        if (reason := refusal(name, value)) is not None:
+            raise ConfigError(f"training.extra: {reason}")
         try:
             TypeAdapter(types[name]).validate_python(value)
         except ValidationError as error:
