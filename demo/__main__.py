@@ -37,9 +37,9 @@ from folora.config import (
     TrainingConfig,
 )
 from folora.data import prepare_task
-from folora.disk import write_json, write_text
 from folora.loading import load_model
 from folora.meter import Meter
+from folora.ownership import check_own, write_own
 from folora.pipeline import Run
 
 ROOT = Path(__file__).parent
@@ -156,7 +156,7 @@ def picture(scores: dict[str, Scores], path: Path) -> None:
         axis.set_title(title, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(y=0.15)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, format="png", dpi=150)
     pyplot.close(figure)
 
 
@@ -182,7 +182,9 @@ def main() -> None:
     model_folder = smollm2(arguments.models)
     train, test = split(TRAIN_ROWS, TEST_ROWS, seed=0)
     rows = output / "word_problems.jsonl"
-    write_text(rows, "".join(json.dumps(row) + "\n" for row in train))
+    lines = "".join(json.dumps(row) + "\n" for row in train)
+    check_own(output, "demo", ["result.png", "result.json"])  # before minutes of work
+    write_own(rows, "demo", lambda file: file.write_text(lines, "utf-8"))
 
     folora = Run(config(model_folder, rows, output))
     folora.check(needs_data=True)
@@ -217,9 +219,8 @@ def main() -> None:
             model = PeftModel.from_pretrained(model, str(adapter)).eval()
         scores[name] = score(model, tokenizer, meter, test)
 
-    picture(scores, output / "result.png")
-    write_json(
-        output / "result.json",
+    write_own(output / "result.png", "demo", lambda file: picture(scores, file))
+    result = json.dumps(
         {
             "command": "make demo",
             "cpu": torch.backends.cpu.get_cpu_capability(),
@@ -227,7 +228,9 @@ def main() -> None:
             "versions": software_versions(),
             "scores": {name: asdict(s) for name, s in scores.items()},
         },
+        indent=1,
     )
+    write_own(output / "result.json", "demo", lambda file: file.write_text(result + "\n", "utf-8"))
     console.print(table(scores))
     say(
         f"picture: {output / 'result.png'}   adapters: {output}/folora/5-adapter, .../lora/5-adapter"

@@ -14,6 +14,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import stat
 import sys
 from collections.abc import Callable, Mapping
@@ -29,11 +30,12 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import folora.pipeline
+from benchmarks.paper.__main__ import main as paper
 from benchmarks.tiny import make_llama
 from folora.checkpoints import prune, seal_checkpoint
 from folora.cli import main
 from folora.config import FoLoraConfig
-from folora.disk import LOCK, file_sha256, write_atomically, write_sealed, write_text
+from folora.disk import LOCK, file_sha256, obstacle, write_atomically, write_sealed, write_text
 from folora.errors import ArtifactError, ConfigError
 from folora.ownership import LIST, check_own, write_own, write_own_folder
 from folora.pipeline import Run
@@ -81,6 +83,11 @@ def fifo(name: str) -> Put:
         os.mkfifo(here / name)
 
     return put
+
+
+def socket_at(name: str) -> Put:
+    """Neither a file nor a folder, as a device is not; HERE is the working directory."""
+    return lambda _: socket.socket(socket.AF_UNIX).bind(name)
 
 
 def appended(name: str, text: str) -> Put:
@@ -168,7 +175,7 @@ REFUSED = [
     Case("a link", both(weights("x"), link("l", "x")), f"{BASE} --to HERE/l", "HERE/l is a symbolic link"),
     Case("a broken link", link("l", "x"), f"{BASE} --to HERE/l", "HERE/l is a symbolic link"),
     Case("a FIFO", fifo("pipe"), f"{BASE} --to HERE/pipe", "HERE/pipe is not a regular file"),
-    Case("a device", file("a.txt"), f"{BASE} --to /dev/null", "/dev/null is not a regular file"),
+    Case("a socket", socket_at("s"), f"{BASE} --to HERE/s", "HERE/s is not a regular file"),
     Case("the folder itself", file("a.txt"), f"{BASE} --to .", r"\. is a folder"),
     Case("a long name", file("a.txt"), f"{BASE} --to HERE/{'x' * 240}", "too long"),
     Case("the file that is read", base_file("b"), f"{BASE} --base HERE/b --to HERE/b",
@@ -323,7 +330,6 @@ def test_what_would_be_lost_is_refused(
     command, here, _ = words(case)
     before, loaded = snapshot(here), []
     monkeypatch.setattr(folora.pipeline, "load_model", lambda *args, **_: loaded.append(args))
-    device = os.stat("/dev/null").st_rdev
     assert main(command) == 2
     said = " ".join(capsys.readouterr().err.split())
     message = said[said.rindex("folora: ") :]
@@ -331,7 +337,6 @@ def test_what_would_be_lost_is_refused(
     assert re.search(str(case.refused).replace("HERE", re.escape(str(here))), message), message
     assert loaded == []
     assert snapshot(here) == before
-    assert os.stat("/dev/null").st_rdev == device
 
 
 @pytest.mark.parametrize("case", KEPT, ids=lambda case: f"{case.words.split()[0]}: {case.name}")
@@ -514,6 +519,18 @@ def test_a_writer_replaces_plain_files_alone(tmp_path: Path, put: Put) -> None:
     with pytest.raises(ArtifactError, match=f"cannot write {tmp_path / 'a'}: it is"):
         write_text(tmp_path / "a", "ours")
     assert snapshot(tmp_path) == before
+
+
+def test_a_device_is_in_the_way() -> None:
+    """Who may write everywhere would put a file in its place, for all processes of the machine."""
+    assert obstacle(Path("/dev/null")) == "is not a regular file"
+
+
+def test_a_trial_deletes_no_folder_of_the_users(tmp_path: Path) -> None:
+    file("dry-run/notes.txt")(tmp_path)
+    recipe = "benchmarks/paper/recipes/llama2-7b-math.yaml"
+    assert paper(["--recipe", recipe, "--output", str(tmp_path), "--dry-run"]) == 2
+    assert (tmp_path / "dry-run/notes.txt").read_text() == "mine"
 
 
 def test_a_folder_with_more_in_it_is_not_replaced(tmp_path: Path) -> None:

@@ -25,7 +25,11 @@ from benchmarks.paper.scoring import check_code, scorer
 from benchmarks.paper.trial import NEW_TOKENS, small
 from folora.comparison import Comparison
 from folora.errors import FoLoraError
+from folora.ownership import check_own_folder, write_own
 from folora.pipeline import Run
+
+TRIAL = "trial"
+"""What the list of a trial's folder says of it."""
 
 
 def words(text: str) -> list[str]:
@@ -98,7 +102,10 @@ def run(recipe: Recipe, output: Path, command: str, *, allow_code: bool, trial: 
     """Every arm of a recipe, and a line for each as it is done. Raises FoLoraError."""
     check_code(recipe, allow_code)
     if trial:
+        check_own_folder(output, TRIAL, "the folder of a trial")
         shutil.rmtree(output, ignore_errors=True)  # a trial is for finding out, not for keeping
+        note = "A trial. The next one deletes this folder.\n"
+        write_own(output / "TRIAL.md", TRIAL, lambda file: file.write_text(note))
         recipe = small(recipe, output)
     rows = output / "rows.jsonl"
     write_rows(recipe.data, recipe.config.data.eval_rows, rows)

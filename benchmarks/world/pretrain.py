@@ -8,7 +8,6 @@ seed gives the same weights on the same machine with one thread.
 import argparse
 import json
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from benchmarks.world.language import World, pretraining_documents
 from benchmarks.world.score import score_skills
 from benchmarks.world.tokenizer import build_tokenizer
+from folora.disk import write_atomically
 
 STEPS = 2000
 BATCH = 8
@@ -138,13 +138,14 @@ def save(
     facts: dict[str, object],
 ) -> None:
     """Write beside ``output`` and rename, so that what stands there is always whole."""
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / "world.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    partial.rename(output)
+
+    def write(partial: Path) -> None:
+        partial.mkdir()
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "world.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+    write_atomically(output, write)
 
 
 def main() -> None:
