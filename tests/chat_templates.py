@@ -94,6 +94,13 @@ TOOLS = (
     '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}</tool_call>'
     "{% endfor %}" + FOOT + PROMPT
 )
+# Gemma 4's: messages of the assistant in a row are one turn.
+MERGES = (
+    "{% for m in messages %}{% if m.role != 'assistant' or loop.previtem.role != 'assistant' %}"
+    "<|{{ m.role }}|>{% endif %}{{ m.content }}"
+    "{% if m.role != 'assistant' or loop.last or loop.nextitem.role != 'assistant' %}<|end|>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 COUNTS = "{{ messages|length }}" + CHATML
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -84,8 +85,14 @@ FOUND = {
     "another name": (t.NO_SYSTEM, MORE, ["two<end_of_turn>\n", "four<end_of_turn>\n"]),
     "no end": (t.NO_END, MORE, ["two", "four"]),
     "blocks": (t.BLOCKS, MORE, ["two" + CLOSED, "four" + CLOSED]),
-    "an answer first": (t.INST, [says("hi"), *ONE], ["<s> hi</s>", " two</s>"]),
+    "an answer first": (t.INST, [says("hi"), *ONE], ["hi</s>", " two</s>"]),
 }  # fmt: skip
+
+FOUND["an answer first, behind a system prompt"] = (
+    "{% for m in messages if m.role == 'system' %}{{ m.content }}{% endfor %}" + t.DROPS_SYSTEM,
+    [says("hi"), SYSTEM, *ONE],
+    ["hi" + END, "two" + CLOSED],
+)
 
 
 @pytest.mark.parametrize("case", FOUND.values(), ids=FOUND)
@@ -104,6 +111,8 @@ LEFT_OUT = {
                               "leaves out 'reasoning_content' of message 1"),
     "tools": (t.CHATML, {"messages": ONE, "tools": [TOOL]}, "leaves out the column 'tools'"),
     "tool calls": (t.CHATML, {"messages": CALLS}, "leaves out the tool calls of message 1"),
+    "a turn of two messages": (t.MERGES, {"messages": [*ONE, says("three", weight=0), user("b")]},
+                               "renders a turn differently"),
     "a count": (t.COUNTS, {"messages": MORE}, "renders a turn differently"),
 }  # fmt: skip
 
@@ -179,6 +188,39 @@ def test_fields_and_ends_that_do_not_count_are_said(caplog: pytest.LogCaptureFix
     learned(t.byte_tokenizer(t.NO_END), {"messages": [user("a"), says("b", score=3)]})
     assert "fields of messages not used: score" in caplog.text
     assert "1 chats end without a special token" in caplog.text
+
+
+NAMES = {"HEAD", "FOOT", "PROMPT"}
+TEMPLATES = {
+    n: v for n, v in vars(t).items() if n.isupper() and isinstance(v, str) and n not in NAMES
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_answers_alone_are_learned_whatever_the_chat(template: str) -> None:
+    """Random chats: where one is read, the loss falls on every answer with a weight and on no other."""
+    draw = random.Random(7)
+    tokenizer = t.byte_tokenizer(template)
+    for _ in range(25):
+        kinds = draw.choice([["user", "assistant"] * 2, ["assistant", "user", "assistant"],
+                             draw.choices(["user", "assistant", "system"], k=4)])  # fmt: skip
+        if draw.random() < 0.3:
+            kinds = ["system", *kinds]
+        messages = [{"role": kind, "content": f"{kind[0]}{i}{'xyz'[i % 3] * draw.randrange(1, 4)}."}
+                    for i, kind in enumerate(kinds)]  # fmt: skip
+        for message in messages:
+            message["content"] = (
+                draw.choice(["", " "]) + message["content"] + draw.choice(["", "\n"])
+            )
+            if message["role"] == "assistant" and draw.random() < 0.2:
+                message["weight"] = 0
+        try:
+            text = "".join(learned(tokenizer, {"messages": messages}))
+        except DataError:
+            continue
+        for message in messages:
+            wanted = message["role"] == "assistant" and message.get("weight", 1) == 1
+            assert (message["content"].strip() in text) == wanted, (messages, text)
 
 
 # The models' own templates, as TRL has them

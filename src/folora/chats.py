@@ -126,18 +126,18 @@ class ChatTokenizer:
         ids = self._tokens(self._whole(chat))
         answers = []
         for i in chat.learned:
-            prompt = self._tokens(self._render(chat, i, prompt=True))
+            prompt = self._prompt(chat, i)
             start = _common(prompt, ids)
             upto = self._tokens(self._render(chat, i + 1))
             end = len(upto) if ids[: len(upto)] == upto else None
-            if start < len(prompt):  # it begins the answer, with "<think>" for example
+            if i and start < len(prompt):  # it begins the answer, with "<think>" for example
                 before = _common(self._tokens(self._render(chat, i)), ids)
                 if strict or start <= before:
                     raise DataError(DIFFERENT)
             if end is None:
                 if strict:
                     raise DataError(DIFFERENT)
-                end = self._end(ids, start, chat.messages[i])
+                end = self._end(ids, start, chat.messages[i : i + 2])
             answers.append((start, end))
         found = Rendered(ids, answers)
         _check_order(found)
@@ -159,7 +159,7 @@ class ChatTokenizer:
         said = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant"]
         if len(marked) == len(said):
             answers = [
-                (max(start, min(self._parting(chat, i, ids, template), end - 1)), end)
+                (max(start, min(_common(self._prompt(chat, i, template), ids), end - 1)), end)
                 for i, (start, end) in zip(said, marked, strict=True)
                 if i in chat.learned
             ]
@@ -173,16 +173,26 @@ class ChatTokenizer:
             raise DataError("the markers leave out the token that ends an answer")
         return found
 
-    def _parting(self, chat: Chat, i: int, ids: list[int], template: str) -> int:
-        """How many tokens the prompt of message `i` and the whole chat have in common."""
-        return _common(self._tokens(self._render(chat, i, template, prompt=True)), ids)
+    def _prompt(self, chat: Chat, i: int, template: str | None = None) -> list[int]:
+        """What the model reads before answer `i`, up to where it writes itself.
+
+        Before the first message there is no chat to render; the chat with another content there begins
+        by the same tokens.
+        """
+        if i:
+            return self._tokens(self._render(chat, i, template, prompt=True))
+        first = chat.messages[0]
+        other = {**first, "content": "1" if first["content"].lstrip()[:1] != "1" else "2"}
+        changed = replace(chat, messages=[other, *chat.messages[1:]])
+        return self._tokens(self._render(changed, len(chat.messages), template))
 
     # Where an answer ends
 
-    def _end(self, ids: list[int], start: int, message: Message) -> int:
-        """Behind the first special token that comes after the content."""
-        content = _squeezed(message["content"])
-        if content and "tool_calls" not in message:
+    def _end(self, ids: list[int], start: int, messages: Sequence[Message]) -> int:
+        """Behind the first special token that comes after the content of the first message."""
+        content = _squeezed(messages[0]["content"])
+        merged = any(message["role"] == "assistant" for message in messages[1:])
+        if content and not merged and "tool_calls" not in messages[0]:
             for i in range(start, len(ids)):
                 if ids[i] in self._special and content in _squeezed(self._decode(ids[start:i])):
                     return i + 1
