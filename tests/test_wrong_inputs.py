@@ -17,6 +17,7 @@ from conftest import temporary
 from wrong_inputs import KINDS, Found, Wrong
 
 import folora.comparison
+import folora.coverage
 import folora.pipeline
 import folora.planning
 import folora.sampling
@@ -35,7 +36,7 @@ DOORS: list[tuple[Any, str, Found]] = [
     (folora.pipeline, "load_tokenizer", "files"),
     (folora.pipeline, "load_rows", "files"),
     (folora.planning, "load_config", "files"),
-    (folora.planning, "load_skeleton", "model"),
+    (folora.coverage, "load_skeleton", "files"),
     (folora.pipeline, "load_model", "model"),
     (folora.sampling, "write_sealed", "work"),
     (HuggingFaceEngine, "__call__", "work"),

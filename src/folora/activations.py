@@ -129,6 +129,63 @@ def target_layers(
     return {n: linear[n] for n in names}
 
 
+@dataclass(frozen=True)
+class Visit:
+    """One call of a layer in a forward pass.
+
+    Attributes:
+        tensor: Which tensor it read: identity and version, the same for layers that share an input.
+        read: Shape of it; empty if that is no tensor.
+        gave: Shape of the output; empty if that is no tensor.
+    """
+
+    tensor: tuple[int, int]
+    read: tuple[int, ...]
+    gave: tuple[int, ...]
+
+
+def visits(model: nn.Module, names: Iterable[str], batch: Batch) -> dict[str, list[Visit]]:
+    """Watch one forward pass: the calls of every named layer, in the order of the first call.
+
+    Layers that are not called are missing.
+
+    Args:
+        model: The base model (a meta-device skeleton with a meta batch will do).
+        names: Of the layers.
+        batch: ``input_ids`` and ``attention_mask``, shape (batch, tokens); small is enough.
+    """
+    found: dict[str, list[Visit]] = {}
+    alive: list[Any] = []  # keeps identities unique for the length of the pass
+
+    def before(name: str, x: Any) -> None:
+        alive.append(x)
+        version = 0 if not isinstance(x, Tensor) or x.is_inference() else x._version
+        found.setdefault(name, []).append(Visit((id(x), version), _shape(x), ()))
+
+    def after(name: str, output: Any) -> None:
+        found[name][-1] = replace(found[name][-1], gave=_shape(output))
+
+    with _watching(model, names, before, after), evaluating(model), torch.no_grad():
+        model(**batch, **_without_logits(model), use_cache=False)
+    return found
+
+
+def grouped(
+    seen: Mapping[str, Sequence[Visit]], layers: Mapping[str, tuple[int, int]]
+) -> list[InputGroup]:
+    """Put together the layers that read the same tensor in their first call.
+
+    Args:
+        seen: From `visits`.
+        layers: (d_in, d_out) of the layers that count, all of them in `seen`.
+    """
+    sharing: dict[tuple[int, int], list[str]] = {}
+    for name, calls in seen.items():
+        if name in layers:
+            sharing.setdefault(calls[0].tensor, []).append(name)
+    return [InputGroup(tuple(names), layers[names[0]][0]) for names in sharing.values()]
+
+
 def find_groups(
     model: PreTrainedModel, layers: dict[str, tuple[int, int]], batch: Batch
 ) -> list[InputGroup]:
@@ -137,27 +194,18 @@ def find_groups(
     Args:
         model: The base model (a meta-device skeleton with a meta batch will do).
         layers: From `target_layers`.
-        batch: ``input_ids`` and ``attention_mask``, shape (batch, tokens); small is enough.
+        batch: As in `visits`.
 
     Raises:
         ConfigError: A layer is not reached by the forward pass.
     """
-    seen: dict[tuple[int, int], list[str]] = {}
-    alive: list[Tensor] = []  # keeps identities unique for the length of the pass
-
-    def watch(name: str, x: Tensor) -> None:
-        alive.append(x)
-        seen.setdefault((id(x), 0 if x.is_inference() else x._version), []).append(name)
-
-    with _watching(model, layers, watch), torch.no_grad():
-        model(**batch, use_cache=False)
-    reached = {name for names in seen.values() for name in names}
-    if missing := [name for name in layers if name not in reached]:
+    seen = visits(model, layers, batch)
+    if missing := [name for name in layers if name not in seen]:
         raise ConfigError(
             f"{len(missing)} of the layers to adapt take no part in the forward pass, such as "
             f"{missing[0]}. Leave them out of adapter.target_modules."
         )
-    return [InputGroup(tuple(names), layers[names[0]][0]) for names in seen.values()]
+    return grouped(seen, layers)
 
 
 def passes(groups: Sequence[InputGroup], room: float) -> list[list[InputGroup]]:
@@ -248,9 +296,7 @@ def second_moments(
 
     shared_out = is_shared_out(model)
     counts = True
-    # Nobody reads the logits, which with a large vocabulary are a good part of the pass and its memory.
-    known = inspect.signature(model.forward).parameters
-    spared = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    spared = _without_logits(model)
 
     def own_share() -> None:
         nonlocal mask, even, counts
@@ -370,25 +416,46 @@ def add_upper_gram(total: Float[Tensor, "d d"], rows: Float[Tensor, "n d"]) -> N
 
 @contextmanager
 def _watching(
-    model: nn.Module, names: Iterable[str], see: Callable[[str, Tensor], None]
+    model: nn.Module,
+    names: Iterable[str],
+    before: Callable[[str, Any], None],
+    after: Callable[[str, Any], None] | None = None,
 ) -> Iterator[None]:
-    """Call `see(name, input)` before each named layer runs; no hook outlives the block."""
+    """Call `before(name, input)` before each named layer runs and `after(name, output)` after it.
+
+    No hook outlives the block.
+    """
     handles = []
 
     def hook_for(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            see(name, args[0] if args else next(iter(kwargs.values())))
+            before(name, args[0] if args else next(iter(kwargs.values())))
 
         return hook
+
+    def hook_behind(name: str, see: Callable[[str, Any], None]) -> Callable[..., None]:
+        return lambda module, args, output: see(name, output)
 
     try:
         for name in names:
             module = model.get_submodule(name)
             handles.append(module.register_forward_pre_hook(hook_for(name), with_kwargs=True))
+            if after is not None:
+                handles.append(module.register_forward_hook(hook_behind(name, after)))
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _without_logits(model: nn.Module) -> dict[str, int]:
+    """Keyword arguments that spare the logits: with a large vocabulary a good part of the pass."""
+    known = inspect.signature(model.forward).parameters
+    return {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
 def _is_or_ends_with(name: str, target: str) -> bool:

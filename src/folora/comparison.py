@@ -24,12 +24,13 @@ from transformers import TrainerControl, TrainerState
 from folora.artifacts import software_versions
 from folora.basefile import tensors_sha256
 from folora.config import FoLoraConfig
+from folora.coverage import check_adapter
 from folora.disk import obstacle, read_json, write_text
 from folora.errors import ArtifactError, ConfigError, DataError, MismatchError
 from folora.meter import total_norm
 from folora.methods import configured, method
 from folora.pipeline import Run
-from folora.preparation import Prepared, assemble, check_adapter, null_rank
+from folora.preparation import Prepared, assemble, null_rank
 from folora.progress import progress
 from folora.results import FORMAT
 from folora.solving import GroupBasis, solve

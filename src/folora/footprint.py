@@ -29,7 +29,13 @@ TILE, FLOAT32_TILES = (4096, 32768), 7
 
 
 def step_bytes(
-    model: PeftModel, rows: int, tokens: int, *, on_cpu: bool, checkpointing: bool = False
+    model: PeftModel,
+    rows: int,
+    tokens: int,
+    *,
+    on_cpu: bool,
+    checkpointing: bool = False,
+    masked: bool = True,
 ) -> int:
     """Most bytes that are alive in a step's forward and backward pass, weights left out.
 
@@ -42,6 +48,7 @@ def step_bytes(
         tokens: Of a row.
         on_cpu: Whether the step will be taken there.
         checkpointing: Whether blocks keep their inputs alone and are run again in the backward pass.
+        masked: Whether the model is handed a ready-made mask, as in a padded batch.
     """
     base: Any = model.get_base_model()
     if checkpointing:  # torch takes function modes away for the length of a backward pass
@@ -49,12 +56,11 @@ def step_bytes(
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=again)
     ids = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
     mask = torch.zeros(rows, 1, tokens, tokens, dtype=base.dtype, device="meta")
-    padding = mask.numel() * (1 + mask.itemsize)  # as booleans, and as what a kernel adds
+    given = {"attention_mask": mask} if masked else {}
+    padding = mask.numel() * (1 + mask.itemsize) * masked  # as booleans, and as what a kernel adds
     alive = Alive([*base.parameters(), *base.buffers(), ids, mask])
     with narrow_inputs(model), _FusedAttention(), alive:
-        hidden = base.base_model(
-            input_ids=ids, attention_mask=mask, use_cache=False
-        ).last_hidden_state
+        hidden = base.base_model(input_ids=ids, **given, use_cache=False).last_hidden_state
         in_loss = alive.now() + loss_bytes(hidden, base.config.get_text_config().vocab_size, on_cpu)
         hidden.backward(torch.empty_like(hidden))
     return max(alive.most, in_loss) + padding

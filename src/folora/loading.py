@@ -18,9 +18,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.distributed.configuration_utils import DistributedConfig
-from transformers.models.auto import modeling_auto
 
 from folora import ranks
+from folora.architecture import check_config
 from folora.config import FoLoraConfig
 from folora.errors import ConfigError
 from folora.modes import is_shared_out
@@ -28,19 +28,6 @@ from folora.modes import is_shared_out
 logger = logging.getLogger(__name__)
 
 LONGEST_REASON = 300
-OTHER_ARCHITECTURES = frozenset(
-    name
-    for mapping in (
-        modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-        modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-        modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-    )
-    for name in mapping.values()
-    if isinstance(name, str)
-) - frozenset(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-"""What AutoModelForCausalLM would load with a head that was never trained for it."""
 
 
 def required(value: str | None, option: str) -> str:
@@ -98,11 +85,7 @@ def load_config(config: FoLoraConfig, name: str) -> Any:
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
     )
-    named = getattr(found, "architectures", None) or []
-    if wrong := [a for a in named if a in OTHER_ARCHITECTURES]:
-        raise ConfigError(
-            f"model {name!r} is a {wrong[0]}, but must be a causal LM, which predicts the next token"
-        )
+    check_config(found, name)
     return found
 
 

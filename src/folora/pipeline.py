@@ -55,6 +55,7 @@ from folora.basefile import (
 )
 from folora.checkpoints import check_checkpoints
 from folora.config import FoLoraConfig, TrainingConfig
+from folora.coverage import Coverage, cover_config, report
 from folora.data import (
     Example,
     TaskData,
@@ -95,7 +96,7 @@ from folora.preparation import (
     Prepared,
     assemble,
     convergence,
-    groups_of,
+    coverage_of,
     limits_of,
     measure,
     null_rank,
@@ -229,7 +230,15 @@ class Run:
     @cached_property
     def groups(self) -> list[InputGroup]:
         """The shared inputs of the layers to adapt."""
-        return groups_of(self.model, self.config.adapter, self.start_id)
+        found = coverage_of(self.model, self.config.adapter, self.start_id)
+        if found.groups != self.coverage.groups:  # quantized layers may differ from the outline's
+            report(found)
+        return found.groups
+
+    @cached_property
+    def coverage(self) -> Coverage:
+        """Which layers are adapted, by the model's config alone."""
+        return cover_config(self.config, load_config(self.config, self.name))[1]
 
     @cached_property
     def task(self) -> TaskData:
@@ -280,6 +289,7 @@ class Run:
                 f"training.eval_steps is {self.config.training.eval_steps}, but no rows are held out of "
                 f"{len(task.train)}: give at least 10 rows and data.eval_rows > 0, or eval_steps 0"
             )
+        report(self.coverage)
 
     def _training_arguments(self, device: torch.device) -> Any:
         """What TRL is told. Raises ConfigError for what it refuses, also if TRL is missing."""

@@ -7,9 +7,11 @@ good to a factor of about three.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,22 +21,25 @@ from transformers import PreTrainedModel
 from folora.activations import (
     GRAM_SHARE,
     InputGroup,
-    find_groups,
     passes,
     room_for_moments,
-    target_layers,
 )
 from folora.adapter import outline
 from folora.config import FIRST_LOOK, FoLoraConfig
+from folora.coverage import cover_config, report
 from folora.engine import batch_size_for
 from folora.errors import ConfigError
 from folora.footprint import step_bytes
-from folora.loading import device_of, dtype_for, load_config, load_skeleton, required
+from folora.loading import device_of, dtype_for, load_config, required
 from folora.memory import cache_bytes, free_bytes, held_bytes
-from folora.preparation import check_adapter, solved_directions
+from folora.preparation import solved_directions
 from folora.spectrum import are_few
 
+logger = logging.getLogger(__name__)
+
 PROBE = 512
+# Bytes of activations over those of what adapted layers read and give: measured, 2 to 10.
+WIDTHS = 6
 # Of a large product's rate: for one token a row; and in training, where on a CPU TRL's loss takes about half.
 DECODING_EFFICIENCY, TRAINING_EFFICIENCY = 0.15, {"cpu": 0.25}
 # Operations of a solve over the cube of the width, in float64: to reduce it to one matrix, and for all its
@@ -140,13 +145,7 @@ def plan(
     # A packed row is as long as rows are packed to.
     packed = training.extra.get("max_length") if training.extra.get("packing") else None
     batch = (training.batch_size, packed or longest or config.data.max_length)
-    typed = known.skeleton.to(known.dtype)  # type: ignore[arg-type]
-    activations = step_bytes(
-        outline(typed, known.layers, config.adapter.r).train(),
-        *batch,
-        on_cpu=known.device.type == "cpu",
-        checkpointing=training.gradient_checkpointing,
-    )
+    activations = _activations(known, config, batch)
     factors = known.trainable * 4 * (2 if config.adapter.init == "null_space" else 1)
     without = known.weights + factors + 2 * 4 * known.trainable + activations
     storages = ways(config, known.groups, without, processes)
@@ -200,16 +199,9 @@ class _Known:
 def _known(config: FoLoraConfig, processes: int) -> _Known:
     device = device_of(config)
     model_config = load_config(config, required(config.model, "model"))
-    with torch.device("meta"):
-        skeleton = load_skeleton(config, model_config)
-    layers = target_layers(skeleton, config.adapter.target_modules)
-    # A ready-made 4-D mask spares the model the look at mask values, which meta tensors lack.
-    batch = {
-        "input_ids": torch.zeros(1, 2, dtype=torch.long, device="meta"),
-        "attention_mask": torch.zeros(1, 1, 2, 2, device="meta"),
-    }
-    groups = find_groups(skeleton, layers, batch)
-    check_adapter(skeleton, groups, config.adapter)
+    skeleton, coverage = cover_config(config, model_config)
+    report(coverage)
+    groups, layers = coverage.groups, coverage.layers
     dtype = dtype_for(config, device, model_config) or torch.bfloat16
     parameters = sum(p.numel() for p in skeleton.parameters())
     weights = parameters * dtype.itemsize
@@ -230,6 +222,37 @@ def _known(config: FoLoraConfig, processes: int) -> _Known:
         rate=_speed(device, dtype),
         wide_rate=_speed(device, torch.float64),
     )
+
+
+def _activations(known: _Known, config: FoLoraConfig, batch: tuple[int, int]) -> int:
+    """Bytes of a step's forward and backward pass.
+
+    Some architectures take no ready-made mask there; experts are counted in bf16, the only dtype that torch
+    has their grouped products in on the meta device. What does not run there at all is estimated by the
+    widths of the adapted layers.
+    """
+    with suppress(ValueError):  # the model has no experts
+        known.skeleton.set_experts_implementation("grouped_mm")
+    model = outline(known.skeleton, known.layers, config.adapter.r).train()
+    on_cpu = known.device.type == "cpu"
+    for dtype in dict.fromkeys((known.dtype, torch.bfloat16)):
+        for masked in (True, False):
+            try:
+                found = step_bytes(
+                    model.to(dtype=dtype),  # type: ignore[call-arg]
+                    *batch,
+                    on_cpu=on_cpu,
+                    checkpointing=config.training.gradient_checkpointing,
+                    masked=masked,
+                )
+                return found * known.dtype.itemsize // dtype.itemsize
+            except Exception as error:  # whatever the model's code raises
+                logger.debug("a step on the meta device: %s", error)
+    logger.info(
+        "this architecture does not run without weights; a step's memory is estimated by widths"
+    )
+    widths = sum(g.d_in for g in known.groups) + sum(d for _, d in known.layers.values())
+    return WIDTHS * widths * batch[0] * batch[1] * known.dtype.itemsize
 
 
 def _text_stages(known: _Known, config: FoLoraConfig) -> tuple[Stage, Stage]:

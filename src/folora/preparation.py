@@ -20,16 +20,15 @@ from folora import ranks
 from folora.activations import (
     InputGroup,
     Moments,
-    find_groups,
-    linear_dims,
     passes,
     room_for_moments,
     second_moments,
-    target_layers,
 )
 from folora.adapter import ExportReport, attach, export_adapter
+from folora.architecture import check_model
 from folora.config import AdapterConfig, FoLoraConfig, StatisticsConfig
 from folora.convergence import Convergence, watched
+from folora.coverage import Coverage, check_causal, cover, probe, report
 from folora.data import (
     Example,
     TaskData,
@@ -45,20 +44,17 @@ from folora.errors import ConfigError
 from folora.finiteness import check_finite_weights
 from folora.formats import Row
 from folora.hyperparameters import adam_options
-from folora.initialization import NEED_NULL_BASIS, NEED_WHOLE_BASIS, check_singular_values
+from folora.initialization import NEED_NULL_BASIS, NEED_WHOLE_BASIS
 from folora.loading import load_model, load_tokenizer, warn_if_slow
 from folora.meter import Meter, warn_if_not_stepped
-from folora.modes import evaluating
 from folora.progress import progress
 from folora.proxies import ProxySet
 from folora.sadam import Complement, SAdam
 from folora.sampling import sample
 from folora.serving import engine_of
-from folora.solving import GroupBasis, check_rank, solve
-from folora.special_tokens import ending_ids, known_tokens, start_token_id
+from folora.solving import GroupBasis, solve
+from folora.special_tokens import ending_ids, start_token_id
 from folora.spectrum import BASES, complement_frame, spectral_gate, step_scale
-
-NOT_CAUSAL = 1e-2  # of the largest logit; rounding in bf16 stays below
 
 
 @dataclass(frozen=True)
@@ -132,6 +128,7 @@ def prepare(
     if isinstance(dataset, str):
         check_dataset(dataset)
     model, tokenizer = _loaded(model, tokenizer, config)
+    check_model(model)
     warn_if_slow(model.dtype, model.device)
     model.requires_grad_(False)  # before it runs; see load_model
     task = prepare_task(load_rows(dataset, config.data.split), tokenizer, config.data)
@@ -142,7 +139,9 @@ def prepare(
         getattr(model, "generation_config", None),
     )
     check_fits(task, tokenizer, start_id, **limits_of(model.config))
-    groups = groups_of(model, config.adapter, start_id)
+    covered = coverage_of(model, config.adapter, start_id)
+    report(covered)
+    groups = covered.groups
     check_finite_weights(model)
 
     eos_ids = ending_ids(model, tokenizer, config.sampling)
@@ -199,41 +198,25 @@ def assemble(
 
 
 def groups_of(model: PreTrainedModel, adapter: AdapterConfig, start_id: int) -> list[InputGroup]:
-    """The shared inputs of the layers to adapt, found on a row of two start tokens.
+    """The shared inputs of the layers to adapt; see `coverage_of`."""
+    return coverage_of(model, adapter, start_id).groups
+
+
+def coverage_of(model: PreTrainedModel, adapter: AdapterConfig, start_id: int) -> Coverage:
+    """Which layers of a model in memory are adapted, found on two rows of a few tokens.
+
+    Args:
+        model: The base model.
+        adapter: Says which layers, which rank, which initialization.
+        start_id: The token that rows start with.
 
     Raises:
-        ConfigError: The model is not causal, nothing is there to adapt, or the adapter does not fit.
+        ConfigError: The model is no causal LM, or has an adapter already; nothing is there to adapt,
+            or the adapter does not fit.
     """
+    check_model(model)
     check_causal(model, start_id)
-    layers = target_layers(model, adapter.target_modules)
-    probe = next(batches(text_examples([[start_id, start_id]]), 1))
-    del probe["labels"]
-    groups = find_groups(model, layers, {k: v.to(model.device) for k, v in probe.items()})
-    check_adapter(model, groups, adapter)
-    return groups
-
-
-def check_causal(model: PreTrainedModel, start_id: int) -> None:
-    """Refuse a model whose prediction changes with the tokens after it. Raises ConfigError."""
-    known = known_tokens(model)
-    rows = torch.tensor([[start_id, token] for token in range(0, known, -(-known // 8))])
-    with torch.no_grad(), evaluating(model):  # dropout would look like it
-        first = model(input_ids=rows.to(model.device), use_cache=False).logits[:, 0].float()
-    if float((first - first[0]).abs().max()) > NOT_CAUSAL * float(first.abs().max()):
-        raise ConfigError(
-            f"{type(model).__name__} looks at the tokens that come after the one it predicts (an "
-            "encoder such as BERT does), but must be a causal LM"
-        )
-
-
-def check_adapter(model: Any, groups: Iterable[InputGroup], adapter: AdapterConfig) -> None:
-    """Refuse a rank, a start or a constraint that some layer is too small for. Raises ConfigError."""
-    groups = list(groups)
-    check_rank(groups, adapter.r)
-    names = [name for group in groups for name in group.layers]
-    found = {name: linear_dims(model.get_submodule(name)) for name in names}
-    layers = {name: dims for name, dims in found.items() if dims is not None}
-    check_singular_values(layers, adapter.init, adapter.r, adapter.protected)
+    return cover(model, adapter, probe(model, start_id))
 
 
 def limits_of(model_config: Any) -> dict[str, int | None]:
