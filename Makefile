@@ -18,7 +18,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test cpus gpu results chaos soak fuzz distributed lint format lock sbom audit clean
+.PHONY: demo test cpus gpu results chaos soak fuzz distributed wheel lint format lock sbom audit clean
 
 demo: $(VENV)/ready
 	$(RUN) -m demo --output demo/output
@@ -43,6 +43,13 @@ chaos soak fuzz: $(VENV)/ready
 
 distributed: $(VENV)/ready
 	$(RUN) -m benchmarks.distributed $(ARGS)
+
+# folora as a stranger gets it: README's commands with the wheel in an environment of its own, first
+# without extras. The versions are the lock file's.
+wheel: $(VENV)/ready
+	rm -rf build
+	$(RUN) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/outside/wheel .
+	$(RUN) tests/outside.py build/outside $(LOCK) build/outside/wheel/*.whl $(CPU_LOCK)
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

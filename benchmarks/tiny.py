@@ -94,7 +94,10 @@ def make_mistral() -> PreTrainedModel:
 
 
 def write_qwen3(folder: Path) -> Path:
-    """A very small Qwen3 with special tokens as Qwen's: a chat's EOS, and no BOS in the tokenizer."""
+    """A very small Qwen3 with special tokens as Qwen's: a chat's EOS, and no BOS in the tokenizer.
+
+    Texts end as soon as they may, so that many are written in a minute.
+    """
     backend = Tokenizer(models.WordLevel({c: i for i, c in enumerate(ALPHABET)}, unk_token="#"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer = PreTrainedTokenizerFast(
@@ -106,13 +109,14 @@ def write_qwen3(folder: Path) -> Path:
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    end, turn = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    end, turn = (tokenizer.get_vocab()[t] for t in ("<|endoftext|>", "<|im_end|>"))
     config = Qwen3Config(
         vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, head_dim=8,
         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512,
-        tie_word_embeddings=True, initializer_range=0.3, bos_token_id=end, eos_token_id=turn,
+        tie_word_embeddings=False, initializer_range=0.3, bos_token_id=end, eos_token_id=turn,
     )  # fmt: skip
     model = Qwen3ForCausalLM(config)
+    model.lm_head.weight.data[turn] *= 20  # at every other place nearly certain
     model.generation_config.eos_token_id = [turn, end]
     model.save_pretrained(folder)
     return folder

@@ -77,9 +77,9 @@ def test_prepare_loads_a_model_by_its_name(model_folder: Path, rows_file: Path) 
     assert len(prepared.task.train) + len(prepared.task.held_out) == 40
     with pytest.raises(ConfigError, match="needs a dataset"):
         prepare(str(model_folder))
-    with pytest.raises(DataError, match="none.jsonl does not exist"):
+    with pytest.raises(DataError, match=r"none\.jsonl does not exist"):
         prepare(str(model_folder), dataset="none.jsonl")
-    with pytest.raises(ConfigError, match="folder ./none does not exist"):
+    with pytest.raises(ConfigError, match=r"folder \./none does not exist"):
         prepare("./none", config=config)
     with pytest.raises(ConfigError, match="needs the tokenizer"):
         prepare(make_gpt2(), dataset=[{"prompt": "a", "completion": "b"}])

@@ -8,8 +8,10 @@ What a command does is in `commands`, which is not imported before its options a
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -115,6 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with interruptible():
             options, config = parse(sys.argv[1:] if arguments is None else arguments)
+            if not options.verbose:
+                _quiet_imports()
             folora.commands.execute(options, config)
     except FoLoraError as error:
         console.print(f"[bold red]folora:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
@@ -126,6 +130,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return signalled.exit_code
     return 0
+
+
+def _quiet_imports() -> None:
+    """Silence what libraries say while they are imported, before `commands` sets up logging."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it where it is installed
+    warnings.simplefilter("ignore", FutureWarning)
 
 
 def entry() -> NoReturn:
