@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import folora
 from benchmarks.tiny import make_llama, make_tokenizer
 from folora.cli import main
 from folora.config import FIRST_LOOK, FoLoraConfig
@@ -229,3 +232,16 @@ def test_stages_one_by_one(
     assert "relative error of the update" in text
     assert (out / "5-adapter" / "adapter_config.json").exists()
     assert (tmp_path / "small" / "adapter_model.safetensors").exists()
+
+
+def test_the_module_runs_and_libraries_are_silent(model_folder: Path) -> None:
+    """In an environment with every extra; bitsandbytes logs while it is imported."""
+    command = [sys.executable, "-m", "folora"]
+    done = subprocess.run(
+        [*command, "plan", "--model", str(model_folder), "--device", "cpu"],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "Stages" in done.stdout
+    assert done.stderr == ""
+    version = subprocess.run([*command, "--version"], check=True, capture_output=True, text=True)
+    assert version.stdout == f"folora {folora.__version__}\n"

@@ -134,7 +134,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _quiet_imports() -> None:
     """Silence what libraries say while they are imported, before `commands` sets up logging."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it where it is installed
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # PEFT imports it where it is installed
     warnings.simplefilter("ignore", FutureWarning)
 
 
