@@ -18,7 +18,11 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
+<<<<<<< HEAD
 .PHONY: demo test cpus gpu results chaos soak fuzz distributed wheel lint format lock sbom audit clean
+=======
+.PHONY: demo test cpus matrix gpu results chaos soak fuzz distributed lint format lock sbom audit clean
+>>>>>>> 3906d17 (wip)
 
 demo: $(VENV)/ready
 	$(RUN) -m demo --output demo/output
@@ -29,6 +33,10 @@ test: $(VENV)/ready
 # The suite with the kernels of other CPUs, and with two threads; ARGS="--short" for what CI runs.
 cpus: $(VENV)/ready
 	$(RUN) -m benchmarks.cpus $(ARGS)
+
+# The wheel with other versions of what it stands on: many downloads. One: make matrix ARGS=axolotl
+matrix: $(VENV)/ready $(TOOLS)/ready
+	$(RUN) -m benchmarks.matrix $(ARGS)
 
 # What can only be seen on a GPU; `make test` hides it, and compares with what the CPU gives.
 gpu: $(VENV)/ready

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from closeness import assert_near
 from peft import PeftModel
 from test_adapter import IDS, bases_for, trained
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
@@ -65,4 +66,5 @@ def test_training_and_export(load: Callable[[], PreTrainedModel], tmp_path: Path
         export_merged(adapted, tmp_path / "merged")
     export_adapter(adapted, tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(load(), str(tmp_path / "adapter")).eval()
-    torch.testing.assert_close(logits(loaded), after, rtol=0, atol=2e-3 * float(after.abs().max()))
+    # These layers round what they read to bf16 or int8: a move by 1e-6 of A already moves as much.
+    assert_near(logits(loaded), after, dtype=torch.bfloat16, roundings=4)

@@ -1,0 +1,1 @@
+"""folora on other versions of what it stands on: `make matrix`."""
