@@ -18,11 +18,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-<<<<<<< HEAD
-.PHONY: demo test cpus gpu results chaos soak fuzz distributed wheel lint format lock sbom audit clean
-=======
-.PHONY: demo test cpus matrix gpu results chaos soak fuzz distributed lint format lock sbom audit clean
->>>>>>> 3906d17 (wip)
+.PHONY: demo test cpus matrix gpu results chaos soak fuzz distributed lint format lock sbom audit clean wheel
 
 demo: $(VENV)/ready
 	$(RUN) -m demo --output demo/output
