@@ -18,12 +18,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners import lora
 from peft.tuners.lora import Linear, LoraLayer
-from peft.utils.save_and_load import get_base_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from folora.compat import base_state
 from folora.errors import ConfigError, NumericsError
 from folora.frames import FRAME, Frame, Framed, Lean, layer_factors, product
 from folora.initialization import STARTS, Site, Start, leading_singular_spaces
@@ -219,7 +219,7 @@ def export_merged(model: PeftModel, path: str | Path, adapter_name: str = "defau
         ArtifactError: The folder cannot be written.
     """
     _refuse_quantized(model.get_base_model())
-    state = get_base_model_state_dict(model)
+    state = base_state(model)
     write_merged(model.get_base_model(), state, lora_factors(model, adapter_name), path)
 
 

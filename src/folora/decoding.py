@@ -21,6 +21,7 @@ from folora.modes import is_shared_out
 
 logger = logging.getLogger(__name__)
 
+COUNT = "cumulative_length"  # of tokens, in a layer of Transformers 5's static cache
 EAGER_STEPS = 2  # before a graph is taken: libraries set themselves up in the first
 LOOK_EVERY = 16  # tokens, for whether all rows have ended
 MASKED = ("sdpa", "eager")  # attention that is told which keys of the cache are written yet
@@ -44,7 +45,10 @@ def _reads_static_cache(model: Any) -> bool:
         and getattr(model.config, "_attn_implementation", None) in MASKED
         and (quantizer is None or quantizer.is_compileable)
         and len({p.device for p in model.parameters()}) == 1
-        and all(type(layer) is StaticLayer for layer in StaticCache(model.config, 1).layers)
+        and all(
+            type(x) is StaticLayer and hasattr(x, COUNT)
+            for x in StaticCache(model.config, 1).layers
+        )
     )
 
 

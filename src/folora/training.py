@@ -39,6 +39,7 @@ from folora.checkpoints import (
     seal_checkpoint,
     way_out,
 )
+from folora.compat import trainer_options
 from folora.config import TrainingConfig
 from folora.data import pad_batch, text_examples
 from folora.disk import sweep
@@ -426,6 +427,7 @@ def sft_config(
     if config.eval_steps and evaluates:
         values |= {"eval_strategy": "steps", "eval_steps": config.eval_steps}
     try:
+        values = trainer_options(values, get_type_hints(SFTConfig))
         found = SFTConfig(**(values | config.extra))
     except Exception as error:  # also of packages that an option asks for
         raise ConfigError(f"training: {error}") from error

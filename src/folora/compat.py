@@ -1,0 +1,42 @@
+"""What differs between the versions of other libraries that folora runs with: one function for each.
+
+Everything else is written for the newest; docs/compatibility.md says what was run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from peft.utils import save_and_load
+from torch import Tensor
+
+
+def own_base_state(model: Any) -> dict[str, Tensor]:
+    """The base model's state by its own names, where PEFT does not give it."""
+    return {
+        name.replace(".base_layer.", ".").replace(".original_module.", "."): tensor
+        for name, tensor in model.get_base_model().state_dict().items()
+        if ".lora_" not in name and ".modules_to_save." not in name
+    }
+
+
+base_state: Callable[[Any], dict[str, Tensor]] = getattr(
+    save_and_load, "get_base_model_state_dict", own_base_state
+)
+"""PEFT's own since 0.19."""
+
+
+def trainer_options(values: Mapping[str, Any], types: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of TrainingArguments by the names that the installed Transformers knows.
+
+    Args:
+        values: By their names in Transformers 5.23.
+        types: Names and types of the options that there are.
+    """
+    found = dict(values)
+    if "activation_checkpointing" not in types:  # before Transformers 5.23
+        found["gradient_checkpointing"] = found.pop("activation_checkpointing")
+    if types["warmup_steps"] is int:  # before Transformers 5, which takes a share there, too
+        found["warmup_ratio"] = found.pop("warmup_steps")
+    return found
