@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+import torch
+
 import folora.commands  # noqa: F401 - which the command line imports when it is called
 from folora.cli import entry
 
@@ -88,6 +90,7 @@ class Fork:
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
             sys.argv = ["folora", *words]
+            torch.set_num_threads(1)  # a fork inherits no threads
             prepare()
             self.begun.touch()
             entry()

@@ -8,6 +8,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from benchmarks.distributed import MeetingPoint
 from folora import ranks
 
@@ -23,6 +25,7 @@ def in_processes(count: int, work: Callable[[], Any]) -> list[Any]:
     queue, point = fork.Queue(), MeetingPoint()
 
     def run(rank: int) -> None:
+        torch.set_num_threads(1)  # a fork inherits no threads
         gc.freeze()  # to collect what the parent left would wait for threads that are not here
         try:
             os.environ |= point.place_among(rank, count)
