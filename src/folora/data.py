@@ -38,6 +38,7 @@ from folora.formats import (
     choose_format,
     columns_of,
 )
+from folora.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -306,7 +307,11 @@ def prepare_task(
     columns = columns_of(rows)
     formatter = Formatter(columns, tokenizer, config)
     _say_format(formatter.format, columns)
-    examples = [formatter(row, number) for number, row in enumerate(rows)]
+    examples = []
+    with progress("tokenizing rows", len(rows)) as tick:
+        for number, row in enumerate(rows):
+            examples.append(formatter(row, number))
+            tick(tokens=len(examples[-1].input_ids))
     _say_chats(formatter.chats)
     usable = [e for e in examples if any(label != IGNORE for label in e.labels[1:])]
     dropped = len(examples) - len(usable)
