@@ -22,7 +22,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "folora"
 # From data to adapter and on; a file may import from files before it, never from later ones.
 ORDER = [
     "errors", "compat", "extras", "shapes", "defaults", "ranks", "transit", "sadam", "spectrum", "config", "memory", "disk", "ownership", "artifacts", "fingerprints", "filtering", "modes", "architecture", "loading", "progress", "finiteness", "decoding", "draws", "special_tokens", "engine", "proxies", "sampling", "client", "serving",
-    "messages", "formats", "chats", "data", "activations", "basefile", "divergence", "solving", "convergence", "initialization", "lowrank", "frames", "adapter", "footprint", "coverage", "meter",
+    "messages", "formats", "chats", "data", "activations", "basefile", "divergence", "solving", "convergence", "initialization", "lora_config", "lowrank", "constraint", "variants", "adapter", "footprint", "coverage", "meter",
     "hyperparameters", "sft_options", "preparation", "checkpoints", "signals", "interruption", "training_progress", "training", "trainer_check", "pipeline", "evaluation", "frontier", "results", "methods", "comparison",
     "pictures", "report", "planning", "summary", "commands", "cli", "__main__",
 ]  # fmt: skip

@@ -23,7 +23,9 @@ def counted(real: PreTrainedModel, checkpointing: bool) -> int:
     """On the meta device; TRL's tile, which the profiled step does not have, left out."""
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(real.config)
-    model = outline(skeleton.to(dtype=real.dtype), target_layers(skeleton, "all-linear"), RANK)
+    model = outline(
+        skeleton.to(dtype=real.dtype), target_layers(skeleton, "all-linear"), RANK, "eigen"
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("folora.footprint.loss_bytes", lambda *_: 0)
         return step_bytes(model.train(), ROWS, TOKENS, on_cpu=True, checkpointing=checkpointing)

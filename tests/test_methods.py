@@ -74,8 +74,8 @@ def started(
     adapted = attach(model, bases, r=R, alpha=ALPHA, init=init)
     for name, module in adapted.get_base_model().named_modules():
         if hasattr(module, "lora_A"):
-            a = module.lora_A["default"].weight.detach().double()
-            b = module.lora_B["default"].weight.detach().double()
+            a = module.lora_A["default"].weight.detach().double()[:R]  # without a frozen half
+            b = module.lora_B["default"].weight.detach().double()[:, :R]
             yield name, a, b, ALPHA / R * b @ a
 
 

@@ -65,6 +65,8 @@ def test_training_and_export(load: Callable[[], PreTrainedModel], tmp_path: Path
     with pytest.raises(ConfigError, match="quantized"):
         export_merged(adapted, tmp_path / "merged")
     export_adapter(adapted, tmp_path / "adapter")
-    loaded = PeftModel.from_pretrained(load(), str(tmp_path / "adapter")).eval()
-    # These layers round what they read to bf16 or int8: a move by 1e-6 of A already moves as much.
-    assert_near(logits(loaded), after, dtype=torch.bfloat16, roundings=4)
+    adapted.save_pretrained(str(tmp_path / "saved"))
+    for folder in ("adapter", "saved"):
+        loaded = PeftModel.from_pretrained(load(), str(tmp_path / folder)).eval()
+        # These layers round what they read to bf16 or int8: a move by 1e-6 of A already moves as much.
+        assert_near(logits(loaded), after, dtype=torch.bfloat16, roundings=4)

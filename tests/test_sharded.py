@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
+from benchmarks.tiny import make_llama
 from folora import ranks
+from folora.activations import find_groups, target_layers
+from folora.adapter import attach, lora_factors
+from folora.constraint import keep_off, spaces_of
 from folora.finiteness import unsound_gradients
 from folora.sadam import Complement, SAdam, whole
+from folora.solving import solve
 
 Array = np.ndarray[Any, Any]
 
@@ -207,6 +213,40 @@ def test_an_unsound_gradient_is_seen_where_its_rows_are() -> None:
         return unsound_gradients(net)
 
     assert in_processes(3, work) == [[], ["1.weight"], []]
+
+
+def test_a_constraint_holds_where_processes_have_rows_each() -> None:
+    """A frozen half and protected spaces; A and B over three processes, as in one."""
+
+    def work() -> list[Array]:
+        model = make_llama(num_hidden_layers=1)
+        probe = {"input_ids": torch.tensor([[1, 1]])}
+        groups = find_groups(model, target_layers(model, "all-linear"), probe)
+        moments = {g.name: torch.eye(g.d_in) for g in groups}
+        bases = solve(groups, moments, moments, tau=1e-3)
+        adapted = attach(model, bases, r=2, init="minor_singular", protect=2)
+        fresh = lora_factors(copy.deepcopy(adapted))
+        if ranks.count() > 1:
+            fully_shard(adapted, mesh=init_device_mesh("cpu", (ranks.count(),)))
+        opt = torch.optim.AdamW(adapted.parameters(), lr=1e-2, weight_decay=0.0)
+        keep_off(opt, adapted)
+        ids = torch.randint(3, 50, (2, 9), generator=torch.Generator().manual_seed(0))
+        for _ in range(2):
+            opt.zero_grad()
+            adapted(input_ids=ids, labels=ids).loss.backward()
+            opt.step()
+        name = "model.layers.0.mlp.down_proj"
+        a, b, _ = lora_factors(adapted)[name]
+        spaces = spaces_of(adapted.get_base_model().get_submodule(name), "default")
+        assert spaces is not None
+        assert float((a @ spaces.right).norm()) < 1e-5 * float(a.norm())
+        assert float((spaces.left.T @ b).norm()) < 1e-5 * float(b.norm())
+        assert torch.equal(a[2:], fresh[name][0][2:]) and torch.equal(
+            b[:, 2:], fresh[name][1][:, 2:]
+        )
+        return [a.numpy(), b.numpy()]
+
+    assert furthest(in_processes(3, work), work()) < 1e-4
 
 
 def test_a_sharded_tensor_is_a_part_of_it() -> None:

@@ -21,6 +21,7 @@ from torch.optim import AdamW, Optimizer
 
 from benchmarks.speed.shapes import VOCABULARY, Shape, random_bases, random_groups, random_model
 from folora.adapter import attach
+from folora.constraint import keep_off
 from folora.lowrank import narrow_inputs
 from folora.preparation import param_groups
 from folora.sadam import SAdam
@@ -108,6 +109,7 @@ class Contender:
             self.optimizer = AdamW([p for g in found for p in g["params"]], lr=1e-3, fused=True)
         else:
             self.optimizer = SAdam(found)
+        keep_off(self.optimizer, self.model)
         self.basis_bytes = sum(_basis_bytes(g) for g in found)
 
     def step(self, ids: Tensor) -> None:

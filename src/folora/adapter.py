@@ -1,13 +1,13 @@
 """A PEFT model out, an ordinary LoRA adapter back.
 
-Every start leaves the model as it was before the first step; where A0 and B0 are not zero, or the update
-is constrained, a frame (`frames`) sees to that. The base is never changed. Disabling, switching,
-merging, saving and quantized bases are PEFT's and stay as they are. Export writes one ordinary
-adapter, of rank 2r if there is an anchor: P_L [B, -B0] [A; A0] P_R.
+No initialization changes the model before the first step, and the base is never changed. The adapter is an
+ordinary LoRA adapter at any time, so that saving, loading, copying, combining, disabling, merging and quantized
+bases are PEFT's; one that starts at B0 A0 /= 0 has rank 2r, [B, -B0] [A; A0] (`variants`).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,22 +19,30 @@ from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners import lora
 from peft.tuners.lora import Linear, LoraLayer
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from folora.compat import base_state
+from folora.constraint import ProtectedSpaces, protect_layer, spaces_of
 from folora.errors import ConfigError, NumericsError
-from folora.frames import FRAME, Frame, Framed, Lean, layer_factors, product
-from folora.initialization import STARTS, Site, Start, leading_singular_spaces
+from folora.initialization import NONZERO, STARTS, Site, Start, leading_singular_spaces
+from folora.lora_config import lora_config, max_lora_rank, resolvable
 from folora.modes import gathered
 from folora.ownership import check_own_folder, write_own_folder
 from folora.sadam import full_fp32_matmul
 from folora.shapes import Float
 from folora.solving import GroupBasis, check_rank
+from folora.variants import FoLoraVariant, check_first_steps, layer_factors, product
+
+logger = logging.getLogger(__name__)
 
 ADAPTER, MERGED = "adapter", "merged"
 """What the list of an exported folder says of it; see `ownership`."""
+
+Spaces = tuple[Tensor, Tensor]
+"""U (d_out, k) and V (d_in, k), what OPLoRA protects."""
 
 Factors = dict[str, tuple[Tensor, Tensor, float]]
 """A (k, d_in), B (d_out, k) and kappa by layer name; the layer's update is kappa B A."""
@@ -51,9 +59,11 @@ def attach(
     seed: int = 0,
     adapter_name: str = "default",
 ) -> PeftModel:
-    """Put a LoRA adapter on the layers of `bases` and start it.
+    """Put a LoRA adapter on the layers of `bases` and initialize it.
 
-    The model computes exactly what it computed before, until the first step.
+    The model computes exactly what it computed before, until the first step. With an initialization
+    in `initialization.NONZERO` the adapter has rank 2r in PEFT, and ``peft_config`` says 2r and 2 alpha:
+    [A; A0] and [B, -B0], of which A0 and B0 are frozen.
 
     Args:
         model: The base model, or a PEFT model that gets one more adapter. Layers are wrapped in
@@ -81,40 +91,52 @@ def attach(
     # Everything that can fail comes before anything is touched.
     frozen = _frozen_parts(base, bases, r, STARTS[init], protect, seed)
     names = list(frozen)
-    config = _lora_config(base, names, r, alpha)
+    trained = r if init in NONZERO else None
+    config = _lora_config(base, names, r, r if alpha is None else alpha, trained)
     if isinstance(model, PeftModel):
         model.add_adapter(adapter_name, config)
         peft_model = model
     else:
         peft_model = get_peft_model(model, config, adapter_name=adapter_name)  # type: ignore[assignment]
+    config.base_model_name_or_path = resolvable(config.base_model_name_or_path)
     for name, (start, protected) in frozen.items():
         layer = _lora_layer(peft_model, name)
-        _start_layer(layer, adapter_name, start, protected)
+        _initialize(layer, adapter_name, start, protected, trained)
         with gathered(base, name):
             _check_unchanged(layer, adapter_name, name)
+        if trained or protected:
+            check_first_steps(layer, adapter_name, name)
+    if trained:
+        logger.info(
+            "init %r starts at B0 A0 /= 0, which is taken off by a frozen half: in PEFT the adapter has r = %d and "
+            "lora_alpha = %g, of which the first %d rows of A and columns of B are trained",
+            init, config.r, config.lora_alpha, r,
+        )  # fmt: skip
     return peft_model
 
 
-def outline(model: PreTrainedModel, names: Iterable[str], r: int) -> PeftModel:
+def outline(model: PreTrainedModel, names: Iterable[str], r: int, init: str) -> PeftModel:
     """An adapter of the build that `attach` gives, for a model without weights: to count with.
 
     Args:
         model: On the meta device; its layers are wrapped in place.
         names: Of the layers to adapt.
         r: Rank.
+        init: As for `attach`.
     """
-    names = list(names)
-    found: PeftModel = get_peft_model(model, _lora_config(model, names, r))  # type: ignore[assignment]
+    names, trained = list(names), r if init in NONZERO else None
+    config = _lora_config(model, names, r, r, trained)
+    found: PeftModel = get_peft_model(model, config)  # type: ignore[assignment]
     for name in names:
-        _keep_less(_lora_layer(found, name), "default")
+        _take_variant(_lora_layer(found, name), "default", trained)
     return found
 
 
 def lora_factors(model: PeftModel, adapter_name: str = "default") -> Factors:
     """A, B and kappa of every adapted layer, such that its update is exactly kappa B A.
 
-    Layers with an anchor give [A; A0] (2r, d_in) and [B, -B0] (d_out, 2r), projected if so framed;
-    plain ones (r, d_in) and (d_out, r). Detached views or copies in the adapter's dtype.
+    After an initialization in `initialization.NONZERO` they are [A; A0] (2r, d_in) and [B, -B0] (d_out, 2r),
+    else (r, d_in) and (d_out, r). Detached views in the adapter's dtype.
     """
     base = model.get_base_model()
     return {
@@ -142,8 +164,9 @@ def export_adapter(
     Args:
         model: From `attach`, trained or not.
         path: Folder to make, or one of an earlier export; files of others in it are kept.
-        rank: None for the exact adapter (rank 2r if anchored, else r); otherwise each layer's
-            update is cut back to its best approximation of that rank, and the error is reported.
+        rank: None for the exact adapter (rank 2r after an initialization in `initialization.NONZERO`,
+            else r); otherwise each layer's update is cut back to its best approximation of that rank,
+            and the error is reported.
         adapter_name: Which adapter.
 
     Raises:
@@ -176,6 +199,7 @@ def write_adapter(
     if rank is not None and not 1 <= rank <= exact:
         raise ConfigError(f"export rank is {rank}, but must lie in [1, {exact}]")
     target = exact if rank is None else rank
+    kappa = next(iter(factors.values()))[2]
     tensors: dict[str, Tensor] = {}
     errors: dict[str, tuple[float, float]] = {}
     for name, (a, b, scaling) in factors.items():
@@ -184,20 +208,26 @@ def write_adapter(
         if target < len(a):
             a, b, lost, whole = truncate(a, b, target)
             errors[name] = (scaling**2 * lost, scaling**2 * whole)
-        tensors[f"base_model.model.{name}.lora_A.weight"] = a.cpu().contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = b.cpu().contiguous()
-    scaling = next(iter(factors.values()))[2]
-    config = LoraConfig(
-        r=target,
-        lora_alpha=scaling * target,  # type: ignore[arg-type]
-        target_modules=sorted(factors),
-        lora_dropout=0.0,
-        bias="none",
-        task_type="CAUSAL_LM",
+        # One rank and one kappa for all layers: not every program reads PEFT's patterns.
+        missing = target - len(a)
+        b = b if scaling == kappa else b * (scaling / kappa)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = pad(
+            a.cpu(), (0, 0, 0, missing)
+        ).contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = pad(b.cpu(), (0, missing)).contiguous()
+    config = lora_config(
+        factors,
+        target,
+        kappa * target,
         fan_in_fan_out=fan_in_fan_out,
-        base_model_name_or_path=base_model,
+        base_model=base_model,
         inference_mode=True,
     )
+    needed = max_lora_rank(target)
+    logger.info(
+        "the adapter has rank %d: %s", target,
+        f"vLLM serves it with --max-lora-rank {needed}" if needed else "too large for vLLM",
+    )  # fmt: skip
 
     def write(target: Path) -> None:
         target.mkdir()
@@ -267,17 +297,12 @@ def truncate(
 
 
 def _lora_config(
-    base: Any, names: list[str], r: int, alpha: float | int | None = None
+    base: Any, names: list[str], r: int, alpha: float | int, trained: int | None
 ) -> LoraConfig:
-    return LoraConfig(
-        r=r,
-        lora_alpha=r if alpha is None else alpha,  # type: ignore[arg-type]
-        target_modules=names,
-        lora_dropout=0.0,
-        bias="none",
-        task_type="CAUSAL_LM",
-        fan_in_fan_out=all(isinstance(_base_layer(base.get_submodule(n)), Conv1D) for n in names),
-    )
+    """PEFT's config; with a frozen half rank and alpha are doubled, so that kappa stays."""
+    halves = 1 if trained is None else 2
+    conv1d = all(isinstance(_base_layer(base.get_submodule(n)), Conv1D) for n in names)
+    return lora_config(names, halves * r, halves * alpha, fan_in_fan_out=conv1d)
 
 
 @torch.no_grad()
@@ -288,10 +313,10 @@ def _frozen_parts(
     start: Callable[[Site], Start],
     protect: int,
     seed: int,
-) -> dict[str, tuple[Start, tuple[Tensor, Tensor] | None]]:
-    """Start and protected spaces of every adapted layer, by its name."""
+) -> dict[str, tuple[Start, Spaces | None]]:
+    """Initialization and protected spaces of every adapted layer, by its name."""
     generator = torch.Generator().manual_seed(seed)
-    parts: dict[str, tuple[Start, tuple[Tensor, Tensor] | None]] = {}
+    parts: dict[str, tuple[Start, Spaces | None]] = {}
     for b in bases:
         for name in b.group.layers:
             with gathered(model, name):
@@ -318,57 +343,54 @@ def _image_of(base: Any) -> Callable[[Tensor], Tensor]:
 
 
 @torch.no_grad()
-def _start_layer(
-    layer: Any, adapter: str, start: Start, protected: tuple[Tensor, Tensor] | None
+def _initialize(
+    layer: Any, adapter: str, start: Start, protected: Spaces | None, trained: int | None
 ) -> None:
-    """Set A and B of one layer, and frame the update if it has an anchor or protected spaces."""
+    """Set A and B of one layer, its frozen half and its protected spaces."""
     a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     a0, image = start
-    a.copy_(a0)
-    anchor = None
-    if image is None:
-        b.zero_()
-    else:
-        b.copy_(image.to(b.dtype) / layer.scaling[adapter])
-        anchor = (a.detach().clone(), b.detach().clone())
-    if anchor is None and protected is None:
-        _keep_less(layer, adapter)
-        return
-    if not hasattr(layer, FRAME):
-        setattr(layer, FRAME, nn.ModuleDict())
-        # PEFT deletes and moves what is named here together with the adapter.
-        layer.adapter_layer_names = (*layer.adapter_layer_names, FRAME)
-    spaces = None if protected is None else tuple(space.to(a) for space in protected)
-    getattr(layer, FRAME)[adapter] = Frame(anchor, spaces)  # type: ignore[arg-type]
-    layer.lora_variant[adapter] = Framed()
+    a0 = a0.to(a)
+    b0 = b.new_zeros(len(b), len(a0)) if image is None else image.to(b) / layer.scaling[adapter]
+    if protected is not None:
+        spaces = ProtectedSpaces(*(space.to(a) for space in protected))
+        protect_layer(layer, adapter, spaces)
+        a0, b0 = spaces.projected(a0, b0)
+    a.copy_(a0 if trained is None else torch.cat([a0, a0]))
+    b.copy_(b0 if trained is None else torch.cat([b0, -b0], dim=1))
+    _take_variant(layer, adapter, trained, protected is not None)
 
 
 @torch.no_grad()
 def _check_unchanged(layer: Any, adapter: str, name: str) -> None:
     """Some quantized layers ignore PEFT's variants; then the promise would be broken silently."""
     base = _base_layer(layer)
+    weight, variant = layer.lora_B[adapter].weight, layer.lora_variant.get(adapter)
     generator = torch.Generator().manual_seed(0)
     d_in = layer.lora_A[adapter].weight.shape[1]
     dtype = base.weight.dtype if base.weight.is_floating_point() else torch.float32
-    x = torch.randn(1, 2, d_in, generator=generator).to(layer.lora_A[adapter].weight.device, dtype)
+    x = torch.randn(1, 2, d_in, generator=generator).to(weight.device, dtype)
     active = layer.active_adapters
     layer.set_adapter([adapter])
     try:
-        same = torch.equal(layer(x), base(x))
+        kept = torch.equal(layer(x), base(x))
+        if variant is not None:
+            with torch.enable_grad():
+                (grad,) = torch.autograd.grad(layer(x).float().square().sum(), weight)
+            kept = kept and variant.takes(grad, spaces_of(layer, adapter))
     finally:
         layer.set_adapter(active)
-    if not (same and _keeps_off(layer, adapter, x, base)):
+    if not kept:
         raise NumericsError(
             f"{name} ({type(layer).__name__}) does not give the base layer's output before the "
-            "first step, or leaves the spaces that are protected, because this kind of layer ignores "
+            "first step, or trains what is frozen or protected, because this kind of layer ignores "
             "PEFT's LoRA variants. Use adapter.init = 'eigen' and no constraint; they need none."
         )
 
 
-def _keep_less(layer: Any, adapter: str) -> None:
-    """`Lean`, where PEFT's kind of layer takes it."""
-    if _takes_variants(layer):
-        layer.lora_variant[adapter] = Lean()
+def _take_variant(layer: Any, adapter: str, trained: int | None, constrained: bool = False) -> None:
+    """Give a layer `FoLoraVariant`, if it takes variants or the update is none without."""
+    if trained is not None or constrained or _takes_variants(layer):
+        layer.lora_variant[adapter] = FoLoraVariant(trained)
 
 
 def _takes_variants(layer: Any) -> bool:
@@ -380,20 +402,6 @@ def _takes_variants(layer: Any) -> bool:
     if is_bnb_4bit_available():
         kinds += (lora.Linear4bit,)
     return isinstance(layer, kinds)
-
-
-def _keeps_off(layer: Any, adapter: str, x: Tensor, base: Any) -> bool:
-    """Whether an update of any size stays off the protected output directions."""
-    frames = getattr(layer, FRAME, {})
-    if adapter not in frames or frames[adapter].left is None:
-        return True
-    left = frames[adapter].left
-    weight = layer.lora_B[adapter].weight
-    before = weight.clone()
-    weight.add_(torch.ones_like(weight))
-    moved = (layer(x) - base(x)).to(left.dtype)
-    weight.copy_(before)
-    return bool((moved @ left).norm() <= 0.05 * moved.norm())
 
 
 def _refuse_quantized(base: Any) -> None:

@@ -157,6 +157,9 @@ STARTS: dict[str, Callable[[Site], Start]] = {
     "lora_null": lambda site: balanced_null_space(site.weight(), site.null_basis()),
 }
 
+NONZERO = frozenset({"null_space", "minor_singular", "corda", "lora_null"})
+"""Those with B0 A0 /= 0: a frozen half takes it off again, so that the adapter has rank 2r."""
+
 NEED_NULL_BASIS = frozenset({"null_space", "null_space_zero", "lora_null"})
 NEED_WHOLE_BASIS = frozenset({"corda"})
 NEED_SINGULAR_VALUES = frozenset({"minor_singular", "corda", "lora_null"})

@@ -18,7 +18,7 @@ from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from folora.shapes import Float
 
@@ -28,57 +28,81 @@ def update(
     a: Float[Tensor, "r d_in"],
     b: Float[Tensor, "d_out r"],
     scaling: float = 1.0,
-    anchor: tuple[Tensor, Tensor] | None = None,
+    trained: int | None = None,
 ) -> Float[Tensor, "*rows d_out"]:
-    """kappa (B A - B0 A0) x in the dtype of A and B; under autocast in autocast's.
+    """kappa B A x in the dtype of A and B; under autocast in autocast's.
 
     Args:
         x: Of any floating dtype; it is what is kept for the backward pass, not a copy.
         a: The factor that reads.
         b: The factor that writes.
         scaling: kappa; it meets the r numbers of a row in between, not the d_out.
-        anchor: A0 and B0, frozen and shaped as A and B, or None for zero. Where they are equal to A and B
-            the update is zero to the last bit.
+        trained: Only so many of A's rows and B's columns, the first, are trained. The others get a zero
+            gradient, and their product is computed apart: where they are A and -B of the first, the update
+            is zero to the last bit. None: all are trained.
     """
     kind = x.device.type  # the meta device has no autocast to ask about
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        moved = linear(_scaled(linear(x, a), scaling), b)
-        return moved if anchor is None else moved - update(x, *anchor, scaling)
-    a0, b0 = anchor or (None, None)
-    return _Update.apply(x, a, b, scaling, a0, b0)  # type: ignore[no-any-return, no-untyped-call]
+        first, rest = _parts(a, b, trained)
+        return _sum(_product(x, *first, scaling), rest and _product(x, *rest, scaling))
+    return _Update.apply(x, a, b, scaling, trained)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Update(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float, a0: Tensor | None, b0: Tensor | None
-    ) -> Tensor:  # fmt: skip
+        ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float, trained: int | None
+    ) -> Tensor:
+        (first_a, first_b), rest = _parts(a, b, trained)
         wide = x.to(a.dtype)
-        inner = _scaled(linear(wide, a), scaling)
-        ctx.scaling = scaling
-        ctx.save_for_backward(x, a, b, inner, a0, b0)
-        moved = linear(inner, b)
-        if a0 is None or b0 is None:
-            return moved
-        return moved - linear(_scaled(linear(wide, a0), scaling), b0)
+        inner = _scaled(linear(wide, first_a), scaling)
+        ctx.scaling, ctx.trained = scaling, trained
+        ctx.save_for_backward(x, a, b, inner)
+        return _sum(linear(inner, first_b), rest and _product(wide, *rest, scaling))
 
     @staticmethod
     @once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, a, b, inner, a0, b0 = ctx.saved_tensors
+        x, a, b, inner = ctx.saved_tensors
         needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
         of_inner = _scaled(grad @ b, ctx.scaling)
         of_x = of_a = of_b = None
         if needs_x:
-            of_x = of_inner @ a
-            if a0 is not None:
-                of_x -= _scaled(grad @ b0, ctx.scaling) @ a0
-            of_x = of_x.to(x.dtype)
+            of_x = (of_inner @ a).to(x.dtype)
         if needs_a:
-            of_a = _rows(of_inner).T @ _rows(x).to(a.dtype)
+            of_a = _rows(of_inner[..., : ctx.trained]).T @ _rows(x).to(a.dtype)
+            of_a = pad(of_a, (0, 0, 0, len(a) - len(of_a)))
         if needs_b:
             of_b = _rows(grad).T @ _rows(inner)
-        return of_x, of_a, of_b, None, None, None
+            of_b = pad(of_b, (0, b.shape[1] - of_b.shape[1]))
+        return of_x, of_a, of_b, None, None
+
+
+Factors = tuple[Tensor, Tensor]
+
+
+def _parts(a: Tensor, b: Tensor, trained: int | None) -> tuple[Factors, Factors | None]:
+    """The trained part of A and B, and the rest, detached.
+
+    Both are copies: views would lie in memory in different ways, and kernels round by how data lie.
+    """
+    if trained is None:
+        return (a, b), None
+    first, rest = (a[:trained], b[:, :trained]), (a[trained:].detach(), b[:, trained:].detach())
+    return _copies(first), _copies(rest)
+
+
+def _copies(factors: Factors) -> Factors:
+    a, b = (t.clone(memory_format=torch.contiguous_format) for t in factors)
+    return a, b
+
+
+def _product(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    return linear(_scaled(linear(x, a), scaling), b)
+
+
+def _sum(moved: Tensor, more: Tensor | None) -> Tensor:
+    return moved if more is None else moved + more
 
 
 def _scaled(x: Tensor, scaling: float) -> Tensor:

@@ -30,6 +30,7 @@ from folora.coverage import cover_config, report
 from folora.engine import batch_size_for
 from folora.errors import ConfigError
 from folora.footprint import step_bytes
+from folora.initialization import NONZERO
 from folora.loading import device_of, dtype_for, load_config, required
 from folora.memory import cache_bytes, free_bytes, held_bytes
 from folora.preparation import solved_directions
@@ -146,11 +147,11 @@ def plan(
     packed = training.extra.get("max_length") if training.extra.get("packing") else None
     batch = (training.batch_size, packed or longest or config.data.max_length)
     activations = _activations(known, config, batch)
-    factors = known.trainable * 4 * (2 if config.adapter.init == "null_space" else 1)
-    without = known.weights + factors + 2 * 4 * known.trainable + activations
+    factors = known.trainable * 4 * (2 if config.adapter.init in NONZERO else 1)
+    without = known.weights + 3 * factors + activations  # two moments, of frozen halves too
     storages = ways(config, known.groups, without, processes)
     seconds = _training_seconds(known, config, task_tokens, rows)
-    checkpoints = 2 * (factors + 3 * 4 * known.trainable)
+    checkpoints = 2 * 4 * factors
     free = free_bytes(known.device) // (processes if known.device.type == "cpu" else 1)
     return Plan(
         groups=known.groups,

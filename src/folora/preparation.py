@@ -27,6 +27,7 @@ from folora.activations import (
 from folora.adapter import ExportReport, attach, export_adapter
 from folora.architecture import check_model
 from folora.config import AdapterConfig, FoLoraConfig, StatisticsConfig
+from folora.constraint import keep_off
 from folora.convergence import Convergence, watched
 from folora.coverage import Coverage, check_causal, cover, probe, report
 from folora.data import (
@@ -192,6 +193,7 @@ def assemble(
     peft_model = attach_configured(model, bases, config)
     groups = param_groups(peft_model, bases, **group_options(config))
     optimizer = SAdam(groups, **adam_options(config.training))
+    keep_off(optimizer, peft_model)
     check = partial(warn_if_not_stepped, optimizer, peft_model, bases)
     meter = Meter(samples.held_out, task.held_out, config.statistics.batch_size, check)
     return Prepared(peft_model, optimizer, bases, task, samples, meter, config)

@@ -1,0 +1,21 @@
+"""Write an adapter in every way that makes files, for a process that compares them with another's."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.tiny import make_llama
+from folora.activations import find_groups, target_layers
+from folora.adapter import attach, export_adapter
+from folora.solving import solve
+
+
+def write(folder: str) -> None:
+    """``saved`` by PEFT and ``exported`` by folora."""
+    model = make_llama()
+    batch = {"input_ids": torch.tensor([[1, 1]])}
+    groups = find_groups(model, target_layers(model, "all-linear"), batch)
+    moments = {g.name: torch.eye(g.d_in) for g in groups}
+    adapted = attach(model, solve(groups, moments, moments, tau=1e-3), r=2, init="minor_singular")
+    adapted.save_pretrained(f"{folder}/saved")
+    export_adapter(adapted, f"{folder}/exported")
