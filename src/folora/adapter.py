@@ -199,7 +199,7 @@ def write_adapter(
     if rank is not None and not 1 <= rank <= exact:
         raise ConfigError(f"export rank is {rank}, but must lie in [1, {exact}]")
     target = exact if rank is None else rank
-    kappa = next(iter(factors.values()))[2]
+    kappa = next((scaling for *_, scaling in factors.values() if scaling), 0.0)
     tensors: dict[str, Tensor] = {}
     errors: dict[str, tuple[float, float]] = {}
     for name, (a, b, scaling) in factors.items():
@@ -211,10 +211,9 @@ def write_adapter(
         # One rank and one kappa for all layers: not every program reads PEFT's patterns.
         missing = target - len(a)
         b = b if scaling == kappa else b * (scaling / kappa)
-        tensors[f"base_model.model.{name}.lora_A.weight"] = pad(
-            a.cpu(), (0, 0, 0, missing)
-        ).contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = pad(b.cpu(), (0, missing)).contiguous()
+        a, b = pad(a.cpu(), (0, 0, 0, missing)), pad(b.cpu(), (0, missing))
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
     config = lora_config(
         factors,
         target,
