@@ -234,7 +234,7 @@ def _activations(known: _Known, config: FoLoraConfig, batch: tuple[int, int]) ->
     """
     with suppress(ValueError):  # the model has no experts
         known.skeleton.set_experts_implementation("grouped_mm")
-    model = outline(known.skeleton, known.layers, config.adapter.r).train()
+    model = outline(known.skeleton, known.layers, config.adapter.r, config.adapter.init).train()
     on_cpu = known.device.type == "cpu"
     for dtype in dict.fromkeys((known.dtype, torch.bfloat16)):
         for masked in (True, False):
