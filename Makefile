@@ -100,4 +100,4 @@ audit: $(TOOLS)/ready
 	$(TOOLS)/bin/pip-audit --strict --disable-pip --require-hashes --requirement $(LOCK)
 
 clean:
-	rm -rf $(VENV) $(TOOLS) sbom.json demo/output
+	rm -rf $(VENV) $(TOOLS) build sbom.json demo/output

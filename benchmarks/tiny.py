@@ -112,7 +112,7 @@ def write_qwen3(folder: Path) -> Path:
     end, turn = (tokenizer.get_vocab()[t] for t in ("<|endoftext|>", "<|im_end|>"))
     config = Qwen3Config(
         vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, head_dim=8,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=512,
         tie_word_embeddings=False, initializer_range=0.3, bos_token_id=end, eos_token_id=turn,
     )  # fmt: skip
     model = Qwen3ForCausalLM(config)
