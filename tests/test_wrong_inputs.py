@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -110,6 +111,8 @@ def test_wrong_input(
     for name, content in case.files.items():
         (here / name).parent.mkdir(exist_ok=True)
         (here / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    if case.pipe:
+        os.mkfifo(here / "pipe")
     flags = [] if case.alone else list(base)
     outputs = [tmp_path / "new", finished]
     if case.model:

@@ -58,6 +58,7 @@ class Wrong:
         model: Changes a copy of the tiny model's folder, which is then the model.
         run: Changes a copy of a finished run's folder, which is then the output.
         alone: Whether the command line that works is left out.
+        pipe: Whether HERE has a named pipe, ``pipe``, that nobody writes to.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Wrong:
     model: Edit | None = None
     run: Edit | None = None
     alone: bool = False
+    pipe: bool = False
 
 
 def value(option: str, given: str, message: str, **more: Any) -> Wrong:
@@ -277,20 +279,19 @@ COMMANDS = [
     Wrong("an empty model", "--model ''", "--model is needed"),
     Wrong("an empty output", "--output ''", "--output is needed"),
     Wrong("a model of null", "--model null", "--model is needed"),
-    value("model", "3", "valid string"),
-    value("output", "[a]", "valid string"),
-    value("dataset", "'{a: 1}'", "valid string"),
-    value("model", "no", "False.*valid string"),
+    Wrong("a model named like a number", "--model 3", "model '3' cannot be loaded", "files"),
+    Wrong("a model named like a comment", "--model 'm #1'", "model 'm #1' cannot be loaded", "files"),
+    Wrong("a model named like a mapping", "--model '{a: 1}'", "model '{a: 1}' cannot be loaded", "files"),
+    Wrong("a model named like no", "--model no", "model 'no' cannot be loaded", "files"),
     value("dtype", "float12", "'float32'"),
     value("quantize", "2bit", "'8bit' or '4bit'"),
     value("trust_remote_code", "perhaps", "boolean"),
-    value("revision", "[1]", "valid string"),
     value("device", "cuda:77", "'cuda:77'|not compiled|CUDA"),
     value("device", "gpu", "Invalid device string|Expected one of"),
     value("device", "cpu:x", "Invalid device string"),
     value("device", "meta", "must be one that computes"),
     value("device", "'a[/red]'", r"a\[/red\]"),
-    value("device", "0", "valid string"),
+    value("device", "0", "Invalid device string"),
 ]  # fmt: skip
 
 # 2. Values outside of their intervals, for every option that has one.
@@ -311,11 +312,10 @@ VALUES = [
     value("sampling.held_out", "0.5", r"\[0, 0\.5\)"),
     value("sampling.held_out", "-0.1", r"\[0, 0\.5\)"),
     value("sampling.held_out", "nan", r"\[0, 0\.5\)"),
-    value("sampling.start_token", "[1]", "valid string"),
+    Wrong("a start token in brackets", "--sampling.start_token '[1]'", r"'\[1\]' is not a token", "files"),
     value("sampling.server", "localhost:8000", "begin with http:// or https://"),
     value("sampling.server", "http://", "begin with http:// or https:// and a host"),
-    value("sampling.server", "[1]", "valid string"),
-    value("data.split", "3", "valid string"),
+    value("sampling.server", "[1]", "begin with http:// or https://"),
     value("data.chat_template", "perhaps", "boolean"),
     value("data.max_length", "1", ">= 2"),
     value("data.eval_rows", "-1", ">= 0"),
@@ -356,7 +356,7 @@ VALUES = [
     value("adapter.target_modules", "'[]'", "not be empty"),
     value("adapter.target_modules", "'(q|k'", "no regular expression: missing \\)"),
     value("adapter.target_modules", "'[/b'", "no regular expression: unterminated"),
-    value("adapter.target_modules", "7", "valid string"),
+    Wrong("a target named like a number", "--adapter.target_modules 7", "'7' matches no layer", "model"),
     value("adapter.target_modules", "'[q_proj, 7]'", "valid string"),
     value("adapter.init", "eigenn", "'eigen'"),
     value("adapter.constraint", "hard", "'none' or 'oplora'"),
@@ -457,6 +457,12 @@ FILES = [
     Wrong("no config file", "--config HERE/none.yaml", r"config file .*none\.yaml.*No such file"),
     Wrong("a folder for a config file", "--config HERE", "config file .*Is a directory"),
     Wrong("a config file named too long", f"--config {'x' * 300}", "config file x.*File name too long"),
+    Wrong("a device for a config file", "--config /dev/zero", "config file /dev/zero: it is a named pipe or a device"),
+    Wrong("a pipe for a config file", "--config HERE/pipe", "pipe: it is a named pipe or a device", pipe=True),
+    Wrong("a pipe for a base file", "--base HERE/pipe", "pipe is a named pipe or a device", pipe=True),
+    Wrong("a pipe for a data file", "--dataset HERE/pipe", "pipe is a named pipe or a device", pipe=True),
+    options_file("a name of digits", "output: 2024\n", "output is 2024: .*valid string; put it in quotes"),
+    options_file("a name that is a date", "model: 2024-01-01\n", "model is .*valid string; put it in quotes"),
     file("a list", "- a\n- b\n", "must hold names and values"),
     file("a word", "hello\n", "must hold names and values"),
     file("tabs", "spectrum:\n\ttau: 1\n", r"character '\\t'.*line 2"),

@@ -10,10 +10,15 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from contextlib import suppress
+from io import TextIOWrapper
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, TextIO, get_args, get_origin
 
 from rich.console import Console
 from rich.markup import escape
@@ -105,30 +110,49 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, FoLoraConfig]:
     values: dict[str, Any] = FoLoraConfig.paper().to_dict() if options.preset else {}
     if options.config:
         _merge(values, read_yaml(options.config))
-    for name in option_names():
+    for name, info in option_names().items():
         if hasattr(options, name):
-            _merge(values, _nested(name, _value(getattr(options, name))))
+            _merge(values, _nested(name, _value(getattr(options, name), info["type"])))
     return options, FoLoraConfig.from_dict(values)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    console = Console(stderr=True)
+    words = sys.argv[1:] if arguments is None else arguments
     try:
         with interruptible():
-            options, config = parse(sys.argv[1:] if arguments is None else arguments)
+            _check_place()
+            options, config = parse(words)
             if not options.verbose:
                 _quiet_imports()
             folora.commands.execute(options, config)
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except FoLoraError as error:
-        console.print(f"[bold red]folora:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        _say(str(error))
         return 2
     except Interrupted as signalled:
-        console.print(
-            "\n[bold]folora:[/] stopped. What is finished is on disk; give the same command again "
-            "to go on."
+        _say(
+            "stopped. What is finished is on disk; give the same command again to go on.",
+            "\n[bold]",
         )
         return signalled.exit_code
+    except BrokenPipeError:  # such as of `| head`, which wants no more
+        _discard(sys.stdout)
+        return 128 + signal.SIGPIPE
+    except OSError as error:  # a full disk behind stdout, no more files to open, ...
+        if "--verbose" in words:
+            traceback.print_exc()
+        _discard(sys.stdout)
+        _say(f"{error}. What is finished is on disk; give the same command again to go on.")
+        return 2
+    except Exception as error:
+        traceback.print_exc()
+        _say(
+            f"unexpected {type(error).__name__}. This is a bug in folora or in a library below it; "
+            "please report it with the lines above. What is finished is on disk."
+        )
+        return 1
     return 0
 
 
@@ -140,19 +164,70 @@ def _quiet_imports() -> None:
     warnings.simplefilter("ignore", FutureWarning)
 
 
+def _say(what: str, style: str = "[bold red]") -> None:
+    """Write to stderr, if anyone can read it."""
+    try:
+        console = Console(stderr=True)
+        console.print(f"{style}folora:[/] {escape(what)}", highlight=False, soft_wrap=True)
+        if sys.stderr is not None:
+            sys.stderr.flush()
+    except OSError:
+        _discard(sys.stderr)
+
+
+def _check_place() -> None:
+    """Paths are looked for from the working directory. Raises ConfigError if that was deleted."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ConfigError(
+            "the working directory does not exist any more; change to another"
+        ) from error
+
+
+def _discard(stream: TextIO | None) -> None:
+    """Let a stream that cannot be written swallow what it holds, or Python would fail again at exit."""
+    if stream is not None:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _make_streams_sound() -> None:
+    """Have the three standard streams be there, and take any character."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed; the next file that is opened would be taken for it
+            os.open(os.devnull, os.O_RDWR)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def entry() -> NoReturn:
     """Console script."""
+    _make_streams_sound()
     code = main()
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    several = os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
     # At once: not when an eigenproblem is solved, or another process has answered.
     if code > 128 or (code and several):
-        sys.stdout.flush()
+        with suppress(OSError, AttributeError):
+            sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
 
 
-def _value(text: str) -> Any:
-    """A flag's text as YAML would read it; 1e-3 is a number here too."""
+def _value(text: str, hint: Any) -> Any:
+    """A flag's text: as it is for options that are text, otherwise as YAML would read it.
+
+    ``null`` takes an option away that may be missing, and 1e-3 is a number here too. What may be text
+    or a list is a list if it begins with a bracket.
+    """
+    kinds = get_args(hint) if get_origin(hint) in (Literal, UnionType) else (hint,)
+    if all(kind in (str, NoneType) or isinstance(kind, str) for kind in kinds):
+        return None if text == "null" and NoneType in kinds else text
+    if str in kinds and not text.startswith("["):
+        return text
     try:
         return (
             float(text) if "e" in text.lower() and text[:1] in "0123456789+-." else parse_yaml(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import shlex
 import sys
 import warnings
@@ -60,7 +61,7 @@ def _work(options: argparse.Namespace, config: FoLoraConfig) -> None:
         _print_report(run.run())
         return
     if command == "export":
-        path = Path(options.to) if options.to else None
+        path = _target(options.to)
         report = run.export(path, options.rank, "merged" if options.merged else "adapter")
         target = path or run.folder / ("merged" if options.merged else ADAPTER)
         _say(f"wrote {target}" + (f", rank {report.rank}" if report.rank else ""))
@@ -74,17 +75,22 @@ def _work(options: argparse.Namespace, config: FoLoraConfig) -> None:
         command in ("sample", "base") and run.config.ends_early
     )
     if command == "base":
-        run.base_target(Path(options.to) if options.to else None)
+        run.base_target(_target(options.to))
     run.check(needs_data=reads_task, trains=command == "train")
     run.check_stage(command)
     with run.alone():
         run.write_config()
         if command == "base":
-            _say(f"wrote {run.share(Path(options.to) if options.to else None)}")
+            _say(f"wrote {run.share(_target(options.to))}")
             return
         getattr(run, command)()
         if command == "train":
             _print_report(run.report())
+
+
+def _target(given: str | None) -> Path | None:
+    """``--to``, by a name of its own: that of ``.`` is empty."""
+    return Path(os.path.abspath(given)) if given else None
 
 
 def _compare(run: Run, options: argparse.Namespace) -> None:

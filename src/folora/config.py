@@ -8,6 +8,7 @@ functions there take plain numbers.
 from __future__ import annotations
 
 import json
+import os
 import re
 import reprlib
 from collections.abc import Mapping
@@ -506,6 +507,8 @@ class FoLoraConfig:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping. Raises ConfigError if the file is missing or holds something else."""
     try:
+        if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+            raise ConfigError("it is a named pipe or a device, but must be a regular file")
         with open(path, "rb") as file:
             content = file.read(LARGEST_FILE + 1)
         if len(content) > LARGEST_FILE:
@@ -594,7 +597,8 @@ def _explain(error: Any, values: dict[str, Any]) -> str:
         return f"unknown option {name!r}{nearest(name, option_names())}"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
-    return f"{name} is {_short(error['input'])}: {error['msg']}"
+    remedy = "; put it in quotes" if error["type"] == "string_type" else ""
+    return f"{name} is {_short(error['input'])}: {error['msg']}{remedy}"
 
 
 def _refuse_booleans(values: dict[str, Any]) -> None:

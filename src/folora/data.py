@@ -141,7 +141,9 @@ def check_dataset(name: str) -> None:
     if os.path.isdir(name):
         raise DataError(f"data file {name} is a folder, but must be a file")
     if not os.path.isfile(name):
-        raise DataError(f"data file {name} does not exist")
+        there = os.path.exists(name)
+        what = "is a named pipe or a device, but must be a file" if there else "does not exist"
+        raise DataError(f"data file {name} {what}")
     if kind is None:
         raise DataError(f"data file {name} must end in .json, .jsonl or .parquet (.gz allowed)")
     if os.path.getsize(name) == 0:

@@ -100,6 +100,7 @@ from folora.preparation import (
     limits_of,
     measure,
     null_rank,
+    sampler_of,
     solved_directions,
 )
 from folora.progress import progress
@@ -757,14 +758,9 @@ class Run:
 
     def _engine(self) -> Engine:
         config = self.config.sampling
-        model = self.model
-        if config.sampler_model:
-            self._check_sampler(config.sampler_model)
-            if config.server is None:
-                model = load_model(replace(self.config, revision=None), config.sampler_model)
-                ranks.agree(lambda: check_finite_weights(model))
+        sampler = sampler_of(self.model, self.tokenizer, self.config)
         eos_ids = ending_ids(self.model, self.tokenizer, config)
-        return engine_of(model, self.start_id, eos_ids, config)
+        return engine_of(sampler, self.start_id, eos_ids, config)
 
     def _check_sampling(self) -> None:
         """Samples fit the context, and a server that is to write them is there."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -26,6 +27,7 @@ from folora.activations import (
 )
 from folora.adapter import ExportReport, attach, export_adapter
 from folora.architecture import check_model
+from folora.basefile import BaseFile, read_base_file, warn_of_dtype
 from folora.config import AdapterConfig, FoLoraConfig, StatisticsConfig
 from folora.constraint import keep_off
 from folora.convergence import Convergence, watched
@@ -42,11 +44,12 @@ from folora.data import (
 )
 from folora.engine import sized
 from folora.errors import ConfigError
+from folora.fingerprints import model_facts
 from folora.finiteness import check_finite_weights
 from folora.formats import Row
 from folora.hyperparameters import adam_options
 from folora.initialization import NEED_NULL_BASIS, NEED_WHOLE_BASIS
-from folora.loading import load_model, load_tokenizer, warn_if_slow
+from folora.loading import device_of, load_model, load_tokenizer, warn_if_slow
 from folora.meter import Meter, warn_if_not_stepped
 from folora.progress import progress
 from folora.proxies import ProxySet
@@ -54,8 +57,10 @@ from folora.sadam import Complement, SAdam
 from folora.sampling import sample
 from folora.serving import engine_of
 from folora.solving import GroupBasis, solve
-from folora.special_tokens import ending_ids, start_token_id
+from folora.special_tokens import check_same_tokenizer, ending_ids, start_token_id
 from folora.spectrum import BASES, complement_frame, spectral_gate, step_scale
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -146,19 +151,25 @@ def prepare(
     check_finite_weights(model)
 
     eos_ids = ending_ids(model, tokenizer, config.sampling)
-    engine = engine_of(model, start_id, eos_ids, config.sampling)
+    base = _base_file(model, tokenizer, config)
+    sampler = model if base else sampler_of(model, tokenizer, config)
+    engine = engine_of(sampler, start_id, eos_ids, config.sampling)
     chosen = task.train[: config.statistics.task_examples]
     on_task = measure(model, groups, chosen, config.statistics, "C_task")
-    enough = convergence(model, groups, on_task.matrices, config)
-    proxies = sample(engine, start_id, eos_ids, sized(config.sampling, model), enough=enough)
-    pre = enough.pre if enough else None
-    if pre is None:
-        texts = text_examples(proxies.calibration)
-        pre = measure(model, groups, texts, config.statistics, "C_pre")
+    if base:
+        proxies, c_pre = base.proxies, base.moments(groups)
+    else:
+        enough = convergence(model, groups, on_task.matrices, config)
+        proxies = sample(engine, start_id, eos_ids, sized(config.sampling, model), enough=enough)
+        pre = enough.pre if enough else None
+        if pre is None:
+            texts = text_examples(proxies.calibration)
+            pre = measure(model, groups, texts, config.statistics, "C_pre")
+        c_pre = pre.matrices
     with progress("solving", len(groups)) as tick:
         bases = solve(
             groups,
-            pre.matrices,
+            c_pre,
             on_task.matrices,
             tau=config.spectrum.tau,
             null_rank=null_rank(config),
@@ -170,6 +181,61 @@ def prepare(
     return assemble(model, bases, task, proxies, config)
 
 
+def sampler_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: FoLoraConfig
+) -> PreTrainedModel:
+    """The model that writes the text: ``sampling.sampler_model`` if there is one and no server.
+
+    Raises:
+        FoLoraError: It cannot be loaded, has another tokenizer, or weights that are not finite.
+    """
+    name = config.sampling.sampler_model
+    if name is None:
+        return model
+    own = replace(config, revision=None, device=str(model.device))
+    check_same_tokenizer(tokenizer, load_tokenizer(own, name), name)
+    if config.sampling.server is not None:
+        return model
+    sampler = load_model(own, name)
+    ranks.agree(lambda: check_finite_weights(sampler))
+    return sampler
+
+
+def _base_file(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: FoLoraConfig
+) -> BaseFile | None:
+    """The file of ``config.base``, if there is one and it is of this model. Raises ArtifactError."""
+    if config.base is None:
+        return None
+    facts = model_facts(model, tokenizer)
+    found = read_base_file(Path(config.base), facts)
+    warn_of_dtype(found.manifest, facts["dtype"])
+    return found
+
+
+def _check_in_memory(model: PreTrainedModel, config: FoLoraConfig) -> None:
+    """Refuse options of loading that a model in memory contradicts; name those that are not used.
+
+    Raises:
+        ConfigError: The model lies on another device, or has another dtype or quantization.
+    """
+    quantized = getattr(model, "quantization_method", None) is not None
+    dtype = str(model.dtype).removeprefix("torch.")
+    for name, asked, is_there in (
+        ("device", config.device != "auto" and device_of(config).type, model.device.type),
+        ("dtype", config.dtype != "auto" and not quantized and config.dtype, dtype),
+        ("quantize", not quantized and config.quantize != "none" and config.quantize, "none"),
+    ):
+        if asked and asked != is_there:
+            raise ConfigError(
+                f"{name} is {asked!r}, but the model that is given has {is_there!r}; leave the option "
+                "out, or give the model by its name"
+            )
+    unused = sorted({"model", "output", "revision", "shard"} & {*config.differences()})
+    if unused:
+        logger.warning("prepare with a model in memory does not use %s", ", ".join(unused))
+
+
 def _loaded(
     model: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase | None, config: FoLoraConfig
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -179,6 +245,7 @@ def _loaded(
         return load_model(config, model), tokenizer
     if tokenizer is None:
         raise ConfigError("prepare needs the tokenizer of a model that is given in memory")
+    _check_in_memory(model, config)
     return model, tokenizer
 
 

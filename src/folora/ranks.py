@@ -20,10 +20,15 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from folora.errors import FoLoraError, MismatchError, ProcessError
+from folora.errors import ConfigError, FoLoraError, MismatchError, ProcessError
 
 T = TypeVar("T")
 
+_RENDEZVOUS = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
+_STALE = (
+    "Start several processes by torchrun or accelerate launch, which set what is needed; for one, unset "
+    "WORLD_SIZE, RANK and LOCAL_RANK."
+)
 TIMEOUT = timedelta(hours=2)  # the first process may solve and write while others wait
 LOST = ("gloo", "nccl", "connection", "socket", "store")
 """What the messages of torch.distributed name when another process has gone."""
@@ -36,9 +41,10 @@ def join(device: str) -> None:
         device: ``"auto"`` or a device's name; on the CPU they talk by gloo.
 
     Raises:
+        ConfigError: The environment has variables of a launcher, but not all that it sets.
         ProcessError: They are not to be reached.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+    if _launched() > 1 and not dist.is_initialized():
         accelerator = None if device == "cpu" else torch.accelerator.current_accelerator()
         if accelerator is not None:
             torch.accelerator.set_device_index(local_rank())
@@ -60,6 +66,24 @@ def asks_for_fsdp(given: Any) -> bool:
 def is_set(variable: str) -> bool:
     """Whether a launcher has set a switch in the environment."""
     return os.environ.get(variable, "").lower() in ("1", "true")
+
+
+def _launched() -> int:
+    """How many processes the launcher started, by its environment variables. Raises ConfigError."""
+    numbers = {}
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        if (text := os.environ.get(name, "")).strip():
+            if not text.isdecimal():
+                raise ConfigError(f"{name} is {text!r}, but must be a number. {_STALE}")
+            numbers[name] = int(text)
+    several = numbers.get("WORLD_SIZE", 1)
+    missing = [name for name in _RENDEZVOUS if not os.environ.get(name)]
+    if (several > 1 or "LOCAL_RANK" in numbers) and missing:  # Accelerate connects by LOCAL_RANK
+        found = ", ".join(f"{name}={number}" for name, number in numbers.items())
+        raise ConfigError(f"the environment has {found}, but not {', '.join(missing)}. {_STALE}")
+    if numbers.get("RANK", 0) >= max(several, 1):
+        raise ConfigError(f"RANK is {numbers['RANK']}, but WORLD_SIZE is {several}. {_STALE}")
+    return several
 
 
 def leave() -> None:
