@@ -21,17 +21,17 @@ VERDICTS = (
 QUANTITIES = (
     (
         "task loss",
-        "cross-entropy of a response token on held-out rows, in nats; lower is better",
+        "cross-entropy of a response token on held-out rows, in nats",
         lambda report, part: report[part]["task_loss"],
     ),
     (
         "KL to the base",
-        "KL(base || adapted) per token on held-out text that the base model generated, in nats; 0 is no change",
+        "KL(base || adapted) per token on held-out text that the base model generated, in nats",
         lambda report, part: report[part]["kl"],
     ),
     (
         "change in cross-entropy",
-        "cross-entropy of the adapted minus the base model on the same text, in nats a token",
+        "cross-entropy of the adapted minus the base model on that text, in nats per token",
         lambda report, part: report[part]["ce_change"],
     ),
     (
@@ -41,7 +41,7 @@ QUANTITIES = (
     ),
     (
         "norm of the update in H",
-        "the same, weighted by the second moments of the layers' inputs on generated text",
+        "the same, weighted by the layers' inputs on generated text",
         lambda report, part: 0.0 if part == "base" else report["total_norm"]["h_norm"],
     ),
 )
@@ -58,19 +58,19 @@ def verdict(kl: float | None) -> str:
 
 def summary(report: Mapping[str, Any]) -> Group:
     """What `Run.report` returned, for a terminal."""
-    table = Table(title=f"After {report['steps']} steps")
+    table = Table(title=f"After {report['steps']} steps", show_lines=True)
     table.add_column("")
     table.add_column("base", justify="right")
     table.add_column("adapted", justify="right")
-    definitions = []
+    table.add_column("what it is")
     for name, definition, read in QUANTITIES:
-        table.add_row(name, *(_number(read(report, part)) for part in ("base", "adapted")))
-        definitions.append(f"  {name}: {definition}")
+        values = (_number(read(report, part)) for part in ("base", "adapted"))
+        table.add_row(name, *values, definition)
     lines = [verdict(report["adapted"]["kl"]) + "."]
     if report["base"]["task_loss"] is None:
         lines.append("No rows are held out (data.eval_rows), so the task loss is not known.")
-    return Group(table, *lines, *definitions)
+    return Group(table, *lines)
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+    return "-" if value is None else f"{round(value, 4) + 0.0:.4f}"  # adding 0 turns -0 into 0
