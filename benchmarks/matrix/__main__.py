@@ -20,11 +20,11 @@ from typing import Any
 import yaml
 
 from benchmarks.compatibility import FOLDER, read_section, write_section
-from benchmarks.matrix.battery import PACKAGES
+from benchmarks.matrix import PACKAGES
 
 ROOT = Path(__file__).parents[2]
 STACKS = Path(__file__).with_name("stacks.yaml")
-EXTRAS = "trl"
+PYTHON, EXTRAS = "3.11", "trl"
 TEXT = [
     "`make matrix` installs the wheel with the versions of each line and runs the same checks on tiny "
     "models: `prepare` on a LLaMA and a GPT-2 with the initializations `eigen` and `null_space` (exact "
@@ -48,6 +48,9 @@ def main(arguments: list[str]) -> int:
     wheel = build(options.folder)
     failed = False
     for name in options.stacks or stacks:
+        if not has_python(stacks[name].get("python", PYTHON)):
+            print(f"{name}: skipped, there is no Python {stacks[name]['python']}", flush=True)
+            continue
         row = {"stack": name, "why": stacks[name]["why"], **run(stacks[name], name, wheel, options)}
         failed = failed or row["outcome"] != "passed"
         print(f"{name}: {row['outcome']}", flush=True)
@@ -71,7 +74,7 @@ def run(
     python = place / "bin" / "python"
     pins = options.folder / f"{name}.txt"
     pins.write_text("".join(f"{p}=={v}\n" for p, v in stack["pins"].items()))
-    uv("venv", "--quiet", "--clear", "--python", str(stack.get("python", "3.11")), str(place))
+    uv("venv", "--quiet", "--clear", "--python", stack.get("python", PYTHON), str(place))
     extras = f"[{EXTRAS}]" if "trl" in stack["pins"] else ""
     uv("pip", "install", "--quiet", "--python", str(python), "--override", str(pins), "--requirement", str(pins), f"{wheel}{extras}")  # fmt: skip
     result.unlink(missing_ok=True)
@@ -85,16 +88,22 @@ def run(
         shutil.rmtree(place)
     if not result.exists():
         last = Path(log.name).read_text().strip().rsplit("\n", 1)[-1]
-        return {"python": stack.get("python", "3.11"), **stack["pins"], "outcome": last}
+        return {"python": stack.get("python", PYTHON), **stack["pins"], "outcome": last}
     row: dict[str, Any] = json.loads(result.read_text())
     bad = [f"{check}: {outcome}" for check, outcome in row["checks"].items() if outcome != "passed"]
     return {**row, "outcome": "; ".join(bad) or "passed"}
 
 
-def uv(*arguments: str) -> None:
+def has_python(version: str) -> bool:
+    """Whether the machine has it; none is downloaded."""
+    return uv("python", "find", "--quiet", "--no-python-downloads", version, check=False) == 0
+
+
+def uv(*arguments: str, check: bool = True) -> int:
     """Run uv, of the environment of tools or on PATH. Raises CalledProcessError."""
     own = ROOT / ".venv-tools" / "bin" / "uv"
-    subprocess.run([own if own.exists() else "uv", *arguments], check=True)
+    command = [own if own.exists() else "uv", *arguments]
+    return subprocess.run(command, check=check).returncode
 
 
 def record(row: dict[str, Any], order: list[str]) -> None:

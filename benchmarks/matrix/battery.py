@@ -25,6 +25,7 @@ from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 
 import folora
+from benchmarks.matrix import PACKAGES
 from benchmarks.tiny import (
     MAKERS,
     make_llama,
@@ -35,16 +36,6 @@ from benchmarks.tiny import (
 )
 
 IDS = torch.randint(3, 50, (4, 12), generator=torch.Generator().manual_seed(5))
-PACKAGES = (
-    "torch",
-    "transformers",
-    "peft",
-    "trl",
-    "accelerate",
-    "datasets",
-    "safetensors",
-    "numpy",
-)
 
 
 def prepared(kind: str, init: str) -> Any:

@@ -349,7 +349,7 @@ def _lora_refusal(model: nn.Module, names: Sequence[str]) -> str | None:
         if wrapped != set(names):
             return "PEFT takes its name for the fused weights of experts"
         exported = {
-            f"base_model.model.{name}.lora_{part}.weight": torch.empty(shape, device="meta")
+            f"{name}.lora_{part}.weight": torch.empty(shape, device="meta")
             for name, (d_in, d_out) in sizes.items()
             for part, shape in (("A", (1, d_in)), ("B", (d_out, 1)))
         }
