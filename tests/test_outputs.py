@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_adapter
 import torch
+from closeness import assert_near
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
@@ -28,7 +30,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from writing import write
 
-from benchmarks.tiny import make_llama, make_tokenizer, tiny_config
+from benchmarks.tiny import MAKERS, make_llama, make_tokenizer, tiny_config
 from folora.activations import find_groups, second_moments, target_layers
 from folora.adapter import export_adapter, export_merged, write_adapter
 from folora.constraint import keep_off
@@ -161,7 +163,7 @@ def mixed(t: Trained, folder: Path) -> Tensor:
     model = with_reference(t.copied())
     names = ["default", "__base__", "ref", "__base__"]
     found = logits(model, adapter_names=names)
-    torch.testing.assert_close(found[1::2], logits(make_llama())[1::2])
+    assert_near(found[1::2], logits(make_llama())[1::2])
     return torch.stack([found[0], t.logits[1], found[2], t.logits[3]])
 
 
@@ -183,7 +185,7 @@ def cut_back(t: Trained, folder: Path) -> Tensor:
             u, s, vh = torch.linalg.svd(delta)
             kept = (u[:, :rank] * s[:rank]) @ vh[:rank]
             found = cut.get_submodule(name).get_delta_weight("default").double()
-            torch.testing.assert_close(found, kept, rtol=0, atol=1e-5 * float(s[0] + 1))
+            assert_near(found, kept, dtype=torch.float32)
             weight = model.get_base_model().get_submodule(name).base_layer.weight
             weight.data += (delta - kept).to(weight.dtype)
     return logits(model)
@@ -197,7 +199,7 @@ def merged_export(t: Trained, folder: Path) -> Tensor:
 def merged_and_unmerged(t: Trained, folder: Path) -> Tensor:
     model = t.copied()
     model.merge_adapter(safe_merge=True)
-    torch.testing.assert_close(logits(model), t.logits, rtol=1e-4, atol=1e-4)
+    assert_near(logits(model), t.logits, roundings=200)
     model.unmerge_adapter()
     return logits(model)
 
@@ -228,9 +230,20 @@ def test_the_output_is_the_trained_adapter(
     trained = train(method)
     assert float((trained.logits - logits(make_llama())).abs().max()) > 0.05
     found = OUTPUTS[output](trained, tmp_path)
-    scale = float(trained.logits.abs().max())
-    torch.testing.assert_close(found, trained.logits, rtol=0, atol=2e-5 * scale)
+    assert_near(found, trained.logits, roundings=200)
     assert torch.equal(logits(trained.prepared.model), trained.logits)  # writing changes nothing
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", MAKERS)
+def test_saving_is_exact_for_other_layers_and_dtypes(
+    tmp_path: Path, kind: str, dtype: torch.dtype
+) -> None:
+    model = test_adapter.trained(MAKERS[kind]().to(dtype))
+    model.save_pretrained(str(tmp_path))
+    again = PeftModel.from_pretrained(MAKERS[kind]().to(dtype), str(tmp_path))
+    roundings = 200 if dtype == torch.float32 else 4
+    assert_near(logits(again), logits(model), roundings=roundings)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -248,7 +261,7 @@ def test_another_adapter_can_be_swapped_in(
     theirs, model = other(), train(method).copied()
     theirs.save_pretrained(str(tmp_path / "other"))
     hotswap_adapter(model, str(tmp_path / "other"), "default", torch_device="cpu")
-    torch.testing.assert_close(logits(model), logits(theirs), rtol=0, atol=1e-4)
+    assert_near(logits(model), logits(theirs), roundings=200)
 
 
 def bypassed(layer: Any, x: Tensor) -> Tensor:
@@ -264,7 +277,7 @@ def test_a_kernel_that_bypasses_the_variant_is_refused_at_the_first_step(
     model = untrained(method).model
     layer = model.get_base_model().get_submodule("model.layers.1.mlp.down_proj")
     monkeypatch.setattr(layer, "forward", lambda x: bypassed(layer, x))
-    torch.testing.assert_close(logits(model), logits(make_llama()), rtol=0, atol=1e-4)
+    assert_near(logits(model), logits(make_llama()), roundings=500)
     wrong = method in NONZERO or method not in STARTS
     said = pytest.raises(ConfigError, match=r"model\.layers\.1\.mlp\.down_proj: .*fused")
     with said if wrong else nullcontext():
@@ -379,7 +392,7 @@ def test_layers_of_several_ranks_and_scales_leave_as_one_adapter(tmp_path: Path)
     )  # fmt: skip
     model: Any = get_peft_model(make_llama(), config)
     export_adapter(model, tmp_path / "a")
-    torch.testing.assert_close(logits(loaded(tmp_path / "a")), logits(model), rtol=1e-4, atol=1e-4)
+    assert_near(logits(loaded(tmp_path / "a")), logits(model))
 
 
 def test_trl_trains_against_a_copy_of_the_adapter(tmp_path: Path) -> None:
