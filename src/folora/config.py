@@ -272,9 +272,7 @@ class AdapterConfig:
     """The LoRA adapter and how it starts (B.3)."""
 
     __pydantic_config__ = _STRICT
-    r: int = _option(
-        16, "rank; PEFT's config says twice that where init starts at B A /= 0 (docs/adapters.md)"
-    )
+    r: int = _option(16, "rank; PEFT's config has twice that where init gives B A other than 0")
     alpha: float | None = _option(None, "PEFT's lora_alpha; default: r, which makes kappa 1")
     target_modules: str | tuple[str, ...] = _option(
         "all-linear", "'all-linear', a list of module names, or a regular expression"
