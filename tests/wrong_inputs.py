@@ -356,7 +356,7 @@ VALUES = [
     value("adapter.target_modules", "'[]'", "not be empty"),
     value("adapter.target_modules", "'(q|k'", "no regular expression: missing \\)"),
     value("adapter.target_modules", "'[/b'", "no regular expression: unterminated"),
-    Wrong("a target named like a number", "--adapter.target_modules 7", "'7' matches no layer", "model"),
+    Wrong("a target named like a number", "--adapter.target_modules 7", "'7' matches no layer", "files"),
     value("adapter.target_modules", "'[q_proj, 7]'", "valid string"),
     value("adapter.init", "eigenn", "'eigen'"),
     value("adapter.constraint", "hard", "'none' or 'oplora'"),
