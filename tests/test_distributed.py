@@ -166,6 +166,8 @@ def test_who_cannot_reach_the_others_says_so(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.distributed, "init_process_group", refuse)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
     with pytest.raises(ProcessError, match=r"process 1 of 2 cannot reach .*reset by peer$"):
         ranks.join("cpu")
 
@@ -245,6 +247,9 @@ FLAT = "needs whole rows of the adapter's matrices"
 REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
     "FSDP 1": ({"ACCELERATE_USE_FSDP": "true"}, {}, FLAT),
     "FSDP 1 by arguments": ({}, {"fsdp": "full_shard", "fsdp_config": {"version": 1}}, FLAT),
+    "FSDP in one process": (
+        {}, {"fsdp": "full_shard", "fsdp_config": {"version": 2}}, "fsdp needs several processes",
+    ),
     "DeepSpeed": ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, FLAT),
     "DeepSpeed by arguments": ({}, {"deepspeed": "zero2.json"}, FLAT),
     "FSDP's checkpointing": (
@@ -267,6 +272,7 @@ def test_what_loses_rows_is_refused_before_anything_starts(
     what: str, bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     variables, given, message = REFUSED[what]
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")  # which transformers sets, to be undone
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     words = bench.words("flat", 1)

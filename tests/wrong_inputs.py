@@ -430,7 +430,6 @@ VALUES = [
             ("train_sampling_strategy: x", "train_sampling_strategy is 'x', but must be one of random"),
             ("adam_beta1: 2", r"adam_beta1 is 2, but must lie in \[0, 1\)"),
             ("adam_epsilon: -1", "adam_epsilon is -1, but must be finite"),
-            ("fsdp: full_shard", "fsdp needs several processes"),
         )
     ),
     *(

@@ -40,6 +40,7 @@ from folora.solving import bases_from_tensors, solve
 HERE = Path(__file__).parents[1]
 PLAN, RECIPE = "plans/world_seeds.yaml", "paper/recipes/qwen3-1.7b-math.yaml"
 COMPARED = "results/world_seeds/shift/3/folora--learning_rate=0.001.json"
+MODEL_FACTS = ("dtype", "model_config", "model", "tokenizer")
 
 Files = dict[str, bytes]
 
@@ -207,7 +208,7 @@ def _sampling(run: Path) -> dict[str, Parser]:
     folder = run / SAMPLES
     files = _read(folder, *(p.name for p in sorted(folder.glob("*.json"))))
     request = json.loads(files["request.json"])
-    facts = {name: request[name] for name in ("model", "tokenizer")}
+    facts = {name: request[name] for name in MODEL_FACTS}
     config = FoLoraConfig.from_yaml(run / "config.yaml").sampling
 
     def engine() -> Engine:
@@ -240,7 +241,7 @@ def _checkpoint(run: Path) -> Parser:
 
 def _base_file(run: Path) -> Parser:
     groups, pre = _groups(run), read_artifact(run / PRE, "statistics_pre")
-    facts = {name: pre.manifest[name] for name in ("model", "tokenizer", "tokens")}
+    facts = {name: pre.manifest[name] for name in (*MODEL_FACTS, "tokens")}
     name = "base.safetensors"
     with TemporaryDirectory() as folder:
         path = Path(folder) / name

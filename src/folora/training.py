@@ -395,12 +395,7 @@ def sft_config(
             or a value that SFTConfig refuses.
     """
     _check_extra(config.extra)
-    # Before its package is looked for, or the environment set for it.
-    _refuse_deepspeed(config.extra.get("deepspeed"))
-    if config.extra.get("fsdp") and ranks.count() == 1:
-        raise ConfigError(
-            "training.extra: fsdp needs several processes, which torchrun or accelerate launch starts"
-        )
+    _refuse_deepspeed(config.extra.get("deepspeed"))  # before its package is looked for
     values: dict[str, Any] = {
         "output_dir": str(output_dir),
         "learning_rate": config.learning_rate,
@@ -434,6 +429,10 @@ def sft_config(
     _check_length(found)
     adam_options(config)
     check_sharding(found)
+    if config.extra.get("fsdp") and ranks.count() == 1:
+        raise ConfigError(
+            "training.extra: fsdp needs several processes, which torchrun or accelerate launch starts"
+        )
     return found
 
 
