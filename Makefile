@@ -18,7 +18,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test cpus matrix gpu results chaos soak fuzz distributed lint format lock sbom audit clean wheel
+.PHONY: demo test architectures cpus matrix gpu results chaos soak fuzz distributed lint format lock sbom audit clean wheel
 
 demo: $(VENV)/ready
 	$(RUN) -m demo --output demo/output
@@ -29,6 +29,10 @@ test: $(VENV)/ready
 # The suite with the kernels of other CPUs, and with two threads; ARGS="--short" for what CI runs.
 cpus: $(VENV)/ready
 	$(RUN) -m benchmarks.cpus $(ARGS)
+
+# `prepare` as a whole on every architecture that works; `make test` has it on some.
+architectures: $(VENV)/ready
+	FOLORA_TEST_ARCHITECTURES=1 $(RUN) -m pytest tests/test_architectures.py
 
 # The wheel with other versions of what it stands on: many downloads. One: make matrix ARGS=axolotl
 matrix: $(VENV)/ready $(TOOLS)/ready

@@ -159,6 +159,7 @@ def _with_output(config: FoLoraConfig) -> FoLoraConfig:
 
 def _print_plan(found: Plan) -> None:
     console = Console()
+    console.print("\n".join(found.coverage.lines()), markup=False, highlight=False, soft_wrap=True)
     shapes = Table("width d_in", "shared inputs", "layers", "whole basis each", title="Inputs")
     for d, groups, layers in widths(found.groups):
         shapes.add_row(str(d), str(groups), str(layers), _bytes(4 * d * d))

@@ -105,9 +105,14 @@ class Coverage:
 
 
 def report(coverage: Coverage) -> None:
-    """Log what is adapted and what is not; a warning if that is less than half of the weights."""
+    """Log what is adapted and what is not; see `warn_if_little`."""
     for line in coverage.lines():
         logger.info(line)
+    warn_if_little(coverage)
+
+
+def warn_if_little(coverage: Coverage) -> None:
+    """Log a warning if less than half of the weights outside embeddings is adapted."""
     if coverage.share < 0.5:
         logger.warning(
             "LoRA adapts %.1f %% of the weights outside embeddings; the others stay as they are: %s",

@@ -18,7 +18,7 @@ LARGEST_GRADIENT = 1e15  # beyond it second moments leave float32
 def check_finite_weights(model: nn.Module) -> None:
     """Raise NumericsError naming the first parameter that holds NaN or Inf."""
     for name, p in model.named_parameters():
-        if p.is_floating_point() and not p.is_meta and not bool(torch.isfinite(own_part(p)).all()):
+        if not p.is_meta and not all(map(_is_finite, _stored(p))):
             raise NumericsError(
                 f"parameter {name} of the model holds NaN or Inf. The checkpoint is damaged, or "
                 "its values overflow in this dtype (--dtype float32)."
@@ -59,6 +59,24 @@ def where_it_breaks(model: nn.Module, inputs: Mapping[str, Any]) -> str:
     if first:
         return f"in the forward pass {first[0]} is the first to give values that are not finite"
     return "the forward pass is finite, so it is the loss or the backward pass"
+
+
+def _stored(weight: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that hold a weight on this process: several if it is quantized by torchao."""
+    own: Any = own_part(weight)
+    if not hasattr(own, "__tensor_flatten__"):
+        yield own
+        return
+    for name in own.__tensor_flatten__()[0]:
+        yield from _stored(getattr(own, name))
+
+
+def _is_finite(plain: Tensor) -> bool:
+    if not plain.is_floating_point():
+        return True
+    if plain.itemsize == 1:  # torch has no isfinite of float8
+        plain = plain.float()
+    return bool(torch.isfinite(plain).all())
 
 
 def _sound(largest: Tensor) -> bool:

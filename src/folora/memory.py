@@ -40,8 +40,13 @@ def held_bytes(weights: float, blocks: int, processes: int) -> float:
 
 
 def cache_bytes(model_config: Any, itemsize: int) -> int:
-    """Bytes that keys and values of one token take while decoding, by a transformers config."""
+    """Bytes that keys and values of one token take while decoding, by a transformers config.
+
+    None where there is no attention: a state-space model keeps a state of fixed size.
+    """
     text = model_config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 1)
+    if not getattr(text, "num_attention_heads", None):
+        return 0
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return int(2 * text.num_hidden_layers * heads * head * itemsize)

@@ -26,7 +26,7 @@ from folora.activations import (
 )
 from folora.adapter import outline
 from folora.config import FIRST_LOOK, FoLoraConfig
-from folora.coverage import cover_config, report
+from folora.coverage import Coverage, cover_config, warn_if_little
 from folora.engine import batch_size_for
 from folora.errors import ConfigError
 from folora.footprint import step_bytes
@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 PROBE = 512
 # Bytes of activations over those of what adapted layers read and give: measured, 2 to 10.
 WIDTHS = 6
+# Tokens of a short row, and seconds that a pass over a whole one may take on the meta device.
+FEW_TOKENS, PATIENCE = 16, 20
 # Of a large product's rate: for one token a row; and in training, where on a CPU TRL's loss takes about half.
 DECODING_EFFICIENCY, TRAINING_EFFICIENCY = 0.15, {"cpu": 0.25}
 # Operations of a solve over the cube of the width, in float64: to reduce it to one matrix, and for all its
@@ -91,6 +93,7 @@ class Plan:
     """Everything `folora plan` prints.
 
     Attributes:
+        coverage: Which layers are adapted, and what is not.
         groups: Shared inputs.
         layers: Layers that are adapted.
         parameters: Of the model.
@@ -102,6 +105,7 @@ class Plan:
         free: Bytes that the device has free now.
     """
 
+    coverage: Coverage
     groups: list[InputGroup]
     layers: int
     parameters: int
@@ -154,6 +158,7 @@ def plan(
     checkpoints = 2 * 4 * factors
     free = free_bytes(known.device) // (processes if known.device.type == "cpu" else 1)
     return Plan(
+        coverage=known.coverage,
         groups=known.groups,
         layers=len(known.layers),
         parameters=known.parameters,
@@ -179,6 +184,7 @@ class _Known:
     dtype: torch.dtype
     model_config: Any
     skeleton: PreTrainedModel
+    coverage: Coverage
     groups: list[InputGroup]
     layers: dict[str, tuple[int, int]]
     parameters: int
@@ -201,7 +207,7 @@ def _known(config: FoLoraConfig, processes: int) -> _Known:
     device = device_of(config)
     model_config = load_config(config, required(config.model, "model"))
     skeleton, coverage = cover_config(config, model_config)
-    report(coverage)
+    warn_if_little(coverage)
     groups, layers = coverage.groups, coverage.layers
     dtype = dtype_for(config, device, model_config) or torch.bfloat16
     parameters = sum(p.numel() for p in skeleton.parameters())
@@ -214,6 +220,7 @@ def _known(config: FoLoraConfig, processes: int) -> _Known:
         dtype=dtype,
         model_config=model_config,
         skeleton=skeleton,
+        coverage=coverage,
         groups=groups,
         layers=layers,
         parameters=parameters,
@@ -229,31 +236,41 @@ def _activations(known: _Known, config: FoLoraConfig, batch: tuple[int, int]) ->
     """Bytes of a step's forward and backward pass.
 
     Some architectures take no ready-made mask there; experts are counted in bf16, the only dtype that torch
-    has their grouped products in on the meta device. What does not run there at all is estimated by the
-    widths of the adapted layers.
+    has their grouped products in on the meta device. Where a pass goes token by token (a state-space model
+    without its kernels), rows of few tokens are counted and extrapolated linearly. What does not run there
+    at all is estimated by the widths of the adapted layers.
     """
-    with suppress(ValueError):  # the model has no experts
+    with suppress(AttributeError, ValueError):  # of older transformers, of a model without experts
         known.skeleton.set_experts_implementation("grouped_mm")
     model = outline(known.skeleton, known.layers, config.adapter.r, config.adapter.init).train()
-    on_cpu = known.device.type == "cpu"
+    rows, tokens = batch
+
+    def count(tokens: int, dtype: torch.dtype, masked: bool) -> int:
+        found = step_bytes(
+            model.to(dtype=dtype),  # type: ignore[call-arg]
+            rows,
+            tokens,
+            on_cpu=known.device.type == "cpu",
+            checkpointing=config.training.gradient_checkpointing,
+            masked=masked,
+        )
+        return found * known.dtype.itemsize // dtype.itemsize
+
     for dtype in dict.fromkeys((known.dtype, torch.bfloat16)):
         for masked in (True, False):
             try:
-                found = step_bytes(
-                    model.to(dtype=dtype),  # type: ignore[call-arg]
-                    *batch,
-                    on_cpu=on_cpu,
-                    checkpointing=config.training.gradient_checkpointing,
-                    masked=masked,
-                )
-                return found * known.dtype.itemsize // dtype.itemsize
+                began = time.perf_counter()
+                few = count(FEW_TOKENS, dtype, masked)
+                seconds = time.perf_counter() - began
+                if seconds * tokens / FEW_TOKENS < PATIENCE:
+                    return count(tokens, dtype, masked)
+                a_token = (count(2 * FEW_TOKENS, dtype, masked) - few) / FEW_TOKENS
+                return int(few + a_token * (tokens - FEW_TOKENS))
             except Exception as error:  # whatever the model's code raises
                 logger.debug("a step on the meta device: %s", error)
-    logger.info(
-        "this architecture does not run without weights; a step's memory is estimated by widths"
-    )
+    logger.info("a step's memory is estimated: this architecture does not run without weights")
     widths = sum(g.d_in for g in known.groups) + sum(d for _, d in known.layers.values())
-    return WIDTHS * widths * batch[0] * batch[1] * known.dtype.itemsize
+    return WIDTHS * widths * rows * tokens * known.dtype.itemsize
 
 
 def _text_stages(known: _Known, config: FoLoraConfig) -> tuple[Stage, Stage]:
