@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from benchmarks.tiny import make_llama
 from folora.adapter import attach, export_adapter, export_merged
-from folora.errors import ConfigError
+from folora.errors import ConfigError, NumericsError
+from folora.finiteness import check_finite_weights
 from folora.initialization import STARTS
 
 pytest.importorskip("bitsandbytes")
@@ -70,3 +71,14 @@ def test_training_and_export(load: Callable[[], PreTrainedModel], tmp_path: Path
         loaded = PeftModel.from_pretrained(load(), str(tmp_path / folder)).eval()
         # These layers round what they read to bf16 or int8: a move by 1e-6 of A already moves as much.
         assert_near(logits(loaded), after, dtype=torch.bfloat16, roundings=4)
+
+
+@pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
+def test_weights_of_torchao_are_checked(kind: str) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    model = make_llama()
+    quantization.quantize_(model.model, getattr(quantization, kind)())
+    check_finite_weights(model)
+    model.model.layers[1].mlp.up_proj.weight.scale[0] = float("nan")
+    with pytest.raises(NumericsError, match=r"layers\.1\.mlp\.up_proj\.weight"):
+        check_finite_weights(model)
