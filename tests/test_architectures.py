@@ -178,6 +178,14 @@ WHOLE = CAN_SAMPLE if ALL else []
 SOME = ["mixtral", "deepseek_v3", "mamba", "qwen3_next", "gemma3"]
 
 
+@named([c for c in WORKING if c.cannot_sample])
+def test_models_that_cannot_generate_are_refused_before_anything_is_measured(case: Case) -> None:
+    """By two tokens of trial; `prepare` and the stages of a run make the engine first."""
+    config = smallest(sampling={"start_token": "<s>"}, model=None)
+    with pytest.raises(ConfigError, match="cannot generate text here"):
+        prepare(build(case), make_tokenizer(), rows(), config)
+
+
 @named(WHOLE or [c for c in WORKING if c.kind in SOME])
 def test_prepare(case: Case) -> None:
     """The whole of it, sampling included; of some architectures only, unless asked for all."""

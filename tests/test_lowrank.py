@@ -181,7 +181,7 @@ def casts(model: PeftModel) -> set[bool]:
 
 
 def test_the_trainer_sees_to_it_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    config = tiny_config(training={"max_steps": 2})
+    config = tiny_config(training={"max_steps": 2}, dtype="auto")
     p = folora.prepare(make_llama().to(torch.bfloat16), make_tokenizer(), rows(), config)
     seen = []
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -18,10 +19,10 @@ from folora import ranks
 from folora.config import SamplingConfig
 from folora.decoding import CannotReplay, Forward, cache_to_generate, decode, is_steppable
 from folora.draws import UNSOUND, SequenceDraws
-from folora.errors import NumericsError
+from folora.errors import ConfigError, FoLoraError, NumericsError
 from folora.memory import cache_bytes, free_bytes
 from folora.modes import evaluating, is_shared_out
-from folora.progress import Tick, progress
+from folora.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ BATCH_SIZES = (64, 128, 256, 512, 1024)  # of which an accelerator takes what fi
 MAY_DO = 256  # sequences at once where so many may be enough; fewer take as long
 SERVED = 256  # sequences that a server is asked for at once; vLLM takes as many by default
 LOGITS = 6  # copies in float32, of a row
+TRIED = 2  # tokens, before anything long starts
 NO_TOKEN = -1  # None would make generate fall back on the model's own EOS
 
 
@@ -106,7 +108,8 @@ class HuggingFaceEngine:
     def __call__(self, numbers: Sequence[int]) -> list[list[int]]:
         """See `Engine`. What does not fit the memory at once is decoded in halves."""
         try:
-            return self._decoded(numbers)
+            what = f"decoding {len(numbers)} sequences (tokens each)"
+            return self._decoded(numbers, self.config.max_new_tokens, what)
         except torch.OutOfMemoryError:
             half = len(numbers) // 2
             # Processes that share the weights out would wait for one that begins anew.
@@ -115,21 +118,37 @@ class HuggingFaceEngine:
             logger.warning("%d sequences at once do not fit the memory, half as many", len(numbers))
         return [*self(numbers[:half]), *self(numbers[half:])]
 
+    def check_decodes(self) -> None:
+        """Decode two tokens: transformers has models that run, but cannot be decoded.
+
+        Raises:
+            ConfigError: With the reason.
+        """
+        try:
+            self._decoded([0], TRIED, "trying to decode (tokens)")
+        except (FoLoraError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever the model's code raises
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"{type(self.model).__name__} cannot generate text here ({type(error).__name__}: "
+                f"{reason:.200}). Let another model with its tokenizer write it: --sampling.sampler_model, "
+                "or take a file of 'folora base': --base"
+            ) from error
+
     @torch.inference_mode()
-    def _decoded(self, numbers: Sequence[int]) -> list[list[int]]:
-        """Fewer than `MIN_ROWS` numbers are decoded beside copies of the last."""
+    def _decoded(self, numbers: Sequence[int], most: int, what: str) -> list[list[int]]:
+        """At most so many tokens. Fewer than `MIN_ROWS` numbers are decoded beside copies of the last."""
         wanted = list(numbers) + [numbers[-1]] * max(0, MIN_ROWS - len(numbers))
         start = torch.full((len(wanted), 1), self.start_id, device=self.model.device)
-        what, most = f"decoding {len(numbers)} sequences (tokens each)", self.config.max_new_tokens
         with evaluating(self.model), progress(what, most) as tick:
-            written = self._stepped(start, wanted, tick) if self.steps else None
+            draws = partial(SequenceDraws, self.model, wanted, self.eos_ids, self.config, tick)
+            written = self._stepped(start, draws(), most) if self.steps else None
             if written is None:
-                written = self._generated(start, wanted, tick)
+                written = self._generated(start, draws(), most)
         return [_until_eos(row, self.eos_ids) for row in written[: len(numbers)].tolist()]
 
-    def _stepped(self, start: Tensor, numbers: Sequence[int], tick: Tick) -> Tensor | None:
-        most = self.config.max_new_tokens
-        draws = SequenceDraws(self.model, numbers, self.eos_ids, self.config, tick)
+    def _stepped(self, start: Tensor, draws: SequenceDraws, most: int) -> Tensor | None:
         try:
             return decode(Forward(self.model, most), start, draws.choose, self.eos_ids, most)
         except CannotReplay as error:
@@ -137,8 +156,7 @@ class HuggingFaceEngine:
             self.steps = False
             return None
 
-    def _generated(self, start: Tensor, numbers: Sequence[int], tick: Tick) -> Tensor:
-        draws = SequenceDraws(self.model, numbers, self.eos_ids, self.config, tick)
+    def _generated(self, start: Tensor, draws: SequenceDraws, most: int) -> Tensor:
         written: Tensor = self.model.generate(
             input_ids=start,
             attention_mask=torch.ones_like(start),
@@ -146,13 +164,13 @@ class HuggingFaceEngine:
                 do_sample=False,
                 num_beams=1,
                 use_cache=True,
-                max_new_tokens=self.config.max_new_tokens,
+                max_new_tokens=most,
                 eos_token_id=self.eos_ids or NO_TOKEN,
                 pad_token_id=self.eos_ids[0] if self.eos_ids else 0,
                 repetition_penalty=1.0,
             ),
             logits_processor=LogitsProcessorList([draws]),
-            **cache_to_generate(self.model, self.config.max_new_tokens),
+            **cache_to_generate(self.model, most),
         )
         if draws.unsound:
             raise NumericsError(UNSOUND.format(""))

@@ -76,7 +76,7 @@ from folora.disk import (
     read_sealed,
     write_sealed,
 )
-from folora.engine import Engine, sized
+from folora.engine import Engine, HuggingFaceEngine, sized
 from folora.errors import ArtifactError, ConfigError, FoLoraError, MismatchError, NumericsError
 from folora.fingerprints import config_fingerprint, model_facts, weights_fingerprint
 from folora.finiteness import check_finite_weights
@@ -350,14 +350,18 @@ class Run:
         Samples fit the context; what it reads of the stages before it is there, and of this model;
         the weights are sound; the adapter fits the layers.
         """
-        if command in ("run", "sample", "base", "compare") and self.config.base is None:
+        samples = command in ("run", "sample", "base", "compare") and self.config.base is None
+        if samples:
             self._check_sampling()
         for part in STAGE_READS.get(command, ()):
             self._manifest(part)
         for part in STAGE_WRITES.get(command, ()):
             self._check_made(part)
         _ = self.groups  # the rank must fit the layers before hours of sampling
-        ending_ids(self.model, self.tokenizer, self.config.sampling)
+        eos_ids = ending_ids(self.model, self.tokenizer, self.config.sampling)
+        sampling = self.config.sampling
+        if samples and sampling.server is None and sampling.sampler_model is None:
+            HuggingFaceEngine(self.model, self.start_id, eos_ids, sampling).check_decodes()
         if self.config.base is not None:
             found = read_base_manifest(Path(self.config.base), self.model_facts)
             warn_of_dtype(found, self.model_facts["dtype"])

@@ -184,11 +184,14 @@ def engine_of(
         config: Lengths, seed and server.
 
     Raises:
+        ConfigError: transformers cannot decode with this model; two tokens are tried.
         ServerError: The server is not there or not fit.
         MismatchError: It serves another model.
     """
     if config.server is None:
-        return HuggingFaceEngine(model, start_id, eos_ids, config)
+        own = HuggingFaceEngine(model, start_id, eos_ids, config)
+        own.check_decodes()
+        return own
     server = served(config.server, config)
     engine = VllmEngine(server, start_id, eos_ids, config, known_tokens(model))
     if config.sampler_model is None:
