@@ -193,6 +193,7 @@ def in_child(work: Callable[[Connection], None], longest: float) -> Iterator[Out
 
 def _bounded(work: Callable[[Connection], None], to: Connection) -> None:
     """Work in a child that says nothing, leaves no core and cannot take the whole machine."""
+    torch.set_num_threads(1)  # a fork inherits no threads
     faulthandler.disable()  # a crash is told by the parent
     logging.disable()
     warnings.simplefilter("ignore")

