@@ -179,6 +179,25 @@ def test_prepare_takes_samples_and_moments_of_a_base_file(
         prepare(make_llama(seed=1), base=str(file))
 
 
+def test_a_model_that_cannot_generate_needs_a_base_file(
+    finished: FoLoraConfig, tmp_path: Path
+) -> None:
+    """Which is what the error says, so it must be true."""
+
+    def no_cache(_: Any, args: Any, given: Mapping[str, Any]) -> None:
+        if given.get("past_key_values") is not None:
+            raise RuntimeError("no cache")
+
+    mute = make_llama()
+    mute.register_forward_pre_hook(no_cache, with_kwargs=True)
+    folder = shutil.copytree(str(finished.output), tmp_path / "run")
+    run = Run(finished.changed({"output": str(folder)}))
+    file = run.share(tmp_path / "base.safetensors")
+    with pytest.raises(ConfigError, match="cannot generate text here"):
+        prepare(mute)
+    assert prepare(mute, base=str(file)).samples.fingerprint == run.proxies().fingerprint
+
+
 def test_prepare_takes_text_of_another_model(tmp_path: Path) -> None:
     make_llama(seed=3, hidden_size=64).save_pretrained(tmp_path / "big")
     make_tokenizer().save_pretrained(tmp_path / "big")

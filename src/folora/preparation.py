@@ -152,13 +152,16 @@ def prepare(
 
     eos_ids = ending_ids(model, tokenizer, config.sampling)
     base = _base_file(model, tokenizer, config)
-    sampler = model if base else sampler_of(model, tokenizer, config)
-    engine = engine_of(sampler, start_id, eos_ids, config.sampling)
+    engine = None
+    if base is None:
+        sampler = sampler_of(model, tokenizer, config)
+        engine = engine_of(sampler, start_id, eos_ids, config.sampling)
     chosen = task.train[: config.statistics.task_examples]
     on_task = measure(model, groups, chosen, config.statistics, "C_task")
-    if base:
+    if base is not None:
         proxies, c_pre = base.proxies, base.moments(groups)
     else:
+        assert engine is not None
         enough = convergence(model, groups, on_task.matrices, config)
         proxies = sample(engine, start_id, eos_ids, sized(config.sampling, model), enough=enough)
         pre = enough.pre if enough else None
