@@ -32,7 +32,7 @@ cpus: $(VENV)/ready
 
 # `prepare` as a whole on every architecture that works; `make test` has it on some.
 architectures: $(VENV)/ready
-	FOLORA_TEST_ARCHITECTURES=1 $(RUN) -m pytest tests/test_architectures.py
+	FOLORA_TEST_ARCHITECTURES=1 $(RUN) -m pytest tests/adapters/test_architectures.py
 
 # The wheel with other versions of what it stands on: many downloads. One: make matrix ARGS=axolotl
 matrix: $(VENV)/ready $(TOOLS)/ready
@@ -63,6 +63,7 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
 	$(VENV)/bin/pip check
 
 format: $(VENV)/ready

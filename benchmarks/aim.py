@@ -11,9 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from folora.frontier import interval, paired
-from folora.report import NONE, Column, Table, matched_levels
-from folora.results import Result, Scores, by_method, grouped, mean_score, point_sets, scores_of
+from folora.compare.frontier import interval, paired
+from folora.compare.results import (
+    Result,
+    Scores,
+    by_method,
+    grouped,
+    mean_score,
+    point_sets,
+    scores_of,
+)
+from folora.compare.tables import NONE, Column, Table, matched_levels
 
 BASELINE = "lora"
 BITS = ".bits_per_byte"

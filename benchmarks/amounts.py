@@ -22,20 +22,19 @@ import torch
 from torch import Tensor
 
 from benchmarks.real.targets import TARGETS, data_folder, target_rows
-from folora.activations import Moments, second_moments
-from folora.artifacts import software_versions
-from folora.config import DataConfig, FoLoraConfig
-from folora.convergence import watched
-from folora.data import Example, batches, load_rows, prepare_task, text_examples
-from folora.defaults import TAU
-from folora.disk import write_text
+from folora.calibration.calibration_set import load_proxy_set
+from folora.calibration.moments import Moments, second_moments
+from folora.calibration.stopping import watched
+from folora.compare.tables import NONE, Table
+from folora.config import TAU, DataConfig, FoLoraConfig
+from folora.data.rows import Example, batches, load_rows, prepare_task, text_examples
 from folora.errors import DataError
-from folora.loading import load_model, load_tokenizer
-from folora.preparation import groups_of
-from folora.progress import progress
-from folora.proxies import load_proxy_set
-from folora.report import NONE, Table
-from folora.spectrum import agreement, generalized_eigenbasis
+from folora.pipeline.prepare import groups_of
+from folora.runtime.artifacts import software_versions
+from folora.runtime.loading import load_model, load_tokenizer
+from folora.runtime.progress import progress
+from folora.runtime.storage import write_text
+from folora.spectral.eigenproblem import agreement, generalized_eigenbasis
 
 FORMAT = "amounts/1"
 LENGTHS = (64, 128, 256, 512)  # tokens

@@ -1,7 +1,7 @@
 """Pictures of docs/results.md beyond those that compare methods: one knob, calibration, spectrum.
 
 Every point is a mean over seeds; its bar is the 95 % interval, which needs two seeds. Colours and
-files are made as in `folora.pictures`.
+files are made as in `folora.compare.plots`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 
-from folora.frontier import Interval, interval, kept_at, kl_at
-from folora.pictures import COLORS, new_figure, save_picture, styles, tidy
-from folora.report import matched_levels
-from folora.results import Result, by_method, of_task, point_sets, scores_of
-from folora.spectrum import spectral_gate
+from folora.compare.frontier import Interval, interval, kept_at, kl_at
+from folora.compare.plots import COLORS, new_figure, save_picture, styles, tidy
+from folora.compare.results import Result, by_method, of_task, point_sets, scores_of
+from folora.compare.tables import matched_levels
+from folora.spectral.eigenproblem import spectral_gate
 
 KEPT = "kept at matched task"
 BARS: dict[str, Any] = {"capsize": 3, "linewidth": 1.4, "markersize": 6}

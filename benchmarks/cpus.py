@@ -28,9 +28,14 @@ CASES = [("default", 1), ("avx2", 2), ("avx512", 1), ("avx512", 2)]
 
 SHORT = [("default", 2)]
 NUMERICS = [
-    f"tests/test_{name}.py"
-    for name in ("activations", "adapter", "lowrank", "meter", "methods", "sadam", "solving", "spectrum")
-]  # fmt: skip
+    "tests/calibration/test_moments.py",
+    "tests/adapters/test_adapter.py",
+    "tests/adapters/test_low_rank.py",
+    "tests/metrics/test_meter.py",
+    "tests/compare/test_methods.py",
+    "tests/optim",
+    "tests/spectral",
+]
 """What `--short` runs: the files whose results depend on rounding."""
 
 

@@ -32,10 +32,10 @@ from transformers import Trainer
 
 from benchmarks.forks import PATIENCE, Ended, Fork
 from benchmarks.tiny import make_llama, rows, tiny_config, write_model
-from folora.artifacts import TENSORS, software_versions
-from folora.checkpoints import latest_checkpoint
-from folora.disk import write_json
-from folora.pipeline import PRE, RESULT, SET, SPECTRUM, TASK, TRAINING
+from folora.pipeline.run import PRE, RESULT, SET, SPECTRUM, TASK, TRAINING
+from folora.runtime.artifacts import TENSORS, software_versions
+from folora.runtime.checkpoints import latest_checkpoint
+from folora.runtime.storage import write_json
 
 ROWS_A_STEP = 12  # by 1, 2, 3, 4 or 6 processes
 STEPS = 6
@@ -361,7 +361,7 @@ def launched(bench: Bench) -> dict[str, dict[str, Any]]:
         ("torchrun", [*torchrun, "2", "--standalone"]),
         ("accelerate launch", [*accelerate, "--main_process_port", "0"]),
     ):
-        words = [*launcher, "-m", "folora.cli", *bench.words(name, 2)]
+        words = [*launcher, "-m", "folora", *bench.words(name, 2)]
         done = subprocess.run(words, capture_output=True)
         found[name] = _launched(bench, name, [done.returncode])
     with namespaces() as nodes:
@@ -375,7 +375,7 @@ def _launched(bench: Bench, name: str, codes: list[int]) -> dict[str, Any]:
 
 
 def _on_two(bench: Bench, nodes: Mapping[str, str], torchrun: Sequence[str]) -> dict[str, Any]:
-    words = ["-m", "folora.cli", *bench.words("nodes", 2)]
+    words = ["-m", "folora", *bench.words("nodes", 2)]
     main = next(iter(nodes.values()))
     began = [
         subprocess.Popen(

@@ -13,8 +13,8 @@ from typing import NoReturn
 
 import torch
 
-import folora.commands  # noqa: F401 - which the command line imports when it is called
-from folora.cli import entry
+import folora.cli.commands  # noqa: F401 - which the command line imports when it is called
+from folora.cli.main import entry
 
 PATIENCE = 120.0  # seconds for a run that takes two
 

@@ -43,14 +43,14 @@ from benchmarks.source import (
     settings,
 )
 from benchmarks.speed.table import sampling_table, scale_table, setup_table, solve_table, step_table
+from folora.compare.frontier import at_norm
+from folora.compare.methods import METHODS
+from folora.compare.plots import NORMS, Norm, frontier_picture, norm_picture
+from folora.compare.results import Result, by_method, grouped, scores_of
+from folora.compare.tables import NONE, Column, Table, comparison_table
 from folora.config import FoLoraConfig
-from folora.disk import write_text
 from folora.errors import ConfigError, DataError, FoLoraError
-from folora.frontier import at_norm
-from folora.methods import METHODS
-from folora.pictures import NORMS, Norm, frontier_picture, norm_picture
-from folora.report import NONE, Column, Table, comparison_table
-from folora.results import Result, by_method, grouped, scores_of
+from folora.runtime.storage import write_text
 
 STRENGTH, KNOBS, CALIBRATION = "world_strength", "world_knobs", "world_calibration"
 VARIANTS = ("world_ablation", "world_complements")

@@ -12,9 +12,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from folora.activations import GRAM_SHARE, SHARE_OF_FREE, InputGroup, passes
-from folora.memory import held_bytes
-from folora.report import Table
+from folora.calibration.moments import GRAM_SHARE, SHARE_OF_FREE, passes
+from folora.compare.tables import Table
+from folora.runtime.memory import held_bytes
+from folora.spectral.groups import InputGroup
 
 SEQUENCES, LENGTH, BATCH = 2000, 512, 64
 RANK = 16

@@ -11,10 +11,10 @@ from typing import Any
 from benchmarks.spectra import FORMAT as SPECTRA
 from benchmarks.speed.shapes import SHAPES
 from benchmarks.sweeps import planned, read_plan
-from folora.disk import read_json
+from folora.compare.methods import METHODS
+from folora.compare.results import Result, load_results
 from folora.errors import ConfigError, DataError, nearest
-from folora.methods import METHODS
-from folora.results import Result, load_results
+from folora.runtime.storage import read_json
 
 MAIN = "world_methods"
 RATE = "training.learning_rate"

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from folora.artifacts import read_artifact, software_versions
-from folora.defaults import LAMBDA, S_MIN, TAU
-from folora.disk import write_text
-from folora.pipeline import STATISTICS
-from folora.spectrum import generalized_eigenbasis, off_diagonal_mass, spectral_gate
+from folora.config import LAMBDA, S_MIN, TAU
+from folora.pipeline.run import STATISTICS
+from folora.runtime.artifacts import read_artifact, software_versions
+from folora.runtime.storage import write_text
+from folora.spectral.eigenproblem import generalized_eigenbasis, off_diagonal_mass, spectral_gate
 
 FORMAT = "spectra/1"
 QUANTILES = 33

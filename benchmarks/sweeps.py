@@ -13,12 +13,12 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from folora.comparison import READ_AT, Arm, Comparison, arms
+from folora.compare.comparison import READ_AT, Arm, Comparison, arms
 from folora.config import read_yaml
-from folora.data import text_examples
+from folora.data.rows import text_examples
 from folora.errors import ConfigError
-from folora.pipeline import SAMPLES, STATISTICS, Run
-from folora.preparation import measure
+from folora.pipeline.prepare import measure
+from folora.pipeline.run import SAMPLES, STATISTICS, Run
 
 _STRICT = ConfigDict(extra="forbid")
 

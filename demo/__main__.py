@@ -27,7 +27,6 @@ from transformers.utils import logging as transformers_logging
 from demo.facts import load_facts, score_facts
 from demo.model import smollm2
 from demo.word_problems import answer_of, split
-from folora.artifacts import software_versions
 from folora.config import (
     AdapterConfig,
     DataConfig,
@@ -36,11 +35,12 @@ from folora.config import (
     StatisticsConfig,
     TrainingConfig,
 )
-from folora.data import prepare_task
-from folora.loading import load_model
-from folora.meter import Meter
-from folora.ownership import check_own, write_own
-from folora.pipeline import Run
+from folora.data.rows import prepare_task
+from folora.metrics.meter import Meter
+from folora.pipeline.run import Run
+from folora.runtime.artifacts import software_versions
+from folora.runtime.loading import load_model
+from folora.runtime.ownership import check_own, write_own
 
 ROOT = Path(__file__).parent
 TRAIN_ROWS, TEST_ROWS = 240, 40

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from folora.modes import evaluating
+from folora.runtime.contexts import evaluating
 
 FACTS_PATH = Path(__file__).with_name("facts.json")
 

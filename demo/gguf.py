@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from folora.disk import file_sha256, write_atomically
+from folora.runtime.storage import file_sha256, write_atomically
 
 
 @dataclass(frozen=True)

@@ -232,7 +232,7 @@ CASES = [
 
 TEXT = [
     f"Tiny random models of transformers {transformers.__version__}, made by `python -m tests.architectures` and tested by "
-    "`tests/test_architectures.py`. What works is exact before the first step, has the layers that are named here, "
+    "`tests/adapters/test_architectures.py`. What works is exact before the first step, has the layers that are named here, "
     "trains, and gives equal logits in stock PEFT and merged. What is refused is refused by its config, in seconds. "
     "Numbers in names are `*`. Experts that are fused into one weight, routers and embeddings are never adapted; "
     "folora says what share of the weights that is before a run.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,27 +13,26 @@ if "FOLORA_TEST_GPU" not in os.environ:  # tests compare with what the CPU gives
 
 from jaxtyping import install_import_hook
 
-with install_import_hook(
-    [
-        "folora.spectrum",
-        "folora.solving",
-        "folora.initialization",
-        "folora.adapter",
-        "folora.meter",
-    ],
-    "beartype.beartype",
-):
+SOURCE = Path(__file__).parents[1] / "src"
+ANNOTATED = [
+    ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+    for path in sorted(SOURCE.rglob("*.py"))
+    if "shapes import" in path.read_text()
+]
+
+with install_import_hook(ANNOTATED, "beartype.beartype"):
     import folora
-    import folora.adapter
-    import folora.meter
+
+    for name in ANNOTATED:
+        import_module(name)
 
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks.tiny import MAKERS, make_tokenizer, tiny_config, write_model, write_rows
-from folora.disk import LOCK
-from folora.pipeline import Run
+from folora.pipeline.run import Run
+from folora.runtime.storage import LOCK
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.distributed import MeetingPoint
-from folora import ranks
+from folora.runtime import distributed
 
 PATIENCE = 60  # seconds
 
@@ -29,7 +29,7 @@ def in_processes(count: int, work: Callable[[], Any]) -> list[Any]:
         gc.freeze()  # to collect what the parent left would wait for threads that are not here
         try:
             os.environ |= point.place_among(rank, count)
-            ranks.join("cpu")
+            distributed.join("cpu")
             queue.put((rank, work()))
         except BaseException as error:
             queue.put((rank, f"{type(error).__name__}: {error}"))

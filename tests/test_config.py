@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from folora.cli import parse
+from folora.cli.main import parse
 from folora.config import AdapterConfig, FoLoraConfig, SamplingConfig, option_names, read_yaml
-from folora.disk import json_fingerprint, write_text
 from folora.errors import ConfigError
+from folora.runtime.storage import json_fingerprint, write_text
 
 
 def test_yaml_round_trip(tmp_path: Path) -> None:

@@ -14,28 +14,24 @@ from typing import Any
 import pytest
 import torch
 from closeness import assert_near
+from references import gradients, moment, orthogonal_and_gate, params, reference
 from safetensors.torch import load_file
-from test_sadam import gradients, orthogonal_and_gate, params, reference
-from test_spectrum import moment
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.tiny import make_gpt2, make_llama, make_mistral, make_tokenizer, tiny_config
-from folora.activations import (
-    InputGroup,
-    add_upper_gram,
-    find_groups,
-    second_moments,
-    target_layers,
-)
-from folora.artifacts import TENSORS
+from folora.calibration.engine import HuggingFaceEngine
+from folora.calibration.inputs import find_groups, target_layers
+from folora.calibration.moments import add_upper_gram, second_moments
+from folora.calibration.sampling import sample
 from folora.config import SamplingConfig
-from folora.data import batches, text_examples
-from folora.engine import HuggingFaceEngine
-from folora.pipeline import RESULT, TRAINING, Run
-from folora.planning import plan
-from folora.sadam import SAdam, full_fp32_matmul
-from folora.sampling import sample
-from folora.solving import solve
+from folora.data.rows import batches, text_examples
+from folora.optim.sadam import SAdam
+from folora.pipeline.planning import plan
+from folora.pipeline.run import RESULT, TRAINING, Run
+from folora.runtime.artifacts import TENSORS
+from folora.runtime.tensors import full_fp32_matmul
+from folora.spectral.groups import InputGroup
+from folora.spectral.layers import solve
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = torch.device("cuda")
@@ -390,7 +386,7 @@ def test_one_process_by_a_launcher(
     } if way == "FSDP2" else {}  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1",
-         "--standalone", "-m", "folora.cli", "run", "--config", str(file)],
+         "--standalone", "-m", "folora", "run", "--config", str(file)],
         env=os.environ | asked, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -29,7 +29,7 @@ from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import folora.data
+import folora.data.rows
 from benchmarks.paper import answers, sandbox
 from benchmarks.paper.__main__ import main
 from benchmarks.paper.recipe import TASKS, Recipe, Rows, read_recipe
@@ -38,11 +38,11 @@ from benchmarks.paper.sandbox import Limits, permission, run
 from benchmarks.paper.scoring import load_passages, scorer, token_loss
 from benchmarks.paper.tasks import functions
 from benchmarks.tiny import make_llama
+from folora.compare.methods import METHODS
+from folora.compare.results import load_results
 from folora.errors import ConfigError, DataError
-from folora.evaluation import Evaluation
-from folora.methods import METHODS
-from folora.results import load_results
-from folora.training import sft_config
+from folora.metrics.evaluation import Evaluation
+from folora.training.trainer import sft_config
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "paper"
 RECIPES = sorted((FOLDER / "recipes").glob("*.yaml"))
@@ -253,7 +253,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> None:
         return found[split] if split else DatasetDict(found)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(folora.data, "load_dataset", load)
+    monkeypatch.setattr(folora.data.rows, "load_dataset", load)
     monkeypatch.setattr(nltk, "download", lambda *_, **__: False)
     for name in ("langdetect", "immutabledict"):
         if importlib.util.find_spec(name) is None:
@@ -504,9 +504,9 @@ def test_what_cannot_work_is_found_before_a_model_is_loaded(
     def never(*_: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("folora.pipeline.load_model", never)
+    monkeypatch.setattr("folora.pipeline.run.load_model", never)
     if "paper_gsm'" in message:  # no harness index for one wrong name
-        monkeypatch.setattr("folora.evaluation._harness", lambda _: _Empty())
+        monkeypatch.setattr("folora.metrics.evaluation._harness", lambda _: _Empty())
     recipe = str(small_recipe(tmp_path, **changes))
     given = ["--recipe", recipe, "--model", model_folder, "--output", str(tmp_path / "out")]
     assert main([*given, *arguments]) == 2
@@ -522,7 +522,7 @@ def test_the_harness_s_own_code_tasks_are_refused_even_with_permission(
     )
     (tmp_path / "theirs.yaml").write_text(text.replace("paper_humaneval", "theirs"))
     harness = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    monkeypatch.setattr("folora.evaluation._harness", lambda _: harness)
+    monkeypatch.setattr("folora.metrics.evaluation._harness", lambda _: harness)
     theirs = {"code": {"task": "theirs", "metric": "pass@1"}}
     recipe = read_recipe(small_recipe(tmp_path, target=[], benchmarks=theirs))
     with pytest.raises(ConfigError, match="'theirs' runs programs"):
@@ -827,7 +827,7 @@ def test_shots_are_the_same_from_call_to_call(
         seen.append([task.fewshot_context(doc, num_fewshot=3) for doc in docs])
         return {"results": {}}
 
-    monkeypatch.setattr("folora.evaluation.evaluate", asked)
+    monkeypatch.setattr("folora.metrics.evaluation.evaluate", asked)
     model = make_llama(vocab=len(tokenizer))
     ask(model)
     ask(model)

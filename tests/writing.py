@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from benchmarks.tiny import make_llama
-from folora.activations import find_groups, target_layers
-from folora.adapter import attach, export_adapter
-from folora.solving import solve
+from folora.adapters.adapter import attach, export_adapter
+from folora.calibration.inputs import find_groups, target_layers
+from folora.spectral.layers import solve
 
 
 def write(folder: str) -> None:

@@ -35,7 +35,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 
 from benchmarks.tiny import CHAT, make_llama, make_tokenizer
-from folora.disk import read_sealed, write_sealed
+from folora.runtime.storage import read_sealed, write_sealed
 
 Found = Literal["options", "files", "model", "work"]
 """What had to be read until it was found: the command line (and config file) alone; data, tokenizer

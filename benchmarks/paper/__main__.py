@@ -23,10 +23,10 @@ from benchmarks.paper.rows import write_rows
 from benchmarks.paper.sandbox import permission
 from benchmarks.paper.scoring import check_code, scorer
 from benchmarks.paper.trial import NEW_TOKENS, small
-from folora.comparison import Comparison
+from folora.compare.comparison import Comparison
 from folora.errors import FoLoraError
-from folora.ownership import check_own_folder, write_own
-from folora.pipeline import Run
+from folora.pipeline.run import Run
+from folora.runtime.ownership import check_own_folder, write_own
 
 TRIAL = "trial"
 """What the list of a trial's folder says of it."""

@@ -13,10 +13,10 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from benchmarks.sweeps import read_plan
-from folora.comparison import Arm, arms
+from folora.compare.comparison import Arm, arms
+from folora.compare.methods import configured
 from folora.config import FoLoraConfig
 from folora.errors import ConfigError, nearest
-from folora.methods import configured
 
 TASKS = Path(__file__).parent / "tasks"
 
@@ -111,7 +111,7 @@ class Recipe:
         kept: Benchmarks, or passages, of what should be kept.
         benchmarks: Questions by the name that a table gives them.
         passages: Texts likewise.
-        options: What the harness's tasks are told; see `folora.evaluation.Evaluation`.
+        options: What the harness's tasks are told; see `folora.metrics.evaluation.Evaluation`.
     """
 
     __pydantic_config__ = _STRICT

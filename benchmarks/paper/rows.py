@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.paper.recipe import Rows
-from folora.data import load_rows
-from folora.disk import write_text
+from folora.data.rows import load_rows
 from folora.errors import DataError
+from folora.runtime.storage import write_text
 
 
 def write_rows(wanted: Rows, held_out: int, path: Path) -> None:

@@ -11,12 +11,12 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.paper.recipe import TASKS, Benchmark, Passages, Recipe
-from folora.comparison import Score, Scores
-from folora.data import batches, text_examples
+from folora.compare.comparison import Score, Scores
+from folora.data.rows import batches, text_examples
 from folora.errors import ConfigError, DataError
-from folora.evaluation import Answers, Evaluation
-from folora.meter import response_loss
-from folora.modes import evaluating
+from folora.metrics.evaluation import Answers, Evaluation
+from folora.metrics.meter import response_loss
+from folora.runtime.contexts import evaluating
 
 Setting = tuple[bool, int | None, int]  # ours or the harness's, shots, batch size
 

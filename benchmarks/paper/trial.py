@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.paper.recipe import Recipe
-from folora.loading import load_tokenizer, required
+from folora.runtime.loading import load_tokenizer, required
 
 DOCUMENTS = 2  # of every task
 NEW_TOKENS = 8

@@ -23,12 +23,12 @@ from benchmarks.real.targets import TARGETS, data_folder, target_rows
 from benchmarks.source import RATE
 from benchmarks.sweeps import Places, checked_plan, parser, planned, read_plan, run_arms, take_over
 from demo.model import smollm2
-from folora.comparison import READ_AT, Arm, Comparison, Score, Scores
+from folora.compare.comparison import READ_AT, Arm, Comparison, Score, Scores
 from folora.config import FoLoraConfig
-from folora.disk import write_text
 from folora.errors import ConfigError, nearest
-from folora.evaluation import Evaluation
-from folora.pipeline import Run
+from folora.metrics.evaluation import Evaluation
+from folora.pipeline.run import Run
+from folora.runtime.storage import write_text
 
 MODELS: Mapping[str, Callable[[Path], Path]] = {"smollm2": smollm2, "gemma3": gemma3_270m}
 

@@ -34,10 +34,10 @@ import torch
 from benchmarks.forks import PATIENCE, Fork
 from benchmarks.reliability.stand import FOLDERS, STAGES, Stand, on_write, stage_of
 from benchmarks.tiny import make_llama
-from folora.artifacts import software_versions
-from folora.disk import write_json
-from folora.pipeline import REPORT
-from folora.progress import progress
+from folora.pipeline.run import REPORT
+from folora.runtime.artifacts import software_versions
+from folora.runtime.progress import progress
+from folora.runtime.storage import write_json
 
 STARTING = 0.02  # seconds, after which a process has its signal handlers
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)

@@ -35,12 +35,12 @@ from torch import Tensor
 from benchmarks.reliability.mutations import mutated
 from benchmarks.reliability.parsers import Files, Parser, parsers
 from benchmarks.tiny import tiny_task
-from folora.artifacts import software_versions
-from folora.disk import write_json
+from folora.compare.tables import Table
 from folora.errors import ConfigError, FoLoraError, nearest
-from folora.pipeline import Run
-from folora.progress import progress
-from folora.report import Table
+from folora.pipeline.run import Run
+from folora.runtime.artifacts import software_versions
+from folora.runtime.progress import progress
+from folora.runtime.storage import write_json
 
 FORMAT = "fuzz/1"
 LONGEST_SECONDS = 10.0  # for one file of a few kB, on a machine with much else to do

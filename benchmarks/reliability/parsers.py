@@ -20,22 +20,22 @@ from benchmarks.paper.recipe import read_recipe
 from benchmarks.reliability.mutations import parts_of, tensors_of, with_metadata
 from benchmarks.sweeps import checked_plan, planned, read_plan
 from benchmarks.tiny import make_tokenizer, rows
-from folora.activations import InputGroup
-from folora.artifacts import read_artifact
-from folora.basefile import HEADER, read_base_file, tensors_sha256, write_base_file
-from folora.checkpoints import SEAL, latest_checkpoint
-from folora.comparison import read_arm
+from folora.calibration.base_file import HEADER, read_base_file, tensors_sha256, write_base_file
+from folora.calibration.calibration_set import load_proxy_set
+from folora.calibration.engine import Engine
+from folora.calibration.sampling import sample_to_folder
+from folora.compare.comparison import read_arm
+from folora.compare.methods import configured
+from folora.compare.results import load_results, point_sets
 from folora.config import FoLoraConfig
-from folora.data import load_rows, prepare_task
-from folora.disk import CHECKSUM, sealed
-from folora.engine import Engine
+from folora.data.rows import load_rows, prepare_task
 from folora.errors import ConfigError
-from folora.methods import configured
-from folora.pipeline import PRE, RESULT, SAMPLES, SPECTRUM, TASK, TRAINING
-from folora.proxies import load_proxy_set
-from folora.results import load_results, point_sets
-from folora.sampling import sample_to_folder
-from folora.solving import bases_from_tensors, solve
+from folora.pipeline.run import PRE, RESULT, SAMPLES, SPECTRUM, TASK, TRAINING
+from folora.runtime.artifacts import read_artifact
+from folora.runtime.checkpoints import SEAL, latest_checkpoint
+from folora.runtime.storage import CHECKSUM, sealed
+from folora.spectral.groups import InputGroup
+from folora.spectral.layers import bases_from_tensors, solve
 
 HERE = Path(__file__).parents[1]
 PLAN, RECIPE = "plans/world_seeds.yaml", "paper/recipes/qwen3-1.7b-math.yaml"

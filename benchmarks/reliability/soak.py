@@ -28,14 +28,14 @@ from transformers import TrainerControl, TrainerState
 
 import folora
 from benchmarks.tiny import make_llama, make_tokenizer, rows, tiny_config
-from folora.adapter import lora_factors
-from folora.artifacts import software_versions
-from folora.checkpoints import latest_checkpoint
-from folora.disk import write_json
-from folora.preparation import Prepared, assemble
-from folora.progress import progress
-from folora.sadam import FINGERPRINT
-from folora.training import AfterStep, train
+from folora.adapters.adapter import lora_factors
+from folora.optim.sadam import FINGERPRINT
+from folora.runtime.artifacts import software_versions
+from folora.runtime.checkpoints import latest_checkpoint
+from folora.runtime.progress import progress
+from folora.runtime.storage import write_json
+from folora.training.prepared import Prepared, assemble
+from folora.training.trainer import AfterStep, train
 
 EVERY = 50  # steps
 MOST_GROWTH = 8e6  # bytes of memory that allocators may keep between two thirds of a run

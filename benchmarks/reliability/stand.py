@@ -20,10 +20,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from benchmarks.forks import Fork
 from benchmarks.tiny import tiny_task
-from folora.checkpoints import SEAL
-from folora.disk import LOCK, file_sha256, json_fingerprint, read_json
 from folora.errors import ArtifactError
-from folora.pipeline import ADAPTER, PRE, RESULT, SET, SPECTRUM, TASK
+from folora.pipeline.run import ADAPTER, PRE, RESULT, SET, SPECTRUM, TASK
+from folora.runtime.checkpoints import SEAL
+from folora.runtime.storage import LOCK, file_sha256, json_fingerprint, read_json
 
 STAGES = {
     "sample": SET,

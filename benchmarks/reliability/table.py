@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from benchmarks.reliability.chaos import KINDS
-from folora.pipeline import PRE, RESULT
-from folora.report import Table
+from folora.compare.tables import Table
+from folora.pipeline.run import PRE, RESULT
 
 ENDS = {0: "done", 2: "refused", 130: "Ctrl-C", 143: "SIGTERM", -9: "killed"}
 

@@ -20,11 +20,11 @@ import torch
 from benchmarks.speed.setup import peer_times, sampling_rates, solve_times, statistics_times
 from benchmarks.speed.shapes import SHAPES, random_model
 from benchmarks.speed.steps import MODES, Contender, race, random_batch
-from folora.artifacts import software_versions
-from folora.disk import read_json, write_json
 from folora.errors import ConfigError, nearest
-from folora.loading import fast_dtype
-from folora.progress import progress
+from folora.runtime.artifacts import software_versions
+from folora.runtime.loading import fast_dtype
+from folora.runtime.progress import progress
+from folora.runtime.storage import read_json, write_json
 
 FORMAT = "speed/1"
 LENGTH = 512  # tokens a row

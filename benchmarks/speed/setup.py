@@ -14,10 +14,11 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from benchmarks.speed.shapes import Shape, random_groups, random_model
 from benchmarks.speed.steps import random_batch
-from folora.activations import InputGroup, second_moments
+from folora.calibration.engine import HuggingFaceEngine
+from folora.calibration.moments import second_moments
 from folora.config import SamplingConfig
-from folora.engine import HuggingFaceEngine
-from folora.solving import solve
+from folora.spectral.groups import InputGroup
+from folora.spectral.layers import solve
 
 # Before it wraps the layers CorDA looks for their names, and finds none in "all-linear".
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from folora.activations import InputGroup, find_groups, target_layers
-from folora.solving import GroupBasis
+from folora.calibration.inputs import find_groups, target_layers
+from folora.spectral.groups import InputGroup
+from folora.spectral.layers import GroupBasis
 
 VOCABULARY = 512
 

@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from benchmarks.speed.shapes import VOCABULARY, Shape, random_bases, random_groups, random_model
-from folora.adapter import attach
-from folora.constraint import keep_off
-from folora.lowrank import narrow_inputs
-from folora.preparation import param_groups
-from folora.sadam import SAdam
+from folora.adapters.adapter import attach
+from folora.adapters.constraint import keep_off
+from folora.adapters.low_rank import narrow_inputs
+from folora.optim.sadam import SAdam
+from folora.training.prepared import param_groups
 
 
 @dataclass(frozen=True)

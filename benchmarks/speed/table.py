@@ -8,8 +8,8 @@ from typing import Any
 
 from benchmarks.speed.shapes import SHAPES, Shape
 from benchmarks.speed.steps import BASELINE, MODES
-from folora.activations import GRAM_SHARE
-from folora.report import NONE, Table
+from folora.calibration.moments import GRAM_SHARE
+from folora.compare.tables import NONE, Table
 
 LARGER = {
     "32B (Qwen3)": Shape(5120, 25600, 64, 8, 128, 64, 32.8e9, 128),

@@ -21,9 +21,9 @@ from benchmarks.sweeps import Places, checked_plan, parser, planned, read_plan, 
 from benchmarks.world.language import Row, Task, World, pretraining_documents, tasks
 from benchmarks.world.pretrain import STEPS, pretrain
 from benchmarks.world.score import score_rows, score_skills
-from folora.comparison import READ_AT, Comparison, Score, Scores
+from folora.compare.comparison import READ_AT, Comparison, Score, Scores
 from folora.config import FoLoraConfig
-from folora.pipeline import Run
+from folora.pipeline.run import Run
 
 FEWEST_ROWS = 300  # of a task that is memorised; fewer would leave nothing to hold out
 EVERY = 3  # of the probes of kept skills; scoring all would cost as much as training

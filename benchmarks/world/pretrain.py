@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from benchmarks.world.language import World, pretraining_documents
 from benchmarks.world.score import score_skills
 from benchmarks.world.tokenizer import build_tokenizer
-from folora.disk import write_atomically
+from folora.runtime.storage import write_atomically
 
 STEPS = 2000
 BATCH = 8

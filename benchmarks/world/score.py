@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.world.language import Row, World, skills
-from folora.modes import evaluating
+from folora.runtime.contexts import evaluating
 
 IGNORED = -100
 

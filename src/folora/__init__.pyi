@@ -1,5 +1,9 @@
-from . import commands
-from .adapter import ExportReport, attach, export_adapter, export_merged, lora_factors
+from .adapters.adapter import ExportReport, attach, export_adapter, export_merged, lora_factors
+from .adapters.low_rank import narrow_inputs
+from .calibration.calibration_set import ProxySet
+from .calibration.engine import HuggingFaceEngine
+from .calibration.sampling import sample
+from .calibration.vllm import VllmEngine, served
 from .config import (
     AdapterConfig,
     DataConfig,
@@ -9,7 +13,6 @@ from .config import (
     StatisticsConfig,
     TrainingConfig,
 )
-from .engine import HuggingFaceEngine
 from .errors import (
     ArtifactError,
     ConfigError,
@@ -19,16 +22,13 @@ from .errors import (
     NumericsError,
     ServerError,
 )
-from .lowrank import narrow_inputs
-from .meter import Meter, Reading
-from .preparation import Prepared, param_groups, prepare
-from .proxies import ProxySet
-from .sadam import SAdam
-from .sampling import sample
-from .serving import VllmEngine, served
-from .solving import GroupBasis, solve
-from .spectrum import Spectrum, generalized_eigenbasis, spectral_gate, step_scale
-from .training import FoLoraTrainer, sft_config
+from .metrics.meter import Meter, Reading
+from .optim.sadam import SAdam
+from .pipeline.prepare import prepare
+from .spectral.eigenproblem import Spectrum, generalized_eigenbasis, spectral_gate, step_scale
+from .spectral.layers import GroupBasis, solve
+from .training.prepared import Prepared, param_groups
+from .training.trainer import FoLoraTrainer, sft_config
 
 __version__: str
 
@@ -59,7 +59,6 @@ __all__ = [
     "TrainingConfig",
     "VllmEngine",
     "attach",
-    "commands",
     "export_adapter",
     "export_merged",
     "generalized_eigenbasis",

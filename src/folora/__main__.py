@@ -1,5 +1,5 @@
 """``python -m folora``: the command line."""
 
-from folora.cli import entry
+from folora.cli.main import entry
 
 entry()

@@ -21,8 +21,11 @@ from typing import Any, Literal, get_args, get_type_hints
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from folora.defaults import LAMBDA, S_MIN, TAU
 from folora.errors import ConfigError, nearest
+
+TAU = 1e-3  # ridge, relative to the mean of C_pre's diagonal
+LAMBDA = 1.0  # gamma at which a step is halved
+S_MIN = 0.3  # floor of the gate
 
 StepScale = Literal["task", "paper"]
 Basis = Literal["generalized", "pretraining", "whitening"]

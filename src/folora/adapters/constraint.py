@@ -1,0 +1,134 @@
+"""OPLoRA's constraint (arXiv:2510.13003): the update stays off each weight's leading singular spaces.
+
+The update is P_L B A P_R with P_L = I - U U' and P_R = I - V V'. A and B themselves are kept projected, so
+that the product B A is the update wherever the two are read: gradients are projected in the backward pass
+(`ProtectedSpaces.projecting`), and A and B after each step, since Adam's steps leave the subspace (`keep_off`).
+That is the same training as with projections in the forward pass: what these would remove has no effect.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from folora.runtime.shapes import Float
+from folora.runtime.tensors import full_fp32_matmul, whole
+
+SPACES = (
+    "lora_protected"  # name of the layers' ModuleDict; PEFT moves and deletes it with the adapter
+)
+OUTSIDE = 1e-3  # share of a matrix that may lie in a protected space; rounding in fp32 leaves 1e-6
+
+
+class ProtectedSpaces(nn.Module):
+    """The protected spaces of one layer; buffers that move with the model and are not saved.
+
+    Args:
+        left: U (d_out, k), orthonormal columns.
+        right: V (d_in, k), orthonormal columns.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def __init__(self, left: Float[Tensor, "d_out k"], right: Float[Tensor, "d_in k"]) -> None:
+        super().__init__()
+        self.register_buffer("left", left, persistent=False)
+        self.register_buffer("right", right, persistent=False)
+
+    def projected(
+        self, a: Float[Tensor, "r d_in"], b: Float[Tensor, "d_out r"]
+    ) -> tuple[Tensor, Tensor]:
+        """A P_R and P_L B."""
+        return _off(a, self.right), _off(b.T, self.left).T
+
+    def projecting(
+        self, a: Float[Tensor, "r d_in"], b: Float[Tensor, "d_out r"]
+    ) -> tuple[Tensor, Tensor]:
+        """A and B as they are, whose gradients are projected in the backward pass."""
+        a, b = _ProjectedGradient.apply(a, self.right), _ProjectedGradient.apply(b.T, self.left).T
+        return a, b
+
+    def hold(self, b: Float[Tensor, "d_out r"]) -> bool:
+        """Whether B, or its gradient, is off the protected output directions."""
+        with full_fp32_matmul():
+            return not bool((self.left.T @ b).norm() > OUTSIDE * b.norm())
+
+
+class _ProjectedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, space: Tensor) -> Tensor:
+        ctx.save_for_backward(space)
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (space,) = ctx.saved_tensors
+        return _off(grad, space), None
+
+
+def _off(rows: Tensor, space: Tensor) -> Tensor:
+    """Rows without their part in the span of a space, (n, d) and (d, k) -> (n, d)."""
+    with full_fp32_matmul():
+        return rows - (rows @ space) @ space.T
+
+
+def spaces_of(layer: Any, adapter: str) -> ProtectedSpaces | None:
+    """The protected spaces of a layer's adapter; None if there are none."""
+    found: dict[str, Any] = dict(getattr(layer, SPACES, {}))
+    return found.get(adapter)
+
+
+def protect_layer(layer: Any, adapter: str, spaces: ProtectedSpaces) -> None:
+    """Keep protected spaces with a layer's adapter."""
+    if not hasattr(layer, SPACES):
+        setattr(layer, SPACES, nn.ModuleDict())
+        layer.adapter_layer_names = (*layer.adapter_layer_names, SPACES)
+    getattr(layer, SPACES)[adapter] = spaces
+
+
+def keep_off(optimizer: Optimizer, model: PeftModel, adapter: str = "default") -> None:
+    """Project A and B of constrained layers after every step of an optimizer.
+
+    `prepare` does this for its own optimizer. Where FSDP2 has sharded A and B, all processes step together.
+
+    Args:
+        optimizer: Of any kind; it gets a step hook if some layer is constrained.
+        model: From `attach`.
+        adapter: Which adapter.
+    """
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and spaces_of(m, adapter)]
+
+    def project(*_: Any) -> None:
+        for layer in layers:
+            if spaces := spaces_of(layer, adapter):
+                _project(layer, adapter, spaces)
+
+    if layers:
+        optimizer.register_step_post_hook(project)
+
+
+@torch.no_grad()
+def _project(layer: Any, adapter: str, spaces: ProtectedSpaces) -> None:
+    """Project the trained part of A and B in place."""
+    a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    whole_a, whole_b = whole(a), whole(b)
+    trained = layer.lora_variant[adapter].trained or len(whole_a)
+    new_a, new_b = spaces.projected(whole_a[:trained], whole_b[:, :trained])
+    _write(a, torch.cat([new_a, whole_a[trained:]]))
+    _write(b, torch.cat([new_b, whole_b[:, trained:]], dim=1))
+
+
+def _write(p: Tensor, values: Tensor) -> None:
+    """Set a parameter, of which a process may have a part; one that is frozen keeps its bits."""
+    if p.requires_grad and isinstance(p, DTensor):
+        parts = distribute_tensor(values, p.device_mesh, p.placements, src_data_rank=None)
+        p.to_local().copy_(parts.to_local())
+    elif p.requires_grad:
+        p.copy_(values)

@@ -1,0 +1,449 @@
+"""Which layers are adapted, which are left out and why: said before anything long starts.
+
+`cover` decides it from one forward pass over a few tokens: a layer can be adapted if the pass calls it
+once, with one row for every token, if it returns one row for every token, and if PEFT's LoRA takes it.
+PEFT is really asked: the adapter is put on, and loaded into, a shell that holds the same weights, so that
+the model stays as it is. Of ``"all-linear"`` whatever cannot be adapted is left out by name with the reason; of layers that
+are named in ``adapter.target_modules`` it is refused.
+
+`cover_config` does the same for a model that is not loaded. Its skeleton on the meta device runs nearly
+all of transformers' models: a ready-made mask spares the look at mask values, and experts run in the
+implementation that computes all tokens at once. Where a forward pass depends on values even so (older
+code of experts, for example), weights of random numbers that repeat, which take no memory, stand in on
+the CPU.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import PreTrainedModel
+
+from folora.adapters.initialization import check_singular_values
+from folora.calibration.inputs import Batch, Visit, grouped, linear_dims, target_layers, visits
+from folora.config import AdapterConfig, FoLoraConfig
+from folora.data.special_tokens import known_tokens
+from folora.errors import ConfigError, FoLoraError
+from folora.runtime.architecture import check_model
+from folora.runtime.contexts import evaluating
+from folora.runtime.loading import load_skeleton
+from folora.spectral.groups import InputGroup
+from folora.spectral.layers import check_rank
+
+logger = logging.getLogger(__name__)
+
+NOT_CAUSAL = 1e-2  # of the largest logit; rounding in bf16 stays below
+NOT_CALLED = "the forward pass over text does not call it"
+ROWS, TOKENS = 2, 8  # of the probe; unequal, so that (tokens, rows) is told from (rows, tokens)
+PADDED = 3  # of the second row
+LONGEST_REASON = 200
+FEW = 0.001  # of the weights: what is smaller is left out of the report's list of parts
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What is adapted and what is not.
+
+    Attributes:
+        groups: Shared inputs of the adapted layers.
+        layers: Adapted layers, (d_in, d_out) by name.
+        left_out: Linear layers that cannot be adapted, with the reason.
+        weights: Number of the model's weights.
+        embeddings: Those of embeddings and output layer.
+        others: (module, weights, reason) of all else that is not adapted; numbers in names are ``*``.
+    """
+
+    groups: list[InputGroup]
+    layers: dict[str, tuple[int, int]]
+    left_out: dict[str, str]
+    weights: int
+    embeddings: int
+    others: list[tuple[str, int, str]]
+
+    @property
+    def adapted(self) -> int:
+        """Number of weights in adapted layers."""
+        return sum(d_in * d_out for d_in, d_out in self.layers.values())
+
+    @property
+    def share(self) -> float:
+        """Of the weights outside embeddings and output layer, the part in adapted layers."""
+        return self.adapted / max(self.weights - self.embeddings, 1)
+
+    def lines(self) -> list[str]:
+        """The report: what is adapted, and every part that is not with its share and reason."""
+        kinds = sorted({name.rsplit(".", 1)[-1] for name in self.layers})
+        found = [
+            f"adapted: {self.adapted / self.weights:.1%} of {_count(self.weights)} weights "
+            f"({self.share:.1%} without embeddings): {len(self.layers)} linear layers "
+            f"({', '.join(kinds)})"
+        ]
+        found += [
+            f"not adapted: {name}, {size / self.weights:.1%} ({reason})"
+            for name, size, reason in self.others
+        ]
+        return found
+
+
+def report(coverage: Coverage) -> None:
+    """Log what is adapted and what is not; see `warn_if_little`."""
+    for line in coverage.lines():
+        logger.info(line)
+    warn_if_little(coverage)
+
+
+def warn_if_little(coverage: Coverage) -> None:
+    """Log a warning if less than half of the weights outside embeddings is adapted."""
+    if coverage.share < 0.5:
+        logger.warning(
+            "LoRA adapts %.1f %% of the weights outside embeddings; the others stay as they are: %s",
+            100 * coverage.share,
+            "; ".join(f"{name} {size / coverage.weights:.1%}" for name, size, _ in coverage.others),
+        )
+
+
+def cover(model: PreTrainedModel, adapter: AdapterConfig, batch: Batch) -> Coverage:
+    """Find the layers to adapt and check that all of them can be.
+
+    Args:
+        model: The base model, or its skeleton on the meta device.
+        adapter: Says which layers, which rank, which initialization.
+        batch: Model inputs of a few tokens, shape (batch, tokens) with batch != tokens.
+
+    Raises:
+        ConfigError: Nothing is there to adapt, a named layer cannot be, or the adapter does not fit.
+    """
+    wanted = target_layers(model, adapter.target_modules)
+    seen = visits(model, wanted, batch)
+    _check_attention(model, seen)
+    shape = tuple(batch["input_ids"].shape)
+    refused = _unfit(model, wanted, seen, shape)
+    refused |= lora_refusals(model, [n for n in wanted if n not in refused])
+    if refused and adapter.target_modules != "all-linear":
+        name = next(n for n in wanted if n in refused)
+        raise ConfigError(
+            f"adapter.target_modules takes in {name}, which cannot be adapted: {refused[name]}. "
+            f"Leave it out ({len(refused)} such layers)."
+        )
+    layers = {name: dims for name, dims in wanted.items() if name not in refused}
+    if not layers:
+        name, reason = next(iter(refused.items()))
+        raise ConfigError(
+            f"{type(model).__name__} has no linear layer that can be adapted; {name}: {reason}"
+        )
+    groups = grouped(seen, layers)
+    check_adapter(model, groups, adapter)
+    weights, embeddings, others = _rest(model, layers, refused, seen)
+    return Coverage(groups, layers, refused, weights, embeddings, others)
+
+
+def cover_config(config: FoLoraConfig, model_config: Any) -> tuple[PreTrainedModel, Coverage]:
+    """`cover` for a model that is not loaded; its skeleton on the meta device comes along.
+
+    Args:
+        config: With ``model`` given.
+        model_config: From `loading.load_config`.
+
+    Raises:
+        ConfigError: As `cover`; or the model is no causal LM, or cannot run on text alone.
+    """
+    with torch.device("meta"):
+        skeleton = load_skeleton(config, model_config)
+    check_model(skeleton)
+    with suppress(AttributeError, ValueError):  # of older transformers, of a model without experts
+        skeleton.set_experts_implementation("batched_mm")
+    skeleton.eval()
+    for batch in _meta_probes():
+        try:
+            return skeleton, cover(skeleton, config.adapter, batch)
+        except FoLoraError:
+            raise
+        except Exception as error:
+            logger.debug("no forward pass on the meta device: %s", error)
+    handle = register_module_parameter_registration_hook(_on_meta)  # type: ignore[arg-type]
+    try:
+        standing = load_skeleton(config, model_config).eval()
+    finally:
+        handle.remove()
+    stand_in(standing)
+    check_causal(standing, 0)
+    return skeleton, cover(standing, config.adapter, probe(standing, 0))
+
+
+def check_causal(model: PreTrainedModel, start_id: int) -> None:
+    """Refuse a model that does not run on text alone, or whose prediction changes with later tokens.
+
+    Raises:
+        ConfigError: With the reason.
+    """
+    known = known_tokens(model)
+    rows = torch.tensor([[start_id, token] for token in range(0, known, -(-known // 8))])
+    try:
+        with torch.no_grad(), evaluating(model):  # dropout would look like it
+            found = model(input_ids=rows.to(model.device), use_cache=False).logits
+    except Exception as error:  # whatever the model's code raises
+        raise ConfigError(
+            f"{type(model).__name__} does not run on text alone: {_short(error)}"
+        ) from error
+    first = found[:, 0].float()
+    if float((first - first[0]).abs().max()) > NOT_CAUSAL * float(first.abs().max()):
+        raise _not_causal(model)
+
+
+def check_adapter(model: Any, groups: Iterable[InputGroup], adapter: AdapterConfig) -> None:
+    """Refuse a rank, a start or a constraint that some layer is too small for. Raises ConfigError."""
+    groups = list(groups)
+    check_rank(groups, adapter.r)
+    names = [name for group in groups for name in group.layers]
+    found = {name: linear_dims(model.get_submodule(name)) for name in names}
+    layers = {name: dims for name, dims in found.items() if dims is not None}
+    check_singular_values(layers, adapter.init, adapter.r, adapter.protected)
+
+
+def probe(model: PreTrainedModel, start_id: int) -> Batch:
+    """Two rows of tokens from all over the vocabulary, the second padded on the right."""
+    known = known_tokens(model)
+    ids = torch.arange(1, ROWS * TOKENS + 1).reshape(ROWS, TOKENS) * max(known // 32, 1) % known
+    ids[:, 0] = start_id
+    mask = torch.ones_like(ids)
+    mask[1, TOKENS - PADDED :] = 0
+    return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+
+
+def lora_refusals(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
+    """The layers that PEFT's LoRA does not take, with the reason.
+
+    PEFT refuses some layers by their names (``out_proj`` of Mamba), and turns others into the fused
+    weights of experts (``gate_proj`` beside Qwen3-MoE's), also when an adapter is loaded.
+
+    Raises:
+        ConfigError: It takes every kind of layer, but not all of them together.
+    """
+    if not names or _lora_refusal(model, names) is None:
+        return {}
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(_starred(name), []).append(name)
+    refused: dict[str, str] = {}
+    for same in kinds.values():
+        if reason := _lora_refusal(model, same):
+            refused |= dict.fromkeys(same, reason)
+    taken = [name for name in names if name not in refused]
+    if taken and (reason := _lora_refusal(model, taken)):
+        raise ConfigError(f"PEFT's LoRA cannot be put on {type(model).__name__}: {reason}")
+    return refused
+
+
+def stand_in(model: nn.Module) -> None:
+    """Give a model without weights random ones that take no memory, on the CPU.
+
+    Every entry of a weight is a number of one short random vector, at the sum of its indices.
+    """
+    generator = torch.Generator().manual_seed(0)
+    made: dict[int, nn.Parameter] = {}  # tied weights stay tied
+    for module in model.modules():
+        for name, old in list(module._parameters.items()):
+            if old is None:
+                continue
+            if id(old) not in made:
+                numbers = torch.rand(max(sum(old.shape), 1), generator=generator) - 0.5
+                if old.ndim > 1:
+                    new = (numbers / old.shape[-1] ** 0.5).as_strided(old.shape, (1,) * old.ndim)
+                else:
+                    new = 1 + numbers[: old.numel()].reshape(old.shape)
+                made[id(old)] = nn.Parameter(new, requires_grad=False)
+            module._parameters[name] = made[id(old)]
+
+
+def _on_meta(module: nn.Module, name: str, weight: nn.Parameter) -> nn.Parameter | None:
+    """A weight without values in the place of one that is being registered; buffers keep theirs."""
+    return None if weight is None or weight.is_meta else nn.Parameter(weight.to("meta"))
+
+
+def _meta_probes() -> Iterator[Batch]:
+    """Inputs on the meta device; some models take no ready-made mask."""
+    ids = torch.zeros(ROWS, TOKENS, dtype=torch.long, device="meta")
+    mask = torch.zeros(ROWS, 1, TOKENS, TOKENS, device="meta")
+    yield {"input_ids": ids, "attention_mask": mask}
+    yield {"input_ids": ids}
+
+
+def _unfit(
+    model: nn.Module,
+    layers: Mapping[str, tuple[int, int]],
+    seen: Mapping[str, Sequence[Visit]],
+    shape: tuple[int, ...],
+) -> dict[str, str]:
+    """The layers that a forward pass shows to be unfit, with the reason."""
+    of_weight = Counter(
+        id(weight)
+        for name in layers
+        if isinstance(weight := getattr(model.get_submodule(name), "weight", None), Tensor)
+    )
+    refused: dict[str, str] = {}
+    routed: dict[str, str] = {}
+    for name, dims in layers.items():
+        calls = seen.get(name, [])
+        read = calls[0].read if calls else ()
+        if not calls:
+            refused[name] = NOT_CALLED
+        elif _rows(read) not in (shape, (prod(shape),)) or read[-1:] != dims[:1]:
+            refused[name] = routed[_starred(name)] = (
+                f"it reads {list(read)} of {list(shape)} tokens, not one row for every token"
+            )
+        elif len(calls) > 1:
+            refused[name] = f"the forward pass calls it {len(calls)} times with different inputs"
+        elif calls[0].gave != (*read[:-1], dims[1]):
+            kind = type(model.get_submodule(name)).__name__
+            refused[name] = f"{kind} does not return one row for every token"
+        elif of_weight[id(getattr(model.get_submodule(name), "weight", None))] > 1:
+            refused[name] = "another layer has the same weight"
+    # An expert that has been given no token, or all of them, is one like the others.
+    return refused | {n: routed[_starred(n)] for n in layers if _starred(n) in routed}
+
+
+def _rows(read: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(n for n in read[:-1] if n != 1)
+
+
+def _check_attention(model: PreTrainedModel, seen: Iterable[str]) -> None:
+    """Refuse attention that says of itself that it is not causal, which a skeleton cannot show."""
+    reached = list(seen)
+    for name, module in model.named_modules():
+        if getattr(module, "is_causal", None) is False and any(
+            n.startswith(f"{name}.") for n in reached
+        ):
+            raise _not_causal(model)
+
+
+def _not_causal(model: PreTrainedModel) -> ConfigError:
+    return ConfigError(
+        f"{type(model).__name__} looks at the tokens that come after the one it predicts (an "
+        "encoder such as BERT does), but must be a causal LM"
+    )
+
+
+def _lora_refusal(model: nn.Module, names: Sequence[str]) -> str | None:
+    """Why PEFT does not put LoRA on just these layers, or does not load it; None if it does both."""
+    shell = _shell(model, {})
+    trained = [(p, p.requires_grad) for p in model.parameters()]
+    sizes = {n: linear_dims(model.get_submodule(n)) or (1, 1) for n in names}
+    try:
+        config = LoraConfig(r=1, target_modules=list(names))
+        inject_adapter_in_model(config, shell, low_cpu_mem_usage=True)
+        wrapped = {name for name, m in shell.named_modules() if isinstance(m, BaseTunerLayer)}
+        if wrapped != set(names):
+            return "PEFT takes its name for the fused weights of experts"
+        exported = {
+            f"{name}.lora_{part}.weight": torch.empty(shape, device="meta")
+            for name, (d_in, d_out) in sizes.items()
+            for part, shape in (("A", (1, d_in)), ("B", (d_out, 1)))
+        }
+        loaded: Any = set_peft_model_state_dict(shell, exported)
+    except Exception as error:  # of PEFT, by the kind of layer
+        return f"PEFT: {_short(error)}"
+    finally:
+        for p, requires_grad in trained:
+            p.requires_grad_(requires_grad)
+    if loaded.unexpected_keys:
+        return "PEFT renames it when an adapter is loaded, so that its weights would be lost"
+    return None
+
+
+def _shell(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
+    """A copy of a module and of all in it that shares everything but the links to parts."""
+    if id(module) not in made:
+        made[id(module)] = shell = object.__new__(type(module))
+        shell.__dict__ |= module.__dict__ | {"_parameters": {**module._parameters}, "_modules": {}}
+        for name, part in module._modules.items():
+            shell._modules[name] = None if part is None else _shell(part, made)
+    return made[id(module)]
+
+
+def _rest(
+    model: PreTrainedModel,
+    layers: Mapping[str, Any],
+    refused: Mapping[str, str],
+    seen: Iterable[str],
+) -> tuple[int, int, list[tuple[str, int, str]]]:
+    """Number of all weights, of those of embeddings, and the parts that are not adapted."""
+    ends = {id(m) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+    idle = _idle(refused, seen)
+    known: set[int] = set()
+    sizes: Counter[tuple[str, str]] = Counter()
+    weights = embeddings = 0
+    for name, module in model.named_modules():
+        for leaf, p in module.named_parameters(recurse=False):
+            if id(p) in known:
+                continue
+            known.add(id(p))
+            dims = linear_dims(module) if leaf in ("weight", "qweight") else None
+            size = prod(dims) if dims else p.numel()  # quantized ones are packed
+            weights += size
+            if id(module) in ends or isinstance(module, nn.Embedding):
+                embeddings += size
+                sizes["embeddings and output layer", "never adapted"] += size
+            elif name in layers and leaf != "bias":
+                continue
+            elif top := next((t for t in idle if f"{name}.".startswith(f"{t}.")), None):
+                sizes[_starred(top), NOT_CALLED] += size
+            elif name in refused:
+                sizes[_starred(name), refused[name]] += size
+            elif p.ndim < 2:
+                sizes["norms and biases", "vectors"] += size
+            elif dims:
+                sizes[_starred(name), "not in adapter.target_modules"] += size
+            else:
+                sizes[_starred(name), f"{type(module).__name__} is no linear layer"] += size
+    parts = [(name, size, reason) for (name, reason), size in sizes.most_common()]
+    large = [
+        part for part in parts if part[1] >= FEW * weights or part[0] in map(_starred, refused)
+    ]
+    if small := sum(size for name, size, _ in parts if (name, size, _) not in large):
+        large.append(("other modules", small, f"each less than {FEW:.1%}"))
+    return weights, embeddings, large
+
+
+def _idle(refused: Mapping[str, str], seen: Iterable[str]) -> list[str]:
+    """The largest modules of whose linear layers none is called, such as a vision tower."""
+    called = {name[:end] for name in seen for end in _ends(name)}
+    tops = (
+        next(name[:end] for end in _ends(name) if name[:end] not in called)
+        for name, reason in refused.items()
+        if reason == NOT_CALLED
+    )
+    return list(dict.fromkeys(tops))
+
+
+def _ends(name: str) -> list[int]:
+    """Where the names of a module's parents end in its own, and that itself."""
+    return [at for at, letter in enumerate(name) if letter == "."] + [len(name)]
+
+
+def _starred(name: str) -> str:
+    """A name with ``*`` for numbers, the same for the same layer of all blocks."""
+    return re.sub(r"(^|(?<=\.))\d+(?=\.|$)", "*", name)
+
+
+def _short(error: Exception) -> str:
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said if len(said) <= LONGEST_REASON else f"{said[:LONGEST_REASON]} ..."
+
+
+def _count(number: int) -> str:
+    for size, unit in ((1e9, "billion"), (1e6, "million")):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number:,}"

@@ -1,0 +1,188 @@
+"""How LoRA's A and B start: pure functions of a weight and the statistics of its input.
+
+Every start gives A0 (r, d_in) and the image Y0 (d_out, r) for which the adapter begins with the
+product Y0 A0 = kappa B0 A0, or no image where B starts at zero. Baselines differ in nothing but this
+choice, the optimizer and the constraint, so that an ablation is one word changed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from folora.errors import ConfigError, NumericsError
+from folora.runtime.shapes import Float
+from folora.spectral.layers import GroupBasis
+
+Start = tuple[Tensor, Tensor | None]
+"""A0 (r, d_in), and Y0 (d_out, r) or None for B0 = 0."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One layer, as a start sees it.
+
+    Attributes:
+        spectrum: The solved spectrum of the layer's input.
+        image: x (n, d_in) -> W0 x (n, d_out), by running the base layer, so that quantized and
+            transposed layers need no special case.
+        r: Rank.
+        generator: For random starts.
+    """
+
+    spectrum: GroupBasis
+    image: Callable[[Tensor], Tensor]
+    r: int
+    generator: torch.Generator
+
+    def weight(self) -> Float[Tensor, "d_out d_in"]:
+        """W0 in float64."""
+        identity = torch.eye(self.spectrum.group.d_in, device=self.spectrum.basis.device)
+        return self.image(identity).double().T
+
+    def null_basis(self) -> Float[Tensor, "d_in r"]:
+        """U_perp. Raises ConfigError if the spectrum was solved without it."""
+        found = self.spectrum.null_basis
+        if found is None or found.shape[1] < self.r:
+            have = 0 if found is None else found.shape[1]
+            raise ConfigError(
+                f"{self.spectrum.group.name}: the null-space start needs {self.r} of C_pre's "
+                f"smallest eigenvectors, the solved spectrum has {have}. Solve with "
+                f"null_rank={self.r}."
+            )
+        return found[:, : self.r]
+
+
+def null_space(null_basis: Float[Tensor, "d r"]) -> Float[Tensor, "r d"]:
+    """A0 = U_perp': the directions that the model's own text uses least (B.3)."""
+    return null_basis.T.contiguous()
+
+
+def leading_eigenvectors(basis: Float[Tensor, "d k"], r: int) -> Float[Tensor, "r d"]:
+    """A0 with orthonormal rows that span the first r columns of T: most utility per forgetting.
+
+    Raises:
+        NumericsError: r is outside of [1, k].
+    """
+    if not 1 <= r <= basis.shape[1]:
+        raise NumericsError(f"r is {r}, but must lie in [1, {basis.shape[1]}]")
+    # Columns of T differ in length by orders of magnitude; QR needs only their directions.
+    columns = torch.nn.functional.normalize(basis[:, :r].double(), dim=0)
+    return torch.linalg.qr(columns).Q.T.contiguous()
+
+
+def kaiming(r: int, d_in: int, generator: torch.Generator) -> Float[Tensor, "r d"]:
+    """LoRA's usual start of A: uniform in +-1/sqrt(d_in), float32 on the CPU."""
+    bound = 1 / math.sqrt(d_in)
+    return torch.empty(r, d_in).uniform_(-bound, bound, generator=generator)
+
+
+def minor_singular(
+    weight: Float[Tensor, "d_out d_in"], r: int
+) -> tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]]:
+    """MiLoRA (arXiv:2406.09044): the r smallest singular triples of W0, roots on both sides.
+
+    Raises:
+        NumericsError: r exceeds the number of singular values.
+    """
+    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    return _smallest(u, s, vh, r)
+
+
+def corda(
+    weight: Float[Tensor, "d_out d_in"], basis: Float[Tensor, "d_in d_in"], r: int
+) -> tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]]:
+    """CorDA, knowledge-preserving (arXiv:2406.05223): the r smallest triples of W0 H, times H^(-1).
+
+    H comes back from T, since T T' = H^(-1); CorDA's damping of the covariance is tau.
+
+    Raises:
+        NumericsError: r exceeds the number of singular values.
+    """
+    inverse = basis.double() @ basis.double().T
+    u, s, vh = torch.linalg.svd(weight @ torch.linalg.inv(inverse), full_matrices=False)
+    a, image = _smallest(u, s, vh, r)
+    return a @ inverse, image
+
+
+def balanced_null_space(
+    weight: Float[Tensor, "d_out d_in"], null_basis: Float[Tensor, "d_in r"]
+) -> tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]]:
+    """LoRA-Null (arXiv:2503.02659): W0 U_perp U_perp' by its singular triples, roots on both sides.
+
+    The product is that of `null_space`; the factors share its size between them.
+    """
+    u, s, vh = torch.linalg.svd(weight @ null_basis.double(), full_matrices=False)
+    root = s.sqrt()
+    return root[:, None] * (vh @ null_basis.double().T), u * root
+
+
+def leading_singular_spaces(
+    weight: Float[Tensor, "d_out d_in"], k: int
+) -> tuple[Float[Tensor, "d_out k"], Float[Tensor, "d_in k"]]:
+    """U_k and V_k, what OPLoRA (arXiv:2510.13003) protects.
+
+    Raises:
+        NumericsError: k exceeds the number of singular values.
+    """
+    if not 1 <= k <= min(weight.shape):
+        raise NumericsError(f"protect is {k}, but must lie in [1, {min(weight.shape)}]")
+    u, _, vh = torch.linalg.svd(weight, full_matrices=False)
+    return u[:, :k].contiguous(), vh[:k].T.contiguous()
+
+
+def _smallest(u: Tensor, s: Tensor, vh: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    if r > len(s):
+        raise NumericsError(f"r is {r}, but the weight has only {len(s)} singular values")
+    root = s[-r:].sqrt()
+    return root[:, None] * vh[-r:], u[:, -r:] * root
+
+
+def _start_null_space(site: Site) -> Start:
+    a0 = null_space(site.null_basis())
+    return a0, site.image(a0).T
+
+
+STARTS: dict[str, Callable[[Site], Start]] = {
+    "eigen": lambda site: (leading_eigenvectors(site.spectrum.basis, site.r), None),
+    "null_space": _start_null_space,
+    "null_space_zero": lambda site: (null_space(site.null_basis()), None),
+    "kaiming": lambda site: (kaiming(site.r, site.spectrum.group.d_in, site.generator), None),
+    "minor_singular": lambda site: minor_singular(site.weight(), site.r),
+    "corda": lambda site: corda(site.weight(), site.spectrum.basis, site.r),
+    "lora_null": lambda site: balanced_null_space(site.weight(), site.null_basis()),
+}
+
+NONZERO = frozenset({"null_space", "minor_singular", "corda", "lora_null"})
+"""Those with B0 A0 /= 0: a frozen half takes it off again, so that the adapter has rank 2r."""
+
+NEED_NULL_BASIS = frozenset({"null_space", "null_space_zero", "lora_null"})
+NEED_WHOLE_BASIS = frozenset({"corda"})
+NEED_SINGULAR_VALUES = frozenset({"minor_singular", "corda", "lora_null"})
+
+
+def check_singular_values(
+    layers: Mapping[str, tuple[int, int]], init: str, r: int, protect: int
+) -> None:
+    """Raise ConfigError if a layer has fewer singular values than a start or OPLoRA asks for.
+
+    Args:
+        layers: (d_in, d_out) by name.
+        init: One of `STARTS`.
+        r: Rank.
+        protect: OPLoRA's k, or 0.
+    """
+    for wanted, what in (
+        (r if init in NEED_SINGULAR_VALUES else 0, f"adapter.r with adapter.init = {init!r}"),
+        (protect, "adapter.protect (default: r)"),
+    ):
+        for name, dims in layers.items():
+            if wanted > min(dims):
+                raise ConfigError(
+                    f"{what} is {wanted}, but {name} has {min(dims)} singular values; it must lie in "
+                    f"[1, {min(map(min, layers.values()))}]"
+                )

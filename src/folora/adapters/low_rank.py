@@ -1,0 +1,130 @@
+"""A low-rank update of a layer's output that keeps what it read as it is for the backward pass.
+
+PEFT widens the input of every adapted layer to the adapter's float32, and autograd keeps the wide
+copies: seven a block of LLaMA's build, of four tensors. Here the narrow tensor itself is kept, one for
+all layers that read it, and widened again when gradients are formed. Values and gradients are the same,
+but for kappa's rounding where it is not 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.helpers import disable_input_dtype_casting
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear, pad
+
+from folora.runtime.shapes import Float
+
+
+def update(
+    x: Float[Tensor, "*rows d_in"],
+    a: Float[Tensor, "r d_in"],
+    b: Float[Tensor, "d_out r"],
+    scaling: float = 1.0,
+    trained: int | None = None,
+) -> Float[Tensor, "*rows d_out"]:
+    """kappa B A x in the dtype of A and B; under autocast in autocast's.
+
+    Args:
+        x: Of any floating dtype; it is what is kept for the backward pass, not a copy.
+        a: The factor that reads.
+        b: The factor that writes.
+        scaling: kappa; it meets the r numbers of a row in between, not the d_out.
+        trained: Only so many of A's rows and B's columns, the first, are trained. The others get a zero
+            gradient, and their product is computed apart: where they are A and -B of the first, the update
+            is zero to the last bit. None: all are trained.
+    """
+    kind = x.device.type  # the meta device has no autocast to ask about
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        first, rest = _parts(a, b, trained)
+        return _sum(_product(x, *first, scaling), rest and _product(x, *rest, scaling))
+    return _Update.apply(x, a, b, scaling, trained)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Update(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float, trained: int | None
+    ) -> Tensor:
+        (first_a, first_b), rest = _parts(a, b, trained)
+        wide = x.to(a.dtype)
+        inner = _scaled(linear(wide, first_a), scaling)
+        ctx.scaling, ctx.trained = scaling, trained
+        ctx.save_for_backward(x, a, b, inner)
+        return _sum(linear(inner, first_b), rest and _product(wide, *rest, scaling))
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, b, inner = ctx.saved_tensors
+        needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
+        of_inner = _scaled(grad @ b, ctx.scaling)
+        of_x = of_a = of_b = None
+        if needs_x:
+            of_x = (of_inner @ a).to(x.dtype)
+        if needs_a:
+            of_a = _rows(of_inner[..., : ctx.trained]).T @ _rows(x).to(a.dtype)
+            of_a = pad(of_a, (0, 0, 0, len(a) - len(of_a)))
+        if needs_b:
+            of_b = _rows(grad).T @ _rows(inner)
+            of_b = pad(of_b, (0, b.shape[1] - of_b.shape[1]))
+        return of_x, of_a, of_b, None, None
+
+
+Factors = tuple[Tensor, Tensor]
+
+
+def _parts(a: Tensor, b: Tensor, trained: int | None) -> tuple[Factors, Factors | None]:
+    """The trained part of A and B, and the rest, detached.
+
+    Both are copies: views would lie in memory in different ways, and kernels round by how data lie.
+    """
+    if trained is None:
+        return (a, b), None
+    first, rest = (a[:trained], b[:, :trained]), (a[trained:].detach(), b[:, trained:].detach())
+    return _copies(first), _copies(rest)
+
+
+def _copies(factors: Factors) -> Factors:
+    a, b = (t.clone(memory_format=torch.contiguous_format) for t in factors)
+    return a, b
+
+
+def _product(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    return linear(_scaled(linear(x, a), scaling), b)
+
+
+def _sum(moved: Tensor, more: Tensor | None) -> Tensor:
+    return moved if more is None else moved + more
+
+
+def _scaled(x: Tensor, scaling: float) -> Tensor:
+    return x if scaling == 1.0 else x * scaling
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+@contextmanager
+def narrow_inputs(model: PeftModel) -> Iterator[None]:
+    """Have PEFT hand the inputs of adapted layers on as they are, if every active adapter takes them so.
+
+    For a training loop of one's own; `FoLoraTrainer` does it by itself.
+    """
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    taken = all(
+        name in layer.lora_variant
+        for layer in layers
+        for name in layer.active_adapters
+        if name in layer.lora_A
+    )
+    with disable_input_dtype_casting(model, active=taken):
+        yield

@@ -1,0 +1,224 @@
+"""What belongs to a base model alone, in one file: text that it wrote, and C_pre measured on it.
+
+Sampling is the dear part of a run, and has nothing to do with the task. The file serves every task on
+the same model and can be given to others: safetensors with second moments as upper triangles, which
+loses nothing, and a manifest with fingerprints and a checksum in its header.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from folora.calibration.calibration_set import ProxySet, proxies_from_tensors, proxies_to_tensors
+from folora.errors import ArtifactError, ConfigError
+from folora.runtime.artifacts import check_manifest, read_tensors, software_versions
+from folora.runtime.ownership import check_target
+from folora.runtime.shapes import Float
+from folora.runtime.storage import (
+    Facts,
+    check_regular_file,
+    checked_depth,
+    fitting,
+    sealed,
+    write_atomically,
+)
+from folora.spectral.groups import InputGroup, group_of
+
+logger = logging.getLogger(__name__)
+
+KIND = "base"
+HEADER = "folora"  # the key of the manifest in the safetensors header
+
+
+@dataclass(frozen=True)
+class BaseFile:
+    """A file's contents.
+
+    Attributes:
+        proxies: The sampled text.
+        groups: Shared inputs that were measured.
+        triangles: By group name, the upper triangle of C_pre, row by row, (d (d + 1) / 2,) float32.
+        manifest: Fingerprints and counts.
+        path: Where it lies.
+    """
+
+    proxies: ProxySet
+    groups: list[InputGroup]
+    triangles: dict[str, Tensor]
+    manifest: Facts
+    path: Path
+
+    def moments(self, groups: Sequence[InputGroup]) -> dict[str, Float[Tensor, "_d _d"]]:
+        """C_pre of each group, by its name; a group may hold fewer layers than the file's.
+
+        Raises:
+            ConfigError: A group's input was not measured.
+        """
+        found = {}
+        for group in groups:
+            home = next((g for g in self.groups if {*group.layers} <= {*g.layers}), None)
+            if home is None or home.d_in != group.d_in:
+                raise ConfigError(
+                    f"{self.path} has no statistics of what {group.name} reads; it was made for other "
+                    "target modules. Make one for these, or for all: folora base"
+                )
+            found[group.name] = unpacked(self.triangles[home.name], group.d_in)
+        return found
+
+
+def packed(matrix: Float[Tensor, "d d"]) -> Float[Tensor, " n"]:
+    """The upper triangle of a symmetric matrix, row by row."""
+    return matrix[torch.ones_like(matrix, dtype=torch.bool).triu()]
+
+
+def unpacked(triangle: Float[Tensor, " n"], d: int) -> Float[Tensor, "d d"]:
+    """The symmetric matrix with this upper triangle."""
+    matrix = triangle.new_zeros(d, d)
+    matrix[torch.ones_like(matrix, dtype=torch.bool).triu()] = triangle
+    return matrix + matrix.triu(1).T
+
+
+def write_base_file(
+    path: Path,
+    proxies: ProxySet,
+    groups: Sequence[InputGroup],
+    moments: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+) -> None:
+    """Write a base file atomically.
+
+    Args:
+        path: The file to make or replace; see `check_base_target`.
+        proxies: The samples.
+        groups: Shared inputs.
+        moments: C_pre by group name.
+        facts: Fingerprints of model and tokenizer, and the tokens that were measured.
+
+    Raises:
+        ArtifactError: It cannot be written.
+    """
+    tensors = proxies_to_tensors(proxies)
+    tensors |= {f"{g.name}/c_pre": packed(moments[g.name].cpu().float()) for g in groups}
+    manifest = {
+        "kind": KIND,
+        "sha256": tensors_sha256(tensors),
+        "versions": software_versions(),
+        "samples": proxies.fingerprint,
+        "held_out": len(proxies.held_out),
+        "rejected": proxies.rejected,
+        "groups": [{"layers": g.layers, "d_in": g.d_in} for g in groups],
+        **facts,
+    }
+    header = {HEADER: json.dumps(sealed(manifest))}
+    write_atomically(path, lambda target: save_file(tensors, target, metadata=header))
+
+
+def check_base_target(path: Path, source: Path | None) -> None:
+    """Refuse, before any work, to write a base file over something else.
+
+    Args:
+        path: The file to make or replace.
+        source: The base file that is read for it, if there is one.
+
+    Raises:
+        ConfigError: `path` is no file, is `source`, or holds something that folora did not write.
+    """
+    check_target(path)
+    if not path.exists():
+        return
+    if source is not None and source.exists() and source.samefile(path):
+        raise ConfigError(f"{path} is the base file that is read; give another one to write to")
+    try:
+        read_base_manifest(path)
+    except ArtifactError as error:
+        raise ConfigError(
+            f"{path} would be replaced, but folora did not write it ({error}); move it away, or give "
+            "another file"
+        ) from error
+
+
+def read_base_manifest(path: Path, expected: Mapping[str, Any] | None = None) -> Facts:
+    """The manifest alone, without reading the tensors.
+
+    Args:
+        path: The file.
+        expected: `fingerprints.model_facts` of the model that it is for. The dtype may be another one
+            if it holds the same weights: the text and the rounding of C_pre are then of that dtype.
+
+    Raises:
+        ArtifactError: Missing, damaged, or something else.
+        MismatchError: Of another model or tokenizer than `expected`.
+    """
+    check_regular_file(path)
+    try:
+        with safe_open(path, "pt") as file:
+            manifest = checked_depth(json.loads((file.metadata() or {}).get(HEADER, "null")))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is missing; make it: folora base") from None
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise ArtifactError(f"{path} is no base file: {error}") from error
+    if manifest is None:
+        raise ArtifactError(f"{path} is no base file: its header says nothing of folora")
+    found = check_manifest(manifest, path, path, KIND)
+    if expected and found.get("model") == expected["model"]:
+        expected = {name: value for name, value in expected.items() if name != "dtype"}
+    return check_manifest(manifest, path, path, KIND, expected)
+
+
+def warn_of_dtype(manifest: Facts, dtype: str) -> None:
+    """Say that a base file was made in another dtype than the model has here."""
+    if manifest["dtype"] != dtype:
+        logger.warning(
+            "%s was made in %s, but the model is loaded in %s: C_pre has the rounding of the former. "
+            "--dtype %s gives the same numbers.",
+            manifest.file, manifest["dtype"], dtype, manifest["dtype"],
+        )  # fmt: skip
+
+
+def read_base_file(path: Path, expected: Mapping[str, Any] | None = None) -> BaseFile:
+    """Read a base file after checking manifest and checksum; see `read_base_manifest`."""
+    manifest = read_base_manifest(path, expected)
+    tensors = read_tensors(path)
+    if (found := tensors_sha256(tensors)) != manifest["sha256"]:
+        raise ArtifactError(
+            f"{path} is damaged: its checksum is {found[:12]}, its header says "
+            f"{str(manifest['sha256'])[:12]}. Get or make it again."
+        )
+    with fitting(path):
+        groups = [group_of(fact) for fact in manifest["groups"]]
+        proxies = proxies_from_tensors(tensors, manifest["held_out"], manifest["rejected"])
+        triangles = {g.name: tensors[f"{g.name}/c_pre"] for g in groups}
+        for g in groups:
+            triangle = triangles[g.name]
+            if triangle.shape != (_size(g.d_in),) or triangle.dtype != torch.float32:
+                raise ValueError(
+                    f"the triangle of {g.name} has {tuple(triangle.shape)} values of "
+                    f"{triangle.dtype}, but must have {_size(g.d_in)} of float32"
+                )
+    return BaseFile(proxies, groups, triangles, manifest, path)
+
+
+def _size(d: int) -> int:
+    """How many numbers are in the upper triangle of a (d, d) matrix."""
+    return d * (d + 1) // 2
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes."""
+    result = hashlib.sha256()
+    for name in sorted(tensors):
+        t = tensors[name].contiguous()
+        result.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
+        result.update(t.reshape(-1).view(torch.uint8).numpy().data)
+    return result.hexdigest()

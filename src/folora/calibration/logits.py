@@ -1,0 +1,182 @@
+"""Which token comes next: how a sequence is decoded, and the random draws that are its own.
+
+Setting and draws are functions of the sequence's number and the seed alone, so that what is written
+depends neither on the batch nor on where an interrupted run went on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from folora.config import SamplingConfig
+from folora.errors import NumericsError
+from folora.runtime.contexts import is_shared_out
+from folora.runtime.finiteness import where_it_breaks
+
+BLOCK = 256  # tokens whose probabilities are summed as one at first
+CANDIDATES = 1024  # a sort of the whole vocabulary is rarely needed to find top-p
+UNSOUND = (
+    "the model's logits are not finite while sampling{}. Its weights hold NaN or overflow in this dtype. "
+    "Check the weights, or load the model in bf16 or fp32."
+)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """One decoding setting and how often it is used (in tenths)."""
+
+    tenths: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is the model's own distribution."""
+        return (self.temperature, self.top_p, self.top_k) == (1.0, 1.0, 0)
+
+
+MIXTURE = (
+    Decoding(7),
+    Decoding(2, top_p=0.95),
+    Decoding(1, temperature=1.2, top_p=0.98, top_k=50),
+)
+
+
+_SCHEDULE = tuple(setting for setting in MIXTURE for _ in range(setting.tenths))
+
+
+def decoding_of(number: int) -> Decoding:
+    """Setting of a sequence: 7, 2 and 1 of every ten, spread out evenly."""
+    return _SCHEDULE[number * 3 % 10]
+
+
+def stream_seed(seed: int, number: int) -> int:
+    """The seed of a sequence's own stream, in [0, 2^63)."""
+    return (seed * 0x9E3779B97F4A7C15 + number * 0xBF58476D1CE4E5B9 + 1) % 2**63
+
+
+def _draws(seed: int, number: int, count: int) -> Tensor:
+    """The uniform draws of one sequence, shape (count,) float64 in [0, 1)."""
+    generator = torch.Generator().manual_seed(stream_seed(seed, number))
+    return torch.rand(count, generator=generator, dtype=torch.float64)
+
+
+class SequenceDraws(LogitsProcessor):
+    """Chooses each row's next token by inverting its CDF at a draw of the row's own stream.
+
+    To generate it returns scores whose argmax is the choice, so that greedy search takes it.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        numbers: Sequence[int],
+        eos_ids: list[int],
+        config: SamplingConfig,
+        on_token: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.model = model
+        self.on_token = on_token
+        self.shared_out = is_shared_out(model)
+        self.unsound = False
+        settings = [decoding_of(n) for n in numbers]
+        self.rows = {
+            setting: torch.tensor([i for i, s in enumerate(settings) if s == setting]).to(
+                model.device
+            )
+            for setting in set(settings)
+            if not setting.is_plain
+        }
+        self.draws = torch.stack(
+            [_draws(config.seed, number, config.max_new_tokens) for number in numbers]
+        ).to(model.device)
+        self.eos_ids = eos_ids
+        self.min_new_tokens = config.min_new_tokens
+        self.step = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores whose argmax is each row's choice."""
+        choice = self.choose(input_ids, scores)
+        return torch.full_like(scores, -1.0).scatter_(1, choice[:, None], 1.0)
+
+    def choose(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The next token of each row, (rows,) int64, given what is there and the model's scores of it."""
+        scores = scores.to(torch.float32, copy=True)
+        extremes = torch.stack(scores.aminmax())  # NaN is both; ten times as fast as to ask of all
+        if not torch.isfinite(extremes).all():
+            if not self.shared_out:
+                where = where_it_breaks(self.model, {"input_ids": input_ids, "use_cache": False})
+                raise NumericsError(UNSOUND.format(f": {where}"))
+            self.unsound = True  # the others run the model with this process until all have ended
+            scores = torch.zeros_like(scores)
+        if self.step < self.min_new_tokens and self.eos_ids:
+            scores[:, self.eos_ids] = -float("inf")
+        for setting, rows in self.rows.items():
+            scores[rows] = restrict(scores[rows], setting)
+        choice = invert(scores, self.draws[:, self.step])
+        self.step += 1
+        self.on_token()
+        return choice
+
+
+def invert(scores: Tensor, draws: Tensor) -> Tensor:
+    """The token of each row whose share of the cumulative distribution holds the row's draw.
+
+    Blocks of tokens are summed first, and tokens inside of the one block that is hit. The sums run on in
+    float64; that of a block is in float32, whose pairwise sum of so few is exact to its rounding.
+
+    Args:
+        scores: Unnormalized log-probabilities, (rows, vocabulary) float32, -inf where forbidden.
+        draws: Uniform in [0, 1), (rows,) float64.
+
+    Returns:
+        Token ids, (rows,) int64.
+    """
+    weights = (scores - scores.amax(-1, keepdim=True)).exp_()
+    if rest := -scores.shape[1] % BLOCK:
+        weights = torch.nn.functional.pad(weights, (0, rest))
+    blocks = weights.unflatten(1, (-1, BLOCK))
+    shares = blocks.sum(-1)
+    upto = shares.cumsum(-1, dtype=torch.float64)
+    draw = draws[:, None] * upto[:, -1:]
+    hit = torch.searchsorted(upto, draw, right=True).clamp_(max=upto.shape[1] - 1)
+    block = blocks.gather(1, hit[..., None].expand(-1, 1, BLOCK))[:, 0].double()
+    inside = block.cumsum(-1) + (upto - shares).gather(1, hit)
+    # Rounding may leave a draw just beyond the sum; then it is the last token that is allowed.
+    places = torch.arange(BLOCK, device=scores.device)
+    last = torch.where(block > 0, places, 0).amax(-1, keepdim=True)
+    within = torch.searchsorted(inside, draw, right=True).minimum(last)
+    return (hit * BLOCK + within)[:, 0]
+
+
+def restrict(scores: Tensor, setting: Decoding) -> Tensor:
+    """Apply temperature, top-k and top-p, in this order, to scores of shape (rows, vocabulary)."""
+    scores = scores / setting.temperature
+    if setting.top_k:
+        kth = scores.topk(min(setting.top_k, scores.shape[-1])).values[:, -1:]
+        scores = scores.masked_fill(scores < kth, -float("inf"))
+    if setting.top_p == 1.0:
+        return scores
+    return _nucleus(scores, setting.top_p, setting.top_k or CANDIDATES)
+
+
+def _nucleus(scores: Tensor, top_p: float, candidates: int) -> Tensor:
+    """The smallest set of each row's tokens that reaches top_p; candidates are the likeliest, which often do."""
+    whole = scores.logsumexp(-1, keepdim=True)
+    ordered, order = scores.topk(min(candidates, scores.shape[-1]))
+    shares = (ordered - whole).exp()
+    upto = shares.cumsum(-1)
+    # Drop what comes after it was reached.
+    kept = ordered.masked_fill(upto - shares >= top_p, -float("inf"))
+    found = torch.full_like(scores, -float("inf")).scatter_(1, order, kept)
+    flat = (upto[:, -1] < top_p).nonzero()[:, 0]
+    if len(flat) and candidates < scores.shape[-1]:
+        found[flat] = _nucleus(scores[flat], top_p, scores.shape[-1])
+    return found

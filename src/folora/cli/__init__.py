@@ -1,0 +1,4 @@
+"""The command line: options, commands and what they print.
+
+May import everything.
+"""

@@ -1,0 +1,246 @@
+"""What each command of ``folora`` does, and what it prints."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.logging import RichHandler
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
+
+from folora.config import FoLoraConfig
+from folora.errors import ConfigError
+from folora.metrics.summary import summary
+from folora.pipeline.planning import Plan, Stage, plan, widths
+from folora.pipeline.run import ADAPTER, COMPARISON, Run
+from folora.runtime import distributed
+from folora.runtime.loading import required
+from folora.runtime.ownership import check_own, write_own
+from folora.runtime.progress import STDERR
+from folora.runtime.storage import obstacle
+
+
+def execute(options: argparse.Namespace, config: FoLoraConfig) -> None:
+    """Do what a command line asks for, together with the other processes if there are any.
+
+    Args:
+        options: From `cli.parse`: the command, and what is no part of the config.
+        config: Likewise.
+
+    Raises:
+        FoLoraError: With what failed and what to do.
+        Interrupted: A signal came.
+    """
+    distributed.join(config.device)
+    _set_up_logging(options.verbose)
+    _work(options, config)
+    distributed.leave()
+
+
+def _work(options: argparse.Namespace, config: FoLoraConfig) -> None:
+    command = options.command
+    if command in ("plan", "compare") and distributed.count() > 1:
+        raise ConfigError(f"folora {command} works in one process; start it without a launcher")
+    if command == "plan":
+        _print_plan(_plan(config, options.processes))
+        return
+    run = Run(config)
+    if command == "compare":
+        _compare(run, options)
+        return
+    if command == "run":
+        _print_report(run.run())
+        return
+    if command == "export":
+        path = _target(options.to)
+        report = run.export(path, options.rank, "merged" if options.merged else "adapter")
+        target = path or run.folder / ("merged" if options.merged else ADAPTER)
+        _say(f"wrote {target}" + (f", rank {report.rank}" if report.rank else ""))
+        if report.relative_error:
+            _say(
+                f"relative error of the update: {report.relative_error:.2%} in all, at most "
+                f"{report.worst_relative_error:.2%} ({report.worst_layer})"
+            )
+        return
+    reads_task = command in ("measure", "train") or (
+        command in ("sample", "base") and run.config.ends_early
+    )
+    if command == "base":
+        run.base_target(_target(options.to))
+    run.check(needs_data=reads_task, trains=command == "train")
+    run.check_stage(command)
+    with run.alone():
+        run.write_config()
+        if command == "base":
+            _say(f"wrote {run.share(_target(options.to))}")
+            return
+        getattr(run, command)()
+        if command == "train":
+            _print_report(run.report())
+
+
+def _target(given: str | None) -> Path | None:
+    """``--to``, by a name of its own: that of ``.`` is empty."""
+    return Path(os.path.abspath(given)) if given else None
+
+
+def _compare(run: Run, options: argparse.Namespace) -> None:
+    """All arms, then a table and two pictures beside their files."""
+    from folora.compare.comparison import Comparison, arms
+    from folora.compare.plots import frontier_picture, norm_picture
+    from folora.compare.results import load_results
+    from folora.compare.tables import comparison_table
+
+    chosen = arms(
+        options.methods.split(","),
+        _numbers(options.learning_rates, "--learning-rates", float),
+        **{"training.seed": _numbers(options.seeds, "--seeds", int)},
+    )
+    folder = run.folder / COMPARISON
+    task = Path(required(run.config.dataset, "dataset")).name.split(".")[0]
+    comparison = Comparison(
+        run, folder, stage=run.name, task=task, command=shlex.join(["folora", *sys.argv[1:]])
+    )
+    for arm in chosen:
+        comparison.config(arm)  # a wrong one is found before the model is loaded
+    if why := obstacle(folder, folder=True):
+        raise ConfigError(f"{folder} {why}, but must be a folder of this run; move it away")
+    check_own(folder, COMPARISON, ["comparison.md", "frontier.png", "norms.png"])
+    comparison.check_results(chosen)
+    if folder.is_dir():
+        load_results(folder)  # what cannot be read would end the comparison after the last arm
+    run.check(needs_data=True)
+    run.check_stage("compare")
+    comparison.check(chosen)
+    with run.alone():
+        run.write_config()
+        for _ in comparison.run_all(chosen):
+            pass
+    results = [r for r in load_results(folder) if r.task == task and r.stage == run.name]
+    table = comparison_table(results, task)
+    made: dict[str, Callable[[Path], object]] = {
+        "comparison.md": lambda path: path.write_text(table.markdown(), "utf-8"),
+        "frontier.png": lambda path: frontier_picture(results, task, path),
+        "norms.png": lambda path: norm_picture(results, task, path),
+    }
+    for name, write in made.items():
+        write_own(folder / name, COMPARISON, write)
+    Console().print(table.rich())
+    print(f"wrote {folder}: one .json an arm, comparison.md, frontier.png, norms.png")
+
+
+def _numbers(text: str, flag: str, kind: type) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"{flag} is {text!r}, but must be numbers with commas between") from error
+
+
+def _plan(config: FoLoraConfig, processes: int) -> Plan:
+    if not config.dataset:
+        return plan(config, processes=processes)
+    task = Run(_with_output(config)).task
+    lengths = [len(e.input_ids) for e in task.train]
+    return plan(config, sum(lengths), len(lengths), max(lengths), processes)
+
+
+def _with_output(config: FoLoraConfig) -> FoLoraConfig:
+    return config if config.output else FoLoraConfig.from_dict({**config.to_dict(), "output": "."})
+
+
+def _print_plan(found: Plan) -> None:
+    console = Console()
+    console.print("\n".join(found.coverage.lines()), markup=False, highlight=False, soft_wrap=True)
+    shapes = Table("width d_in", "shared inputs", "layers", "whole basis each", title="Inputs")
+    for d, groups, layers in widths(found.groups):
+        shapes.add_row(str(d), str(groups), str(layers), _bytes(4 * d * d))
+    console.print(shapes)
+    stages = Table("stage", "memory", "disk", "time", title="Stages")
+    for stage in found.stages:
+        stages.add_row(stage.name, _bytes(stage.memory), _bytes(stage.disk), _durations(stage))
+    console.print(stages)
+    keeping = Table("bases in training", "on the device", "on the host", title="Where bases lie")
+    for way in found.storages:
+        keeping.add_row(way.title, _bytes(way.device), _bytes(way.host))
+    console.print(keeping)
+    console.print(
+        f"{found.layers} layers read {len(found.groups)} inputs; {found.trainable:,} of "
+        f"{found.parameters:,} parameters are trained."
+    )
+    own, advice = found.storages[0], found.advice
+    free = f"of {_bytes(found.free)} that are free"
+    rows, tokens = found.batch
+    console.print(
+        f"A forward and backward pass over {rows} rows of {tokens} tokens takes "
+        f"{_bytes(found.activations)}, part of what training takes."
+    )
+    if advice is None:
+        console.print(
+            f"Training needs {_bytes(own.training)} {free}: too much. Fewer rows at once "
+            "(--training.batch_size, with more --training.gradient_accumulation_steps) or "
+            "--training.gradient_checkpointing true take less."
+        )
+    elif advice is not own:
+        console.print(
+            f"Training needs {_bytes(own.training)} {free}; with {advice.options} it needs "
+            f"{_bytes(advice.training)}."
+        )
+    else:
+        console.print(f"Training takes {_bytes(own.training)} {free}.")
+    console.print(
+        "Times are estimates from a second of measuring here; expect a factor of three. Where there are two, "
+        "sampling ends when it is enough (sampling.tolerance), between its first look and its ceiling."
+    )
+
+
+def _say(what: RenderableType) -> None:
+    """Print, once for all processes."""
+    if distributed.rank() == 0:
+        Console().print(what, markup=False, highlight=False, soft_wrap=isinstance(what, str))
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    _say(summary(report))
+    _say(f"adapter: {report['adapter']}")
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def _durations(stage: Stage) -> str:
+    if stage.soonest is None or stage.seconds is None:
+        return "not known"
+    soonest, latest = _duration(stage.soonest), _duration(stage.seconds)
+    return latest if soonest == latest else f"{soonest} to {latest}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _set_up_logging(verbose: bool) -> None:
+    handler = RichHandler(console=STDERR, show_path=False, show_level=False)
+    level = logging.INFO if distributed.rank() == 0 else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", handlers=[handler], force=True)
+    transformers_logging.disable_progress_bar()
+    if not verbose:
+        for library in ("httpx", "datasets", "transformers", "huggingface_hub", "accelerate"):
+            logging.getLogger(library).setLevel(logging.ERROR)
+        transformers_logging.set_verbosity_error()
+        warnings.simplefilter("ignore", FutureWarning)

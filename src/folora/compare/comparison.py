@@ -1,0 +1,333 @@
+"""Many methods on one model and task, from the same samples and statistics; one small JSON an arm.
+
+An arm is a method with a learning rate, a seed and perhaps other changes. It is trained by the same
+Trainer as any run, read on the way (every reading is a point of a frontier), and leaves its file when
+it is done; arms that have one are skipped, so that a comparison can be stopped and given again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor
+from transformers import TrainerControl, TrainerState
+
+from folora.adapters.coverage import check_adapter
+from folora.calibration.base_file import tensors_sha256
+from folora.compare.methods import configured, method
+from folora.compare.results import FORMAT
+from folora.config import FoLoraConfig
+from folora.errors import ArtifactError, ConfigError, DataError, MismatchError
+from folora.metrics.meter import total_norm
+from folora.pipeline.prepare import null_rank
+from folora.pipeline.run import Run
+from folora.runtime.artifacts import software_versions
+from folora.runtime.progress import progress
+from folora.runtime.storage import obstacle, read_json, write_text
+from folora.spectral.eigenproblem import BASES
+from folora.spectral.layers import GroupBasis, solve
+from folora.training.prepared import Prepared, assemble
+from folora.training.trainer import AfterStep, FoLoraTrainer, sft_config
+
+READ_AT = (1 / 4, 1 / 2, 3 / 4, 1.0)
+
+Scores = dict[str, dict[str, float]]
+"""``{"task": {name: score}, "kept": {name: score}}``, every score in [0, 1].
+
+What a scorer finds besides, on any scale, may stand under ``"other"``."""
+
+Score = Callable[[PeftModel], Scores]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method and what is changed on top of it, by dotted option name."""
+
+    method: str
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """A file's name: the method and every change."""
+        parts = [f"{key.rsplit('.', 1)[-1]}={value}" for key, value in self.changes.items()]
+        return "--".join([self.method, *parts]).replace("/", "_")
+
+
+def arms(
+    methods: Sequence[str],
+    learning_rates: Sequence[float],
+    **knobs: Sequence[Any],
+) -> list[Arm]:
+    """Every combination of methods, learning rates and further options.
+
+    Args:
+        methods: Names in `methods.METHODS`.
+        learning_rates: Peak learning rates.
+        knobs: Dotted option names (as ``**{"training.seed": (0, 1)}``) and their values.
+    """
+    names = ("training.learning_rate", *knobs)
+    values = list(product(learning_rates, *knobs.values()))
+    return [Arm(name, dict(zip(names, v, strict=True))) for name in methods for v in values]
+
+
+class Comparison:
+    """One model and task, with the samples and statistics that all arms share.
+
+    Args:
+        run: The run whose first two stages are used (and done, where they are missing). Its config
+            is the base of every arm's.
+        folder: For the arms' files.
+        stage: What model this is, for tables; its seed too, if models differ by seed.
+        task: What task this is.
+        command: What was typed, for the record.
+        score: Task and kept scores of a model; without it there are the meter's readings alone.
+        read_at: Shares of the training after which a reading is taken.
+        score_at: Those of them at which `score` is asked too, if it is dear; default is all.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        folder: Path,
+        *,
+        stage: str,
+        task: str,
+        command: str,
+        score: Score = lambda _: {"task": {}, "kept": {}},
+        read_at: Sequence[float] = READ_AT,
+        score_at: Sequence[float] | None = None,
+    ) -> None:
+        self.run, self.folder, self.stage, self.task = run, folder, stage, task
+        self.command, self.score, self.read_at = command, score, tuple(read_at)
+        self.score_at = self.read_at if score_at is None else tuple(score_at)
+        self.calibration: dict[str, Any] = {}
+        self._pre: Mapping[str, Tensor] | None = None
+        self._base: dict[str, Any] = {}
+        self._solved: tuple[Any, list[GroupBasis]] = (None, [])
+        self._null_rank = 0
+
+    def calibrated(self, calibration: dict[str, Any], pre: Mapping[str, Tensor]) -> Comparison:
+        """The same comparison with another C_pre.
+
+        Args:
+            calibration: What it was measured on, for file names and tables.
+            pre: C_pre by group name, (d_in, d_in).
+        """
+        other = copy(self)
+        other.calibration, other._pre, other._solved = calibration, pre, (None, [])
+        return other
+
+    def run_all(self, chosen: Sequence[Arm]) -> Iterator[dict[str, Any]]:
+        """Run the arms that have no file yet, and yield every arm's result in turn.
+
+        Raises:
+            ConfigError: Some arm is not possible; found before the first one starts.
+        """
+        configs = self.check(chosen)
+        self._null_rank = max(null_rank(config) for config in configs)
+        self.run.sample()
+        self.run.measure()
+        made_from = self.run.made_from()
+        if self._pre is not None:
+            own = {name: matrix.cpu() for name, matrix in self._pre.items()}
+            made_from["statistics"][0] = tensors_sha256(own)
+        with progress("arms", len(chosen)) as tick:
+            for arm, config in zip(chosen, configs, strict=True):
+                path = self.path(arm)
+                if not path.exists():
+                    result = {**self._result(arm, config), "made_from": made_from}
+                    write_text(path, json.dumps(result) + "\n")
+                yield read_arm(path, config, made_from)
+                tick()
+
+    def config(self, arm: Arm) -> FoLoraConfig:
+        """The arm's whole config. Raises ConfigError."""
+        return configured(self.run.config, arm.method, arm.changes)
+
+    def path(self, arm: Arm) -> Path:
+        """Where the arm leaves its result."""
+        return self.folder / f"{self.name(arm)}.json"
+
+    def name(self, arm: Arm) -> str:
+        """The arm's name, with the calibration if it is not the run's own."""
+        return "--".join([arm.name, *(f"{k}={v}" for k, v in self.calibration.items())])
+
+    def bases(self, config: FoLoraConfig) -> list[GroupBasis]:
+        """The spectrum of a config, solved from the shared statistics; the last one is kept."""
+        # One solve serves arms of all starts: more null directions than an arm needs do no harm.
+        null = max(self._null_rank, null_rank(config))
+        key = (config.spectrum.tau, config.spectrum.basis, null)
+        if self._solved[0] != key:
+            solved = solve(
+                self.run.groups,
+                self._pre or self.run.statistics("pre").tensors,
+                self.run.statistics("task").tensors,
+                tau=config.spectrum.tau,
+                null_rank=null,
+                eigenbasis=BASES[config.spectrum.basis],
+                device=self.run.model.device,
+            )
+            self._solved = (key, solved)
+        return self._solved[1]
+
+    def check(self, chosen: Sequence[Arm]) -> list[FoLoraConfig]:
+        """The arms' configs, if all of them are possible.
+
+        Raises:
+            FoLoraError: One is not, or there is nothing to read the task loss on.
+        """
+        configs = [self.config(arm) for arm in chosen]
+        on_cpu = self.run.model.device.type == "cpu"
+        for config in configs:
+            if config.adapter.target_modules != self.run.config.adapter.target_modules:
+                raise ConfigError("arms share statistics, so adapter.target_modules cannot differ")
+            sft_config(config.training, self.folder, evaluates=False, on_cpu=on_cpu)
+            check_adapter(self.run.model, self.run.groups, config.adapter)
+        # What was made from another model or other rows is found before these are sampled for.
+        known = {**self.run.model_facts, "data": self.run.task.fingerprint}
+        for arm, config in zip(chosen, configs, strict=True):
+            if self.path(arm).exists():
+                read_arm(self.path(arm), config, known)
+        if not self.run.task.held_out:
+            raise DataError(
+                "a comparison needs held-out rows for the task loss, and a tenth of the rows is "
+                f"none: {len(self.run.task.train)} rows. Give at least 10, and data.eval_rows > 0."
+            )
+        return configs
+
+    def check_results(self, chosen: Sequence[Arm]) -> None:
+        """Refuse, before other arms are run for hours, a file that is none of its arm's.
+
+        Raises:
+            FoLoraError: It is of other settings, damaged, or no plain file.
+        """
+        for arm in chosen:
+            path = self.path(arm)
+            if why := obstacle(path):
+                raise ConfigError(f"{path} {why}, but is to hold a result; move it away")
+            if path.exists():
+                read_arm(path, self.config(arm))
+
+    def _result(self, arm: Arm, config: FoLoraConfig) -> dict[str, Any]:
+        began = time.monotonic()
+        prepared = assemble(
+            self.run.model, self.bases(config), self.run.task, self.run.proxies(), config
+        )
+        try:
+            readings, diverged = self._trained(prepared, config)
+        finally:
+            self.run.model = prepared.model.unload()  # type: ignore[assignment]
+            vars(self.run.model).pop("forward", None)  # TRL replaces it, once more for every arm
+        return {
+            "format": FORMAT,
+            "stage": self.stage,
+            "task": self.task,
+            "seed": config.training.seed,
+            "name": self.name(arm),
+            "method": arm.method,
+            "title": method(arm.method).title,
+            "changes": arm.changes,
+            "calibration": self.calibration,
+            "command": self.command,
+            "config": config.differences(),
+            "versions": software_versions(),
+            "seconds": round(time.monotonic() - began, 1),
+            "base": self._base,
+            "readings": readings,
+            "diverged": diverged,
+        }
+
+    def _trained(
+        self, prepared: Prepared, config: FoLoraConfig
+    ) -> tuple[list[dict[str, Any]], bool]:
+        """Readings during and after training, and whether it ended with nothing of the model left."""
+        extra = {**config.training.extra, "save_strategy": "no"}
+        on_cpu = prepared.model.device.type == "cpu"
+        training = config.changed({"training.extra": extra}).training
+        args = sft_config(training, self.folder, evaluates=False, on_cpu=on_cpu)
+        readings: list[dict[str, Any]] = []
+        trainer = FoLoraTrainer(prepared, args, self.run.tokenizer)
+
+        def read(step: int) -> dict[str, Any]:
+            reading, norms = trainer.read()
+            found = {"step": step, **asdict(reading), **asdict(total_norm(norms))}
+            due = step in {0, *steps_at(self.score_at, trainer.state.max_steps)}
+            due = due and math.isfinite(reading.kl)
+            scores = self.score(prepared.model) if due else {"task": {}, "kept": {}}
+            return _rounded({**found, **scores})
+
+        # Beyond log(vocabulary) a uniform guess would be nearer to the base.
+        uniform = math.log(prepared.model.get_input_embeddings().num_embeddings)
+
+        def lost() -> bool:
+            kl = readings[-1]["kl"]
+            return kl is None or kl > uniform
+
+        def on_the_way(state: TrainerState, control: TrainerControl) -> None:
+            if state.global_step in steps_at(self.read_at, state.max_steps):
+                readings.append(read(state.global_step))
+                if lost():
+                    control.should_training_stop = True
+
+        if not self._base:  # the same for every arm: before its first step a model is its base
+            self._base = {**read(0), "frobenius": 0.0, "h_norm": 0.0}
+        trainer.add_callback(AfterStep(on_the_way))
+        trainer.train()
+        return readings, lost()
+
+
+def read_arm(
+    path: Path, config: FoLoraConfig, made_from: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The result in a file, if it is that of the arm with this config, made from the same inputs.
+
+    Args:
+        path: The file.
+        config: The arm's.
+        made_from: Fingerprints that it must have been made from; see `Run.made_from`.
+
+    Raises:
+        ArtifactError: It is no result, or that of other settings.
+        MismatchError: It was made from another model, data set or the like.
+    """
+    result = read_json(path)
+    if not isinstance(result, dict) or not isinstance(found := result.get("config"), dict):
+        raise ArtifactError(f"{path} is no result; move it away")
+    wanted = json.loads(json.dumps(config.differences()))
+    if result.get("format") != FORMAT or found != wanted:
+        other = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
+        raise ArtifactError(
+            f"{path} is the result of other settings ({', '.join(other) or 'format'}); move it away"
+        )
+    said = result.get("made_from")
+    said = said if isinstance(said, dict) else {}
+    for name, value in (made_from or {}).items():
+        if said.get(name) != value:
+            raise MismatchError(
+                f"{path} was made from another {name.replace('_', ' ')} than this comparison has; "
+                "move it away, or give another output folder"
+            )
+    return result
+
+
+def steps_at(shares: Sequence[float], steps: int) -> set[int]:
+    """The steps after which given shares of a training of so many steps are over."""
+    return {max(1, round(share * steps)) for share in shares}
+
+
+def _rounded(value: Any) -> Any:
+    """Six significant digits are more than a reading has; what is not finite becomes null."""
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value

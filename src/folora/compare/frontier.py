@@ -1,0 +1,233 @@
+"""Points of what was learned against what was kept, and the numbers that compare sets of them.
+
+A method is the set of points that its arms pass through: any reading of any arm is a model that one
+could stop at. Nothing between two points is assumed, so a frontier is a staircase. Methods are
+compared where they are equal in one thing (the same task score, the same kept score, the same size
+of the update) or by the whole area under the staircase; seeds give the interval.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from folora.errors import ConfigError
+from folora.runtime.extras import needed_by
+
+with needed_by("comparing", "compare"):
+    import numpy as np
+    from scipy import stats
+
+ROUNDING = 1e-9  # a score is a mean of ratios; meeting a level exactly must not depend on its bits
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model: what it learned, what it kept, and how far it is from the base.
+
+    Attributes:
+        task: Score on the task; higher is better.
+        kept: Score on what the base knew; higher is better.
+        kl: KL(base || adapted) in nats a token.
+        frobenius: ||dW||_F over all layers.
+        h_norm: sqrt(trace(dW H dW')) over all layers.
+        step: Optimizer steps taken.
+    """
+
+    task: float
+    kept: float
+    kl: float = math.nan
+    frobenius: float = math.nan
+    h_norm: float = math.nan
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds with its confidence interval; `low` and `high` are NaN below two values."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    @property
+    def half_width(self) -> float:
+        """Half the length of the interval; NaN below two values."""
+        return (self.high - self.low) / 2
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether zero lies outside of the interval; False below two values."""
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True)
+class Averages:
+    """The usual summaries of one model.
+
+    Attributes:
+        avg1: Mean of the kept scores.
+        avg1_percent: 100 * avg1 / avg1 of the base.
+        avg2: Mean of avg1 and the task score.
+        gm: Geometric mean of avg1 and the task score.
+    """
+
+    avg1: float
+    avg1_percent: float
+    avg2: float
+    gm: float
+
+
+def pareto(points: Iterable[Point]) -> list[Point]:
+    """Points that no other point beats, by ascending task score.
+
+    Points without a finite task and kept score are left out. Of points that are equal in both, the
+    one with the smallest KL stays, so the order of `points` does not matter.
+    """
+    front: list[Point] = []
+    for point in sorted((p for p in points if _placed(p)), key=_best_first):
+        if not front or point.kept > front[-1].kept:
+            front.append(point)
+    return front[::-1]
+
+
+def kept_at(points: Iterable[Point], level: float) -> float:
+    """Best kept score among points with a task score of at least `level`; NaN without any."""
+    return max((p.kept for p in points if _placed(p) and _reaches(p.task, level)), default=math.nan)
+
+
+def task_at(points: Iterable[Point], level: float) -> float:
+    """Best task score among points with a kept score of at least `level`; NaN without any."""
+    return max((p.task for p in points if _placed(p) and _reaches(p.kept, level)), default=math.nan)
+
+
+def kl_at(points: Iterable[Point], level: float) -> float:
+    """Smallest KL (nats a token) among points with a task score of at least `level`; NaN without any."""
+    found = (p.kl for p in points if math.isfinite(p.kl) and _reaches(p.task, level))
+    return min(found, default=math.nan)
+
+
+def dominated_area(
+    points: Iterable[Point], start: tuple[float, float], best: tuple[float, float] = (1.0, 1.0)
+) -> float:
+    """Area under the staircase of `points`, as a share of the rectangle from `start` to `best`.
+
+    Args:
+        points: Those of one method; pass the base model among them, since anyone has it.
+        start: Lowest (task, kept) that counts: usually the base's task score, and 0.
+        best: Highest (task, kept) that counts.
+
+    Returns:
+        A number in [0, 1]; NaN if the rectangle is empty.
+    """
+    width, height = best[0] - start[0], best[1] - start[1]
+    if not (width > 0 and height > 0):
+        return math.nan
+    area, left = 0.0, start[0]
+    for point in pareto(points):  # a step reaches from the task score of the one before to its own
+        right = min(max(point.task, start[0]), best[0])
+        area += (right - left) * min(max(point.kept - start[1], 0.0), height)
+        left = right
+    return min(area / (width * height), 1.0)
+
+
+def at_norm(
+    paths: Iterable[Sequence[Point]], norm: float, which: Literal["frobenius", "h_norm"]
+) -> float:
+    """Kept score at a given size of the update, averaged over the paths that get there.
+
+    Args:
+        paths: For each arm its points in order of step.
+        norm: Size of the update, above 0.
+        which: Norm that measures the size.
+
+    Returns:
+        Mean over paths of kept, interpolated linearly in log(norm) where a path first crosses
+        `norm`; NaN if none does. Points without a positive norm (the base) are left out.
+
+    Raises:
+        ConfigError: `norm` is not above 0, or `which` is not a norm.
+    """
+    if which not in ("frobenius", "h_norm"):
+        raise ConfigError(f"unknown norm {which!r}; there are 'frobenius' and 'h_norm'")
+    if not norm > 0:
+        raise ConfigError(f"norm {norm} must be above 0")
+    found = [_first_crossing(path, norm, which) for path in paths]
+    return _mean([value for value in found if not math.isnan(value)])
+
+
+def interval(values: Iterable[float], confidence: float = 0.95) -> Interval:
+    """Mean and Student's t interval of independent values (one a seed); NaN values are left out.
+
+    Raises:
+        ConfigError: `confidence` is not between 0 and 1.
+    """
+    if not 0 < confidence < 1:
+        raise ConfigError(f"confidence {confidence} must be between 0 and 1")
+    kept = [value for value in values if not math.isnan(value)]
+    if len(kept) < 2:
+        return Interval(_mean(kept), math.nan, math.nan, len(kept))
+    mean = _mean(kept)
+    error = float(np.std(kept, ddof=1)) / math.sqrt(len(kept))
+    half = float(stats.t.ppf((1 + confidence) / 2, len(kept) - 1)) * error
+    return Interval(mean, mean - half, mean + half, len(kept))
+
+
+def paired(a: Mapping[int, float], b: Mapping[int, float], confidence: float = 0.95) -> Interval:
+    """Interval of a - b by seed, over the seeds that have a value in both.
+
+    Raises:
+        ConfigError: `confidence` is not between 0 and 1.
+    """
+    return interval([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())], confidence)
+
+
+def averages(kept: Iterable[float], base_kept: Iterable[float], task: float) -> Averages:
+    """Avg1, Avg1 %, Avg2 and GM of one model; NaN where a score is missing.
+
+    Args:
+        kept: Scores in [0, 1] on what the base knew.
+        base_kept: The base's own scores there.
+        task: Score in [0, 1] on the task.
+    """
+    avg1, base = _mean(list(kept)), _mean(list(base_kept))
+    product = avg1 * task
+    return Averages(
+        avg1=avg1,
+        avg1_percent=100 * avg1 / base if base > 0 else math.nan,
+        avg2=(avg1 + task) / 2,
+        gm=math.sqrt(product) if product >= 0 else math.nan,
+    )
+
+
+def _placed(point: Point) -> bool:
+    return math.isfinite(point.task) and math.isfinite(point.kept)
+
+
+def _reaches(score: float, level: float) -> bool:
+    return score >= level - ROUNDING
+
+
+def _best_first(point: Point) -> tuple[float, ...]:
+    """Order for the sweep, in which equal scores are decided by the other numbers, NaN last."""
+    rest = (point.kl, point.frobenius, point.h_norm)
+    return (-point.task, -point.kept, *(math.inf if math.isnan(x) else x for x in rest), point.step)
+
+
+def _first_crossing(path: Sequence[Point], norm: float, which: str) -> float:
+    sizes = [(float(getattr(p, which)), p.kept) for p in path if math.isfinite(p.kept)]
+    usable = [(size, kept) for size, kept in sizes if math.isfinite(size) and size > 0]
+    for (size, kept), (next_size, next_kept) in pairwise(usable):
+        if min(size, next_size) <= norm <= max(size, next_size):
+            length = math.log(next_size) - math.log(size)
+            share = (math.log(norm) - math.log(size)) / length if length else 0.0
+            return kept + share * (next_kept - kept)
+    return math.nan
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else math.nan

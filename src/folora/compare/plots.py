@@ -1,0 +1,215 @@
+"""Pictures that compare methods on one task: the frontier, and what is kept against the norm.
+
+Each method has one colour and one marker in all pictures of the same methods. Thin: readings of
+single arms. Bold: the mean over seeds, drawn only where every seed of the method has a value, so a
+curve never moves because a seed drops out.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from folora.compare.frontier import Point, at_norm, kept_at, pareto, task_at
+from folora.compare.results import (
+    Result,
+    Scores,
+    by_method,
+    grouped,
+    of_task,
+    point_sets,
+    scores_of,
+)
+from folora.runtime.extras import needed_by
+
+with needed_by("drawing", "compare"):
+    import numpy as np
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure  # without pyplot there is no state and no window
+    from PIL import Image
+
+Norm = Literal["frobenius", "h_norm"]
+
+NORMS: dict[Norm, str] = {
+    "frobenius": "‖ΔW‖ (Frobenius)",
+    "h_norm": "‖ΔW‖ (metric of H)",
+}
+# Okabe and Ito's colours, distinct also to colour-blind readers; yellow is too pale on white.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+THIN: dict[str, Any] = {"markersize": 3.5, "markeredgewidth": 0, "linewidth": 0.5, "alpha": 0.35}
+BOLD: dict[str, Any] = {"markersize": 6, "linewidth": 2.2, "markevery": 15}
+GRID = 150  # points of a mean curve
+RESOLUTIONS = (120, 96, 72)  # dots an inch, tried in turn
+MOST_BYTES = 100_000
+LEAST_KL = 1e-4  # nats a token; on a log axis the base's 0 needs a place
+SHADES = 128  # colours in a file, a third of its size in full colour
+
+
+def frontier_picture(
+    results: Iterable[Result], task: str, path: str | Path, methods: Sequence[str] | None = None
+) -> None:
+    """Write a PNG of kept score against task score, one mean staircase a method.
+
+    Args:
+        results: Results of any tasks.
+        task: Task to show.
+        path: File to write; its folder is made.
+        methods: Methods to show, in this order. By default all.
+
+    Raises:
+        DataError: There are no such results, or they cannot be compared with each other.
+    """
+    chosen = of_task(results, task, methods)
+    scores, sets = scores_of(chosen), by_method(point_sets(chosen))
+    figure = new_figure(8.0)
+    axis = figure.subplots()
+    titles = _titles(chosen)
+    for (method, seeds), style in zip(sets.items(), styles(len(sets)), strict=True):
+        points = [p for of_seed in seeds.values() for p in of_seed]
+        kept = _shown([p.kept for p in points], scores)
+        axis.plot([p.task for p in points], kept, **{**style, **THIN, "linestyle": "none"})
+        levels, mean = mean_staircase(seeds)
+        line = {**style, **BOLD, "drawstyle": "steps-pre", "label": titles[method]}
+        axis.plot(levels, _shown(mean, scores), **line)
+    if not scores.task_scored:  # a diverged arm would press all the others into a corner
+        everyone = [p for seeds in sets.values() for points in seeds.values() for p in points]
+        low, high = min(scores.point(r.base).task for r in chosen), task_at(everyone, -math.inf)
+        margin = 0.03 * (high - low) or 0.1
+        axis.set_xlim(low - margin, high + margin)
+    axis.set_xlabel("task score" if scores.task_scored else "−task loss (nats a token)")
+    _finish(figure, [axis], scores, task)
+    save_picture(figure, path)
+
+
+def norm_picture(
+    results: Iterable[Result], task: str, path: str | Path, methods: Sequence[str] | None = None
+) -> None:
+    """Write a PNG of kept score against the size of the update, in both norms.
+
+    Args:
+        results: Results of any tasks.
+        task: Task to show.
+        path: File to write; its folder is made.
+        methods: Methods to show, in this order. By default all.
+
+    Raises:
+        DataError: There are no such results, or they cannot be compared with each other.
+    """
+    chosen = of_task(results, task, methods)
+    scores, arms = scores_of(chosen), by_method(grouped(chosen))
+    figure = new_figure(10.0)
+    axes = list(figure.subplots(1, 2, sharey=True))
+    titles = _titles(chosen)
+    for (method, seeds), style in zip(arms.items(), styles(len(arms)), strict=True):
+        paths = {seed: [arm.points(scores) for arm in group] for seed, group in seeds.items()}
+        for axis, which in zip(axes, NORMS, strict=True):
+            for arm in (arm for of_seed in paths.values() for arm in of_seed):
+                norms = [
+                    getattr(p, which) or math.nan for p in arm
+                ]  # the base has no place in a log
+                axis.plot(norms, _shown([p.kept for p in arm], scores), **{**style, **THIN})
+            grid, mean = mean_at_norm(paths, which)
+            axis.plot(grid, _shown(mean, scores), label=titles[method], **{**style, **BOLD})
+    for axis, (_, label) in zip(axes, NORMS.items(), strict=True):
+        axis.set_xscale("log")
+        axis.set_xlabel(label)
+    _finish(figure, axes, scores, task)
+    save_picture(figure, path)
+
+
+def mean_staircase(seeds: Mapping[int, Sequence[Point]]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over seeds of `kept_at`, on a grid of task levels.
+
+    Args:
+        seeds: Points by seed.
+
+    Returns:
+        Levels and means, both of shape (GRID,); NaN where a seed does not reach the level.
+    """
+    fronts = [pareto(points) for points in seeds.values()]
+    scores = [p.task for front in fronts for p in front] or [0.0]
+    levels = np.linspace(min(scores), max(scores), GRID)
+    kept = [[kept_at(front, float(level)) for level in levels] for front in fronts]
+    return levels, np.mean(kept, axis=0)
+
+
+def mean_at_norm(
+    paths: Mapping[int, Sequence[Sequence[Point]]], which: Norm
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over seeds of `at_norm`, on a grid of norms.
+
+    Args:
+        paths: By seed, for each arm its points in order of step.
+        which: Norm that measures the size.
+
+    Returns:
+        Norms and means, both of shape (GRID,); NaN where no arm of some seed has that norm.
+    """
+    sizes = [getattr(p, which) for arms in paths.values() for arm in arms for p in arm]
+    sizes = [size for size in sizes if math.isfinite(size) and size > 0] or [1.0]
+    norms = np.geomspace(min(sizes), max(sizes), GRID)
+    kept = [[at_norm(arms, float(norm), which) for norm in norms] for arms in paths.values()]
+    return norms, np.mean(kept, axis=0)
+
+
+def new_figure(width: float, height: float = 4.5) -> Figure:
+    """An empty figure of a size in inches; its layout makes room for what is drawn."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def styles(count: int) -> list[dict[str, Any]]:
+    """Colour, marker and, from the second round of colours on, dashes, of each of `count` lines."""
+    return [
+        {
+            "color": COLORS[i % len(COLORS)],
+            "marker": MARKERS[i % len(MARKERS)],
+            "linestyle": "--" if i >= len(COLORS) else "-",
+        }
+        for i in range(count)
+    ]
+
+
+def tidy(axis: Axes) -> None:
+    """Give a panel the look that all of them share: two spines and a faint grid."""
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.2)
+
+
+def _shown(kept: Sequence[float] | np.ndarray, scores: Scores) -> np.ndarray:
+    """Kept scores as drawn: without scorers the KL itself, which spans decades."""
+    values = np.asarray(kept, dtype=float)
+    return values if scores.kept_scored else np.maximum(-values, LEAST_KL)
+
+
+def _titles(results: Iterable[Result]) -> dict[str, str]:
+    return {r.method: r.title for r in results}
+
+
+def _finish(figure: Figure, axes: Sequence[Axes], scores: Scores, title: str) -> None:
+    for axis in axes:
+        tidy(axis)
+    if scores.kept_scored:
+        axes[0].set_ylabel("kept score")
+    else:  # panels share the axis; up is better, as with scores
+        axes[0].set_ylabel(f"KL to the base (nats a token, ≥ {LEAST_KL:g})")
+        axes[0].set_yscale("log")
+        axes[0].invert_yaxis()
+    axes[0].set_title(title, fontsize=10, loc="left")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+
+
+def save_picture(figure: Figure, path: str | Path) -> None:
+    """Write the figure as a PNG with a palette, in a lower resolution if it would be too large."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for dpi in RESOLUTIONS:
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="png", dpi=dpi)
+        image = Image.open(drawn).convert("RGB").quantize(SHADES)
+        image.save(path, format="png", optimize=True)
+        if path.stat().st_size <= MOST_BYTES:
+            return

@@ -1,0 +1,258 @@
+"""What experiments leave behind: one JSON file an arm, read back as points.
+
+An arm is one method with one setting (learning rate, knob), one seed and one task. Its readings
+along training are all models that one could stop at, so all arms of a method at one seed and task
+are pooled into one set of points.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from folora.compare.frontier import Point
+from folora.errors import ArtifactError, DataError
+from folora.runtime.storage import read_json
+
+FORMAT = 1
+NUMBERS = ("task_loss", "kl", "ce_change", "frobenius", "h_norm")
+TYPES: dict[str, type | tuple[type, ...]] = {
+    "stage": str,
+    "task": str,
+    "seed": int,
+    "method": str,
+    "title": str,
+    "changes": dict,
+    "command": str,
+    "config": dict,
+    "versions": dict,
+    "seconds": (int, float, type(None)),
+    "base": dict,
+    "readings": list,
+    "diverged": bool,
+}
+
+Group = tuple[str, str, int]  # task, method, seed
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How a reading becomes a task score and a kept score; for both, higher is better.
+
+    Attributes:
+        task_scored: The task score is the mean of the scores in `task`, in [0, 1]; otherwise it is
+            minus the task loss, in nats a token.
+        kept_scored: The kept score is the mean of the scores in `kept`, in [0, 1]; otherwise it is
+            minus the KL to the base, in nats a token.
+    """
+
+    task_scored: bool
+    kept_scored: bool
+
+    def point(self, reading: Mapping[str, Any]) -> Point:
+        """The point of one reading; NaN where the reading has no number."""
+        return Point(
+            task=mean_score(reading["task"]) if self.task_scored else -reading["task_loss"],
+            kept=mean_score(reading["kept"]) if self.kept_scored else -reading["kl"],
+            kl=reading["kl"],
+            frobenius=reading["frobenius"],
+            h_norm=reading["h_norm"],
+            step=reading["step"],
+        )
+
+
+@dataclass(frozen=True)
+class Result:
+    """One arm, as its file has it; null among the numbers of a reading has become NaN.
+
+    Attributes:
+        stage: Model (with its seed) and task.
+        task: Name of the task.
+        seed: Seed of the arm.
+        method: Key of the method.
+        title: Name of the method in tables.
+        changes: Options beyond the method's own settings, by dotted name.
+        command: Command that made the file.
+        config: The whole config.
+        versions: Versions of packages.
+        seconds: Time it took; None if not recorded.
+        base: Reading of the base model, at step 0.
+        readings: Readings along training, by step.
+        diverged: Whether training ended in numbers that are not finite.
+        path: The file.
+        calibration: What C_pre was measured on, if not on the run's own samples.
+    """
+
+    stage: str
+    task: str
+    seed: int
+    method: str
+    title: str
+    changes: Mapping[str, Any]
+    command: str
+    config: Mapping[str, Any]
+    versions: Mapping[str, str]
+    seconds: float | None
+    base: Mapping[str, Any]
+    readings: tuple[Mapping[str, Any], ...]
+    diverged: bool
+    path: Path
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+
+    def points(self, scores: Scores) -> list[Point]:
+        """The base and all readings, by step."""
+        return [scores.point(reading) for reading in (self.base, *self.readings)]
+
+
+def load_results(folder: str | Path) -> list[Result]:
+    """All results below `folder` (`**/*.json` with "format": 1), by path.
+
+    JSON of other kinds is passed over, and so are hidden files, which a writer may still hold.
+
+    Raises:
+        ArtifactError: There is no such folder, or a file is not JSON or lacks a field.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ArtifactError(f"no folder {folder} to read results from")
+    found = []
+    for path in sorted(folder.rglob("*.json")):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
+        values = read_json(path)
+        if isinstance(values, dict) and values.get("format") == FORMAT:
+            found.append(_result(values, path))
+    return found
+
+
+def of_task(
+    results: Iterable[Result], task: str, methods: Sequence[str] | None = None
+) -> list[Result]:
+    """Results of one task, by method in the order of `methods` (default: as they come).
+
+    Raises:
+        DataError: There are none, or none of a method asked for.
+    """
+    results = list(results)
+    chosen = [r for r in results if r.task == task]
+    if not chosen:
+        tasks = ", ".join(sorted({r.task for r in results})) or "none"
+        raise DataError(f"no results of task {task!r}; tasks with results: {tasks}")
+    present = list(dict.fromkeys(r.method for r in chosen))
+    for method in methods or ():
+        if method not in present:
+            raise DataError(
+                f"no results of method {method!r} on task {task!r}; there are: {', '.join(present)}"
+            )
+    order = list(dict.fromkeys(methods or present))
+    return [r for method in order for r in chosen if r.method == method]
+
+
+def scores_of(results: Iterable[Result]) -> Scores:
+    """Whether results of one task have scorers, judged by their bases.
+
+    Raises:
+        DataError: Some have scorers and some have not, so their points cannot be compared; or a
+            base lacks a number, so there is nothing to compare with.
+    """
+    results = list(results)
+    answers = []
+    for kind in ("task", "kept"):
+        scored = {bool(r.base[kind]) for r in results}
+        if len(scored) > 1:
+            without = next(r.path for r in results if not r.base[kind])
+            raise DataError(f"{without} has no scores of {kind!r}, but other results have")
+        answers.append(scored.pop() if scored else False)
+    scores = Scores(*answers)
+    for result in results:
+        point = scores.point(result.base)
+        if not (math.isfinite(point.task) and math.isfinite(point.kept)):
+            raise DataError(f"the base of {result.path} has no task score or no kept score")
+    return scores
+
+
+def grouped(results: Iterable[Result]) -> dict[Group, list[Result]]:
+    """Results by task, method and seed.
+
+    Raises:
+        DataError: A task and seed has results of two stages, that is of two models.
+    """
+    stages: dict[tuple[str, int], Result] = {}
+    groups: dict[Group, list[Result]] = {}
+    for result in results:
+        first = stages.setdefault((result.task, result.seed), result)
+        if first.stage != result.stage:
+            raise DataError(
+                f"task {result.task!r}, seed {result.seed} has two stages, {first.stage!r} "
+                f"({first.path}) and {result.stage!r} ({result.path}); compare one at a time"
+            )
+        groups.setdefault((result.task, result.method, result.seed), []).append(result)
+    return groups
+
+
+def point_sets(results: Iterable[Result]) -> dict[Group, list[Point]]:
+    """Points of all arms by task, method and seed; the base model is among them.
+
+    Raises:
+        DataError: See `grouped` and `scores_of`.
+    """
+    results = list(results)
+    tasks = dict.fromkeys(r.task for r in results)
+    scores = {task: scores_of(r for r in results if r.task == task) for task in tasks}
+    return {
+        group: [point for arm in arms for point in arm.points(scores[group[0]])]
+        for group, arms in grouped(results).items()
+    }
+
+
+def by_method(groups: Mapping[Group, T]) -> dict[str, dict[int, T]]:
+    """Groups of one task as method -> seed -> group, seeds in order."""
+    found: dict[str, dict[int, T]] = {}
+    for (_, method, seed), group in sorted(groups.items(), key=lambda item: item[0][2]):
+        found.setdefault(method, {})[seed] = group
+    return {method: found[method] for _, method, _ in groups}
+
+
+def mean_score(scores: Mapping[str, float]) -> float:
+    """Mean of named scores; NaN if there are none or one is missing."""
+    return sum(scores.values()) / len(scores) if scores else math.nan
+
+
+def _result(values: dict[str, Any], path: Path) -> Result:
+    for name, kind in TYPES.items():
+        if name not in values:
+            raise ArtifactError(f"the result {path} has no {name!r}")
+        if not isinstance(values[name], kind):
+            raise ArtifactError(f"the result {path} has a wrong {name!r}: {values[name]!r:.80}")
+    readings = [_reading(reading, path) for reading in values["readings"]]
+    fields = {name: values[name] for name in TYPES}
+    fields["base"] = _reading(values["base"], path)
+    fields["readings"] = tuple(sorted(readings, key=lambda reading: reading["step"]))
+    return Result(**fields, path=path, calibration=values.get("calibration") or {})
+
+
+def _reading(values: Any, path: Path) -> dict[str, Any]:
+    """A reading with NaN for null."""
+    try:
+        return {
+            "step": int(values["step"]),
+            **{name: _number(values[name]) for name in NUMBERS},
+            **{name: _numbers(values[name]) for name in ("task", "kept")},
+            "other": _numbers(values.get("other", {})),
+        }
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ArtifactError(
+            f"the result {path} has a broken reading ({error!r}): {values!r:.80}"
+        ) from error
+
+
+def _numbers(values: Any) -> dict[str, float]:
+    return {key: _number(value) for key, value in values.items()}
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)

@@ -1,0 +1,305 @@
+"""From result files to tables that compare methods on one task.
+
+Every number is first computed for each seed, from the points of all arms of a method, and then
+stated as a mean with the half-width of its 95 % interval over seeds. What a table assumes (the
+levels at which methods are compared) stands in its caption.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import rich.table
+from rich.text import Text
+
+from folora.compare.frontier import (
+    Averages,
+    Interval,
+    Point,
+    averages,
+    dominated_area,
+    interval,
+    kept_at,
+    kl_at,
+    paired,
+    task_at,
+)
+from folora.compare.results import (
+    Result,
+    Scores,
+    by_method,
+    grouped,
+    mean_score,
+    of_task,
+    point_sets,
+    scores_of,
+)
+
+SHARE = 0.9  # of the way to the best task score, and of the base's kept score
+KL_LEVEL = 0.05  # nats a token: the matched kept score where there are no scorers
+KL_FLOOR = 0.5  # nats a token: lower edge of the area where there are no scorers
+NONE = "–"
+
+Sets = dict[str, dict[int, list[Point]]]  # method -> seed -> points of its arms and of the base
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text.
+
+    Attributes:
+        header: Titles of the columns; the first column names the rows.
+        rows: Cells, in each row as many as the header has.
+        caption: What the numbers mean.
+    """
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    caption: str
+
+    def markdown(self) -> str:
+        """The table in GitHub's Markdown, with the caption below it."""
+        rule = ["---", *["---:"] * (len(self.header) - 1)]
+        cells = [[cell.replace("|", r"\|") for cell in row] for row in (self.header, *self.rows)]
+        lines = ["| " + " | ".join(row) + " |" for row in (cells[0], rule, *cells[1:])]
+        return "\n".join([*lines, "", self.caption, ""])
+
+    def rich(self) -> rich.table.Table:
+        """The table for a terminal."""
+        table = rich.table.Table(caption=Text(self.caption))
+        for i, title in enumerate(self.header):
+            table.add_column(Text(title), justify="right" if i else "left")
+        for row in self.rows:
+            table.add_row(*[Text(cell) for cell in row])
+        return table
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Where methods are compared.
+
+    Attributes:
+        task: Task score that a model must reach.
+        kept: Kept score that a model must hold.
+        best_task: Upper edge of the area.
+    """
+
+    task: float
+    kept: float
+    best_task: float
+
+
+@dataclass(frozen=True)
+class Column:
+    """One measure of all methods: method -> seed -> value, shown with `digits` decimals."""
+
+    title: str
+    digits: int
+    values: Mapping[str, Mapping[int, float]]
+
+    def cell(self, method: str) -> str:
+        """Mean and half-width over the seeds of a method."""
+        values = self.values[method]
+        return _stated(interval(values.values()), len(values), self.digits)
+
+    def difference(self, method: str, reference: str) -> str:
+        """Method minus reference by seed, with a star if the interval excludes zero."""
+        if method == reference:
+            return NONE
+        found = paired(self.values[method], self.values[reference])
+        star = " *" if found.excludes_zero else ""
+        return _stated(found, len(self.values[method]), self.digits, "+") + star
+
+
+def comparison_table(
+    results: Iterable[Result],
+    task: str,
+    level: float | None = None,
+    kept_level: float | None = None,
+    reference: str = "folora",
+    methods: Sequence[str] | None = None,
+) -> Table:
+    """One row a method: what it kept at a matched task score, the reverse, and the usual averages.
+
+    Without scorers, the task score is minus the task loss and the kept score minus the KL; the
+    table then shows the losses and KLs themselves, and no averages.
+
+    Args:
+        results: Results of any tasks.
+        task: Task to compare on.
+        level: Matched task score. By default, with scorers, 90 % of the way from the base's to the
+            best that a method reaches (mean over seeds); without, what every method reaches that gets
+            halfway there.
+        kept_level: Matched kept score. By default 90 % of the base's; without scorers, KL 0.05.
+        reference: Method that the others are compared with by seed; no such column if it is absent.
+        methods: Methods to show, in this order. By default all.
+
+    Raises:
+        DataError: There are no such results, or they cannot be compared with each other.
+    """
+    chosen = of_task(results, task, methods)
+    scores = scores_of(chosen)
+    sets, arms = by_method(point_sets(chosen)), by_method(grouped(chosen))
+    bases = {r.seed: scores.point(r.base) for r in chosen}
+    levels = matched_levels(sets, bases, scores, level, kept_level)
+    titles = {r.method: r.title for r in chosen}
+
+    columns = _frontier_columns(sets, bases, scores, levels)
+    if scores.task_scored and scores.kept_scored:
+        columns += _average_columns(arms)
+    header = ["method", *[column.title for column in columns], "arms", "seeds"]
+    rows = []
+    for method, seeds in arms.items():
+        row = [titles[method]]
+        row += [column.cell(method) for column in columns]
+        row += [_count([arm for group in seeds.values() for arm in group]), str(len(seeds))]
+        rows.append(row)
+    if reference in arms:
+        header.insert(2, f"minus {titles[reference]}")
+        for method, row in zip(arms, rows, strict=True):
+            row.insert(2, columns[0].difference(method, reference))
+    caption = [
+        f"{task}: mean ± half-width of the 95 % interval over seeds; all arms of a method are pooled.",
+        _levels_in_words(levels, scores, level is None, kept_level is None),
+        _area_in_words(levels, scores),
+    ]
+    if scores.task_scored and scores.kept_scored:
+        caption.append("Avg1, Avg2, GM: at each seed's reading with the best GM.")
+    if reference in arms:
+        caption.append("*: the interval of the differences by seed excludes zero.")
+    caption.append(f"{NONE}: no seed gets there.")
+    return Table(tuple(header), tuple(map(tuple, rows)), " ".join(caption))
+
+
+def matched_levels(
+    sets: Sets,
+    bases: Mapping[int, Point],
+    scores: Scores,
+    task: float | None = None,
+    kept: float | None = None,
+) -> Levels:
+    """Levels for a comparison: those given, or the defaults that `comparison_table` describes."""
+    best = [_mean(_best_task(points) for points in seeds.values()) for seeds in sets.values()]
+    reached = [value for value in best if math.isfinite(value)]
+    start = _mean(p.task for p in bases.values())
+    if task is None and not reached:
+        task = math.nan
+    elif task is None and scores.task_scored:
+        task = start + SHARE * (max(reached) - start)
+    elif task is None:
+        task = min(value for value in reached if value >= (start + max(reached)) / 2)
+    if kept is None:
+        kept = SHARE * _mean(p.kept for p in bases.values()) if scores.kept_scored else -KL_LEVEL
+    if scores.task_scored:
+        return Levels(task, kept, 1.0)
+    everyone = [p for seeds in sets.values() for points in seeds.values() for p in points]
+    return Levels(task, kept, _best_task(everyone))
+
+
+def _levels_in_words(levels: Levels, scores: Scores, task_found: bool, kept_found: bool) -> str:
+    if scores.task_scored:
+        task = f"score of at least {levels.task:.3f}"
+        why = "90 % of the way from the base to the best method"
+    else:
+        task = f"loss of at most {-levels.task:.3f} nats a token"
+        why = "reached by every method that gets halfway to the best"
+    if scores.kept_scored:
+        kept = f"score of at least {levels.kept:.3f}" + (" (90 % of the base's)" * kept_found)
+    else:
+        kept = f"KL of at most {-levels.kept:g} nats a token"
+    return f"Matched task: {task}{f' ({why})' * task_found}. Matched kept: {kept}."
+
+
+def _area_in_words(levels: Levels, scores: Scores) -> str:
+    task = "score 1" if scores.task_scored else f"loss {-levels.best_task:.3f}"
+    kept = "score 0 to 1" if scores.kept_scored else f"KL {KL_FLOOR:g} to 0"
+    return (
+        f"Area: under the staircase, as a share of task from the base to {task}, kept from {kept}."
+    )
+
+
+def _frontier_columns(
+    sets: Sets, bases: Mapping[int, Point], scores: Scores, levels: Levels
+) -> list[Column]:
+    """What depends on points alone; losses and KLs are shown as such, not as negative scores."""
+
+    def column(title: str, digits: int, measure: Callable[[list[Point], int], float]) -> Column:
+        return Column(
+            title,
+            digits,
+            {m: {s: measure(p, s) for s, p in seeds.items()} for m, seeds in sets.items()},
+        )
+
+    def area(points: list[Point], seed: int) -> float:
+        floor, top = (0.0, 1.0) if scores.kept_scored else (-KL_FLOOR, 0.0)
+        return dominated_area(points, (bases[seed].task, floor), (levels.best_task, top))
+
+    columns = [column("KL at matched task", 4, lambda p, _: kl_at(p, levels.task))]
+    if scores.kept_scored:  # without scorers it is the same as the KL
+        columns.insert(0, column("kept at matched task", 3, lambda p, _: kept_at(p, levels.task)))
+    if scores.task_scored:
+        columns.append(column("task at matched kept", 3, lambda p, _: task_at(p, levels.kept)))
+    else:
+        columns.append(column("loss at matched kept", 3, lambda p, _: -task_at(p, levels.kept)))
+    return [*columns, column("area", 3, area)]
+
+
+def _average_columns(arms: Mapping[str, Mapping[int, list[Result]]]) -> list[Column]:
+    best = {
+        method: {seed: best_average(group) for seed, group in seeds.items()}
+        for method, seeds in arms.items()
+    }
+
+    def column(title: str, digits: int, field: str) -> Column:
+        values = {m: {s: getattr(a, field) for s, a in seeds.items()} for m, seeds in best.items()}
+        return Column(title, digits, values)
+
+    return [
+        column("Avg1", 3, "avg1"),
+        column("Avg1 %", 1, "avg1_percent"),
+        column("Avg2", 3, "avg2"),
+        column("GM", 3, "gm"),
+    ]
+
+
+def best_average(arms: Sequence[Result]) -> Averages:
+    """Averages of the reading, or base, with the best GM among arms of one method and seed.
+
+    All are NaN if no reading has a GM.
+    """
+    found = [
+        averages(reading["kept"].values(), arm.base["kept"].values(), mean_score(reading["task"]))
+        for arm in arms
+        for reading in (arm.base, *arm.readings)
+    ]
+    nothing = Averages(math.nan, math.nan, math.nan, math.nan)
+    return max((a for a in found if math.isfinite(a.gm)), key=lambda a: a.gm, default=nothing)
+
+
+def _stated(found: Interval, seeds: int, digits: int, sign: str = "-") -> str:
+    """Mean ± half-width; says how many seeds have a value where not all of the method's have."""
+    if not found.n:
+        return NONE
+    text = _text(found.mean, digits, sign)
+    if found.n > 1:
+        text += f" ± {_text(found.half_width, digits)}"
+    return text if found.n == seeds else f"{text} ({found.n} of {seeds} seeds)"
+
+
+def _text(value: float, digits: int, sign: str = "-") -> str:
+    return f"{round(value, digits) + 0.0:{sign}.{digits}f}"  # adding 0 turns -0 into 0
+
+
+def _count(arms: Sequence[Result]) -> str:
+    diverged = sum(arm.diverged for arm in arms)
+    return f"{len(arms)} ({diverged} diverged)" if diverged else str(len(arms))
+
+
+def _best_task(points: Iterable[Point]) -> float:
+    return task_at(points, -math.inf)
+
+
+def _mean(values: Iterable[float]) -> float:
+    return interval(values).mean

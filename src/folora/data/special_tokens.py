@@ -1,0 +1,129 @@
+"""The tokens that a sampled sequence starts from and ends with."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from folora.config import SamplingConfig
+from folora.errors import DataError
+from folora.runtime.fingerprints import tokenizer_fingerprint
+
+logger = logging.getLogger(__name__)
+
+SEPARATORS = ("<|endoftext|>", "<|end_of_text|>")  # of GPT-2 and Qwen, and of Llama 3
+
+
+def start_token_id(tokenizer: PreTrainedTokenizerBase, choice: str | None, *configs: Any) -> int:
+    """The token that sampling starts from.
+
+    Args:
+        tokenizer: Of the model.
+        choice: None for the tokenizer's BOS, ``"eos"``, or the text of a token.
+        configs: Of the model and of its generation. Without a BOS in the tokenizer theirs is taken,
+            then the token that separates documents; the log says which.
+
+    Raises:
+        DataError: Nothing was chosen and there is no such token, or the chosen one does not exist.
+    """
+    if choice is None:
+        if tokenizer.bos_token_id is not None:
+            return int(tokenizer.bos_token_id)
+        return _document_start(tokenizer, configs)
+    if choice == "eos":
+        if tokenizer.eos_token_id is None:
+            raise DataError("sampling.start_token is 'eos', but this tokenizer has no EOS token")
+        return int(tokenizer.eos_token_id)
+    vocabulary = tokenizer.get_vocab()
+    if choice not in vocabulary:
+        raise DataError(f"sampling.start_token {choice!r} is not a token of this tokenizer")
+    return int(vocabulary[choice])
+
+
+def _document_start(tokenizer: PreTrainedTokenizerBase, configs: Sequence[Any]) -> int:
+    """What stands at the start of documents, for a tokenizer without BOS. Raises DataError."""
+    for number, why in _candidates(tokenizer, configs):
+        if number is None or not _is_special(tokenizer, number):
+            continue
+        logger.info(
+            "sampling starts from %r (token %d), %s; the tokenizer has no BOS token",
+            tokenizer.convert_ids_to_tokens(number), number, why,
+        )  # fmt: skip
+        return number
+    eos = f"eos (which is {tokenizer.eos_token!r})" if tokenizer.eos_token else "TOKEN"
+    raise DataError(
+        "this tokenizer has no BOS token to start sampling from, and neither the model's config nor a "
+        f"document separator gives another. Choose one: --sampling.start_token {eos}, or the text of "
+        "a token that stood at the start of documents in pretraining."
+    )
+
+
+def _candidates(
+    tokenizer: PreTrainedTokenizerBase, configs: Sequence[Any]
+) -> Iterator[tuple[int | None, str]]:
+    for config in configs:
+        for part in (config, getattr(config, "get_text_config", lambda: None)()):
+            found = getattr(part, "bos_token_id", None)
+            yield (found if isinstance(found, int) else None), "bos_token_id of the model's config"
+    vocabulary = tokenizer.get_vocab()
+    for separator in SEPARATORS:
+        yield vocabulary.get(separator), "which separates documents"
+    template = str(tokenizer.chat_template or "")
+    ends_turns = "eos_token" in template or (tokenizer.eos_token or "") in template
+    if not template or not ends_turns:
+        yield tokenizer.eos_token_id, "which ends documents"
+
+
+def _is_special(tokenizer: PreTrainedTokenizerBase, number: int) -> bool:
+    """Whether a token is no text. A config class may have a default id that means a letter here."""
+    added = tokenizer.added_tokens_decoder.get(number)
+    return number in tokenizer.all_special_ids or (added is not None and added.special)
+
+
+def ending_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: SamplingConfig
+) -> list[int]:
+    """The tokens that end a sampled sequence: none if EOS is to be ignored.
+
+    Raises:
+        DataError: The model has no logit for one of them.
+    """
+    found = [] if config.ignore_eos else eos_token_ids(model, tokenizer)
+    known = known_tokens(model)
+    if wrong := [i for i in found if not 0 <= i < known]:
+        raise DataError(
+            f"the model's generation config ends sequences at token {wrong[0]}, but the model knows "
+            f"{known} tokens; correct eos_token_id there, or give --sampling.ignore_eos true"
+        )
+    return found
+
+
+def known_tokens(model: PreTrainedModel) -> int:
+    """How many tokens the model has embeddings for."""
+    return len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+
+
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """All tokens that end a sequence, by the model's generation config or the tokenizer."""
+    generation = getattr(model, "generation_config", None)
+    found = getattr(generation, "eos_token_id", None)
+    if found is None:
+        found = tokenizer.eos_token_id
+    if found is None:
+        return []
+    return [int(i) for i in found] if isinstance(found, list | tuple) else [int(found)]
+
+
+def check_same_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, name: str
+) -> None:
+    """Refuse a sampler model whose tokenizer gives other ids. Raises DataError."""
+    if tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(other):
+        raise DataError(
+            f"the sampler model {name} has another tokenizer than the model ({len(other)} against "
+            f"{len(tokenizer)} tokens, or other ids), so its tokens mean nothing to the model. "
+            "Choose a sampler of the same family, or leave sampling.sampler_model out."
+        )

@@ -1,0 +1,51 @@
+"""How far an adapted model's next-token distributions are from its base's.
+
+The meter reads this on the model's own text; the complements to any method add it to the loss.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from folora.data.formats import IGNORE
+from folora.runtime.shapes import Float, Int
+
+
+def labelled_logits(
+    model: Any, batch: dict[str, Tensor]
+) -> tuple[Float[Tensor, "n vocab"], Int[Tensor, " n"]]:
+    """Logits that predict a labelled token, and those labels, flattened over the batch.
+
+    Args:
+        model: A causal LM.
+        batch: ``labels`` (b, t) with -100 where there is none, and whatever the model takes.
+    """
+    inputs = {k: v.to(model.device) for k, v in batch.items() if k not in ("labels", "use_cache")}
+    labels = batch["labels"][:, 1:].to(model.device)
+    wanted = labels != IGNORE
+    logits = model(**inputs, use_cache=False).logits[:, :-1]
+    return logits[wanted], labels[wanted]
+
+
+def kl(base: Float[Tensor, "n vocab"], adapted: Float[Tensor, "n vocab"]) -> Float[Tensor, " n"]:
+    """KL(base || adapted) of each position, in nats; computed in float32."""
+    p, q = torch.log_softmax(base.float(), -1), torch.log_softmax(adapted.float(), -1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def masked_target_kl(
+    base: Float[Tensor, "n vocab"],
+    adapted: Float[Tensor, "n vocab"],
+    targets: Int[Tensor, " n"],
+) -> Float[Tensor, " n"]:
+    """KL(base || adapted) with the target token taken out of both (arXiv:2605.29498).
+
+    The remaining probabilities are renormalized, so that learning the target is not opposed and
+    the base's preferences among all other tokens are kept.
+    """
+    target = torch.nn.functional.one_hot(targets, base.shape[-1]).bool()
+    lowest = torch.finfo(torch.float32).min  # not -inf: 0 * inf would be NaN
+    return kl(base.float().masked_fill(target, lowest), adapted.float().masked_fill(target, lowest))

@@ -1,0 +1,220 @@
+"""What was learned, what was kept, and what it cost.
+
+Kept: on the model's own held-out samples, KL(base || adapted) a token and the change in
+cross-entropy. Learned: loss on held-out rows of the task. Cost: ||dW||_F, and its H-norm
+sqrt(trace(dW H dW')), which is the root mean square change of the layer's response to the model's
+own text (plus the ridge).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from folora.adapters.adapter import lora_factors
+from folora.data.rows import Example, batches, text_examples
+from folora.errors import DataError
+from folora.metrics.kl import kl, labelled_logits
+from folora.optim.sadam import SAdam
+from folora.runtime.contexts import evaluating, without_adapter
+from folora.spectral.layers import GroupBasis
+
+logger = logging.getLogger(__name__)
+
+OUTSIDE = 1e-3  # share of A that may lie outside of a cut basis; rounding in fp32 leaves 1e-6
+UNTRAINED = 1e-6  # of the factors' norms; an initialization that is subtracted leaves 1e-8
+ROWS_AT_ONCE = 256  # of (tokens, vocabulary) log-probabilities in float32
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One reading of the meter.
+
+    Attributes:
+        kl: Mean KL(base || adapted) a token, in nats, on held-out self-samples.
+        ce_change: Cross-entropy of adapted minus base on the same tokens, in nats a token.
+        task_loss: Cross-entropy a response token on held-out task rows; NaN without rows.
+    """
+
+    kl: float
+    ce_change: float
+    task_loss: float
+
+
+@dataclass(frozen=True)
+class LayerNorms:
+    """Size of one layer's update: Frobenius, and in the metric of H."""
+
+    frobenius: float
+    h_norm: float
+
+
+class Meter:
+    """Reads a PEFT model against its own base, on the same fixed tokens every time.
+
+    Args:
+        held_out_samples: Self-samples set aside, with the start token in front.
+        held_out_task: Task rows set aside; may be empty.
+        batch_size: Sequences a forward pass.
+        check: Called before every reading.
+
+    Raises:
+        DataError: There are no held-out samples.
+    """
+
+    def __init__(
+        self,
+        held_out_samples: Sequence[list[int]],
+        held_out_task: Sequence[Example],
+        batch_size: int = 8,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        if not held_out_samples:
+            raise DataError("the meter needs held-out samples; sample at least 32 sequences")
+        self.samples = text_examples(held_out_samples)
+        self.task = list(held_out_task)
+        self.batch_size = batch_size
+        self.check = check
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of a reading: how often `on_batch` is called."""
+        rows = (len(self.samples), len(self.task))
+        return sum(-(-count // self.batch_size) for count in rows)
+
+    def read(self, model: PeftModel, on_batch: Callable[[], None] = lambda: None) -> Reading:
+        """Take a reading; the model's mode and adapter are as before afterwards."""
+        self.check()
+        with evaluating(model):
+            total = change = tokens = 0.0
+            for batch in batches(self.samples, self.batch_size):
+                k, c, n = _divergence(model, batch)
+                total, change, tokens = total + k, change + c, tokens + n
+                on_batch()
+        return Reading(total / tokens, change / tokens, self.task_loss(model, on_batch))
+
+    def task_loss(self, model: Any, on_batch: Callable[[], None] = lambda: None) -> float:
+        """Cross-entropy a response token on the held-out task rows; NaN without rows."""
+        total = count = 0.0
+        with evaluating(model):
+            for batch in batches(self.task, self.batch_size):
+                value, n = response_loss(model, batch)
+                total, count = total + value, count + n
+                on_batch()
+        return total / count if self.task else float("nan")
+
+
+def update_norms(
+    model: PeftModel, bases: Sequence[GroupBasis], adapter_name: str = "default"
+) -> dict[str, LayerNorms]:
+    """||dW||_F and sqrt(trace(dW H dW')) of every adapted layer, from the factors in float64.
+
+    With a cut basis the second is known only for updates that read its span, and NaN for others.
+    """
+    factors = lora_factors(model, adapter_name)
+    norms: dict[str, LayerNorms] = {}
+    for b in bases:
+        a64 = [factors[name][0].double() for name in b.group.layers]
+        # Columns of T differ in length by orders of magnitude; what is solved sees their directions.
+        basis = b.basis.to(a64[0].device).double()
+        lengths = basis.norm(dim=0)
+        # H = T^-T T^-1, so an H-norm is a plain norm after solving with T.
+        in_h = _coordinates(basis / lengths, torch.cat(a64)) / lengths
+        parts = in_h.split([len(a) for a in a64])
+        for name, a, own in zip(b.group.layers, a64, parts, strict=True):
+            _, outer, scaling = factors[name]
+            gram = outer.double().T @ outer.double()
+            norms[name] = LayerNorms(
+                scaling * _norm_of_product(gram, a), scaling * _norm_of_product(gram, own)
+            )
+    return norms
+
+
+def warn_if_not_stepped(optimizer: SAdam, model: PeftModel, bases: Sequence[GroupBasis]) -> None:
+    """Warn that an adapter has been trained, but not by its optimizer: a Trainer then took AdamW.
+
+    Args:
+        optimizer: That of `prepare`.
+        model: Its model.
+        bases: Their bases. While A lies in the span of a cut one, another `SAdam` may have stepped it.
+    """
+    spectral = any("basis" in group for group in optimizer.param_groups)
+    if optimizer.state or not spectral:
+        return
+    norms = update_norms(model, bases)
+    factors = lora_factors(model)
+    moved = [name for name, norm in norms.items() if norm.frobenius > _rounding(*factors[name])]
+    cut = {n: len(b.gamma) < b.group.d_in for b in bases for n in b.group.layers}
+    strange = [name for name in moved if not cut[name] or math.isnan(norms[name].h_norm)]
+    if strange:
+        logger.warning(
+            "%d layers have been trained, such as %s, but the prepared optimizer has not taken a step. Does "
+            "the Trainer have optimizers=(prepared.optimizer, None)? Without it, it trains a plain LoRA "
+            "adapter by AdamW, and nothing keeps what the model knew.",
+            len(strange), strange[0],
+        )  # fmt: skip
+
+
+def _rounding(a: Tensor, b: Tensor, scaling: float) -> float:
+    """The largest ||dW||_F that the factors of an adapter that was not trained may have."""
+    return UNTRAINED * abs(scaling) * float(a.double().norm() * b.double().norm())
+
+
+def _coordinates(basis: Tensor, a: Tensor) -> Tensor:
+    """X with X T' = A, (rows, k); rows of NaN for those of A that lie outside of a cut basis's span."""
+    d, k = basis.shape
+    if d == k:
+        return torch.linalg.solve(basis, a.T).T
+    q, upper = torch.linalg.qr(basis)
+    inside = q.T @ a.T
+    found = torch.linalg.solve_triangular(upper, inside, upper=True).T
+    outside = (a.T - q @ inside).norm(dim=0) > OUTSIDE * a.norm(dim=1)
+    return found.masked_fill_(outside[:, None], float("nan"))
+
+
+@torch.no_grad()
+def response_loss(model: Any, batch: dict[str, Tensor]) -> tuple[float, int]:
+    """Summed cross-entropy of the labelled tokens, and their number."""
+    logits, labels = labelled_logits(model, batch)
+    return float(_cross_entropy(logits.float(), labels)), len(labels)
+
+
+def total_norm(norms: dict[str, LayerNorms]) -> LayerNorms:
+    """Root of the summed squares over layers."""
+    return LayerNorms(
+        sum(n.frobenius**2 for n in norms.values()) ** 0.5,
+        sum(n.h_norm**2 for n in norms.values()) ** 0.5,
+    )
+
+
+@torch.no_grad()
+def _divergence(model: PeftModel, batch: dict[str, Tensor]) -> tuple[float, float, int]:
+    """Summed KL(base || adapted), summed change in cross-entropy, and the number of tokens."""
+    adapted, labels = labelled_logits(model, batch)
+    with without_adapter(model):
+        base, _ = labelled_logits(model, batch)
+    total = change = 0.0
+    for start in range(0, len(labels), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        total += float(kl(base[rows], adapted[rows]).double().sum())
+        losses = [_cross_entropy(x[rows].float(), labels[rows]) for x in (adapted, base)]
+        change += float(losses[0] - losses[1])
+    return total, change, len(labels)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Summed over positions, as a float64 scalar."""
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="none").double().sum()
+
+
+def _norm_of_product(gram: Tensor, a: Tensor) -> float:
+    """||B A||_F from B'B (k, k) and A (k, d)."""
+    square = float((gram * (a @ a.T)).sum())
+    return square if math.isnan(square) else max(square, 0.0) ** 0.5

@@ -1,0 +1,124 @@
+"""What a result was made from: SHA-256 of weights, model config, tokenizer and tokens.
+
+Two models have the same fingerprints exactly if they compute the same: every weight counts, wherever
+it was loaded from. The values are hashed as they lie in memory, in as many threads as PyTorch uses;
+measured with SHA instructions: 1.3 GB/s a core in bfloat16, .8 in float32, less time than loading takes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from folora.runtime import distributed
+from folora.runtime.storage import json_fingerprint
+from folora.runtime.tensors import whole
+
+VALUES_AT_ONCE = 2**22
+NARROW = (torch.bfloat16, torch.float16)
+WIDE = (torch.float16, torch.float32, torch.float64)
+WITHOUT_EFFECT = frozenset(
+    {"transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"}
+)
+"""Entries of a model's config that change nothing about what it computes; the dtype is told apart."""
+
+
+def model_facts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """What a manifest says of a model and its tokenizer; of shared-out weights all processes must call it."""
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "model_config": config_fingerprint(model.config),
+        "model": weights_fingerprint(model),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+    }
+
+
+def config_fingerprint(config: Any) -> str:
+    """SHA-256 of a transformers config: what differs from its class's defaults and has an effect."""
+    return json_fingerprint(_effective(json.loads(config.to_json_string(use_diff=True))))
+
+
+def _effective(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            k: _effective(v)
+            for k, v in value.items()
+            if k not in WITHOUT_EFFECT and not k.startswith("_")
+        }
+    return [_effective(v) for v in value] if isinstance(value, list) else value
+
+
+@torch.no_grad()
+def weights_fingerprint(model: nn.Module) -> str:
+    """SHA-256 over names, shapes and all values of parameters and saved buffers.
+
+    Each value is hashed in the narrowest dtype that holds it exactly. The same checkpoint in bfloat16
+    or widened to float32 therefore agrees, but one that is rounded to fewer bits does not. Of weights
+    that processes share out, each process hashes a part; all must call it.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # after a forward pass tied weights may be there twice
+            module.reshard()
+    state = {n: t for n, t in sorted(model.state_dict().items()) if isinstance(t, Tensor)}
+    shared_out = {n: t for n, t in state.items() if isinstance(t, DTensor)}
+    digests: dict[str, str] = {}
+    for index, (name, tensor) in enumerate(shared_out.items()):
+        gathered = whole(tensor)  # by all processes together
+        if index % distributed.count() == distributed.rank():
+            digests[name] = _digest(gathered)
+    if shared_out:
+        digests = {n: d for part in distributed.gather(digests) for n, d in part.items()}
+    own = [name for name in state if name not in shared_out]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        digests |= zip(own, pool.map(lambda name: _digest(state[name]), own), strict=True)
+    return json_fingerprint([[name, list(t.shape), digests[name]] for name, t in state.items()])
+
+
+def _digest(tensor: Tensor) -> str:
+    result = hashlib.sha256()
+    for part in _parts(tensor):
+        # A copy, since numpy would fix the size of the weights' own storage, which FSDP changes.
+        narrow = _narrowest(part).cpu().clone()
+        result.update(f"{narrow.dtype}".encode())
+        result.update(narrow.view(torch.uint8).numpy().data)
+    return result.hexdigest()
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    if not tensor.is_meta and tensor.numel():
+        yield from tensor.detach().reshape(-1).split(VALUES_AT_ONCE)
+
+
+def _narrowest(values: Tensor) -> Tensor:
+    """The same values in 16 bits if that loses nothing."""
+    if values.dtype in WIDE:
+        for dtype in NARROW:
+            narrow = values.to(dtype)
+            if torch.equal(narrow.to(values.dtype), values):
+                return narrow
+    return values
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of the vocabulary: equal for tokenizers that give every token the same id.
+
+    Templates and special tokens show in the tokens of the rows, which have a fingerprint of their own.
+    """
+    return json_fingerprint(sorted(tokenizer.get_vocab().items()))
+
+
+def tokens_fingerprint(rows: Iterable[Iterable[int]]) -> str:
+    """SHA-256 of token rows."""
+    result = hashlib.sha256()
+    for row in rows:
+        result.update((",".join(map(str, row)) + "\n").encode())
+    return result.hexdigest()

@@ -1,0 +1,238 @@
+"""Models and tokenizers by name, with what can go wrong said in plain words."""
+
+from __future__ import annotations
+
+import logging
+import os
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.distributed.configuration_utils import DistributedConfig
+
+from folora.config import FoLoraConfig
+from folora.errors import ConfigError
+from folora.runtime import distributed
+from folora.runtime.architecture import check_config
+from folora.runtime.contexts import is_shared_out
+
+logger = logging.getLogger(__name__)
+
+LONGEST_REASON = 300
+
+
+def required(value: str | None, option: str) -> str:
+    """A top-level option that this command cannot do without. Raises ConfigError."""
+    if not value:
+        raise ConfigError(f"--{option} is needed here")
+    return value
+
+
+def check_model_name(name: str) -> None:
+    """Refuse, before anything is loaded, a folder that holds no model. Raises ConfigError."""
+    if os.path.isdir(name):  # False for a name too long, at which Path raises
+        if not os.path.isfile(os.path.join(name, "config.json")):
+            raise ConfigError(f"the folder {name} holds no model: config.json is missing")
+    elif os.path.isfile(name):
+        raise ConfigError(f"the model {name} is a file, but must be a folder or a Hub name")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ConfigError(f"the model folder {name} does not exist")
+
+
+def check_quantizer(config: FoLoraConfig) -> None:
+    """Refuse ``--quantize`` without bitsandbytes. Raises ConfigError."""
+    if config.quantize != "none" and find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"quantize {config.quantize!r} needs bitsandbytes: pip install 'folora[quantized]'"
+        )
+
+
+def device_of(config: FoLoraConfig) -> torch.device:
+    """The device that ``--device`` stands for. Raises ConfigError if it is not there."""
+    if config.device == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        if accelerator is None:
+            return torch.device("cpu")
+        return (
+            torch.device(accelerator.type, distributed.local_rank())
+            if distributed.count() > 1
+            else accelerator
+        )
+    try:
+        device = torch.device(config.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device is {config.device!r}: {reason}") from error
+    if device.type == "meta":
+        raise ConfigError("device is 'meta', but must be one that computes")
+    return device
+
+
+def load_config(config: FoLoraConfig, name: str) -> Any:
+    """The transformers config of a causal LM. Raises ConfigError."""
+    check_model_name(name)
+    found = _load(
+        AutoConfig.from_pretrained,
+        name,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+    check_config(found, name)
+    return found
+
+
+def load_generation_config(config: FoLoraConfig, name: str) -> GenerationConfig | None:
+    """The model's generation config; None if it has no such file."""
+    try:
+        return GenerationConfig.from_pretrained(name, revision=config.revision or "main")
+    except OSError:
+        return None
+
+
+def dtype_for(config: FoLoraConfig, device: torch.device, model_config: Any) -> torch.dtype | None:
+    """The dtype to load a model in, on a device; None if nothing but its weights tells.
+
+    ``--dtype auto`` is the checkpoint's, but float32 on a CPU that has no products of its 16-bit numbers:
+    one with AVX2 alone takes 28 times as long for a product in bf16.
+    """
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)  # type: ignore[no-any-return]
+    stored = getattr(model_config.get_text_config(), "dtype", None)
+    stored = getattr(torch, stored) if isinstance(stored, str) else stored
+    return None if stored is None else fast_dtype(stored, device)
+
+
+def fast_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """A checkpoint's dtype, but float32 on a CPU that has no products of it."""
+    return torch.float32 if device.type == "cpu" and is_slow_here(stored) else stored
+
+
+def is_slow_here(dtype: torch.dtype) -> bool:
+    """Whether this CPU has no products of such numbers, by what torch's own kernels for it say."""
+    if dtype == torch.bfloat16:
+        has_products = torch.ops.mkldnn._is_mkldnn_bf16_supported
+    elif dtype == torch.float16:
+        has_products = torch.ops.mkldnn._is_mkldnn_fp16_supported
+    else:
+        return False
+    return not (torch.backends.mkldnn.is_available() and has_products())
+
+
+def warn_if_slow(dtype: torch.dtype | None, device: torch.device) -> None:
+    """Say so if this is a CPU that has no products of such numbers."""
+    if dtype is not None and fast_dtype(dtype, device) != dtype:
+        name = str(dtype).removeprefix("torch.")
+        logger.warning(
+            "this CPU multiplies %s many times slower than float32, which --dtype auto takes here; "
+            "from_pretrained takes it by dtype=torch.float32",
+            name,
+        )
+
+
+def load_skeleton(config: FoLoraConfig, model_config: Any) -> PreTrainedModel:
+    """The model without its weights, on torch's default device. Raises ConfigError."""
+    return _load(
+        lambda name, **options: AutoModelForCausalLM.from_config(model_config, **options),
+        required(config.model, "model"),
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def load_tokenizer(config: FoLoraConfig, name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer, padding on the right. Raises ConfigError."""
+    check_model_name(name)
+    tokenizer = _load(
+        AutoTokenizer.from_pretrained,
+        name,
+        "the tokenizer of model",
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ConfigError(f"the tokenizer of {name} has neither a padding nor an EOS token")
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked everywhere
+    return tokenizer
+
+
+def load_model(config: FoLoraConfig, name: str, as_stored: bool = False) -> PreTrainedModel:
+    """The causal LM in evaluation mode on its device.
+
+    Args:
+        config: Tells device, dtype and the like.
+        name: Of the model.
+        as_stored: ``--dtype auto`` is the checkpoint's dtype, also where it is slow; see `dtype_for`.
+
+    Raises:
+        ConfigError: It cannot be loaded, or lacks weights.
+    """
+    check_quantizer(config)
+    device = device_of(config)
+    model_config = load_config(config, name)
+    dtype = None if as_stored else dtype_for(config, device, model_config)
+    warn_if_slow(dtype, device)
+    options: dict[str, Any] = {
+        "dtype": dtype or config.dtype,
+        "revision": config.revision,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    if config.quantize != "none":
+        options["device_map"] = {"": device}
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=config.quantize == "8bit",
+            load_in_4bit=config.quantize == "4bit",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    if config.shard and distributed.count() > 1:
+        # Each process has its part from here on; blocks are gathered while they run.
+        options["distributed_config"] = DistributedConfig(fsdp_size=distributed.count())
+    # Accelerate's switch, read by transformers: it leaves all but one process without weights.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    # Weights of a wrong shape are named below; transformers names them in its log alone.
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = _load(AutoModelForCausalLM.from_pretrained, name, **options)
+    if info["mismatched_keys"]:
+        layer, found, wanted = min(info["mismatched_keys"])
+        raise ConfigError(
+            f"model {name!r} cannot be loaded: {layer} has shape {tuple(found)} in the checkpoint, "
+            f"but {tuple(wanted)} by config.json"
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise ConfigError(
+            f"the checkpoint of model {name!r} lacks {len(missing)} of the weights, such as "
+            f"{missing[0]}; transformers would fill them with random numbers"
+        )
+    if config.quantize == "none" and not is_shared_out(model):
+        model = model.to(device)
+    # Frozen before it first runs: FSDP2 makes its whole weights then, once, as they are now.
+    return model.requires_grad_(False).eval()
+
+
+def _load(load: Any, name: str, what: str = "model", **options: Any) -> Any:
+    """Call a from_pretrained; the Hub's, safetensors' and transformers' errors become ours."""
+    try:
+        return load(name, **options)
+    except Exception as error:  # OSError, ValueError, SafetensorError, ImportError, HTTP errors ...
+        where = "" if os.path.exists(name) else _offline_hint()
+        reason = repr(error) if isinstance(error, KeyError) else " ".join(str(error).split())
+        if len(reason) > LONGEST_REASON:  # such as the names of all models there are
+            reason = f"{reason[:LONGEST_REASON]} ..."
+        raise ConfigError(f"{what} {name!r} cannot be loaded: {reason}{where}") from error
+
+
+def _offline_hint() -> str:
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        return " (HF_HUB_OFFLINE is set, so only the local cache was looked at)"
+    return ""

@@ -1,0 +1,29 @@
+"""Layers that read the same tensor: they share one covariance and one basis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """Layers that read the same tensor of width `d_in`; named after the first of them."""
+
+    layers: tuple[str, ...]
+    d_in: int
+
+    @property
+    def name(self) -> str:
+        """Name of the first layer, in the order of the forward pass."""
+        return self.layers[0]
+
+
+def group_of(fact: Mapping[str, Any]) -> InputGroup:
+    """A group as a manifest has it: its ``layers`` and ``d_in``. Raises ValueError."""
+    layers, d_in = fact["layers"], fact["d_in"]
+    named = isinstance(layers, list | tuple) and layers and all(isinstance(n, str) for n in layers)
+    if not named or type(d_in) is not int or d_in < 1:
+        raise ValueError(f"{fact!r:.80} is no group of layers")
+    return InputGroup(tuple(layers), d_in)

@@ -1,0 +1,548 @@
+"""Training by TRL's SFTTrainer; folora adds its optimizer, its meter, and a result on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from copy import copy
+from itertools import chain
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+from datasets import Dataset
+from peft import set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import (
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from folora.adapters.low_rank import narrow_inputs
+from folora.config import TrainingConfig
+from folora.data.formats import IGNORE
+from folora.data.rows import pad_batch, text_examples
+from folora.errors import ArtifactError, ConfigError, FoLoraError, NumericsError, nearest
+from folora.metrics.kl import kl, labelled_logits, masked_target_kl
+from folora.metrics.meter import LayerNorms, Reading, total_norm, update_norms
+from folora.runtime import distributed
+from folora.runtime.checkpoints import (
+    begin_checkpoint,
+    latest_checkpoint,
+    prune,
+    seal_checkpoint,
+    way_out,
+)
+from folora.runtime.compat import trainer_options
+from folora.runtime.contexts import without_adapter
+from folora.runtime.extras import needed_by
+from folora.runtime.finiteness import unsound_gradients, where_it_breaks
+from folora.runtime.progress import progress
+from folora.runtime.storage import sweep
+from folora.runtime.tensors import whole
+from folora.training.hyperparameters import adam_options, check_optimizer, follow_arguments
+from folora.training.interruption import StopAfterStep, finishing_step
+from folora.training.prepared import Prepared, to_dataset
+from folora.training.progress import training_progress
+from folora.training.sft_options import refusal
+
+with needed_by("training", "trl"):
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+
+logger = logging.getLogger(__name__)
+
+MOST_SKIPPED = 20  # steps in a row
+FLAT = (
+    "{}, but folora's optimizer needs whole rows of the adapter's matrices. Use FSDP2 (accelerate launch "
+    "--use_fsdp --fsdp_version 2), which keeps them, or neither: torchrun, or accelerate launch --multi_gpu. "
+    "The base is frozen, so its weights need no optimizer state."
+)
+LORA = "lora_"  # in the names of all that belongs to an adapter
+
+
+class AfterStep(TrainerCallback):
+    """Calls `act` after every step of a Trainer.
+
+    Args:
+        act: Given the Trainer's state, and the control by which it is told to save or stop.
+    """
+
+    def __init__(self, act: Callable[[TrainerState, TrainerControl], None]) -> None:
+        self.act = act
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Called by the Trainer."""
+        self.act(state, control)
+
+
+class OwnIntervals(TrainerCallback):
+    """Has a training that is resumed log, save and evaluate at the intervals that it is given now."""
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Called by the Trainer, with the state of the checkpoint."""
+        state.compute_steps(args, state.max_steps)
+
+
+class FoLoraTrainer(SFTTrainer):
+    """SFTTrainer on a `Prepared` model: `evaluate` reads the meter and logs what it says.
+
+    A gradient that is not finite never reaches the optimizer: training ends with a NumericsError, or
+    passes over the step, by ``training.non_finite``. Checkpoints are sealed; see `checkpoints`.
+
+    Args:
+        prepared: From `prepare`.
+        args: Any SFTConfig; see `sft_config` for one that follows a `TrainingConfig`. Its learning
+            rate, weight decay, betas and epsilon are taken, also where those prepared are others.
+        processing_class: The tokenizer.
+        kwargs: Passed on to SFTTrainer (callbacks, data_collator, ...).
+
+    Raises:
+        ConfigError: `args` asks for another optimizer, or for parameters that are not whole.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        args: SFTConfig,
+        processing_class: PreTrainedTokenizerBase,
+        **kwargs: Any,
+    ) -> None:
+        self.prepared = prepared
+        check_sharding(args)
+        check_optimizer(args)
+        # Of the model, not of the Trainer, which knows it only in later versions of transformers.
+        model: Any = prepared.model
+        self._loaded_in_parts = getattr(model, "is_distributed_loading_by_transformers", False)
+        args = copy(args)
+        # The Trainer deletes whatever is named as a checkpoint; `prune` deletes what we wrote.
+        self._keep, args.save_total_limit = args.save_total_limit, None
+        if self._loaded_in_parts:
+            # The Trainer would refuse to save the optimizer of such a model; see `_save_checkpoint`.
+            args.save_only_model = True
+        self._unsound, self._skipped_in_a_row = False, 0
+        held_out = prepared.task.held_out
+        super().__init__(
+            model=prepared.model,
+            args=args,
+            train_dataset=prepared.train_dataset(),
+            eval_dataset=to_dataset(held_out) if held_out else None,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self.add_callback(OwnIntervals())
+        if self.is_fsdp_enabled:
+            # By torch.distributed.checkpoint, which other numbers of processes can read; whole states
+            # are not loaded for an adapter alone (Accelerate 1.15 waits for ever).
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.state_dict_config = plugin.optim_state_dict_config = None
+            plugin.set_state_dict_type("SHARDED_STATE_DICT")
+        elif distributed.asks_for_fsdp(args.fsdp):
+            logger.warning("FSDP is asked for, but Accelerate takes it on accelerators alone")
+
+    def create_optimizer(self, model: Any = None) -> Optimizer:
+        """The prepared optimizer, over parameters that FSDP2 has not shared out yet."""
+        if self.optimizer is None:
+            self.optimizer = self.prepared.optimizer
+            follow_arguments(self.optimizer, self.args, self.prepared.config.training)
+        return self.optimizer
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The batches of a step, without what Accelerate fills the last one of an epoch up with.
+
+        Several processes get as many rows each; those from the epoch's beginning do not count a second
+        time, so that the step is that of one process, which takes a shorter one.
+        """
+        own = map(self._not_filled_up, epoch_iterator)
+        found: tuple[list[Any], Tensor | int | None] = super().get_batch_samples(
+            own, num_batches, device
+        )
+        return found
+
+    def _not_filled_up(self, batch: dict[str, Any]) -> dict[str, Any]:
+        state = self.accelerator.gradient_state
+        if "labels" not in batch or not state.end_of_dataloader or state.remainder <= 0:
+            return batch
+        labels = batch["labels"]
+        real = state.remainder - self.args.process_index * self._train_batch_size
+        if len(labels) == self._train_batch_size or real <= 0:  # or rows were put end to end
+            labels = labels.clone()
+            labels[max(0, real) :] = IGNORE
+        return {**batch, "labels": labels}
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """SFTTrainer's loss, plus the complements that the config asks for."""
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        penalty = self._penalty(model, inputs) if model.training else None
+        if penalty is None:
+            return result
+        # With a token count SFTTrainer leaves averaging over micro-batches to the loss.
+        if num_items_in_batch is not None:
+            penalty = penalty / self.current_gradient_accumulation_steps
+        return (result[0] + penalty, result[1]) if return_outputs else result + penalty
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """SFTTrainer's, with narrow inputs of adapted layers and with folora's progress bar."""
+        with narrow_inputs(self.prepared.model), training_progress(self):
+            return super().train(*args, **kwargs)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """SFTTrainer's forward and backward pass, and a look at the gradients before they are used."""
+        # Memory that an earlier backward pass of the step lets go of is needed again.
+        last = self.accelerator.sync_gradients
+        with self.prepared.optimizer.ahead() if last else nullcontext():
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        # fp16's scaler skips such steps itself, and looks for its scale by them.
+        if self.accelerator.scaler is None:
+            self._check_gradients(inputs)
+        return loss
+
+    def _check_gradients(self, inputs: dict[str, Any]) -> None:
+        """End or pass over a step with a gradient that is not finite. Raises NumericsError."""
+        complete = self.accelerator.sync_gradients
+        if not complete and distributed.count() > 1:
+            return  # what one process sees alone all see with the last backward pass of the step
+        names = [] if self._unsound else self._unsound_gradients()
+        self._unsound = self._unsound or bool(names)
+        if names:
+            self._stop_or_skip(names, inputs)
+        if self._unsound and complete:
+            # The optimizer passes over parameters without a gradient.
+            self.prepared.model.zero_grad()
+            self._unsound, self._skipped_in_a_row = False, self._skipped_in_a_row + 1
+        elif complete:
+            self._skipped_in_a_row = 0
+
+    def _unsound_gradients(self) -> list[str]:
+        """Their names, the same in all processes."""
+        own = unsound_gradients(self.prepared.model)
+        if not self.is_fsdp_enabled:
+            return own  # all have the same gradients
+        return sorted({*chain(*distributed.gather(own))}) if distributed.largest(len(own)) else []
+
+    def _stop_or_skip(self, names: list[str], inputs: dict[str, Any]) -> None:
+        with self.compute_loss_context_manager():
+            where = where_it_breaks(self.prepared.model, inputs)
+        step = self.state.global_step + 1
+        said = f"step {step}: {len(names)} gradients are not finite, such as {names[0]}'s; {where}"
+        skips = self.prepared.config.training.non_finite == "skip"
+        if skips and self._skipped_in_a_row < MOST_SKIPPED:
+            logger.warning("%s. The step is passed over.", said)
+            return
+        rate = self.prepared.config.training.learning_rate
+        way_out = (
+            f"{MOST_SKIPPED} steps in a row were passed over: the model is lost or its data are wrong."
+            if skips
+            else "Look at the rows of this step, or pass over such steps: --training.non_finite skip."
+        )
+        raise NumericsError(
+            f"{said}. The optimizer has seen nothing of it, and checkpoints are sound. {way_out} If it "
+            f"is the model that overflows, lower training.learning_rate (now {rate:g}), or train in "
+            "bf16 or fp32."
+        )
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The Trainer's checkpoint, sealed when it is whole. Raises ArtifactError."""
+        step = self.state.global_step
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+        def write() -> None:
+            try:
+                super(FoLoraTrainer, self)._save_checkpoint(model, trial)
+                if self._loaded_in_parts:  # the base; the adapter is whole
+                    self._save_optimizer_and_scheduler(str(folder))
+                    self._save_rng_state(str(folder))
+            except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: of torch.save
+                raise ArtifactError(f"cannot write the checkpoint {folder}: {error}") from error
+
+        def finish() -> None:
+            seal_checkpoint(folder)
+            if self._keep:
+                prune(folder.parent, self._keep, self.state.best_model_checkpoint)
+
+        distributed.first(lambda: begin_checkpoint(folder))
+        distributed.agree(write)  # every process adds a file
+        distributed.first(finish)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """SFTTrainer's, which replaces README.md beside the checkpoints, for a push to the Hub alone."""
+        if self.args.push_to_hub:
+            super().create_model_card(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter; whole and as PEFT writes it, also where FSDP2 has shared it out."""
+        if self.is_fsdp_enabled:
+            parts = self.prepared.model.state_dict()
+            self._save(output_dir, {n: whole(t) for n, t in parts.items() if LORA in n})
+        else:
+            super().save_model(output_dir, _internal_call)
+
+    def _penalty(self, model: Any, inputs: dict[str, Any]) -> Tensor | None:
+        """Weighted divergence from the base on self-samples and on the task; None if unweighted."""
+        config = self.prepared.config.training
+        terms = []
+        if config.kl_weight:
+            texts = self.prepared.samples.calibration
+            # The global generator: the Trainer saves and restores it with a checkpoint.
+            chosen = torch.randint(len(texts), (self.args.per_device_train_batch_size,)).tolist()
+            batch = pad_batch(text_examples([texts[i] for i in chosen]), 0)
+            adapted, base, _ = self._both(model, batch)
+            terms.append(config.kl_weight * kl(base, adapted).mean())
+        if config.masked_kl_weight:
+            adapted, base, targets = self._both(model, inputs)
+            if len(targets):  # no row of the batch may count
+                divergence = masked_target_kl(base, adapted, targets).mean()
+                terms.append(config.masked_kl_weight * divergence)
+        return sum(terms[1:], terms[0]) if terms else None
+
+    def _both(self, model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of the adapted and of the base model at labelled positions, and the labels."""
+        adapted, labels = labelled_logits(model, batch)
+        with torch.no_grad(), without_adapter(self.prepared.model):
+            base, _ = labelled_logits(model, batch)
+        return adapted, base, labels
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Read the meter; metrics are named ``{prefix}_loss``, ``_kl``, ``_ce_change``, and norms.
+
+        With an `eval_dataset` of one's own it is SFTTrainer's evaluation instead.
+        """
+        if eval_dataset is not None:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        reading, norms = self.read()
+        total = total_norm(norms)
+        metrics = {
+            f"{metric_key_prefix}_loss": reading.task_loss,
+            f"{metric_key_prefix}_kl": reading.kl,
+            f"{metric_key_prefix}_ce_change": reading.ce_change,
+            f"{metric_key_prefix}_frobenius": total.frobenius,
+            f"{metric_key_prefix}_h_norm": total.h_norm,
+        }
+        model = self.prepared.model
+        training = model.training
+        model.eval()  # SFTTrainer.log tells evaluation from training by the model's mode
+        self.log(dict(metrics))
+        model.train(training)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def read(self) -> tuple[Reading, dict[str, LayerNorms]]:
+        """The meter's reading and every layer's norms, in the precision of training."""
+        meter = self.prepared.meter
+        with (
+            self.compute_loss_context_manager(),
+            progress("measuring KL and task loss (batches)", meter.num_batches) as tick,
+        ):
+            reading = meter.read(self.prepared.model, tick)
+        return reading, update_norms(self.prepared.model, self.prepared.bases)
+
+
+def sft_config(
+    config: TrainingConfig, output_dir: str | Path, *, evaluates: bool, on_cpu: bool
+) -> SFTConfig:
+    """TRL's arguments for a training section, with `extra`.
+
+    Args:
+        config: The section.
+        output_dir: For checkpoints.
+        evaluates: Whether there are held-out rows, so that the meter can run along.
+        on_cpu: Train on the CPU even if there is an accelerator.
+
+    Raises:
+        ConfigError: `extra` names something that SFTConfig does not have or a section sets itself,
+            or a value that SFTConfig refuses.
+    """
+    _check_extra(config.extra)
+    _refuse_deepspeed(config.extra.get("deepspeed"))  # before its package is looked for
+    values: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "learning_rate": config.learning_rate,
+        "weight_decay": config.weight_decay,
+        "num_train_epochs": config.num_train_epochs,
+        "max_steps": config.max_steps,
+        "per_device_train_batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "warmup_steps": config.warmup_ratio,  # below 1 it is a share
+        "lr_scheduler_type": config.lr_scheduler_type,
+        "max_grad_norm": config.max_grad_norm,
+        "save_steps": config.save_steps,
+        "save_total_limit": 2,
+        "logging_steps": config.logging_steps,
+        "activation_checkpointing": config.gradient_checkpointing,  # its name in transformers 5.23
+        "bf16": config.bf16,
+        "seed": config.seed,
+        "max_length": None,  # rows are cut already
+        "report_to": "none",
+        "disable_tqdm": True,  # `training_progress` shows a bar
+        "use_cpu": on_cpu,
+        "dataloader_pin_memory": not on_cpu,
+    }
+    if config.eval_steps and evaluates:
+        values |= {"eval_strategy": "steps", "eval_steps": config.eval_steps}
+    try:
+        values = trainer_options(values, get_type_hints(SFTConfig))
+        found = SFTConfig(**(values | config.extra))
+    except Exception as error:  # also of packages that an option asks for
+        raise ConfigError(f"training: {error}") from error
+    _check_length(found)
+    adam_options(config)
+    check_sharding(found)
+    if config.extra.get("fsdp") and distributed.count() == 1:
+        raise ConfigError(
+            "training.extra: fsdp needs several processes, which torchrun or accelerate launch starts"
+        )
+    return found
+
+
+def _check_length(args: SFTConfig) -> None:
+    length = args.max_length
+    if length is None:
+        if args.packing:
+            raise ConfigError(
+                "training.extra: packing needs max_length, the tokens of a packed row"
+            )
+    elif not args.packing:
+        raise ConfigError(
+            "training.extra: max_length is for packing; rows are cut by data.max_length"
+        )
+    elif length < 2:
+        raise ConfigError(f"training.extra: max_length is {length}, but must be >= 2")
+
+
+def check_sharding(args: SFTConfig) -> None:
+    """Refuse what makes flat vectors of parameters, in which rows are lost. Raises ConfigError."""
+    _refuse_deepspeed(args.deepspeed)
+    if not distributed.asks_for_fsdp(args.fsdp):
+        return
+    given = args.fsdp_plugin_args or {}
+    if int(given.get("fsdp_version", os.environ.get("FSDP_VERSION", "1"))) != 2:
+        raise ConfigError(FLAT.format("FSDP 1 makes flat vectors of the parameters"))
+    if given.get("activation_checkpointing") or distributed.is_set("FSDP_ACTIVATION_CHECKPOINTING"):
+        raise ConfigError(
+            "FSDP's own activation checkpointing renames the layers, so that the adapter's are not found. "
+            "Give --training.gradient_checkpointing true instead."
+        )
+
+
+def _refuse_deepspeed(given: Any) -> None:
+    if given or distributed.is_set("ACCELERATE_USE_DEEPSPEED"):
+        raise ConfigError(
+            FLAT.format("DeepSpeed makes flat vectors of the parameters, at ZeRO-1 already")
+        )
+
+
+def _check_extra(extra: dict[str, Any]) -> None:
+    """What a dataclass does not look at: names and types, before hours of sampling."""
+    types = get_type_hints(SFTConfig)
+    known = {field.name for field in dataclasses.fields(SFTConfig)}
+    for name, value in extra.items():
+        if name not in known:
+            raise ConfigError(
+                f"training.extra: trl.SFTConfig has no option {name!r}{nearest(name, known)}"
+            )
+        if (reason := refusal(name, value)) is not None:
+            raise ConfigError(f"training.extra: {reason}")
+        try:
+            TypeAdapter(types[name]).validate_python(value)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise ConfigError(f"training.extra: {name} is {value!r}: {reason}") from error
+
+
+def _take_if_finished(trainer: FoLoraTrainer, checkpoint: Path) -> bool:
+    """Take the weights of a checkpoint after which nothing is left to do; False if something is.
+
+    The Trainer would take one step more: it looks for its end after a step.
+    """
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    if state.global_step < state.max_steps:
+        return False
+    weights = load_file(checkpoint / SAFETENSORS_WEIGHTS_NAME)
+    set_peft_model_state_dict(trainer.prepared.model, weights)
+    trainer.state = state
+    return True
+
+
+def train(
+    prepared: Prepared, tokenizer: PreTrainedTokenizerBase, folder: Path, **kwargs: Any
+) -> FoLoraTrainer:
+    """Train to the end, going on from the latest complete checkpoint in `folder`.
+
+    Raises:
+        ConfigError: TRL refuses a combination of options.
+        ArtifactError: A checkpoint cannot be written, or the latest one is damaged or of another
+            basis or model.
+        NumericsError: See `FoLoraTrainer`.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint was written after the last step.
+    """
+    config = prepared.config.training
+    on_cpu = prepared.model.device.type == "cpu"
+    args = sft_config(config, folder, evaluates=bool(prepared.task.held_out), on_cpu=on_cpu)
+    try:
+        trainer = FoLoraTrainer(prepared, args, tokenizer, **kwargs)
+    except ValueError as error:  # combinations that TRL looks at only here
+        raise ConfigError(f"training: {error}") from error
+
+    def latest() -> Path | None:
+        if folder.is_dir():
+            sweep(folder)  # a checkpoint that was being deleted
+        return latest_checkpoint(folder)
+
+    checkpoint = distributed.first(latest)
+    trainer.add_callback(stop := StopAfterStep())
+    try:
+        if checkpoint and _take_if_finished(trainer, checkpoint):
+            return trainer
+        with finishing_step(stop), distributed.talking():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except FoLoraError:
+        raise
+    except Exception as error:  # loaders of states raise what they like
+        if checkpoint is None or stop.began:
+            raise
+        raise ArtifactError(
+            f"training cannot go on from {checkpoint}: {error}. {way_out(checkpoint)}"
+        ) from error
+    return trainer

@@ -1,0 +1,292 @@
+"""The adapter changes nothing before the first step, and leaves as an ordinary LoRA adapter."""
+
+from __future__ import annotations
+
+import copy
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from adapted import IDS, bases_for, trained
+from closeness import assert_near
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from benchmarks.tiny import MAKERS, make_llama
+from folora.adapters.adapter import (
+    attach,
+    export_adapter,
+    export_merged,
+    lora_factors,
+    truncate,
+)
+from folora.adapters.initialization import kaiming, leading_eigenvectors
+from folora.errors import ConfigError, NumericsError
+from folora.metrics.meter import total_norm, update_norms
+from folora.optim.sadam import SAdam
+from folora.spectral.eigenproblem import spectral_gate
+from folora.training.prepared import gated_basis, param_groups
+
+
+@pytest.mark.parametrize("init", ["null_space", "eigen", "kaiming"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_changes_before_the_first_step(
+    model: PreTrainedModel, init: str, dtype: torch.dtype
+) -> None:
+    bases = bases_for(model)
+    model = model.to(dtype)
+    before = model(IDS).logits
+    adapted = attach(model, bases, r=4, init=init)
+    assert torch.equal(adapted(IDS).logits, before)
+    if init == "null_space":
+        assert all(b.abs().sum() > 0 for _, b, _ in lora_factors(adapted).values())
+
+
+def test_base_logits_come_back(model: PreTrainedModel) -> None:
+    before = model(IDS).logits
+    weights = copy.deepcopy(model.state_dict())
+    adapted = trained(model)
+    after = adapted(IDS).logits
+    assert (after - before).abs().max() > 1e-3
+    with adapted.disable_adapter():
+        assert torch.equal(adapted(IDS).logits, before)
+    assert torch.equal(adapted(IDS).logits, after)
+    base = adapted.get_base_model().state_dict()
+    for name, value in weights.items():
+        stem, leaf = name.rsplit(".", 1)
+        assert torch.equal(base.get(f"{stem}.base_layer.{leaf}", base.get(name)), value)
+
+
+def test_a_second_adapter_is_unharmed(model: PreTrainedModel) -> None:
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    alone = PeftModel(copy.deepcopy(model), config, adapter_name="other")
+    expected = alone(IDS).logits
+    adapted = trained(model)
+    first = adapted(IDS).logits
+    adapted.add_adapter("other", config)
+    adapted.load_state_dict(
+        {k: v for k, v in alone.state_dict().items() if ".other." in k}, strict=False
+    )
+    adapted.set_adapter("other")
+    assert_near(adapted(IDS).logits, expected)
+    adapted.set_adapter("default")
+    assert torch.equal(adapted(IDS).logits, first)
+    adapted.delete_adapter("other")
+    assert torch.equal(adapted(IDS).logits, first)
+
+
+def test_attaching_to_a_peft_model_adds_a_second_adapter() -> None:
+    model = make_llama()
+    bases = bases_for(model)
+    adapted = attach(model, bases, r=4, init="kaiming")
+    before = adapted(IDS).logits
+    again = attach(adapted, bases, r=2, init="null_space", adapter_name="second")
+    again.set_adapter("second")
+    assert torch.equal(again(IDS).logits, before)
+    again.delete_adapter("second")
+    assert not any("second" in name for name, _ in again.named_buffers())
+
+
+def test_merge_and_unmerge(model: PreTrainedModel) -> None:
+    adapted = trained(model)
+    expected = adapted(IDS).logits
+    for safe in (False, True):
+        adapted.merge_adapter(safe_merge=safe)
+        assert_near(adapted(IDS).logits, expected)
+        adapted.unmerge_adapter()
+        assert_near(adapted(IDS).logits, expected)
+    merged = adapted.merge_and_unload()
+    assert_near(merged(IDS).logits, expected)
+
+
+def test_saved_and_loaded_state_goes_on(tmp_path: Path) -> None:
+    """A checkpoint by PEFT's save_pretrained keeps the start; loading it over a fresh one works."""
+    adapted = trained(make_llama())
+    adapted.save_pretrained(tmp_path)
+    fresh = make_llama()
+    other = attach(fresh, bases_for(fresh), r=4, alpha=8, init="null_space")
+    other.load_adapter(str(tmp_path), "default", is_trainable=True)
+    assert torch.equal(other(IDS).logits, adapted(IDS).logits)
+
+
+PLAIN = """
+import sys, torch
+sys.modules["folora"] = None  # importing folora is an error here
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+model = PeftModel.from_pretrained(base, sys.argv[2]).eval()
+torch.save(model(torch.load(sys.argv[3])).logits, sys.argv[4])
+merged = model.merge_and_unload()
+torch.save(merged(torch.load(sys.argv[3])).logits, sys.argv[5])
+"""
+
+
+@pytest.mark.parametrize("kind", sorted(MAKERS))
+def test_export_loads_without_folora(kind: str, tmp_path: Path) -> None:
+    model = MAKERS[kind]()
+    model.save_pretrained(tmp_path / "base")
+    adapted = trained(model)
+    report = export_adapter(adapted, tmp_path / "adapter")
+    assert report.rank == 8
+    assert report.relative_error == 0
+    assert {f.name for f in (tmp_path / "adapter").iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "folora.json",
+    }  # fmt: skip
+    torch.save(IDS, tmp_path / "ids")
+    arguments = [str(tmp_path / n) for n in ("base", "adapter", "ids", "out", "merged")]
+    subprocess.run([sys.executable, "-c", PLAIN, *arguments], check=True, cwd=tmp_path)
+    expected = adapted(IDS).logits
+    assert_near(torch.load(tmp_path / "out"), expected)
+    assert_near(torch.load(tmp_path / "merged"), expected)
+
+
+@pytest.mark.parametrize("kind", sorted(MAKERS))
+def test_merged_export(kind: str, tmp_path: Path) -> None:
+    adapted = trained(MAKERS[kind]())
+    expected = adapted(IDS).logits
+    export_merged(adapted, tmp_path / "merged")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert_near(loaded(IDS).logits, expected)
+    assert torch.equal(adapted(IDS).logits, expected)
+
+
+def test_export_of_a_zero_start_has_rank_r(tmp_path: Path) -> None:
+    assert export_adapter(trained(make_llama(), "eigen"), tmp_path / "a").rank == 4
+
+
+def test_cut_back_export_states_the_error(tmp_path: Path) -> None:
+    adapted = trained(make_llama())
+    full = {n: s * b @ a for n, (a, b, s) in lora_factors(adapted).items()}
+    report = export_adapter(adapted, tmp_path / "a", rank=3)
+    model = PeftModel.from_pretrained(make_llama(), str(tmp_path / "a"))
+    cut = {n: s * b @ a for n, (a, b, s) in lora_factors(model).items()}
+    lost = sum(float((full[n] - cut[n]).square().sum()) for n in full) ** 0.5
+    whole = sum(float(m.square().sum()) for m in full.values()) ** 0.5
+    assert report.rank == 3
+    assert report.relative_error == pytest.approx(lost / whole, rel=1e-3)
+    assert report.worst_relative_error >= report.relative_error
+    with pytest.raises(ConfigError, match="rank is 9"):
+        export_adapter(adapted, tmp_path / "b", rank=9)
+
+
+def test_truncate_is_the_best_approximation() -> None:
+    a, b = torch.randn(6, 20).double(), torch.randn(15, 6).double()
+    cut_a, cut_b, lost, whole = truncate(a, b, 2)
+    s = torch.linalg.svdvals(b @ a)
+    assert lost == pytest.approx(float((s[2:] ** 2).sum()))
+    assert whole == pytest.approx(float((s**2).sum()))
+    assert float((b @ a - cut_b @ cut_a).square().sum()) == pytest.approx(lost)
+
+
+def test_norms_against_dense_matrices() -> None:
+    model = make_llama()
+    bases = bases_for(model)
+    adapted = attach(model, bases, r=4, init="null_space")
+    for p in adapted.parameters():
+        if p.requires_grad:
+            p.data += 0.1 * torch.randn_like(p)
+    norms = update_norms(adapted, bases)
+    for b in bases:
+        t = b.basis.double()
+        h = torch.linalg.inv(t @ t.T)
+        for name in b.group.layers:
+            lora_a, lora_b, s = lora_factors(adapted)[name]
+            dw = s * lora_b.double() @ lora_a.double()
+            assert norms[name].frobenius == pytest.approx(float(dw.norm()), rel=1e-6)
+            assert norms[name].h_norm == pytest.approx(
+                float((dw @ h @ dw.T).trace().sqrt()), rel=1e-4
+            )
+    assert total_norm(norms).frobenius >= max(n.frobenius for n in norms.values())
+
+
+def test_starts() -> None:
+    model = make_llama()
+    (first, *_) = bases_for(model)
+    a0 = leading_eigenvectors(first.basis, 4)
+    assert_near(a0 @ a0.T, torch.eye(4), dtype=torch.float64)
+    span = torch.linalg.lstsq(a0.T, first.basis[:, :4].double()).solution
+    assert_near(a0.T @ span, first.basis[:, :4])
+    generator = torch.Generator().manual_seed(0)
+    assert kaiming(4, 100, generator).abs().max() <= 0.1
+    with pytest.raises(NumericsError):
+        leading_eigenvectors(first.basis, 33)
+
+
+def test_refusals_leave_the_model_untouched() -> None:
+    model = make_llama()
+    bases = bases_for(model, r=2)
+    names = [n for n, _ in model.named_modules()]
+    with pytest.raises(ConfigError, match="r is 33"):
+        attach(model, bases, r=33, init="kaiming")
+    with pytest.raises(ConfigError, match="null_rank=4"):
+        attach(model, bases, r=4, init="null_space")
+    with pytest.raises(ConfigError, match="init is 'nul'"):
+        attach(model, bases, r=2, init="nul")
+    assert [n for n, _ in model.named_modules()] == names
+
+
+def test_h_norm_of_a_cut_basis_is_that_of_the_whole_or_not_known() -> None:
+    model = make_llama()
+    bases = bases_for(model)
+    adapted = attach(model, bases, r=4)
+    optimizer = SAdam(param_groups(adapted, bases, lr=0.1, directions=6))
+    for _ in range(3):
+        optimizer.zero_grad()
+        adapted(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    cut = [
+        replace(b, basis=b.basis[:, :6].contiguous(), gamma=b.gamma[:6], null_basis=None)
+        for b in bases
+    ]
+    whole, part = (update_norms(adapted, bs) for bs in (bases, cut))
+    for name, norms in whole.items():
+        assert part[name].frobenius == norms.frobenius
+        assert part[name].h_norm == pytest.approx(norms.h_norm, rel=1e-3)
+    for p in adapted.parameters():
+        if p.requires_grad:
+            p.data += 0.01
+    assert all(math.isnan(n.h_norm) for n in update_norms(adapted, cut).values())
+    assert math.isnan(total_norm(update_norms(adapted, cut)).h_norm)
+
+
+@pytest.mark.parametrize("beyond", ["closed", "floor"])
+def test_a_cut_and_the_whole_take_the_same_number_of_penalties(beyond: str) -> None:
+    """What a group of `SAdam` is told, from the whole basis and from its first columns."""
+    model = make_llama()
+    bases = bases_for(model)
+    for b in bases:
+        group = gated_basis(b, 1.0, 0.3, 6, 0.3 if beyond == "floor" else None, "task")
+        gate = spectral_gate(b.gamma, 1.0, 0.3).double()
+        open_ = (
+            gate.clone() if beyond == "floor" else torch.where(torch.arange(len(gate)) < 6, gate, 0)
+        )
+        if beyond == "floor":
+            open_[6:] = 0.3
+        moved = float((b.gamma.double() * open_**2).sum())
+        assert group["scale"] == pytest.approx((b.task_trace / moved) ** 0.5, rel=1e-5)
+        assert torch.equal(group["basis"], b.basis[:, :6])
+        assert (group["complement"] is None) == (beyond == "closed")
+
+
+def test_param_groups_share_a_basis_by_input() -> None:
+    model = make_llama()
+    bases = bases_for(model)
+    adapted = attach(model, bases, r=4, init="null_space")
+    groups = param_groups(adapted, bases, lr=1e-3, lr_b_ratio=4.0)
+    assert len(groups) == len(bases) + 1
+    assert len(groups[0]["params"]) == 3
+    assert groups[-1]["lr"] == 4e-3
+    assert "basis" not in groups[-1]
+    listed = {id(p) for g in groups for p in g["params"]}
+    assert listed == {id(p) for p in adapted.parameters() if p.requires_grad}
+    plain = param_groups(adapted, bases, lr=1e-3, spectral=False)
+    assert all("basis" not in g for g in plain)
+    unscaled = param_groups(adapted, bases, lr=1e-3, step_scale="paper")
+    assert (groups[0]["scale"] == 1, unscaled[0]["scale"] == 1) == (False, True)
+    for group, b in zip(groups, bases, strict=False):  # whole and fp32: there is one copy of it
+        assert group["basis"].data_ptr() == b.basis.data_ptr()

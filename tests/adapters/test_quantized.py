@@ -1,0 +1,84 @@
+"""A base quantized by bitsandbytes keeps every promise of the adapter.
+
+Two habits of bitsandbytes 0.50 on the CPU shape these tests: it takes another kernel once gradients
+flow, so outputs are compared without them; and its 4-bit layers give other outputs once their
+``state_dict()`` was asked for (by PEFT's ``load_adapter``, say), so what loads is a fresh model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from adapted import IDS, bases_for, trained
+from closeness import assert_near
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from benchmarks.tiny import make_llama
+from folora.adapters.adapter import attach, export_adapter, export_merged
+from folora.adapters.initialization import STARTS
+from folora.errors import ConfigError, NumericsError
+from folora.runtime.finiteness import check_finite_weights
+
+pytest.importorskip("bitsandbytes")
+
+
+@pytest.fixture(params=["4bit", "8bit"])
+def load(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], PreTrainedModel]:
+    make_llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+    config = BitsAndBytesConfig(
+        load_in_4bit=request.param == "4bit",
+        load_in_8bit=request.param == "8bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    return lambda: AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=config, device_map={"": "cpu"}, dtype=torch.float32
+    ).eval()
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel | PeftModel) -> torch.Tensor:
+    return model(IDS).logits
+
+
+@pytest.mark.parametrize("init", sorted(STARTS))
+def test_nothing_changes_before_the_first_step(
+    load: Callable[[], PreTrainedModel], init: str
+) -> None:
+    model = load()
+    before = logits(model)
+    adapted = attach(model, bases_for(model), r=4, init=init, protect=4)
+    assert torch.equal(logits(adapted), before)
+
+
+def test_training_and_export(load: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
+    model = load()
+    before = logits(model)
+    adapted = trained(model)
+    after = logits(adapted)
+    assert (after - before).abs().max() > 1e-3
+    with adapted.disable_adapter():
+        assert torch.equal(logits(adapted), before)
+    with pytest.raises(ConfigError, match="quantized"):
+        export_merged(adapted, tmp_path / "merged")
+    export_adapter(adapted, tmp_path / "adapter")
+    adapted.save_pretrained(str(tmp_path / "saved"))
+    for folder in ("adapter", "saved"):
+        loaded = PeftModel.from_pretrained(load(), str(tmp_path / folder)).eval()
+        # These layers round what they read to bf16 or int8: a move by 1e-6 of A already moves as much.
+        assert_near(logits(loaded), after, dtype=torch.bfloat16, roundings=4)
+
+
+@pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
+def test_weights_of_torchao_are_checked(kind: str) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    model = make_llama()
+    quantization.quantize_(model.model, getattr(quantization, kind)())
+    check_finite_weights(model)
+    model.model.layers[1].mlp.up_proj.weight.scale[0] = float("nan")
+    with pytest.raises(NumericsError, match=r"layers\.1\.mlp\.up_proj\.weight"):
+        check_finite_weights(model)

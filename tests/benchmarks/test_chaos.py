@@ -1,0 +1,63 @@
+"""The short form of `make chaos`, and that it finds what is planted for it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import folora.pipeline.run
+import folora.runtime.artifacts
+from benchmarks.reliability.chaos import KINDS, Trial, at_write, disturb, finish, kill_self
+from benchmarks.reliability.stand import Stand
+
+
+def test_nothing_is_lost(tmp_path: Path) -> None:
+    found = disturb(tmp_path, seed=7, counts=dict.fromkeys(KINDS, 1))
+    assert [trial["lost"] for trial in found["trials"]] == [[]] * len(KINDS)
+    assert found["varying"] == []  # two undisturbed runs are the same to the byte
+    codes = {
+        kind: {c for t in found["trials"] if t["kind"] == kind for c in t["codes"]}
+        for kind in KINDS
+    }
+    assert -9 in codes["kill"]
+    assert codes["signal"] & {130, 143}
+
+
+def test_a_writer_without_a_temporary_name_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def direct(path: Path, write: Callable[[Path], None]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path)
+
+    monkeypatch.setattr(folora.runtime.artifacts, "write_atomically", direct)
+    stand, trial = Stand(tmp_path), Trial("kill", 0)
+    stand.reference()
+    stand.afresh()
+    assert stand.writes["solve"] == 2  # the folder and the manifest: it is killed between them
+    assert stand.attempt(at_write(stand, "solve", 2, kill_self)).ended().code == -9
+    finish(stand, trial)
+    assert "3-spectrum/manifest.json is missing" in trial.lost[0]
+
+
+class BeforeWrites(random.Random):
+    """Always chooses to kill before a write, the first one: no moment that a busy machine could shift."""
+
+    def random(self) -> float:
+        return 0.0
+
+
+def test_work_that_is_done_twice_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random, "Random", BeforeWrites)
+    read = folora.pipeline.run.read_manifest
+
+    def forgetful(path: Path, kind: str, *more: Any) -> dict[str, Any]:
+        return {} if kind == "spectrum" and not more else read(path, kind, *more)
+
+    monkeypatch.setattr(folora.pipeline.run, "read_manifest", forgetful)
+    found = disturb(tmp_path, seed=0, counts={"kill": 1})
+    assert any("made again" in line for trial in found["trials"] for line in trial["lost"])

@@ -1,0 +1,289 @@
+"""The comparison on pretrained models: a plan from rows to results, on a tiny model and made-up data."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import TINY_PLAN_BASE
+from scipy import stats
+
+from benchmarks.aim import FAR, aim_table
+from benchmarks.real import compare
+from benchmarks.real.targets import TARGETS, target_rows
+from benchmarks.sweeps import read_plan
+from folora.compare.results import load_results
+from folora.errors import ConfigError, DataError
+
+PLANS = [
+    path
+    for path in sorted((Path(__file__).parents[2] / "benchmarks" / "plans").glob("*.yaml"))
+    if "model" in read_plan(path)
+]
+ROWS = {
+    "mawps/train.jsonl.gz": [
+        {"question": f"{n} and {n} ?", "equation": f"x={n}+{n}", "answer": 2.0 * n}
+        for n in range(30)
+    ],
+    "mbpp/train.jsonl.gz": [
+        {"text": f"add {n}", "code": f"def f(x):\r\n  return x+{n}", "test_list": [f"f(0)={n}"]}
+        for n in range(30)
+    ],
+    "known_facts/test.jsonl.gz": [
+        {"prompt": f"{n} is after", "attribute": str(n - 1)} for n in range(1, 9)
+    ],
+    "piqa/validation.jsonl.gz": [
+        {"goal": f"count to {n}", "choices": [str(n), "no"], "gold": n % 2} for n in range(9)
+    ],
+}
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "data"
+    for name, rows in ROWS.items():
+        (folder / name).parent.mkdir(parents=True)
+        with gzip.open(folder / name, "wt") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "PROVENANCE.md").write_text("made up")
+    monkeypatch.setenv("FOLORA_DATA_DIR", str(folder))
+    return folder
+
+
+def plan_file(folder: Path, **changes: Any) -> Path:
+    plan = {
+        "model": "smollm2",
+        "tasks": ["mawps", "mbpp"],
+        "seeds": [3],
+        "runs": "tiny",
+        "read_at": [0.5, 1.0],
+        "base": {**TINY_PLAN_BASE, "data.max_length": 64},
+        "evaluation": {
+            "folder": str(Path(compare.__file__).parents[1] / "tasks"),
+            "documents": {"known_facts": 4, "piqa": 3},
+            "kept": {"known_facts": "probability", "piqa": "probability"},
+            "other": {"known_facts": "nats"},
+        },
+        "sweeps": [{"methods": ["folora", "null-frozen"], "learning_rates": [1e-2]}],
+        **changes,
+    }
+    path = folder / "plan.yaml"
+    path.write_text(yaml.safe_dump(plan))
+    return path
+
+
+def run(folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> list[Any]:
+    monkeypatch.setattr(compare, "MODELS", {"smollm2": lambda _: model})
+    places = ["--runs", str(folder / "runs"), "--output", str(folder / "out")]
+    compare.main(["--plan", str(folder / "plan.yaml"), *places, *more])
+    return load_results(folder / "out")
+
+
+def test_a_plan_from_rows_to_results(
+    tmp_path: Path, data: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan_file(tmp_path)
+    results = run(tmp_path, model_folder, monkeypatch)
+    assert {(r.task, r.method, r.seed, r.stage) for r in results} == {
+        (task, method, 3, "smollm2")
+        for task in ("mawps", "mbpp")
+        for method in ("folora", "null-frozen")
+    }
+    for result in results:
+        assert result.config["sampling.seed"] == result.config["data.seed"] == 3
+        assert [r["step"] for r in result.readings] == [2, 4]
+        for reading in (result.base, *result.readings):
+            assert set(reading["kept"]) == {"known_facts", "piqa"}
+            assert all(0 < value < 1 for value in reading["kept"].values())
+            assert set(reading["other"]) == {"known_facts.nats", "known_facts.acc", "piqa.acc"}
+            assert reading["other"]["known_facts.nats"] < 0
+        assert result.readings[-1]["kept"] != result.base["kept"]
+    pre = [
+        tmp_path / "runs/tiny/3" / task / "2-statistics/pre/tensors.safetensors"
+        for task in ("mawps", "mbpp")
+    ]
+    assert pre[0].read_bytes() == pre[1].read_bytes()
+    assert pre[0].stat().st_mtime_ns == pre[1].stat().st_mtime_ns  # copied, not measured again
+
+    stamps = {r.path: r.path.stat().st_mtime_ns for r in results}
+    run(tmp_path, model_folder, monkeypatch)
+    assert stamps == {p: p.stat().st_mtime_ns for p in stamps}
+    instead = ["--seeds", "4", "--targets", "mawps", "--dtype", "bfloat16"]
+    other = run(tmp_path, model_folder, monkeypatch, *instead)
+    assert {(r.seed, r.config.get("dtype")) for r in other} == {(3, "float32"), (4, "bfloat16")}
+    bases = {r.seed: r.base["task_loss"] for r in other if r.task == "mawps"}
+    assert bases[3] != bases[4]  # other rows are held out
+
+
+def test_fewer_texts_may_be_measured(
+    tmp_path: Path, data: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another C_pre is another basis, and other weights, of the same held-out rows and texts."""
+    calibration = [None, {"source": "self", "count": 8}]
+    changes = {"tasks": ["mawps"], "calibration": calibration}
+    plan_file(tmp_path, **changes)
+    found = [r for r in run(tmp_path, model_folder, monkeypatch) if r.method == "folora"]
+    assert sorted(r.calibration.get("count", 0) for r in found) == [0, 8]
+    whole, few = (r.readings[-1] for r in sorted(found, key=lambda r: len(r.calibration)))
+    assert whole["kl"] != few["kl"]
+    assert found[0].base["task_loss"] == found[1].base["task_loss"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": ["maws"]}, "did you mean 'mawps'"),
+        ({"model": "smollm"}, "did you mean 'smollm2'"),
+        ({"evaluation": {"documents": {}, "kept": {"piqa": "acc"}}}, "documents has no 'piqa'"),
+        ({"calibration": [{"source": "narrow", "count": 8}]}, "source must be 'self'"),
+    ],
+)
+def test_a_wrong_plan_is_refused_first(
+    tmp_path: Path,
+    data: Path,
+    model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    plan_file(tmp_path, **changes)
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path, model_folder, monkeypatch)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_metric_that_is_not_there_is_named_before_training(
+    tmp_path: Path, data: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = yaml.safe_load(plan_file(tmp_path).read_text())
+    plan["evaluation"]["kept"]["piqa"] = "accuracy"
+    plan_file(tmp_path, evaluation=plan["evaluation"])
+    with pytest.raises(
+        ConfigError,
+        match=r"'piqa' has no metric 'accuracy' \(did you mean 'acc'\?\); it has acc, nats",
+    ):
+        run(tmp_path, model_folder, monkeypatch)
+    assert not list(tmp_path.rglob("shard-*"))
+
+
+def test_arms_are_chosen_by_method_and_learning_rate() -> None:
+    sweeps = [
+        {"methods": ["lora"], "learning_rates": [5e-4, 1e-3]},
+        {"methods": ["folora"], "learning_rates": [1e-3]},
+    ]
+    plan = {"sweeps": sweeps}
+    every = compare.chosen(plan)
+    assert len(every) == 3
+    assert compare.chosen(plan, ["lora"], [1e-3]) == [every[1]]
+    assert compare.chosen(plan, None, [1e-3]) == every[1:]
+    assert compare.chosen(plan, ["lora"]) == every[:2]
+    with pytest.raises(ConfigError, match="no such arm with folora"):
+        compare.chosen(plan, ["folora", "lora"], [5e-4])
+    with pytest.raises(ConfigError, match=r"no such arm with 0\.01"):
+        compare.chosen(plan, None, [1e-3, 1e-2])
+
+
+def test_a_method_that_is_not_in_the_plan_is_refused_first(
+    tmp_path: Path, data: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan_file(tmp_path)
+    with pytest.raises(ConfigError, match="no such arm with folra \\(did you mean 'folora'"):
+        run(tmp_path, model_folder, monkeypatch, "--methods", "folra")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_data_that_are_not_there(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan_file(tmp_path)
+    monkeypatch.setenv("FOLORA_DATA_DIR", str(tmp_path))
+    with pytest.raises(DataError, match=r"PROVENANCE\.md"):
+        run(tmp_path, model_folder, monkeypatch)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_target_has_rows_with_something_to_learn(name: str) -> None:
+    if not os.environ.get("FOLORA_DATA_DIR"):
+        pytest.skip("FOLORA_DATA_DIR is not set")
+    rows = target_rows(name)
+    asked, answered = [list(row)[i] for row in rows[:1] for i in (0, -1)]
+    assert len(rows) > 300
+    assert all(row[asked].strip() and row[answered].strip() for row in rows)
+    assert not any("<<" in row[answered] for row in rows if name == "gsm8k")
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda p: p.stem)
+def test_committed_plans_are_possible(path: Path, data: Path) -> None:
+    compare.check(read_plan(path))
+
+
+# The table of the aim, its numbers a second time.
+
+
+def arm(
+    folder: Path,
+    method: str,
+    seed: int,
+    readings: list[tuple[float, float, float]],
+    shift: float = 0.0,
+) -> None:
+    def reading(step: int, loss: float, kl: float, kept: float) -> dict[str, Any]:
+        numbers = {"ce_change": 0.0, "frobenius": 1.0, "h_norm": 1.0}
+        found = {
+            "kept": {"a": kept, "b": kept + 0.1},
+            "other": {"a.nats": 10 * kept, "b.bits_per_byte": 2 - 2 * kept},
+        }
+        return {"step": step, "task_loss": loss, "kl": kl, "task": {}, **found, **numbers}
+
+    result = {
+        "format": 1, "stage": "m", "task": "t", "seed": seed, "method": method, "title": method.upper(),
+        "changes": {}, "command": "c", "config": {}, "versions": {}, "seconds": 1.0, "diverged": False,
+        "base": reading(0, 3.0 + shift, 0.0, 0.5),
+        "readings": [reading(i + 1, *values) for i, values in enumerate(readings)],
+    }  # fmt: skip
+    path = folder / str(seed) / f"{method}.json"
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_text(json.dumps(result))
+
+
+def test_what_was_forgotten_at_matched_loss(tmp_path: Path) -> None:
+    for seed, factor in enumerate((0.2, 0.1, 0.4)):
+        # Folora gets to 1.0 + seed and LoRA further, so that is each seed's level.
+        shift = float(seed)
+        lora = [(2.0, 0.01, 0.49), (1.0, 0.1, 0.40), (0.9, 0.5, 0.30)]
+        arm(tmp_path, "lora", seed, [(loss + shift, kl, kept) for loss, kl, kept in lora], shift)
+        folora = [(2.0, 0.001, 0.5), (1.0, 0.1 * factor, 0.48)]
+        arm(
+            tmp_path, "folora", seed, [(loss + shift, kl, kept) for loss, kl, kept in folora], shift
+        )
+    table = aim_table(load_results(tmp_path))
+    lora, folora = (next(r for r in table.rows if r[0] == name) for name in ("LORA", "FOLORA"))
+    logs = [math.log(f) for f in (0.2, 0.1, 0.4)]
+    mean, half = sum(logs) / 3, stats.t.ppf(0.975, 2) * stats.sem(logs)
+    low, high = math.exp(mean - half), math.exp(mean + half)
+    assert table.header[:5] == ("method", "KL", "of LORA's", "kept lost", "minus LORA's")
+    assert lora[1:3] == ("0.1000 ± 0.0000", "–")
+    assert folora[2] == f"{math.exp(mean):.1%} ({low:.1%} to {high:.1%})"
+    assert folora[3:5] == ("0.0200 ± 0.0000", "-0.0800 ± 0.0000 *")
+    assert folora[5] == "0.2000 ± 0.0000"  # nats
+    assert folora[7] == "0.0400 ± 0.0000"  # bits
+    assert "at most 1.000, 2.000, 3.000 nats" in table.caption
+    other = aim_table(load_results(tmp_path), "folora")
+    back = next(r for r in other.rows if r[0] == "LORA")
+    assert other.header[2] == "of FOLORA's" and "part of FOLORA's is" in other.caption
+    assert 1 / low > FAR  # 28 times as much
+    assert back[2] == f"{math.exp(-mean):.1%} ({1 / high:.1%} to over 1000%)"
+    assert back[4] == "+0.0800 ± 0.0000 *"
+
+
+def test_a_method_that_never_gets_there(tmp_path: Path) -> None:
+    arm(tmp_path, "lora", 0, [(1.0, 0.1, 0.4)])
+    arm(tmp_path, "corda", 0, [(2.5, 0.1, 0.4)])
+    table = aim_table(load_results(tmp_path))
+    assert next(row for row in table.rows if row[0] == "CORDA")[1:9] == ("–",) * 8

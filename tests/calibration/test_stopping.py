@@ -1,0 +1,250 @@
+"""When sampling ends: what the halves say, that it says it in time, and that interruption changes nothing."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from references import moment
+
+import folora
+from benchmarks.tiny import make_llama, make_tokenizer, rows, tiny_config
+from folora.calibration.moments import Moments
+from folora.calibration.sampling import sample
+from folora.calibration.stopping import Convergence, watched
+from folora.cli.main import main
+from folora.config import FIRST_LOOK, FoLoraConfig
+from folora.pipeline.run import Run
+from folora.runtime.storage import read_json
+from folora.spectral.eigenproblem import agreement, generalized_eigenbasis, spectral_gate
+from folora.spectral.groups import InputGroup
+
+LOOKS = (FIRST_LOOK, 2 * FIRST_LOOK, 4 * FIRST_LOOK)
+
+
+def test_on_their_own_text_directions_cost_one_and_on_another_what_its_matrix_says() -> None:
+    a, b, task = moment(10, seed=1), moment(10, rank=200, seed=2), moment(10, seed=3)
+    same = agreement(a, a, task, directions=4)
+    assert same.penalty == pytest.approx(1.0)
+    assert same.gate == pytest.approx(0.0, abs=1e-9)
+    there = agreement(a, b, task, directions=4)
+    found = generalized_eigenbasis(a, task)
+    h = b + 1e-3 * b.diagonal().mean() * torch.eye(10).double()
+    costs = torch.stack([v @ h @ v for v in found.basis[:, :4].T])
+    assert there.penalty == pytest.approx(float(costs.mean()))
+    gates = spectral_gate(found.gamma[:4] / costs) - spectral_gate(found.gamma[:4])
+    assert there.gate == pytest.approx(float(gates.abs().mean()))
+
+
+def gaussian(d: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(20000, d, generator=generator) * torch.logspace(0, -1, d)
+
+
+def test_more_text_costs_less_until_it_is_enough() -> None:
+    """Tokens are vectors of a known distribution; a sequence is a row of their numbers."""
+    x = gaussian(24, 0)
+    names = ["one", "two"]
+
+    def moments(sequences: Sequence[list[int]]) -> Moments:
+        inputs = x[torch.tensor([i for row in sequences for i in row])]
+        return Moments({n: inputs.T @ inputs / len(inputs) for n in names}, len(inputs))
+
+    def measure(sequences: Sequence[list[int]], all_of_them: bool) -> Moments:
+        halves = (moments(sequences[::2]), moments(sequences[1::2]))
+        return replace(moments(sequences), halves=halves)
+
+    task = {n: moment(24, seed=i).float() for i, n in enumerate(names)}
+    convergence = Convergence(measure, task, 1e-3, 1.0, 0.3, 6, 0.1)
+    sequences = [list(range(20 * i, 20 * i + 20)) for i in range(1000)]
+    said, costs = [], []
+    for count in (8, 16, 64, 256, 1000):
+        said.append(convergence(sequences[:count]))
+        costs.append(convergence.agreement().penalty)
+    assert costs == sorted(costs, reverse=True)
+    assert (said[0], said[-1]) == (False, True)
+    assert [c <= 1.1 for c in costs] == said
+    at_once = Convergence(measure, task, 1e-3, 1.0, 0.3, 6, 0.1)
+    at_once(sequences)
+    assert at_once.agreement().penalty == pytest.approx(costs[-1], rel=1e-3)
+
+
+@pytest.mark.parametrize(("keeps", "enough_at"), [(True, 1), (True, 2), (False, 1)])
+def test_what_the_first_look_measured_is_kept_if_that_was_enough(
+    keeps: bool, enough_at: int
+) -> None:
+    asked: list[tuple[int, bool]] = []
+
+    def measure(sequences: Sequence[list[int]], all_of_them: bool) -> Moments:
+        asked.append((len(sequences), all_of_them))
+        half = Moments({"one": moment(8, seed=len(asked)).float()}, 1)
+        other = half if len(asked) >= enough_at else Moments({"one": 1e-6 * torch.eye(8)}, 1)
+        return Moments({}, 2, (half, other))
+
+    task = {"one": moment(8, seed=9).float()}
+    convergence = Convergence(measure, task, 1e-3, 1.0, 0.3, 3, 0.1, keeps)
+    for look, count in enumerate((4, 10)[:enough_at], start=1):
+        said = convergence([[1]] * count)
+        assert look > 1 or said == (enough_at == 1)
+        assert (convergence.pre is not None) == (keeps and look == enough_at == 1)
+    assert asked == [(4, keeps), (6, False)][:enough_at]
+
+
+@pytest.mark.parametrize("memory_gb", [None, 1e-5])
+def test_c_pre_has_the_same_bits_whether_or_not_a_look_measured_it(
+    early: FoLoraConfig, tmp_path: Path, memory_gb: float | None
+) -> None:
+    """With no memory for all inputs at once, and when the run goes on in another process."""
+    config = replace(early, output=str(tmp_path / "run")).changed(
+        {"sampling.tolerance": 1e6, "statistics.memory_gb": memory_gb}
+    )
+    first = Run(config)
+    assert len(first.sample().calibration) == LOOKS[0] - 16
+    assert (first._looked is not None) == (memory_gb is None)
+    first.measure()
+    found = first.statistics("pre")
+    assert first._looked is None
+    shutil.rmtree(tmp_path / "run" / "2-statistics")
+    again = Run(config)
+    again.sample()
+    assert again._looked is None
+    again.measure()
+    assert again.statistics("pre").manifest["sha256"] == found.manifest["sha256"]
+    shutil.rmtree(tmp_path / "run" / "1-samples" / "set")
+    again.sample()  # asks anew
+    again.measure()  # which is done
+    assert again._looked is None
+
+
+def test_a_few_inputs_are_watched_over_the_whole_model() -> None:
+    groups = [InputGroup((f"layer{i}",), 4) for i in range(100)]
+    chosen = [int(g.name[5:]) for g in watched(groups)]
+    assert chosen == [6, 18, 31, 43, 56, 68, 81, 93]
+    assert watched(groups[:3]) == groups[:3]
+
+
+class FakeEngine:
+    """Forty random tokens for every number."""
+
+    def __init__(self) -> None:
+        self.written = 0
+
+    def __call__(self, numbers: Sequence[int]) -> list[list[int]]:
+        self.written += len(numbers)
+        return [
+            torch.randint(3, 99, (40,), generator=torch.Generator().manual_seed(n)).tolist()
+            for n in numbers
+        ]
+
+
+@pytest.mark.parametrize("yes_at", [LOOKS[0], LOOKS[2], None])
+def test_it_is_asked_at_doublings_and_a_yes_ends_it(yes_at: int | None) -> None:
+    config = folora.SamplingConfig(
+        num_sequences=500, min_new_tokens=32, max_new_tokens=40, batch_size=50
+    )
+    asked: list[int] = []
+
+    def enough(sequences: Sequence[list[int]]) -> bool:
+        asked.append(len(sequences))
+        return len(sequences) + 16 == yes_at
+
+    found = sample(FakeEngine(), 1, [2], config, enough=enough)
+    all_of_them = sample(FakeEngine(), 1, [2], config)
+    looks = [look - 16 for look in LOOKS]
+    assert asked == looks[: looks.index(yes_at - 16) + 1 if yes_at else 3]
+    total, held_out = (yes_at, 16) if yes_at else (500, config.num_held_out)
+    assert len(found.calibration) + len(found.held_out) == total
+    assert found.calibration == all_of_them.calibration[: total - held_out]
+    assert len(found.held_out) == held_out
+
+
+@pytest.fixture(scope="module")
+def early(
+    model_folder: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> FoLoraConfig:
+    """A run that ends sampling at a doubling before its ceiling."""
+    config = tiny_config(
+        model=str(model_folder), dataset=str(rows_file),
+        output=str(tmp_path_factory.mktemp("early") / "run"),
+        sampling={"num_sequences": 500, "tolerance": 0.5},
+    )  # fmt: skip
+    Run(config).run()
+    return config
+
+
+@pytest.mark.parametrize(("ceiling", "asks"), [(119, False), (120, True)])
+def test_it_is_not_asked_for_less_than_half(ceiling: int, asks: bool) -> None:
+    config = folora.SamplingConfig(
+        num_sequences=ceiling, min_new_tokens=32, max_new_tokens=40, batch_size=50
+    )
+    assert config.may_end_early == asks
+    found = sample(FakeEngine(), 1, [2], config, enough=lambda sequences: True)
+    assert len(found.calibration) + 16 == (LOOKS[0] if asks else ceiling)
+
+
+@pytest.mark.parametrize("too_short", [0, 4])
+def test_a_yes_comes_before_another_batch_is_decoded(too_short: int) -> None:
+    config = folora.SamplingConfig(
+        num_sequences=500, min_new_tokens=32, max_new_tokens=40, batch_size=64
+    )
+    engine = FakeEngine()
+
+    def write(numbers: Sequence[int]) -> list[list[int]]:
+        return [row[:10] if i < too_short else row for i, row in enumerate(engine(numbers))]
+
+    found = sample(write, 1, [2], config, enough=lambda sequences: True)
+    assert engine.written == 64
+    assert sum(found.rejected.values()) == too_short
+
+
+def test_a_run_ends_sampling_early(early: FoLoraConfig) -> None:
+    folder = Path(str(early.output))
+    manifest = read_json(folder / "1-samples" / "set" / "manifest.json")
+    total, held_out = manifest["sequences"]
+    assert total in LOOKS
+    assert held_out == 16
+    before = (folder / "1-samples" / "set" / "manifest.json").stat().st_mtime_ns
+    Run(early).run()  # nothing is decided again
+    assert (folder / "1-samples" / "set" / "manifest.json").stat().st_mtime_ns == before
+    never = replace(early, output=str(folder.parent / "never")).changed(
+        {"sampling.tolerance": None}
+    )
+    never = never.changed({"sampling.num_sequences": total})
+    Run(never).sample()
+    same = read_json(folder.parent / "never" / "1-samples" / "set" / "manifest.json")
+    assert same["fingerprint"] == manifest["fingerprint"]
+
+
+def test_the_task_is_looked_at_before_the_model_is_loaded(
+    early: FoLoraConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    bad = early.changed({"dataset": str(tmp_path / "none.jsonl"), "output": str(tmp_path / "run")})
+    file.write_text(bad.to_yaml())
+    assert main(["sample", "--config", str(file)]) == 2
+    assert "none.jsonl" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stricter_tolerance_goes_on_from_the_shards(early: FoLoraConfig) -> None:
+    folder = Path(str(early.output))
+    shards = {p.name: p.stat().st_mtime_ns for p in (folder / "1-samples").glob("shard-*")}
+    strict = early.changed({"sampling.tolerance": 1e-6})
+    found = Run(strict).sample()
+    assert len(found.calibration) + len(found.held_out) == 500
+    after = {p.name: p.stat().st_mtime_ns for p in (folder / "1-samples").glob("shard-*")}
+    assert shards.items() < after.items()
+
+
+def test_prepare_ends_early_too(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "folora")
+    config = tiny_config(sampling={"num_sequences": 500, "tolerance": 0.5})
+    prepared = folora.prepare(make_llama(), make_tokenizer(), rows(), config)
+    assert len(prepared.samples.calibration) + 16 in LOOKS
+    said = [record.getMessage() for record in caplog.records]
+    looks = [line for line in said if line.startswith("looking (tokens): took")]
+    assert looks and all(line.endswith("tokens/s") for line in looks)

@@ -1,0 +1,342 @@
+"""Sequences from a vLLM server: by number, checked, resumable. A stand-in speaks its protocol here.
+
+The real one: ``vllm serve MODEL``, and ``FOLORA_TEST_VLLM="URL MODEL" pytest tests/calibration/test_vllm.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from benchmarks.tiny import make_llama, make_tokenizer, tiny_config
+from folora.calibration.engine import Engine
+from folora.calibration.logits import MIXTURE, Decoding, decoding_of, restrict, stream_seed
+from folora.calibration.sampling import sample
+from folora.calibration.vllm import PROBED, VllmEngine, engine_of, served
+from folora.config import SamplingConfig
+from folora.errors import ConfigError, MismatchError, ServerError
+from folora.pipeline.prepare import prepare
+from folora.pipeline.run import SET, Run
+
+START, EOS = 1, 2
+CONFIG = SamplingConfig(num_sequences=32, min_new_tokens=32, max_new_tokens=36, batch_size=12)
+
+
+class StandIn(ThreadingHTTPServer):
+    """Answers as `vllm serve` 0.32 does to what is asked of it here; `fault` changes an answer."""
+
+    daemon_threads = True
+    request_queue_size = 64  # connections that wait to be taken
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.model = model
+        self.requests: list[dict[str, Any]] = []
+        self.key: str | None = None
+        self.context = 256
+        self.fault: Any = lambda answer: answer
+        self.drops: int | None = None  # a seed; its request gets no answer
+        self.refuses: int | None = None  # a seed; all others wait meanwhile
+        self.going_on = Event()
+        self.waited_in_vain = False
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # whoever asked has given up
+            super().handle_error(request, client_address)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def completion(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """Written with the request's own settings and seed, one token after the other."""
+        self.requests.append(asked)
+        generator = torch.Generator().manual_seed(asked["seed"])
+        setting = Decoding(0, asked["temperature"], asked["top_p"], asked["top_k"])
+        ids, logprobs = list(asked["prompt"]), []
+        for step in range(asked["max_tokens"]):
+            with torch.no_grad():
+                scores: torch.Tensor = self.model(input_ids=torch.tensor([ids])).logits[:, -1]
+            raw = scores.log_softmax(-1)[0]
+            if step < asked["min_tokens"]:
+                scores[:, asked["stop_token_ids"]] = -float("inf")
+            token = int(restrict(scores, setting).softmax(-1).multinomial(1, generator=generator))
+            ids.append(token)
+            logprobs.append(float(raw[token]))
+            if token in asked["stop_token_ids"]:
+                break
+        time.sleep(random.random() / 50)
+        choice = {"token_ids": ids[1:], "logprobs": {"token_logprobs": logprobs}}
+        return {"object": "text_completion", "choices": [choice]}
+
+
+class Answer(BaseHTTPRequestHandler):
+    server: StandIn
+
+    def do_GET(self) -> None:
+        adapter = {"id": "adapter", "parent": "base", "max_model_len": 1}
+        base = {"id": "base", "parent": None, "max_model_len": self.server.context}
+        self.say({"object": "list", "data": [adapter, base]})
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path != "/v1/completions" or asked["model"] != "base":
+            self.say({"error": {"message": "no such model"}}, 404)
+        elif self.server.drops == asked["seed"]:
+            self.close_connection = True
+        elif self.server.refuses == asked["seed"]:
+            self.say({"error": {"message": "not this one"}}, 400)
+        else:
+            if self.server.refuses is not None and not self.server.going_on.wait(30):
+                self.server.waited_in_vain = True
+            self.say(self.server.completion(asked))
+
+    def say(self, answer: Any, status: int = 200) -> None:
+        if self.server.key and self.headers["Authorization"] != f"Bearer {self.server.key}":
+            answer, status = {"error": "Unauthorized"}, 401
+        elif status == 200:
+            answer = self.server.fault(answer)
+        body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@contextmanager
+def serving(model: PreTrainedModel) -> Iterator[StandIn]:
+    server = StandIn(model)
+    thread = Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture
+def server() -> Iterator[StandIn]:
+    with serving(make_llama()) as found:
+        yield found
+
+
+def engine(server: StandIn, config: SamplingConfig = CONFIG) -> VllmEngine:
+    return VllmEngine(served(server.url, config), START, [EOS], config, 51)
+
+
+def test_every_sequence_is_asked_for_by_its_number(server: StandIn) -> None:
+    written = engine(server)(range(20))
+    assert engine(server)(range(7, 12)) == written[7:12]
+    for number in range(20):
+        seed = stream_seed(CONFIG.seed, number)
+        asked = next(r for r in server.requests if r["seed"] == seed)
+        setting = decoding_of(number)
+        assert asked["prompt"] == [START] and asked["stop_token_ids"] == [EOS]
+        assert (asked["temperature"], asked["top_p"], asked["top_k"]) == (
+            setting.temperature, setting.top_p, setting.top_k,
+        )  # fmt: skip
+        assert (asked["min_tokens"], asked["max_tokens"]) == (32, 36)
+        assert asked["repetition_penalty"] == 1.0  # whatever generation_config.json says
+    assert len({r["seed"] for r in server.requests}) == 20
+
+
+def test_a_proxy_set_from_a_server(server: StandIn) -> None:
+    found = sample(engine(server), START, [EOS], CONFIG)
+    rows = [*found.calibration, *found.held_out]
+    assert len(rows) == 32 and len({tuple(row) for row in rows}) == 32
+    assert all(row[0] == START and 33 <= len(row) <= 37 for row in rows)
+
+
+def test_only_the_same_model_is_taken(server: StandIn) -> None:
+    config = replace(CONFIG, server=server.url + "/v1/")
+    engine_of(make_llama(), START, [EOS], config)
+    assert server.requests[-1]["max_tokens"] == PROBED
+    with pytest.raises(MismatchError, match="nats a token"):
+        engine_of(make_llama(seed=1), START, [EOS], config)
+    another = replace(config, sampler_model="another")  # which is then taken at its word
+    engine_of(make_llama(seed=1), START, [EOS], another)
+
+
+def changed(name: str, value: Any) -> Any:
+    """A fault of completions."""
+
+    def fault(answer: Any) -> Any:
+        return answer | {"choices": [c | {name: value} for c in answer.get("choices", [])]}
+
+    return fault
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda _: b"<html>", "does not answer with JSON: '<html>'"),
+        (lambda _: {"choices": []}, "without a completion"),
+        (lambda _: [1], "without a completion"),
+        (changed("token_ids", None), "without token_ids"),
+        (changed("token_ids", [5, 51]), "token 51, but the model knows 51"),
+        (changed("token_ids", [5, True]), "token True"),
+        (changed("token_ids", [-1]), "token -1"),
+    ],
+)
+def test_a_wrong_answer_is_named(server: StandIn, fault: Any, message: str) -> None:
+    draw = engine(server)
+    server.fault = fault
+    with pytest.raises(ServerError, match=message):
+        draw([0, 1, 2])
+
+
+def test_a_refusal_waits_for_no_other_sequence(server: StandIn) -> None:
+    draw = engine(server)
+    server.refuses = stream_seed(CONFIG.seed, 3)
+    with pytest.raises(ServerError, match=r"answers 400: .*not this one"):
+        draw(range(6))
+    assert not server.waited_in_vain
+    server.going_on.set()
+
+
+@pytest.mark.parametrize("logprobs", [None, {}, {"token_logprobs": [0.0]}, {"token_logprobs": "x"}])
+def test_a_probe_without_its_numbers_is_no_proof(server: StandIn, logprobs: Any) -> None:
+    draw = engine(server)
+    server.fault = changed("logprobs", logprobs)
+    with pytest.raises(ServerError, match="without log-probabilities"):
+        draw.check_serves(make_llama())
+    server.fault = changed("logprobs", {"token_logprobs": [math.nan] * PROBED})
+    with pytest.raises(MismatchError):
+        draw.check_serves(make_llama())
+
+
+def test_a_server_that_is_not_fit(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.context = 36
+    with pytest.raises(ServerError, match=r"at most 36 tokens.*--max-model-len"):
+        served(server.url, CONFIG)
+    server.context = 37
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    server.key = "secret"
+    assert served(server.url, CONFIG).name == "base"
+    monkeypatch.setenv("VLLM_API_KEY", "wrong")
+    with pytest.raises(ServerError, match=r"401.*belongs into VLLM_API_KEY"):
+        served(server.url, CONFIG)
+    server.key, server.fault = None, lambda _: {"data": [{"id": "base"}]}
+    with pytest.raises(ServerError, match="as a vLLM server does"):
+        served(server.url, CONFIG)
+
+
+def test_no_server_no_model(server: StandIn, model_folder: Path, tmp_path: Path) -> None:
+    """Found out before the model is loaded."""
+    url = server.url
+    server.shutdown()
+    server.server_close()
+    config = tiny_config(model=str(model_folder), output=str(tmp_path), sampling={"server": url})
+    run = Run(config)
+    with pytest.raises(ServerError, match=r"does not answer.*vllm serve"):
+        run.check_stage("sample")
+    assert "model" not in vars(run)
+    with pytest.raises(ConfigError, match="begin with http"):
+        SamplingConfig(server="localhost:8000")
+
+
+def test_a_run_goes_on_where_the_server_left_it(
+    model_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    with serving(model) as server:
+        small = {"server": server.url, "batch_size": 10, "tolerance": None}
+        config = tiny_config(
+            model=str(model_folder),
+            dataset=str(rows_file),
+            output=str(tmp_path / "a"),
+            sampling=small,
+        )
+        server.drops = stream_seed(config.sampling.seed, 23)  # of the third batch
+        with pytest.raises(ServerError, match="Samples that were written before are kept"):
+            Run(config).sample()
+        kept = sorted(p.name for p in (tmp_path / "a" / "1-samples").glob("shard-*"))
+        assert kept == ["shard-000000.json", "shard-000010.json"]
+        server.drops, before = None, len(server.requests)
+        found = Run(config).sample()
+        # Requests of the third batch may still arrive here; the probe has a sequence's seed.
+        asked = {r["seed"] for r in server.requests[before:] if "logprobs" not in r}
+        assert asked == {
+            stream_seed(config.sampling.seed, number)
+            for number in range(20, config.sampling.num_sequences)
+        }
+    # Nobody serves any more. What is there is enough for the stages that follow.
+    again = Run(config)
+    again.check_stage("run")
+    assert again.sample() == found
+    # Another engine has other draws: its shards and these are kept apart.
+    own = Run(replace(config, sampling=replace(config.sampling, server=None)))
+    assert own.sample() != found
+    with pytest.raises(ServerError):  # before those are moved away for nothing
+        again.check_stage("run")
+    assert (tmp_path / "a" / SET).exists() and (tmp_path / "a" / "old").exists()
+
+
+def test_prepare_takes_its_text_from_a_server(model_folder: Path, rows_file: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    with serving(AutoModelForCausalLM.from_pretrained(model_folder)) as server:
+        config = tiny_config(sampling={"server": server.url, "batch_size": 20})
+        prepared = prepare(model, make_tokenizer(), str(rows_file), config)
+        assert len(server.requests) > 32
+        expected = sample(engine(server, config.sampling), START, [EOS], config.sampling)
+    assert prepared.samples == expected
+
+
+# A real server.
+
+REAL = os.environ.get("FOLORA_TEST_VLLM")
+
+
+@pytest.mark.skipif(REAL is None, reason="FOLORA_TEST_VLLM names no server and model")
+def test_vllm_writes_as_the_model_does() -> None:
+    """Tokens come from the distribution that our own settings make of the model's logits."""
+    url, name = str(REAL).split()
+    model = AutoModelForCausalLM.from_pretrained(name)
+    config = SamplingConfig(server=url, min_new_tokens=64, max_new_tokens=80, num_sequences=100)
+    eos: int = model.config.eos_token_id
+    draw: Engine = engine_of(model, START, [eos], config)
+    numbers = range(100)
+    rows = draw(numbers)
+    assert sum(a == b for a, b in zip(draw(range(5, 15)), rows[5:15], strict=True)) >= 8  # rounding
+    assert all(64 <= len(row) <= 80 for row in rows)
+    assert all(eos not in row[:64] and (len(row) == 80 or row[-1] == eos) for row in rows)
+    for setting in MIXTURE:
+        surprise, variance, outside, tokens = 0.0, 0.0, 0, 0
+        for number in (n for n in numbers if decoding_of(n) == setting):
+            ids = torch.tensor([[START, *rows[number]]])
+            with torch.no_grad():
+                scores = model(input_ids=ids).logits[0, :-1].float()
+            scores[:64, eos] = -float("inf")
+            allowed = restrict(scores, setting).log_softmax(-1)
+            own = allowed.gather(1, ids[0, 1:, None])[:, 0]
+            p = allowed.exp()
+            finite = allowed.masked_fill(~allowed.isfinite(), 0.0)
+            mean = (p * finite).sum(-1)
+            inside = own.isfinite()
+            surprise += float((own - mean)[inside].sum())
+            variance += float(((p * finite**2).sum(-1) - mean**2)[inside].sum())
+            outside += int((~inside).sum())
+            tokens += len(own)
+        print(f"{setting}: z {surprise / variance**0.5:.2f}, outside {outside} of {tokens}")
+        assert abs(surprise) < 4 * variance**0.5
+        assert outside <= 0.01 * tokens  # roundings at the edge of the nucleus

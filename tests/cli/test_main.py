@@ -1,0 +1,249 @@
+"""The command line: wrong input ends with one sentence, exit code 2, and an untouched disk."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import folora
+from benchmarks.tiny import make_llama, make_tokenizer
+from folora.cli.main import main
+from folora.config import FIRST_LOOK, FoLoraConfig
+from folora.pipeline.planning import plan
+
+
+@pytest.fixture
+def nan_model(tmp_path: Path) -> Path:
+    model = make_llama()
+    model.model.layers[0].mlp.down_proj.weight.data[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    make_tokenizer().save_pretrained(tmp_path / "nan")
+    return tmp_path / "nan"
+
+
+def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return " ".join(captured.err.split())
+
+
+def test_wrong_input_of_every_kind(
+    model_folder: Path, rows_file: Path, nan_model: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "broken.jsonl").write_text('{"prompt": ')
+    (tmp_path / "nothing").mkdir()
+    good = {"model": str(model_folder), "dataset": str(rows_file), "output": str(out)}
+
+    def run(extra: list[str] | None = None, **changes: str | None) -> str:
+        values = {k: v for k, v in {**good, **changes}.items() if v is not None}
+        flags = [part for k, v in values.items() for part in (f"--{k}", v)]
+        length = ["--sampling.max_new_tokens", "200"]  # the tiny model reads 256
+        return fails(["run", *flags, *length, "--device", "cpu", *(extra or [])], capsys)
+
+    assert "--model is needed" in run(model=None)
+    assert "--output is needed" in run(output=None)
+    assert "--dataset is needed" in run(dataset=None)
+    assert "does not exist" in run(dataset=str(tmp_path / "no.jsonl"))
+    assert "is empty" in run(dataset=str(tmp_path / "empty.jsonl"))
+    assert "cannot be read" in run(dataset=str(tmp_path / "broken.jsonl"))
+    assert "does not exist" in run(model=str(tmp_path / "no" / "model"))
+    assert "config.json is missing" in run(model=str(tmp_path / "nothing"))
+    assert "cannot be loaded" in run(model="nobody/nothing-of-this-name")
+    assert "did you mean '--adapter.r'" in run(["--adapter.rr", "4"])
+    assert "did you mean '--spectrum.tau'" in run(["--spectrum.tua=4"])
+    assert "spectrum.s_min is 2" in run(["--spectrum.s_min", "2"])
+    assert "no option 'pakcing'" in run(["--training.extra", "{pakcing: true}"])
+    column = ["--data.prompt_column", "promt", "--data.response_column", "completion"]
+    assert "did you mean 'prompt'" in run(column)
+    assert "not a token" in run(["--sampling.start_token", "nonsense"])
+    assert "device is 'cuda:77'" in run(["--device", "cuda:77"])
+    assert not out.exists()  # nothing was begun
+
+    assert "r is 999" in run(["--r", "999"])
+    assert "down_proj" in run(model=str(nan_model))
+    assert not list(out.rglob("shard-*"))
+
+
+def test_stage_without_its_input(
+    model_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", str(model_folder), "--dataset", str(rows_file), "--output", str(tmp_path)]
+    assert "folora sample" in fails(["measure", *flags, "--device", "cpu"], capsys)
+
+
+def test_plan(model_folder: Path, rows_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "plan",
+        "--model",
+        str(model_folder),
+        "--dataset",
+        str(rows_file),
+        "--device",
+        "cpu",
+    ]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "14 layers read 8 inputs" in text
+    assert "48" in text
+    assert "A forward and backward pass over 8 rows of" in text
+    for stage in ("sample", "measure", "solve", "train", "export"):
+        assert stage in text
+    for way in ("16 directions, float32", "all directions, bfloat16", "all directions, host"):
+        assert way in text
+
+
+def test_plan_says_where_bases_should_lie(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it takes is what the bases of a run take; with less and less room it advises other ways."""
+    config = FoLoraConfig.from_dict(
+        {"model": str(model_folder), "device": "cpu", "dtype": "float32"}
+    )
+    whole = config.changed({"spectrum.directions": "all"})
+    found = plan(whole)
+    sizes = {s.title: (s.device, s.host) for s in found.storages}
+    every = sum(4 * g.d_in**2 for g in found.groups)
+    widest = 4 * max(g.d_in for g in found.groups) ** 2
+    assert sizes == {
+        "all directions, float32": (every, 0),
+        "all directions, bfloat16": (every // 2, 0),
+        "all directions, host": (2 * widest, every),
+        "16 directions, float32": (sum(4 * 16 * g.d_in for g in found.groups), 0),
+    }
+    assert plan(config).storages[0].title == "16 directions, float32"
+    without = found.storages[0].training - every
+    for room, advice in (
+        (every, "all directions, float32"),
+        (every - 1, "all directions, bfloat16"),
+        (every // 2 - 1, "all directions, host"),
+        (0, None),
+    ):
+        monkeypatch.setattr(
+            "folora.pipeline.planning.free_bytes", lambda _, room=room: without + room + 1
+        )
+        said = plan(whole).advice
+        assert (said.title if said else None) == advice
+
+
+def test_plan_counts_the_batch_that_training_takes(model_folder: Path) -> None:
+    config = FoLoraConfig.from_dict(
+        {"model": str(model_folder), "device": "cpu", "dtype": "float32"}
+    ).changed({"training.batch_size": 3, "data.max_length": 100})
+    found, shorter = plan(config), plan(config, longest=40)
+    assert (found.batch, shorter.batch) == ((3, 100), (3, 40))
+    assert 0.3 < shorter.activations / found.activations < 0.45
+    saved = found.activations - shorter.activations
+    assert found.storages[0].training - shorter.storages[0].training == saved > 0
+    packed = config.changed({"training.extra": {"packing": True, "max_length": 64}})
+    assert plan(packed, longest=40).batch == (3, 64)
+    less = plan(config.changed({"training.gradient_checkpointing": True}))
+    assert less.activations < found.activations
+
+
+def test_plan_shares_out_what_several_processes_do(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2000 sequences are 32 batches, 8 inputs are solved: by 3 processes 11 and 3 at most each."""
+    monkeypatch.setattr("folora.pipeline.planning._speed", lambda *_: 1e9)
+    monkeypatch.setattr("folora.pipeline.planning.free_bytes", lambda _: 12_000_000)
+    config = FoLoraConfig.from_dict({"model": str(model_folder), "device": "cpu"})
+    one, three = plan(config, 9000, 90), plan(config, 9000, 90, processes=3)
+    share = {
+        a.name: b.seconds / a.seconds
+        for a, b in zip(one.stages, three.stages, strict=True)
+        if a.seconds is not None and b.seconds is not None
+    }
+    wanted = {"sample": 11 / 32, "measure": 1 / 3, "solve": 3 / 8, "train": 1 / 3}
+    assert share == pytest.approx(wanted)
+    assert [s.memory for s in one.stages] == [s.memory for s in three.stages]
+    assert one.free == 3 * three.free
+
+
+def test_plan_leaves_to_a_server_what_it_does(model_folder: Path) -> None:
+    config = FoLoraConfig.from_dict({"model": str(model_folder), "device": "cpu"})
+    own = plan(config).stages
+    other = plan(config.changed({"sampling.server": "http://localhost:8000"})).stages
+    assert own[0].seconds is not None and other[0].seconds is None
+    assert own[0].memory > other[0].memory > 0
+    assert [s.memory for s in own[1:]] == [s.memory for s in other[1:]]
+
+
+def test_plan_knows_that_sampling_may_end_at_its_first_look(
+    model_folder: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is after one batch of 64 sequences of the 32 that 2000 take."""
+    monkeypatch.setattr("folora.pipeline.planning._speed", lambda *_: 1e9)
+    config = FoLoraConfig(model=str(model_folder), device="cpu", dataset=str(rows_file))
+    stages = {stage.name: stage for stage in plan(config).stages}
+    sampling, measuring = stages["sample"], stages["measure"]
+    assert sampling.seconds and sampling.soonest == pytest.approx(sampling.seconds / 32)
+    assert measuring.seconds and measuring.soonest
+    task = config.statistics.task_examples * 256
+    length = (config.sampling.min_new_tokens + config.sampling.max_new_tokens) // 2
+    assert measuring.soonest / measuring.seconds == pytest.approx(
+        (FIRST_LOOK * length + task) / (2000 * length + task)
+    )
+    never = plan(config.changed({"sampling.tolerance": None})).stages
+    no_task = plan(
+        config.changed({"dataset": None})
+    ).stages  # then nothing can say that it is enough
+    assert all(stage.soonest == stage.seconds for stage in (*never, *no_task))
+    assert [stage.seconds for stage in never] == [stage.seconds for stage in plan(config).stages]
+
+
+def test_plan_counts_the_passes_of_a_small_memory(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the memory is one pass more: the forward passes are doubled, the matrices halved."""
+    monkeypatch.setattr("folora.pipeline.planning._speed", lambda *_: 1e9)
+    config = FoLoraConfig.from_dict({"model": str(model_folder), "device": "cpu"})
+    whole = plan(config)
+    needed = sum(4 * g.d_in**2 for g in whole.groups) / 1e9
+    half = plan(config.changed({"statistics.memory_gb": needed / 2}))
+    a, b = (next(s for s in found.stages if s.name == "measure") for found in (whole, half))
+    assert a.seconds is not None
+    assert b.seconds is not None
+    length = (config.sampling.min_new_tokens + config.sampling.max_new_tokens) // 2
+    tokens = config.sampling.num_sequences * length + config.statistics.task_examples * 256
+    assert b.seconds - a.seconds == pytest.approx(2 * whole.parameters * tokens / 1e9)
+    assert a.memory - b.memory == pytest.approx(needed * 1e9)
+
+
+def test_stages_one_by_one(
+    model_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    flags = [
+        "--model", str(model_folder), "--dataset", str(rows_file), "--output", str(out),
+        "--device", "cpu", "--dtype", "float32", "--sampling.num_sequences", "32",
+        "--sampling.min_new_tokens", "32", "--sampling.max_new_tokens", "36",
+        "--sampling.batch_size", "32", "--r", "2", "--max-steps", "2", "--lr", "1e-3",
+    ]  # fmt: skip
+    for command in ("sample", "measure", "solve", "train", "export"):
+        assert main([command, *flags]) == 0, command
+    assert main(["export", *flags, "--rank", "1", "--to", str(tmp_path / "small")]) == 0
+    text = capsys.readouterr().out
+    assert "what it is" in text and "KL to the base is" in text
+    assert "relative error of the update" in text
+    assert (out / "5-adapter" / "adapter_config.json").exists()
+    assert (tmp_path / "small" / "adapter_model.safetensors").exists()
+
+
+def test_the_module_runs_and_libraries_are_silent(model_folder: Path) -> None:
+    """In an environment with every extra; bitsandbytes logs while it is imported."""
+    command = [sys.executable, "-m", "folora"]
+    done = subprocess.run(
+        [*command, "plan", "--model", str(model_folder), "--device", "cpu"],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "Stages" in done.stdout
+    assert done.stderr == ""
+    version = subprocess.run([*command, "--version"], check=True, capture_output=True, text=True)
+    assert version.stdout == f"folora {folora.__version__}\n"

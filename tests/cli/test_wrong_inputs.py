@@ -1,0 +1,173 @@
+"""Every wrong input of the corpus: what is said, how soon, and that the disk stays as it was."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from conftest import temporary
+from wrong_inputs import KINDS, Found, Wrong
+
+import folora.adapters.coverage
+import folora.calibration.sampling
+import folora.compare.comparison
+import folora.pipeline.planning
+import folora.pipeline.run
+import folora.training.trainer
+from benchmarks.tiny import tiny_config
+from folora.calibration.engine import HuggingFaceEngine
+from folora.cli.main import main
+
+CASES = {f"{kind}: {case.name}": case for kind, cases in KINDS.items() for case in cases}
+ORDER = get_args(Found)
+PATIENCE = 30  # seconds, on a machine with much else to do
+
+# Where a command turns to something, and how far it has come by then.
+DOORS: list[tuple[Any, str, Found]] = [
+    (folora.pipeline.run, "load_config", "files"),
+    (folora.pipeline.run, "load_tokenizer", "files"),
+    (folora.pipeline.run, "load_rows", "files"),
+    (folora.pipeline.planning, "load_config", "files"),
+    (folora.adapters.coverage, "load_skeleton", "files"),
+    (folora.pipeline.run, "load_model", "model"),
+    (folora.sampling, "write_sealed", "work"),
+    (HuggingFaceEngine, "__call__", "work"),
+    (folora.pipeline.run, "measure", "work"),
+    (folora.pipeline.run, "solve", "work"),
+    (folora.training.trainer, "train", "work"),
+    (folora.compare.comparison, "solve", "work"),
+]
+
+
+@pytest.fixture(scope="module")
+def base(model_folder: Path, rows_file: Path) -> list[str]:
+    """Flags of a command line that works, but for the output."""
+    config = tiny_config(model=str(model_folder), dataset=str(rows_file))
+    return [part for name, v in config.differences().items() for part in (f"--{name}", str(v))]
+
+
+@pytest.fixture(scope="module")
+def finished(base: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds a whole run."""
+    output = tmp_path_factory.mktemp("runs") / "finished"
+    assert main(["run", *base, "--output", str(output)]) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def kept() -> dict[Any, Any]:
+    """What was loaded of the good model and data, which need not be loaded for every case."""
+    return {}
+
+
+@pytest.fixture
+def entered(
+    monkeypatch: pytest.MonkeyPatch, kept: dict[Any, Any], model_folder: Path, rows_file: Path
+) -> Iterator[list[Found]]:
+    """How far commands have come."""
+    found: list[Found] = ["options"]
+
+    def watched(function: Callable[..., Any], level: Found) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            found.append(level)
+            key = (function, *map(str, args))
+            if level == "work" or not {str(model_folder), str(rows_file)} & set(map(str, args)):
+                return function(*args, **kwargs)
+            if key not in kept:
+                kept[key] = function(*args, **kwargs)
+            return kept[key]
+
+        return call
+
+    for owner, name, level in DOORS:
+        monkeypatch.setattr(owner, name, watched(getattr(owner, name), level))
+    yield found
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Names and bytes of everything in a folder; None for folders."""
+    return {
+        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
+        for p in sorted(folder.rglob("*"))
+    }
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_wrong_input(
+    case: Wrong, base: list[str], finished: Path, model_folder: Path, tmp_path: Path,
+    entered: list[Found], capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    here = tmp_path / "here"
+    here.mkdir()
+    for name, content in case.files.items():
+        (here / name).parent.mkdir(exist_ok=True)
+        (here / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    if case.pipe:
+        os.mkfifo(here / "pipe")
+    flags = [] if case.alone else list(base)
+    outputs = [tmp_path / "new", finished]
+    if case.model:
+        shutil.copytree(model_folder, here / "model")
+        case.model(here / "model")
+        flags += ["--model", str(here / "model")]
+    if case.run:
+        shutil.copytree(finished, here / "run")
+        config = here / "run" / "config.yaml"
+        config.write_text(config.read_text().replace(str(finished), str(here / "run")))
+        case.run(here / "run")
+        outputs = [here / "run"]
+    elif case.command == "export":
+        outputs = [finished]
+    given = case.arguments.replace("HERE", str(here)).replace("GOOD", str(model_folder))
+    before = contents(here), contents(finished)
+    for output in outputs[:1] if case.alone or case.found == "work" else outputs:
+        where = [] if case.alone else ["--output", str(output)]
+        words = [case.command, *flags, *where, *shlex.split(given)]
+        del entered[1:]
+        capsys.readouterr()
+        began = time.monotonic()
+        code = main([word for word in words if word] if not case.command else words)
+        assert time.monotonic() - began < PATIENCE
+        said = capsys.readouterr()
+        message = " ".join(said.err[said.err.rindex("folora:") :].split())
+        assert code == 2
+        assert "Traceback" not in said.err
+        assert len(message) < 1200
+        assert re.search(case.message.replace("HERE", re.escape(str(here))), message), message
+        assert max(entered, key=ORDER.index) == case.found
+        if case.found == "work":
+            assert not temporary(output)
+            assert not (output / "5-adapter").exists()
+            assert not (output / "report.json").exists()
+        else:
+            assert not (tmp_path / "new").exists()
+    assert (contents(here), contents(finished)) == before
+
+
+def test_the_corpus_is_large() -> None:
+    assert len(CASES) == sum(map(len, KINDS.values())) >= 200
+    assert len({(c.arguments, str(c.files), c.command, c.name) for c in CASES.values()}) == len(
+        CASES
+    )
+
+
+@pytest.mark.parametrize("arguments", ["--spectrum.tau 0", "--spectrum.lam 0", "--dataset ROW"])
+def test_what_only_looks_wrong(arguments: str, base: list[str], tmp_path: Path) -> None:
+    """No ridge (raised where C_pre asks for it), a gate of ones, a single row: all give a result."""
+    (tmp_path / "row.jsonl").write_text('{"prompt": "1+1=", "completion": "2."}\n')
+    words = shlex.split(arguments.replace("ROW", str(tmp_path / "row.jsonl")))
+    assert main(["run", *base, *words, "--output", str(tmp_path / "run")]) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["adapted"]["kl"] > 0
+    assert math.isfinite(report["total_norm"]["frobenius"])
+    # One row cannot be held out as well; the task loss is then not read.
+    assert (report["adapted"]["task_loss"] is None) == ("ROW" in arguments)

@@ -1,0 +1,262 @@
+"""Parameters and bases that are shared out over processes are stepped as whole ones are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from processes import in_processes
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+
+from benchmarks.tiny import make_llama
+from folora.adapters.adapter import attach, lora_factors
+from folora.adapters.constraint import keep_off, spaces_of
+from folora.calibration.inputs import find_groups, target_layers
+from folora.optim.sadam import Complement, SAdam
+from folora.runtime import distributed
+from folora.runtime.finiteness import unsound_gradients
+from folora.runtime.tensors import whole
+from folora.spectral.layers import solve
+
+Array = np.ndarray[Any, Any]
+
+STEPS, ROWS = 6, 12
+ROUNDING = 1e-6
+
+
+def network(sharded: bool) -> nn.Sequential:
+    """Layers of 5, 2 and 4 rows: over three processes 2, 2, 1 and 1, 1, 0."""
+    torch.manual_seed(0)
+    made = nn.Sequential(
+        nn.Linear(8, 5, bias=False), nn.Linear(5, 2, bias=False), nn.Linear(2, 4)
+    )  # fmt: skip
+    if sharded:
+        mesh = init_device_mesh("cpu", (distributed.count(),))
+        for layer in made:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(made, mesh=mesh)
+    return made
+
+
+def groups(net: nn.Sequential, sharded: bool, seed: int = 1) -> list[dict[str, Any]]:
+    """A cut basis with a floor, a whole one that is shared out itself, and none."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    cut, every, gate = draw(8, 3), draw(5, 5), draw(3).sigmoid()
+    floor = Complement(draw(8, 3), draw(8).abs(), 0.3)
+    return [
+        {"params": [net[0].weight], "basis": cut, "gate": gate, "complement": floor, "scale": 0.7},
+        {"params": [net[1].weight], "basis": distributed.sharded(every) if sharded else every},
+        {"params": [*net[2].parameters()]},
+    ]
+
+
+def optimizer(net: nn.Sequential, sharded: bool, seed: int = 1) -> SAdam:
+    return SAdam(groups(net, sharded, seed), lr=1e-2, weight_decay=0.1)
+
+
+def steps(
+    net: nn.Sequential, opt: SAdam, numbers: range, after: Callable[[int], None] = lambda n: None
+) -> list[Array]:
+    """Each process takes its rows of every step; the whole weights at the end."""
+    for number in numbers:
+        rows = torch.randn(ROWS, 8, generator=torch.Generator().manual_seed(number))
+        own = rows.chunk(distributed.count())[distributed.rank()]
+        opt.zero_grad()
+        net(own).square().mean().backward()
+        opt.step()
+        after(number)
+    return [whole(p.detach()).numpy() for p in net.parameters()]
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[Array]:
+    """The weights that one process ends with."""
+    net = network(sharded=False)
+    return steps(net, optimizer(net, sharded=False), range(STEPS))
+
+
+def furthest(found: list[Any], wanted: list[Array]) -> float:
+    assert all(isinstance(one, list) for one in found), found
+    return max(
+        float(np.abs(a - b).max()) for one in found for a, b in zip(one, wanted, strict=True)
+    )
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_fsdp2_steps_as_one_process_does(count: int, alone: list[Array]) -> None:
+    def work() -> list[Array]:
+        net = network(sharded=True)
+        assert all(isinstance(p, DTensor) for p in net.parameters())
+        opt = optimizer(net, sharded=True)
+        found = steps(net, opt, range(STEPS))
+        for p, k in ((net[0].weight, 11), (net[1].weight, 5)):
+            moments = opt.state[p]["exp_avg"]
+            # Nothing of them is anywhere but with the rows, and an empty part counts steps as well.
+            assert moments.shape == (len(p), k)
+            assert moments.to_local().shape == (len(p.to_local()), k)
+            assert float(opt.state[p]["step"]) == STEPS
+        return found
+
+    found = in_processes(count, work)
+    assert furthest(found, alone) < ROUNDING
+
+
+def test_a_checkpoint_goes_on_with_another_number_of_processes(
+    alone: list[Array], tmp_path: Path
+) -> None:
+    """By torch.distributed.checkpoint: written by two, gone on with by three, by two, by one."""
+    half = STEPS // 2
+
+    def written() -> list[Array]:
+        net = network(sharded=True)
+        opt = optimizer(net, sharded=True)
+
+        def save(number: int) -> None:
+            if number == half - 1:
+                dcp.save(state(net, opt), checkpoint_id=tmp_path)
+
+        return steps(net, opt, range(STEPS), save)
+
+    def gone_on(sharded: bool = True) -> list[Array]:
+        net = network(sharded)
+        opt = optimizer(net, sharded)
+        load(net, opt, tmp_path)
+        return steps(net, opt, range(half, STEPS))
+
+    undisturbed = in_processes(2, written)
+    assert furthest(undisturbed, alone) < ROUNDING
+    assert furthest(in_processes(2, gone_on), undisturbed[0]) == 0.0
+    assert furthest(in_processes(3, gone_on), alone) < ROUNDING
+    assert furthest([gone_on(sharded=False)], alone) < ROUNDING
+
+
+def test_a_checkpoint_of_another_basis_is_refused(tmp_path: Path) -> None:
+    def work() -> str:
+        net = network(sharded=True)
+        opt = optimizer(net, sharded=True)
+        steps(net, opt, range(1))
+        dcp.save(state(net, opt), checkpoint_id=tmp_path)
+        other = optimizer(net, sharded=True, seed=2)
+        with pytest.raises(ValueError, match="belongs to another basis"):
+            load(net, other, tmp_path)
+        return "refused"
+
+    assert in_processes(2, work) == ["refused"] * 2
+
+
+def state(net: nn.Module, opt: SAdam) -> dict[str, Any]:
+    return {"net": get_model_state_dict(net), "opt": get_optimizer_state_dict(net, opt)}
+
+
+def load(net: nn.Module, opt: SAdam, folder: Path) -> None:
+    found = state(net, opt)
+    dcp.load(found, checkpoint_id=folder)
+    set_model_state_dict(net, found["net"])
+    set_optimizer_state_dict(net, opt, found["opt"])
+
+
+def test_columns_that_are_torn_apart_are_refused() -> None:
+    def work() -> None:
+        mesh = init_device_mesh("cpu", (2,))
+        p = nn.Parameter(distribute_tensor(torch.ones(4, 6), mesh, [Shard(1)]))
+        opt = SAdam([{"params": [p], "basis": torch.eye(6)}])
+        p.grad = torch.ones_like(p)
+        opt.step()
+
+    for said in in_processes(2, work):
+        assert said.startswith("ValueError: a parameter of shape (4, 6) with a basis is sharded as")
+        assert "rows must stay whole" in said
+
+
+def test_gradients_that_are_a_sum_still_to_be_made_are_added_up() -> None:
+    """DTensor's own rules may leave a gradient as parts of a sum; Adam needs the sum."""
+
+    def work() -> list[Array]:
+        mesh = init_device_mesh("cpu", (2,))
+        p = nn.Parameter(distribute_tensor(torch.ones(4, 6), mesh, [Shard(0)]))
+        part = torch.full((4, 6), 1.0 + 2 * distributed.rank())
+        p.grad = DTensor.from_local(part, mesh, [Partial()])
+        SAdam([{"params": [p], "basis": torch.eye(6)}], lr=1.0, eps=4.0).step()
+        return [whole(p.detach()).numpy()]
+
+    # m_hat / (sqrt(v_hat) + eps) = 4 / (4 + 4)
+    assert furthest(in_processes(2, work), [np.full((4, 6), 0.5)]) < ROUNDING
+
+
+def test_an_unsound_gradient_is_seen_where_its_rows_are() -> None:
+    def work() -> list[str]:
+        net = network(sharded=True)
+        net(torch.ones(1, 8)).sum().backward()
+        assert net[1].weight.grad is not None
+        own = net[1].weight.grad.to_local()
+        assert unsound_gradients(net) == []  # in the third process a part is empty
+        if distributed.rank() == 1:
+            own[0, 0] = float("nan")
+        return unsound_gradients(net)
+
+    assert in_processes(3, work) == [[], ["1.weight"], []]
+
+
+def test_a_constraint_holds_where_processes_have_rows_each() -> None:
+    """A frozen half and protected spaces; A and B over three processes, as in one."""
+
+    def work() -> list[Array]:
+        model = make_llama(num_hidden_layers=1)
+        probe = {"input_ids": torch.tensor([[1, 1]])}
+        groups = find_groups(model, target_layers(model, "all-linear"), probe)
+        moments = {g.name: torch.eye(g.d_in) for g in groups}
+        bases = solve(groups, moments, moments, tau=1e-3)
+        adapted = attach(model, bases, r=2, init="minor_singular", protect=2)
+        fresh = lora_factors(copy.deepcopy(adapted))
+        if distributed.count() > 1:
+            fully_shard(adapted, mesh=init_device_mesh("cpu", (distributed.count(),)))
+        opt = torch.optim.AdamW(adapted.parameters(), lr=1e-2, weight_decay=0.0)
+        keep_off(opt, adapted)
+        ids = torch.randint(3, 50, (2, 9), generator=torch.Generator().manual_seed(0))
+        for _ in range(2):
+            opt.zero_grad()
+            adapted(input_ids=ids, labels=ids).loss.backward()
+            opt.step()
+        name = "model.layers.0.mlp.down_proj"
+        a, b, _ = lora_factors(adapted)[name]
+        spaces = spaces_of(adapted.get_base_model().get_submodule(name), "default")
+        assert spaces is not None
+        assert float((a @ spaces.right).norm()) < 1e-5 * float(a.norm())
+        assert float((spaces.left.T @ b).norm()) < 1e-5 * float(b.norm())
+        assert torch.equal(a[2:], fresh[name][0][2:]) and torch.equal(
+            b[:, 2:], fresh[name][1][:, 2:]
+        )
+        return [a.numpy(), b.numpy()]
+
+    assert furthest(in_processes(3, work), work()) < 1e-4
+
+
+def test_a_sharded_tensor_is_a_part_of_it() -> None:
+    def work() -> tuple[int, bool]:
+        tensor = torch.arange(10.0).reshape(5, 2)
+        found = distributed.sharded(tensor)
+        assert isinstance(found, DTensor)
+        return len(found.to_local()), torch.equal(whole(found), tensor)
+
+    assert in_processes(3, work) == [(2, True), (2, True), (1, True)]
+    alone = torch.ones(2)
+    assert distributed.sharded(alone) is alone

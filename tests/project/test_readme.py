@@ -1,0 +1,57 @@
+"""What the README shows runs, and its numbers are the demo's."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import folora
+from benchmarks.report import demo_cells
+from benchmarks.tiny import tiny_config, write_qwen3, write_rows
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_python_example_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    (example,) = [
+        b for b in re.findall(r"```python\n(.*?)```", README, re.S) if "folora.prepare(" in b
+    ]
+    monkeypatch.chdir(tmp_path)
+    write_qwen3(tmp_path / "Qwen" / "Qwen3-1.7B")
+    write_rows(tmp_path / "rows.jsonl")
+    small = tiny_config()
+    monkeypatch.setattr(folora, "FoLoraConfig", lambda: small)
+    exec(example, {})
+    assert "kl=" in capsys.readouterr().out
+    assert (tmp_path / "adapter" / "adapter_config.json").exists()
+
+
+def test_the_table_is_what_the_demo_wrote() -> None:
+    _, rows = demo_cells(json.loads((ROOT / "docs" / "demo.json").read_text()))
+    for row in rows:
+        assert re.search(r"\|\s*" + r"\s*\|\s*".join(map(re.escape, row[1:])) + r"\s*\|", README), (
+            row
+        )
+
+
+def test_every_option_and_file_that_is_named_exists() -> None:
+    for target in re.findall(r"\]\(((?:docs|src)/[^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+    for flag in re.findall(r"--([a-z]+\.[a-z_]+)", README):
+        assert flag in folora.config.option_names()
+
+
+def test_every_figure_stands_in_the_results() -> None:
+    """README quotes docs/results.md, which is made from the JSON files."""
+    results = (ROOT / "docs" / "results.md").read_text()
+    shown = README.split("## Use it")[0].replace("Python 3.11", "")
+    figures = set(re.findall(r"(?<![\w.:/])-?\d*\.\d{2,4}(?![\d.])", shown))
+    assert len(figures) > 10
+    assert [f for f in sorted(figures) if f.lstrip("-0") not in results] == []

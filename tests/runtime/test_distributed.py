@@ -1,0 +1,299 @@
+"""Several processes do what one does, and none waits for another that has given up."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import in_processes
+from safetensors.torch import load_file
+
+from benchmarks.distributed import (
+    ROUNDING,
+    Bench,
+    breaches,
+    ended,
+    interrupted,
+    killed,
+    other_ways,
+    refused,
+    same_as_one,
+)
+from benchmarks.tiny import make_llama
+from folora.cli.main import main
+from folora.errors import ConfigError, DataError, MismatchError, ProcessError
+from folora.pipeline.run import RESULT, TRAINING
+from folora.runtime import distributed
+from folora.runtime.checkpoints import latest_checkpoint
+
+NOTHING: dict[str, Any] = {
+    "same": {}, "ways": {}, "killed": [], "interrupted": [], "refused": {}, "launched": {}
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("distributed"))
+
+
+def test_two_processes_give_what_one_gives(bench: Bench) -> None:
+    found = same_as_one(bench, (2,))
+    assert list(found["2"]) == list(ROUNDING)
+    assert breaches({**NOTHING, "same": found}) == []
+    assert found["2"]["4-training/result"] > 0  # else it would be the same run
+
+
+def test_rows_that_fill_up_the_last_step_do_not_count(bench: Bench) -> None:
+    """36 rows in steps of 8: in the fifth process 1 has none of its own. Counted, they make 14 %."""
+    masked = {"training.masked_kl_weight": 0.1}  # is a mean over rows that count
+    for name, count, size in (("short", 1, 8), ("filled", 2, 4)):
+        changes = {"training.batch_size": size, "training.max_steps": 5, **masked}
+        assert not any(e.code for e in ended(bench.start(name, count, **changes)))
+    assert 0 < bench.difference("short", "filled", RESULT) < 5 * ROUNDING[RESULT]
+
+
+def test_a_killed_process_ends_the_other_and_the_run_goes_on(bench: Bench) -> None:
+    found = [killed(bench, 2, 1, 2), killed(bench, 2, 0, 1)]
+    assert breaches({**NOTHING, "killed": found}) == []
+    assert all(one["checkpoint"] for one in found)
+    assert all(one["seconds"] < 30 for one in found)
+
+
+def test_a_signal_stops_all_after_the_same_step(bench: Bench) -> None:
+    found = [interrupted(bench, 2)]
+    assert breaches({**NOTHING, "interrupted": found}) == []
+
+
+def test_processes_that_see_different_things_are_refused(bench: Bench) -> None:
+    found = refused(bench)
+    assert len(found) == 3
+    assert breaches({**NOTHING, "refused": found}) == []
+
+
+def test_an_error_of_one_process_ends_all(bench: Bench) -> None:
+    """A file that only process 1 cannot read, and a fork that leaves at once."""
+    missing = {1: ["--dataset", str(bench.place / "missing.jsonl")]}
+    found = ended(bench.start("missing", 2, missing))
+    assert [e.code for e in found] == [2, 2]
+    assert "does not exist" in found[1].said
+    assert "has lost another one" in " ".join(found[0].said.split())
+    assert all("Traceback" not in e.said for e in found)
+
+
+def test_comparing_is_for_one_process(bench: Bench) -> None:
+    words = bench.words("compare", 2)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(bench, "words", lambda *args, **kwargs: ["compare", *words[1:]])
+        found = ended(bench.start("compare", 2))
+    assert [e.code for e in found] == [2, 2]
+    # One may leave before the other has reached it.
+    assert any("works in one process" in " ".join(e.said.split()) for e in found)
+
+
+# The functions of ranks, each in three processes.
+
+
+def test_shares_cover_everything_once() -> None:
+    found = in_processes(
+        3, lambda: (distributed.count(), distributed.rank(), list(distributed.mine(range(8))))
+    )
+    assert found == [(3, 0, [0, 3, 6]), (3, 1, [1, 4, 7]), (3, 2, [2, 5])]
+
+
+def test_sums_and_largest_and_gathering() -> None:
+    def work() -> Any:
+        total = distributed.add_(torch.tensor([1.0, distributed.rank()])).tolist()
+        return (
+            total,
+            distributed.largest(5 - distributed.rank()),
+            distributed.gather(distributed.rank() ** 2),
+            distributed.sent(distributed.rank(), 2),
+        )
+
+    assert in_processes(3, work) == [([3.0, 3.0], 5, [0, 1, 4], 2)] * 3
+
+
+def raising(at: int, error: Exception) -> Callable[[], str]:
+    def call() -> str:
+        if distributed.rank() == at:
+            raise error
+        return f"from {distributed.rank()}"
+
+    return call
+
+
+def test_all_raise_the_error_of_one() -> None:
+    found = in_processes(3, lambda: distributed.agree(raising(1, DataError("row 7"))))
+    assert found == ["DataError: row 7"] * 3
+    assert in_processes(3, lambda: distributed.agree(raising(9, DataError("")))) == [
+        "from 0", "from 1", "from 2",
+    ]  # fmt: skip
+
+
+def test_only_the_first_process_works_and_all_know() -> None:
+    assert in_processes(3, lambda: distributed.first(raising(1, DataError("")))) == ["from 0"] * 3
+    found = in_processes(3, lambda: distributed.first(raising(0, ConfigError("no"))))
+    assert found == ["ConfigError: no"] * 3
+
+
+def test_what_differs_is_said_by_all() -> None:
+    found = in_processes(3, lambda: distributed.check_same("data set", distributed.rank() == 2))
+    assert found == [
+        "MismatchError: process 2 of 3 sees another data set than process 0. All need the same "
+        "command, files and versions."
+    ] * 3  # fmt: skip
+    assert in_processes(2, lambda: distributed.check_same("data set", "x")) == [None, None]
+
+
+def test_who_waits_for_a_process_that_is_gone_is_told() -> None:
+    def work() -> Any:
+        if distributed.rank() == 1:
+            return "gone"
+        return distributed.gather(0)
+
+    found = in_processes(2, work)
+    assert found[1] == "gone"
+    assert found[0].startswith("ProcessError: process 0 of 2 has lost another one")
+
+
+def test_who_cannot_reach_the_others_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
+        raise RuntimeError("connection reset by peer\nmore")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", refuse)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    with pytest.raises(ProcessError, match=r"process 1 of 2 cannot reach .*reset by peer$"):
+        distributed.join("cpu")
+
+
+def test_one_process_sends_nothing() -> None:
+    assert distributed.gather(3) == [3]
+    assert (
+        distributed.sent(3)
+        == distributed.largest(3)
+        == distributed.first(lambda: 3)
+        == distributed.agree(lambda: 3)
+        == 3
+    )
+    assert distributed.mine([1, 2]) == [1, 2]
+    distributed.check_same("anything", object())
+    with pytest.raises(MismatchError):
+        distributed.agree(raising(0, MismatchError("x")))
+    with pytest.raises(RuntimeError, match="gloo") as raised, distributed.talking():
+        raise RuntimeError("gloo")  # with one process it is not a loss
+    assert not isinstance(raised.value, ProcessError)
+
+
+def test_other_ways_give_what_ddp_gives(bench: Bench) -> None:
+    found = other_ways(bench, (2,))
+    assert breaches({**NOTHING, "ways": found}) == []
+    assert found["FSDP2"]["2"] > 0  # which adds up in another order
+    assert found["--shard"]["2"] == 0  # of two numbers there is but one sum
+
+
+def test_a_run_by_fsdp2_goes_on_with_one_process(bench: Bench) -> None:
+    stopped = [killed(bench, 2, 1, 1, "FSDP2")]
+    assert breaches({**NOTHING, "killed": stopped}) == []
+    folder = latest_checkpoint(bench.place / "FSDP2-2" / TRAINING)
+    assert folder is not None
+    parts = {p.name for p in (folder / "optimizer_0").iterdir()}
+    assert parts == {".metadata", "__0_0.distcp", "__1_0.distcp"}
+    # A checkpoint is an adapter that PEFT reads, also where each process has a part of it.
+    last = load_file(folder / "adapter_model.safetensors")
+    result = bench.tensors("FSDP2-2", RESULT)
+    a = f"{next(iter(result)).removesuffix('/A').removesuffix('/B')}"
+    assert torch.equal(last[f"base_model.model.{a}.lora_A.weight"], result[f"{a}/A"])
+
+
+def test_a_run_with_a_shared_out_base_goes_on_without(bench: Bench) -> None:
+    """Its checkpoints, statistics and fingerprints are those of a whole base."""
+    stopped = [killed(bench, 2, 1, 2, "--shard", "DDP")]
+    assert breaches({**NOTHING, "killed": stopped}) == []
+    names = bench.undisturbed(1), bench.undisturbed(2, "--shard")
+    one, other = (bench.place / name for name in names)
+    requests = [json.loads((p / TRAINING / "request.json").read_text()) for p in (one, other)]
+    assert requests[0]["model"] == requests[1]["model"]
+
+
+def test_a_start_that_reads_weights_may_have_them_shared_out(bench: Bench) -> None:
+    changes = {"adapter.init": "null_space", "adapter.constraint": "oplora", "dtype": "bfloat16"}
+    for name, shard in (("whole", False), ("parts", True)):
+        assert [e.code for e in ended(bench.start(name, 2, shard=shard, **changes))] == [0, 0]
+    assert bench.difference("whole", "parts", RESULT) == 0
+
+
+def test_weights_that_are_not_finite_are_found_by_all_that_share_them(
+    bench: Bench, tmp_path: Path
+) -> None:
+    shutil.copytree(bench.model, tmp_path / "model")
+    model = make_llama()
+    with torch.no_grad():
+        model.get_submodule("model.layers.1.mlp.down_proj").weight[-1, -1] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    found = ended(bench.start("nan", 2, shard=True, model=str(tmp_path / "model")))
+    assert [e.code for e in found] == [2, 2]
+    assert all("model.layers.1.mlp.down_proj.weight" in " ".join(e.said.split()) for e in found)
+    with torch.no_grad():
+        model.get_submodule("model.layers.1.mlp.down_proj").weight.fill_(1e38)
+    model.save_pretrained(tmp_path / "model")
+    found = ended(bench.start("large", 2, shard=True, model=str(tmp_path / "model")))
+    assert [e.code for e in found] == [2, 2]
+    assert all("logits are not finite while sampling" in " ".join(e.said.split()) for e in found)
+
+
+FLAT = "needs whole rows of the adapter's matrices"
+REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
+    "FSDP 1": ({"ACCELERATE_USE_FSDP": "true"}, {}, FLAT),
+    "FSDP 1 by arguments": ({}, {"fsdp": "full_shard", "fsdp_config": {"version": 1}}, FLAT),
+    "FSDP in one process": (
+        {}, {"fsdp": "full_shard", "fsdp_config": {"version": 2}}, "fsdp needs several processes",
+    ),
+    "DeepSpeed": ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, FLAT),
+    "DeepSpeed by arguments": ({}, {"deepspeed": "zero2.json"}, FLAT),
+    "FSDP's checkpointing": (
+        {"ACCELERATE_USE_FSDP": "1", "FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "True"},
+        {}, "--training.gradient_checkpointing true",
+    ),
+    "FSDP's checkpointing by arguments": (
+        {}, {"fsdp": "full_shard", "fsdp_config": {"activation_checkpointing": True}},
+        "--training.gradient_checkpointing true",
+    ),
+    "FSDP of a base that is shared out": (
+        {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, {"shard": True}, "without FSDP",
+    ),
+    "a quantized base to be shared out": ({}, {"shard": True, "quantize": "4bit"}, "with shard"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_loses_rows_is_refused_before_anything_starts(
+    what: str, bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    variables, given, message = REFUSED[what]
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")  # which transformers sets, to be undone
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    words = bench.words("flat", 1)
+    if "shard" in given:
+        words += [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    else:
+        words += ["--training.extra", json.dumps(given)]
+    assert main(words) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (bench.place / "flat").exists()
+
+
+def test_all_directions_may_be_shared_out(bench: Bench) -> None:
+    """Each of two processes keeps half of every basis; the weights are the same to the bit."""
+    for storage in ("float32", "sharded"):
+        changes = {"spectrum.directions": "all", "spectrum.storage": storage}
+        assert [e.code for e in ended(bench.start(storage, 2, **changes))] == [0, 0]
+    assert bench.difference("float32", "sharded", RESULT) == 0

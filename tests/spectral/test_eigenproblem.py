@@ -1,0 +1,394 @@
+"""Eq. 10-17 against an independent solver, and what must be refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from closeness import assert_near
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from references import moment
+
+from folora.errors import NumericsError
+from folora.spectral import eigenproblem as spectrum
+from folora.spectral.eigenproblem import (
+    BASES,
+    Eigenbasis,
+    Spectrum,
+    checked_moment,
+    complement_frame,
+    generalized_eigenbasis,
+    smallest_eigenvectors,
+    spectral_gate,
+    step_scale,
+)
+
+
+@pytest.mark.parametrize("d", [1, 2, 7, 64])
+@pytest.mark.parametrize("tau", [1e-6, 1e-3, 1.0])
+@pytest.mark.parametrize("decay", [0.0, 4.0])
+def test_matches_scipy(d: int, tau: float, decay: float) -> None:
+    c_pre, c_task = moment(d, seed=1, decay=decay), moment(d, seed=2)
+    found = generalized_eigenbasis(c_pre, c_task, tau=tau)
+    h = c_pre.numpy() + tau * np.mean(np.diag(c_pre.numpy())) * np.eye(d)
+    expected = scipy.linalg.eigh(c_task.numpy(), h, eigvals_only=True)[::-1].copy()
+    assert_near(found.gamma, torch.from_numpy(expected), rtol=1e-8)
+    t = found.basis
+    assert_near(t.T @ torch.from_numpy(h) @ t, torch.eye(d).double(), roundings=1e6)
+    image = t.T @ c_task @ t
+    assert_near(image, torch.diag(found.gamma), roundings=1e6)
+    assert found.tau == tau
+    assert found.task_trace == pytest.approx(float(c_task.trace()))
+    assert (found.gamma[:-1] >= found.gamma[1:]).all()
+
+
+NUMBERS = torch.arange(200, dtype=torch.float64)
+SPECTRA = {
+    "power": 1 / (1 + NUMBERS),
+    "steep": 0.5**NUMBERS,
+    "cubed": (1 + NUMBERS) ** -3,
+    "linear": 1 - NUMBERS / 200,
+    "flat": torch.ones_like(NUMBERS),
+    "spike": torch.where(NUMBERS == 0, 1e6, 1 / (1 + NUMBERS)),
+    "rank 5": (NUMBERS < 5) * (1 + NUMBERS),
+    "zero": torch.zeros_like(NUMBERS),
+}
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("count", [1, 16, 50])
+def test_leading_pairs_of_any_spectrum(name: str, count: int) -> None:
+    """Each value within 1e-9 of its own size, small ones beside a large one too."""
+    generator = torch.Generator().manual_seed(1)
+    q = torch.linalg.qr(torch.randn(200, 200, generator=generator, dtype=torch.float64)).Q
+    matrix = (q * SPECTRA[name]) @ q.T
+    found = spectrum._leading((matrix + matrix.T) / 2, count)
+    assert found is not None
+    values, vectors = found
+    expected = SPECTRA[name].sort(descending=True).values[:count]
+    rounding = 1e-12 * float(expected[0])
+    torch.testing.assert_close(values, expected, rtol=1e-9, atol=rounding)
+    assert_near(vectors.T @ vectors, torch.eye(count).double(), roundings=1e3)
+    residual = (matrix @ vectors - vectors * values).norm(dim=0)
+    assert (residual <= 1.1e-6 * expected + 1e3 * rounding).all()
+
+
+@pytest.mark.parametrize("count", [None, 5])
+def test_signs_are_settled(count: int | None) -> None:
+    """More processes, or another device, round otherwise, and must not turn columns round."""
+    pre, task = moment(64, seed=1, decay=1), moment(64, seed=2, decay=1)
+    h = pre + 1e-3 * pre.diagonal().mean() * torch.eye(64).double()
+    rotation = (
+        torch.linalg.cholesky(h).T @ generalized_eigenbasis(pre, task, directions=count).basis
+    )
+    largest = rotation.gather(0, rotation.abs().argmax(0, keepdim=True))
+    assert (largest > 0).all()
+
+
+def test_where_leading_pairs_tarry_all_are_solved_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    pre, task = moment(40, seed=1), moment(40, seed=2)
+    expected = generalized_eigenbasis(pre, task, directions=3)
+    monkeypatch.setattr(spectrum, "MOST_LOOKS", 1)
+    found = generalized_eigenbasis(pre, task, directions=3)
+    assert_near(found.gamma, expected.gamma, roundings=1e3, rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", sorted(BASES))
+@pytest.mark.parametrize("count", [1, 3, 15, 40])
+def test_a_part_of_the_basis_is_the_first_columns_of_the_whole(kind: str, count: int) -> None:
+    """With 1 and 3 of 20 the leading vectors alone are sought; 40 is all there is."""
+    pre, task = moment(20, seed=1, decay=2), moment(20, seed=2)
+    whole, part = BASES[kind](pre, task), BASES[kind](pre, task, directions=count)
+    kept = min(count, 20)
+    assert part.basis.shape == (20, kept)
+    assert_near(part.gamma, whole.gamma[:kept], roundings=1e3, rtol=1e-9)
+    signs = (part.basis * whole.basis[:, :kept]).sum(0).sign()
+    assert_near(part.basis * signs, whole.basis[:, :kept], roundings=1e7)
+    assert part.rest == pytest.approx(
+        float(whole.gamma[kept:].sum()), abs=1e-9 * float(whole.gamma.sum())
+    )
+    assert part.task_trace == whole.task_trace
+
+
+def test_the_frame_of_the_complement() -> None:
+    """It keeps off the kept columns in the metric of H, and costs what it stands for, evenly."""
+    pre, task = moment(12, seed=1, decay=1), moment(12, seed=2)
+    h = pre + 1e-3 * pre.diagonal().mean() * torch.eye(12).double()
+    t = generalized_eigenbasis(pre, task).basis
+    dual, weight = complement_frame(t, 5)
+    assert_near(dual, h @ t[:, :5], roundings=1e6)
+    frame = (torch.eye(12).double() - t[:, :5] @ dual.T) * weight
+    assert (t[:, :5].T @ h @ frame).abs().max() < 1e-9  # T'HT is I
+    penalties = torch.einsum("ij,ik,kj->j", frame, h, frame)
+    assert_near(penalties, torch.full((12,), 7 / 12, dtype=torch.float64), roundings=1e6)
+    for wrong in (0, 12):
+        with pytest.raises(NumericsError, match=r"must lie in \[1, 12\)"):
+            complement_frame(t, wrong)
+
+
+def test_scaling_both_moments_changes_nothing_but_the_basis_length() -> None:
+    a = generalized_eigenbasis(moment(8, seed=1), moment(8, seed=2))
+    b = generalized_eigenbasis(1e-6 * moment(8, seed=1), 1e-6 * moment(8, seed=2))
+    assert_near(a.gamma, b.gamma, roundings=1e5)
+    assert_near(a.basis.abs(), 1e-3 * b.basis.abs(), roundings=1e5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_takes_any_floating_dtype(dtype: torch.dtype) -> None:
+    c = torch.diag(torch.tensor([4.0, 2.0, 1.0])).to(dtype)
+    found = generalized_eigenbasis(c, c, tau=0.0)
+    assert found.basis.dtype == torch.float64
+    assert_near(found.gamma, torch.ones(3).double(), roundings=1e3)
+
+
+def test_rank_deficient_pre_raises_the_ridge_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    c_pre = moment(16, rank=4, seed=1)
+    found = generalized_eigenbasis(c_pre, moment(16, seed=2), tau=0.0, name="up_proj")
+    assert found.tau > 0
+    assert "up_proj" in caplog.text
+    assert found.orthogonality < 1e-2
+
+
+def test_rank_deficient_pre_needs_no_retry_with_a_ridge() -> None:
+    found = generalized_eigenbasis(moment(16, rank=4, seed=1), moment(16, seed=2), tau=1e-4)
+    assert found.tau == 1e-4
+    assert found.orthogonality < 1e-6
+
+
+def test_zero_task_has_zero_gamma_and_zero_pre_is_refused() -> None:
+    zero = torch.zeros(4, 4)
+    found = generalized_eigenbasis(moment(4), zero)
+    assert found.gamma.eq(0).all()
+    assert spectral_gate(found.gamma).eq(0.3).all()
+    assert step_scale(found.gamma, spectral_gate(found.gamma), found.task_trace) == 1.0
+    with pytest.raises(NumericsError, match="q_proj is zero"):
+        generalized_eigenbasis(zero, moment(4), name="q_proj")
+
+
+def broken(kind: str) -> torch.Tensor:
+    c = moment(6)
+    if kind == "nan":
+        c[2, 3] = float("nan")
+    if kind == "inf":
+        c[0, 0] = float("inf")
+    if kind == "asymmetric":
+        c[0, 1] += 0.5
+    if kind == "negative":
+        c -= 2 * torch.eye(6)
+    if kind == "not square":
+        c = c[:, :4]
+    if kind == "integer":
+        c = c.long()
+    return c
+
+
+@pytest.mark.parametrize("basis", BASES.values())
+def test_every_basis_says_that_it_is_orthonormal_in_h(basis: Eigenbasis) -> None:
+    assert basis(moment(6, seed=1), moment(6, seed=2)).orthogonality < 1e-10
+
+
+def test_asymmetry_of_rounding_is_averaged_out() -> None:
+    exact = moment(6)
+    rounded = exact + 1e-5 * torch.randn(6, 6, generator=torch.Generator().manual_seed(0)).double()
+    given = rounded.clone()
+    assert torch.equal(checked_moment(given, "C"), (rounded + rounded.T) / 2)
+    assert torch.equal(given, rounded)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("nan", "not finite"),
+        ("inf", "not finite"),
+        ("asymmetric", "not symmetric"),
+        ("negative", "eigenvalue below"),
+        ("not square", "shape"),
+        ("integer", "dtype"),
+    ],
+)
+@pytest.mark.parametrize("which", ["C_pre", "C_task"])
+def test_bad_moments_are_refused_by_layer(kind: str, message: str, which: str) -> None:
+    bad, good = broken(kind), moment(6)
+    pair = (bad, good) if which == "C_pre" else (good, bad)
+    with pytest.raises(NumericsError, match=message if kind != "not square" else "shape") as error:
+        generalized_eigenbasis(*pair, name="layers.3.down_proj")
+    assert "layers.3.down_proj" in str(error.value)
+
+
+@pytest.mark.parametrize("scale", [1e-60, 1.0, 1e60])
+def test_how_negative_an_eigenvalue_may_be(scale: float) -> None:
+    rotation = torch.linalg.qr(moment(200)).Q
+
+    def with_smallest(value: float) -> torch.Tensor:
+        """Of Frobenius norm 1, but for the last eigenvalue."""
+        eigenvalues = torch.full((200,), 199**-0.5, dtype=torch.float64)
+        eigenvalues[-1] = value
+        found = (rotation * eigenvalues) @ rotation.T * scale
+        return (found + found.T) / 2
+
+    checked_moment(with_smallest(-0.8e-5), "C")
+    with pytest.raises(NumericsError, match="eigenvalue below"):
+        checked_moment(with_smallest(-1.2e-5), "C")
+
+
+def test_small_negative_eigenvalues_of_rounding_are_fine() -> None:
+    c = moment(32, rank=3).float()
+    c -= 1e-7 * torch.eye(32)
+    assert generalized_eigenbasis(moment(32), c).gamma.min() >= 0
+
+
+@pytest.mark.parametrize("tau", [-1e-9, float("nan"), float("inf")])
+def test_bad_tau(tau: float) -> None:
+    with pytest.raises(NumericsError, match="tau"):
+        generalized_eigenbasis(moment(3), moment(3), tau=tau)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 12), st.integers(0, 99), st.floats(1e-4, 10), st.floats(0, 4))
+def test_identities_hold_for_any_pair(d: int, seed: int, tau: float, decay: float) -> None:
+    found = generalized_eigenbasis(
+        moment(d, seed=seed, decay=decay), moment(d, rank=max(1, d // 2), seed=seed + 1), tau=tau
+    )
+    assert found.orthogonality < 1e-6
+    assert found.diagonality < 1e-6
+
+
+def test_gate_values() -> None:
+    gamma = torch.tensor([9.0, 1.0, 0.5, 0.0])
+    assert_near(spectral_gate(gamma), torch.tensor([0.9, 0.5, 1 / 3, 0.3]), roundings=4)
+    assert spectral_gate(gamma, s_min=0.0)[-1] == 0
+    assert spectral_gate(gamma, s_min=1.0).eq(1).all()
+    assert spectral_gate(gamma, lam=0.0).tolist() == pytest.approx([1, 1, 1, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("gamma", "lam", "s_min"),
+    [([1.0], -1.0, 0.3), ([1.0], 1.0, 1.1), ([1.0], 1.0, -0.1), ([-1.0], 1.0, 0.3)],
+)
+def test_gate_refuses(gamma: list[float], lam: float, s_min: float) -> None:
+    with pytest.raises(NumericsError):
+        spectral_gate(torch.tensor(gamma), lam, s_min)
+
+
+def test_step_scale_equalizes_the_task_response() -> None:
+    """Random unit steps in the scaled, gated basis move the task response as far as Adam's do."""
+    found = generalized_eigenbasis(moment(12, seed=1, decay=2), moment(12, seed=2))
+    gate = spectral_gate(found.gamma)
+    t = found.basis * step_scale(found.gamma, gate, found.task_trace)
+    signs = torch.randn(20000, 12, dtype=torch.float64).sign()
+    step = (signs * gate) @ t.T
+    response = torch.einsum("ni,ij,nj->n", step, moment(12, seed=2), step).mean()
+    assert float(response) == pytest.approx(found.task_trace, rel=0.05)
+
+
+def test_smallest_eigenvectors() -> None:
+    c = torch.diag(torch.tensor([3.0, 1.0, 2.0, 0.0]))
+    u = smallest_eigenvectors(c, 2)
+    assert_near(u.abs(), torch.eye(4).double()[:, [3, 1]])
+    with pytest.raises(NumericsError, match="r is 5"):
+        smallest_eigenvectors(c, 5, "o_proj")
+
+
+pairs = st.tuples(st.integers(1, 12), st.integers(0, 999), st.floats(0, 3), st.floats(1e-4, 10))
+
+
+def pair(d: int, seed: int, decay: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """C_pre of any decay, and a C_task of half the rank."""
+    return moment(d, seed=seed, decay=decay), moment(d, rank=max(1, d // 2), seed=seed + 1)
+
+
+def orthogonal(d: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))[0]
+
+
+def ridged(c_pre: torch.Tensor, tau: float) -> torch.Tensor:
+    return c_pre + tau * c_pre.diagonal().mean() * torch.eye(len(c_pre), dtype=c_pre.dtype)
+
+
+@settings(max_examples=40, deadline=None)
+@given(pairs)
+def test_any_pair_agrees_with_scipy(drawn: tuple[int, int, float, float]) -> None:
+    """Values, T'HT = I and T'C_task T = diag(gamma), and the traces of both sides."""
+    d, seed, decay, tau = drawn
+    pre, task = pair(d, seed, decay)
+    h = ridged(pre, tau)
+    found = generalized_eigenbasis(pre, task, tau=tau)
+    expected = scipy.linalg.eigh(task.numpy(), h.numpy(), eigvals_only=True)[::-1].copy()
+    most = float(found.gamma[0])
+    assert_near(found.gamma, torch.from_numpy(expected), roundings=5e6)
+    t = found.basis
+    assert_near(t.T @ h @ t, torch.eye(d).double(), roundings=5e7)
+    assert_near(t.T @ task @ t, torch.diag(found.gamma), roundings=5e7)
+    # T T' = H^-1, so that the gammas sum to trace(H^-1 C_task), and T'HT to the width.
+    assert_near(t @ t.T @ h, torch.eye(d).double(), roundings=5e9)
+    assert float(found.gamma.sum()) == pytest.approx(float(torch.linalg.solve(h, task).trace()))
+    assert found.rest == pytest.approx(0, abs=1e-9 * most)
+
+
+def assert_same_operator(
+    one: Spectrum, basis: torch.Tensor, factor: float, other: Spectrum
+) -> None:
+    """T diag(gamma) T' and T T': equal when bases are, up to signs and rotations at equal gammas."""
+    for a, b in ((factor * one.gamma, other.gamma), (one.gamma**0, other.gamma**0)):
+        expected, found = (basis * a) @ basis.T, (other.basis * b) @ other.basis.T
+        assert_near(expected, found, roundings=5e8)
+
+
+@settings(max_examples=40, deadline=None)
+@given(pairs, st.floats(1e-3, 1e3))
+def test_scaling_the_task_scales_gamma_alone(
+    drawn: tuple[int, int, float, float], factor: float
+) -> None:
+    d, seed, decay, tau = drawn
+    pre, task = pair(d, seed, decay)
+    one = generalized_eigenbasis(pre, task, tau=tau)
+    other = generalized_eigenbasis(pre, factor * task, tau=tau)
+    assert_near(other.gamma, factor * one.gamma, roundings=5e6)
+    assert other.task_trace == pytest.approx(factor * one.task_trace)
+    assert_same_operator(one, one.basis, factor, other)
+
+
+@settings(max_examples=40, deadline=None)
+@given(pairs, st.integers(0, 99))
+def test_another_frame_turns_the_basis(drawn: tuple[int, int, float, float], turn: int) -> None:
+    """In coordinates x' = Q'x: the same gammas, and Q'T for T."""
+    d, seed, decay, tau = drawn
+    pre, task = pair(d, seed, decay)
+    q = orthogonal(d, turn)
+    one = generalized_eigenbasis(pre, task, tau=tau)
+    other = generalized_eigenbasis(q.T @ pre @ q, q.T @ task @ q, tau=tau)
+    assert_near(other.gamma, one.gamma, roundings=5e6, rtol=1e-7)
+    assert_same_operator(one, q.T @ one.basis, 1.0, other)
+
+
+gammas = st.lists(st.floats(0, 1e12), min_size=1, max_size=20).map(
+    lambda values: torch.tensor(sorted(values, reverse=True), dtype=torch.float64)
+)
+
+
+@given(gammas, st.floats(0, 1e12), st.floats(0, 1))
+def test_the_gate_is_monotone_and_bounded(gamma: torch.Tensor, lam: float, s_min: float) -> None:
+    gate = spectral_gate(gamma, lam, s_min)
+    assert bool((gate >= s_min).all() and (gate <= 1).all())
+    rounding = 2 * torch.finfo(torch.float64).eps  # of a gate next to 1
+    assert bool((gate[:-1] >= gate[1:] - rounding).all())  # as gamma is
+    assert bool((spectral_gate(gamma, 2 * lam + 1, s_min) <= gate + rounding).all())
+    assert bool((spectral_gate(gamma, lam, 1.0) == 1).all())
+    assert torch.equal(gate, spectral_gate(gamma, lam, 0.0).clamp(min=s_min))
+
+
+@given(gammas, st.floats(0, 1))
+def test_the_gates_limits(gamma: torch.Tensor, s_min: float) -> None:
+    """No lambda: open wherever there is any use. An endless one: closed to the floor."""
+    used = gamma > 0
+    assert bool((spectral_gate(gamma, 0.0, s_min)[used] == 1).all())
+    assert bool((spectral_gate(gamma, 0.0, s_min)[~used] == s_min).all())
+    torch.testing.assert_close(
+        spectral_gate(gamma, 1e300, s_min), torch.full_like(gamma, s_min), rtol=0, atol=1e-9
+    )
+    least = float(gamma[used].min()) if used.any() else 1.0
+    small = spectral_gate(gamma, 1e-9 * least, s_min)
+    torch.testing.assert_close(small, spectral_gate(gamma, 0.0, s_min), rtol=0, atol=1e-8)

@@ -1,0 +1,318 @@
+"""Training is interrupted, its checkpoints are damaged, its gradients overflow: nothing bad is taken over."""
+
+from __future__ import annotations
+
+import logging
+import math
+import resource
+import shutil
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+import folora
+from benchmarks.tiny import make_llama, make_tokenizer, rows, tiny_config
+from folora.adapters.adapter import lora_factors
+from folora.errors import ArtifactError, NumericsError
+from folora.runtime.checkpoints import SEAL, check_checkpoint, latest_checkpoint
+from folora.runtime.finiteness import unsound_gradients, where_it_breaks
+from folora.runtime.signals import Interrupted, interruptible
+from folora.runtime.storage import write_sealed
+from folora.training.trainer import MOST_SKIPPED, train
+
+STATES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+
+
+def prepared(**changes: Any) -> folora.Prepared:
+    return folora.prepare(make_llama(), make_tokenizer(), rows(), tiny_config(**changes))
+
+
+def flat(p: folora.Prepared) -> torch.Tensor:
+    return torch.cat([t.flatten() for a, b, _ in lora_factors(p.model).values() for t in (a, b)])
+
+
+def moments(p: folora.Prepared) -> list[torch.Tensor]:
+    states = p.optimizer.state_dict()["state"].values()
+    return [t.clone() for state in states for t in state.values()]
+
+
+class At(TrainerCallback):
+    """Does something in the middle of a step."""
+
+    def __init__(self, step: int, act: Any) -> None:
+        self.step, self.act = step, act
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.step:
+            self.act()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[folora.Prepared, Path]:
+    """An uninterrupted training."""
+    folder = tmp_path_factory.mktemp("whole")
+    found = prepared()
+    train(found, make_tokenizer(), folder)
+    return found, folder
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_training_with_a_checkpoint(
+    tmp_path: Path, whole: tuple[folora.Prepared, Path], number: signal.Signals
+) -> None:
+    former = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    cut = prepared(training={"save_steps": 100})
+    with pytest.raises(Interrupted) as stopped:
+        train(
+            cut, make_tokenizer(), tmp_path, callbacks=[At(3, lambda: signal.raise_signal(number))]
+        )
+    assert stopped.value.exit_code == 128 + number
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == former
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
+    again = prepared(training={"save_steps": 100})
+    assert train(again, make_tokenizer(), tmp_path).state.global_step == 6
+    assert torch.equal(flat(again), flat(whole[0]))
+    assert all(map(torch.equal, moments(again), moments(whole[0])))
+
+
+def test_an_interruption_that_native_code_turned_into_an_error_is_one() -> None:
+    with pytest.raises(Interrupted) as stopped, interruptible():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape of object type") from None
+    assert stopped.value.exit_code == 143
+    with pytest.raises(ValueError, match="of its own"), interruptible():
+        raise ValueError("of its own")
+
+
+def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
+    def twice() -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        train(prepared(), make_tokenizer(), tmp_path, callbacks=[At(1, twice)])
+    assert latest_checkpoint(tmp_path) is None
+
+
+def test_training_in_another_thread_leaves_signals_alone(tmp_path: Path) -> None:
+    steps = []
+
+    def work() -> None:
+        steps.append(train(prepared(), make_tokenizer(), tmp_path).state.global_step)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert steps == [6]
+
+
+def test_no_step_is_taken_beyond_the_last(tmp_path: Path) -> None:
+    """Killed between the last checkpoint and the result; transformers' Trainer would step once more."""
+    constant: Any = {"training": {"lr_scheduler_type": "constant"}}
+    first, again = prepared(**constant), prepared(**constant)
+    train(first, make_tokenizer(), tmp_path)
+    trainer = train(again, make_tokenizer(), tmp_path)
+    assert trainer.state.global_step == 6
+    assert torch.equal(flat(again), flat(first))
+    assert trainer.read()[0].kl > 0
+
+
+@pytest.mark.parametrize("file", [*STATES, "trainer_state.json", SEAL])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
+def test_a_damaged_checkpoint_is_named_and_not_used(
+    tmp_path: Path, whole: tuple[folora.Prepared, Path], file: str, damage: str
+) -> None:
+    shutil.copytree(whole[1], tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint-6" / file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(content if damage == "flipped" else content[: len(content) // 2])
+    if (file, damage) == (SEAL, "gone"):  # not written to the end
+        assert latest_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-4"
+        return
+    with pytest.raises(ArtifactError, match=f"checkpoint-6/{file}"):
+        latest_checkpoint(tmp_path / "run")
+    shutil.rmtree(path.parent)
+    assert latest_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-4"
+
+
+def test_a_file_that_was_put_into_a_checkpoint_is_refused(
+    tmp_path: Path, whole: tuple[folora.Prepared, Path]
+) -> None:
+    shutil.copytree(whole[1] / "checkpoint-6", tmp_path / "checkpoint-6")
+    check_checkpoint(tmp_path / "checkpoint-6")
+    (tmp_path / "checkpoint-6" / "adapter_model.bin").write_bytes(b"x")
+    with pytest.raises(ArtifactError, match=r"adapter_model\.bin was not written by this training"):
+        check_checkpoint(tmp_path / "checkpoint-6")
+
+
+@pytest.mark.parametrize("size", [4000, 30000])
+def test_a_full_disk_in_the_middle_of_a_checkpoint_is_named(
+    tmp_path: Path, whole: tuple[folora.Prepared, Path], size: int
+) -> None:
+    """It fails at the adapter, or at the optimizer's state."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+
+    try:
+        with pytest.raises(ArtifactError, match=r"cannot write the checkpoint .*checkpoint-4: "):
+            train(prepared(), make_tokenizer(), tmp_path, callbacks=[At(4, fill)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    again = prepared()
+    train(again, make_tokenizer(), tmp_path)
+    assert torch.equal(flat(again), flat(whole[0]))
+
+
+class Poisoned:
+    """Makes the loss of chosen steps NaN by a weight of the frozen model, and gives the weight back."""
+
+    def __init__(self, p: folora.Prepared, steps: range | set[int]) -> None:
+        layer: Any = p.model.get_base_model()
+        self.weight = layer.model.layers[1].mlp.down_proj.base_layer.weight.data
+        self.good, self.steps, poisoned = self.weight.clone(), steps, self
+
+        class Callback(TrainerCallback):
+            def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                poisoned.set(state.global_step + 1 in steps)
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                poisoned.set(False)
+
+        self.callback = Callback()
+
+    def set(self, bad: bool) -> None:
+        self.weight.copy_(self.good)
+        if bad:
+            self.weight[3, 5] = math.inf
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_training_stops_before_a_gradient_that_is_not_finite(
+    tmp_path: Path, accumulation: int
+) -> None:
+    p = prepared(training={"gradient_accumulation_steps": accumulation, "batch_size": 2})
+    seen: list[Any] = []
+    bad = Poisoned(p, {5})
+    note = At(5, lambda: seen.extend([flat(p).clone(), moments(p)]))
+    with pytest.raises(NumericsError) as stopped:
+        train(p, make_tokenizer(), tmp_path, callbacks=[bad.callback, note])
+    said = str(stopped.value)
+    assert "step 5: " in said
+    assert "model.layers.1.mlp.down_proj.base_layer is the first to give values" in said
+    assert "lora_" in said
+    assert "--training.non_finite skip" in said
+    assert torch.equal(flat(p), seen[0])
+    assert all(map(torch.equal, moments(p), seen[1]))
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_skipped_step_changes_no_weight_and_no_moment(
+    tmp_path: Path, accumulation: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    p = prepared(
+        training={
+            "gradient_accumulation_steps": accumulation, "batch_size": 2, "non_finite": "skip",
+        }
+    )  # fmt: skip
+    seen: list[Any] = []
+    notes = [At(n, lambda: seen.append((flat(p).clone(), moments(p)))) for n in (3, 4, 5)]
+    with caplog.at_level(logging.WARNING, logger="folora"):
+        trainer = train(
+            p, make_tokenizer(), tmp_path, callbacks=[Poisoned(p, {3}).callback, *notes]
+        )
+    assert "step 3: " in caplog.text
+    assert caplog.text.count("passed over") == 1
+    assert trainer.state.global_step == 6
+    (before, kept), (after, kept_after), (later, _) = seen
+    assert torch.equal(before, after)
+    assert all(map(torch.equal, kept, kept_after))
+    assert not torch.equal(after, later)
+    assert bool(torch.isfinite(flat(p)).all())
+    assert all(bool(torch.isfinite(m).all()) for m in moments(p))
+    steps = {int(s["step"]) for s in p.optimizer.state_dict()["state"].values()}
+    assert steps == {5}  # of 6
+
+
+def test_skipping_has_an_end(tmp_path: Path) -> None:
+    p = prepared(training={"non_finite": "skip", "max_steps": 100, "logging_steps": 1000})
+    with pytest.raises(NumericsError, match=f"{MOST_SKIPPED} steps in a row were passed over"):
+        train(p, make_tokenizer(), tmp_path, callbacks=[Poisoned(p, range(2, 101)).callback])
+
+
+def test_what_is_no_sound_gradient() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3, bias=False))
+    for value, sound in {
+        0.0: True,
+        1e14: True,
+        1e16: False,
+        math.inf: False,
+        math.nan: False,
+    }.items():
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        model[1].weight.grad[1, 2] = value  # type: ignore[index,union-attr]
+        assert unsound_gradients(model) == ([] if sound else ["1.weight"])
+    model.zero_grad()
+    assert unsound_gradients(model) == []
+
+
+def test_where_it_breaks_leaves_no_hook_and_no_change() -> None:
+    model = make_llama()
+    ids = torch.tensor([[1, 2, 3]])
+    assert "the forward pass is finite" in where_it_breaks(model, {"input_ids": ids})
+    model.model.layers[0].self_attn.v_proj.weight.data[0, 0] = math.nan
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    assert "model.layers.0.self_attn.v_proj is the first" in where_it_breaks(
+        model, {"input_ids": ids}
+    )
+    assert all(
+        torch.equal(p.nan_to_num(), before[n].nan_to_num()) for n, p in model.named_parameters()
+    )
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_fp16_overflow_is_found_where_it_happens() -> None:
+    model = make_llama().half()
+    model.model.layers[1].mlp.down_proj.weight.data.fill_(3e4)
+    said = where_it_breaks(model, {"input_ids": torch.tensor([[1, 2, 3]])})
+    assert "model.layers.1.mlp.down_proj is the first" in said
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "does not say 'files'"),
+        ({"files": 3}, "does not hold what it should"),
+        ({"files": ["a"]}, "does not hold what it should"),
+        ({"files": {"a": None}}, "checkpoint-2/a is damaged"),
+        ({"files": {"a": "x", "../checkpoint-1/b": "x"}}, "checkpoint-1/b is missing|a is damaged"),
+        ({"files": {"\0": "x"}}, "is missing"),
+        ({"files": {"x" * 300: "x"}}, "is missing"),
+        ({"files": {"\ud800": "x"}}, "is missing"),
+        ({"files": {"": "x", ".": "x"}}, "is missing"),
+    ],
+)
+def test_a_seal_that_says_something_else_is_refused(
+    tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
+    """Its checksum is right; no file outside of the checkpoint is looked for."""
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "a").write_text("a")
+    write_sealed(tmp_path / "checkpoint-2" / SEAL, values)
+    with pytest.raises(ArtifactError, match=message):
+        latest_checkpoint(tmp_path)
