@@ -39,7 +39,7 @@ DOORS: list[tuple[Any, str, Found]] = [
     (folora.pipeline.planning, "load_config", "files"),
     (folora.adapters.coverage, "load_skeleton", "files"),
     (folora.pipeline.run, "load_model", "model"),
-    (folora.sampling, "write_sealed", "work"),
+    (folora.calibration.sampling, "write_sealed", "work"),
     (HuggingFaceEngine, "__call__", "work"),
     (folora.pipeline.run, "measure", "work"),
     (folora.pipeline.run, "solve", "work"),

@@ -116,7 +116,7 @@ def test_a_bug_shows_its_traceback_and_says_so(
     def broken(*_: object) -> None:
         raise KeyError("x")
 
-    monkeypatch.setattr("folora.commands.execute", broken)
+    monkeypatch.setattr("folora.cli.commands.execute", broken)
     assert main(["plan", "--model", "m"]) == 1
     said = capsys.readouterr().err
     assert "Traceback" in said
