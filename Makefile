@@ -57,7 +57,7 @@ distributed: $(VENV)/ready
 wheel: $(VENV)/ready
 	rm -rf build
 	$(RUN) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/outside/wheel .
-	$(RUN) tests/outside.py build/outside $(LOCK) build/outside/wheel/*.whl $(CPU_LOCK)
+	$(RUN) tests/project/wheel.py build/outside $(LOCK) build/outside/wheel/*.whl $(CPU_LOCK)
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

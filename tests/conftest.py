@@ -32,7 +32,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks.tiny import MAKERS, make_tokenizer, tiny_config, write_model, write_rows
 from folora.pipeline.run import Run
-from folora.runtime.storage import LOCK
 
 
 @pytest.fixture(autouse=True)
@@ -77,22 +76,3 @@ def finished(
     config = tiny_config(model=str(model_folder), dataset=str(rows_file), output=str(output))
     Run(config).run()
     return config
-
-
-def temporary(folder: Path) -> list[Path]:
-    """What a writer that was killed left in a folder; its lock is there for good."""
-    return [p for p in folder.rglob(".*") if p.name != LOCK]
-
-
-TINY_PLAN_BASE = {
-    "dtype": "float32",
-    "device": "cpu",
-    "sampling.num_sequences": 36,
-    "sampling.min_new_tokens": 32,
-    "sampling.max_new_tokens": 32,
-    "statistics.task_examples": 8,
-    "training.max_steps": 4,
-    "training.batch_size": 2,
-    "adapter.r": 2,
-}
-"""The base of a plan whose every arm takes a second on a tiny model."""

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from closeness import assert_near
-from references import gradients, moment, orthogonal_and_gate, params, reference
 from safetensors.torch import load_file
+from support.closeness import assert_near
+from support.references import gradients, moment, orthogonal_and_gate, params, reference
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.tiny import make_gpt2, make_llama, make_mistral, make_tokenizer, tiny_config

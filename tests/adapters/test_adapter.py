@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapted import IDS, bases_for, trained
-from closeness import assert_near
 from peft import LoraConfig, PeftModel
+from support.adapted import IDS, bases_for, trained
+from support.closeness import assert_near
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.tiny import MAKERS, make_llama

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import CASES, Case, build, table, tiny_config
 from peft import LoraConfig, PeftModel, get_peft_model
+from support.architectures import CASES, Case, build, table, tiny_config
 from torch import Tensor
 from transformers import PreTrainedModel
 

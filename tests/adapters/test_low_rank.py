@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from adapted import IDS, bases_for
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from support.adapted import IDS, bases_for
 from torch import Tensor
 from torch.nn.functional import linear
 from transformers import TrainerCallback

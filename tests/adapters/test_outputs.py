@@ -18,17 +18,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import adapted
 import pytest
 import torch
-from closeness import assert_near
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
+from support import adapted
+from support.adapter_files import write
+from support.closeness import assert_near
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
-from writing import write
 
 from benchmarks.tiny import MAKERS, make_llama, make_tokenizer, tiny_config
 from folora.adapters.adapter import export_adapter, export_merged, write_adapter
@@ -330,7 +330,7 @@ def test_files_do_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
     """What another process wrote, with another seed than ours, is the same to the byte."""
     seed = "1" if os.environ.get("PYTHONHASHSEED") == "0" else "0"
     subprocess.run(
-        [sys.executable, "-c", f"import writing; writing.write({str(tmp_path / 'other')!r})"],
+        [sys.executable, "-c", f"from support.adapter_files import write; write({str(tmp_path / 'other')!r})"],
         env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
         check=True,
     )

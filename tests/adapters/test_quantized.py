@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapted import IDS, bases_for, trained
-from closeness import assert_near
 from peft import PeftModel
+from support.adapted import IDS, bases_for, trained
+from support.closeness import assert_near
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from benchmarks.tiny import make_llama

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from closeness import assert_near
-from references import moment
 from scipy.linalg import eigh
+from support.closeness import assert_near
+from support.references import moment
 
 from benchmarks import amounts
 from benchmarks.amounts import growing, held, rows_table, text_table

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import TINY_PLAN_BASE
 from scipy import stats
+from support.plans import TINY_PLAN_BASE
 
 from benchmarks.aim import FAR, aim_table
 from benchmarks.real import compare

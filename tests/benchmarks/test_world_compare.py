@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import TINY_PLAN_BASE
+from support.plans import TINY_PLAN_BASE
 
 from benchmarks.sweeps import checked_plan, planned, read_plan
 from benchmarks.world.compare import calibration_texts, main, prepared_run

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from closeness import assert_near
 from hypothesis import given
 from hypothesis import strategies as st
+from support.closeness import assert_near
 from torch import nn
 from transformers import PreTrainedModel
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from references import moment
+from support.references import moment
 
 import folora
 from benchmarks.tiny import make_llama, make_tokenizer, rows, tiny_config

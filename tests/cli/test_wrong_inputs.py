@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from conftest import temporary
-from wrong_inputs import KINDS, Found, Wrong
+from support.temporary_files import temporary
+from support.wrong_inputs import KINDS, Found, Wrong
 
 import folora.adapters.coverage
 import folora.calibration.sampling

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from closeness import assert_near
 from peft import LoraConfig, OSFConfig, get_peft_model
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
+from support.closeness import assert_near
 from transformers import PreTrainedModel
 
 import folora

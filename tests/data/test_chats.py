@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import chat_templates as t
 import pytest
+import support.chat_templates as t
 from transformers import PreTrainedTokenizerFast
 
 import folora.data.chats

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import chat_templates
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
+from support import chat_templates
 
 from folora.config import DataConfig
 from folora.data.formats import FORMATS

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from closeness import assert_near
-from references import drive, gradients, orthogonal_and_gate, params, reference
+from support.closeness import assert_near
+from support.references import drive, gradients, orthogonal_and_gate, params, reference
 
 import folora
 from folora.optim import sadam

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from closeness import assert_near
-from conftest import temporary
 from peft import PeftModel
+from support.closeness import assert_near
+from support.temporary_files import temporary
 from transformers import AutoModelForCausalLM
 
 from benchmarks.forks import Fork

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from processes import in_processes
 from safetensors.torch import load_file
+from support.processes import in_processes
 
 from benchmarks.distributed import (
     ROUNDING,

@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import temporary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from support.temporary_files import temporary
 
 import folora.runtime.storage
 from folora.errors import ArtifactError

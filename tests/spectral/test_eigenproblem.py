@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from closeness import assert_near
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from references import moment
+from support.closeness import assert_near
+from support.references import moment
 
 from folora.errors import NumericsError
 from folora.spectral import eigenproblem as spectrum

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from closeness import assert_near
-from references import moment
+from support.closeness import assert_near
+from support.references import moment
 
 from folora.errors import ArtifactError, ConfigError, NumericsError
 from folora.spectral.eigenproblem import generalized_eigenbasis

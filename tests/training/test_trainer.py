@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from closeness import assert_near
+from support.closeness import assert_near
 from transformers import BertConfig, BertLMHeadModel, TrainerCallback
 
 import folora

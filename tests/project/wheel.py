@@ -3,7 +3,7 @@
 First without extras, then with ``trl``, then with ``compare``. The model is a very small Qwen3 in a
 folder named as in README. Not collected by pytest; ``make wheel`` runs it::
 
-    python tests/outside.py DIRECTORY CONSTRAINTS WHEEL [TORCH_REQUIREMENTS]
+    python tests/project/wheel.py DIRECTORY CONSTRAINTS WHEEL [TORCH_REQUIREMENTS]
 
 The directory is made and may hold an environment of an earlier try.
 """
@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 WRITE = """
 from pathlib import Path

@@ -1,7 +1,7 @@
 """The matrix of architectures: one tiny random model of each, and what becomes of it.
 
 A row says which layers are adapted and which are left out, or why the model is refused. It is the source of
-docs/compatibility/architectures.json (``python -m tests.architectures``).
+docs/compatibility/architectures.json (``python -m tests.support.architectures``).
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ CASES = [
 ]  # fmt: skip
 
 TEXT = [
-    f"Tiny random models of transformers {transformers.__version__}, made by `python -m tests.architectures` and tested by "
+    f"Tiny random models of transformers {transformers.__version__}, made by `python -m tests.support.architectures` and tested by "
     "`tests/adapters/test_architectures.py`. What works is exact before the first step, has the layers that are named here, "
     "trains, and gives equal logits in stock PEFT and merged. What is refused is refused by its config, in seconds. "
     "Numbers in names are `*`. Experts that are fused into one weight, routers and embeddings are never adapted; "
