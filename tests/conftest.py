@@ -12,6 +12,7 @@ if "FOLORA_TEST_GPU" not in os.environ:  # tests compare with what the CPU gives
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from jaxtyping import install_import_hook
+from support import typechecking
 
 SOURCE = Path(__file__).parents[1] / "src"
 ANNOTATED = [
@@ -20,7 +21,7 @@ ANNOTATED = [
     if "shapes import" in path.read_text()
 ]
 
-with install_import_hook(ANNOTATED, "beartype.beartype"):
+with install_import_hook(ANNOTATED, f"{typechecking.__name__}.check"):
     import folora
 
     for name in ANNOTATED:
