@@ -68,11 +68,11 @@ def furthest(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
 
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16"])
-def test_steps_are_those_of_the_cpu(storage: str) -> None:
+def test_steps_match_the_cpu(storage: str) -> None:
     assert furthest(stepped("cuda", storage), stepped("cpu", storage)) < 2e-5
 
 
-def test_bases_on_the_host_are_resident_ones() -> None:
+def test_bases_on_the_host_match_bases_on_the_gpu() -> None:
     """Within rounding: they are used one at a time, resident ones of a shape in one product."""
     resident = stepped("cuda")
     first = stepped("cuda", "host")
@@ -103,7 +103,7 @@ def test_large_bases_from_the_host_arrive_before_they_are_used() -> None:
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_bases_come_behind_the_backward_pass(checkpointed: bool) -> None:
+def test_prefetching_bases_overlaps_the_backward_pass(checkpointed: bool) -> None:
     """To the bit as those that come in the step, in no more memory, and no hook is left."""
     generator = torch.Generator(GPU).manual_seed(0)
     layers, d = 12, 1024
@@ -144,7 +144,7 @@ def test_bases_come_behind_the_backward_pass(checkpointed: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_what_was_sent_for_a_step_that_is_not_taken() -> None:
+def test_a_prefetch_for_a_skipped_step() -> None:
     (p,), b = [torch.nn.Parameter(torch.ones(4, 64, device=GPU))], torch.eye(64).pin_memory()
     optimizer = SAdam([{"params": [p], "basis": b, "on_host": True}])
     torch.empty(2**24, device=GPU)  # a peak with room beneath it
@@ -161,7 +161,7 @@ def test_what_was_sent_for_a_step_that_is_not_taken() -> None:
     assert not optimizer._transit.sent()
 
 
-def test_tf32_is_kept_out_of_the_step() -> None:
+def test_the_step_does_not_use_tf32() -> None:
     plain = stepped("cuda")
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"
@@ -186,7 +186,7 @@ def test_float64_follows_the_equations() -> None:
 
 
 @pytest.mark.parametrize("there", ["cuda", "cpu"])
-def test_a_state_goes_on_on_the_other_device(there: str) -> None:
+def test_a_state_resumes_on_the_other_device(there: str) -> None:
     here = "cpu" if there == "cuda" else "cuda"
     basis, gate = orthogonal_and_gate(17)
     steps = gradients([(4, 17)], 10)
@@ -211,7 +211,7 @@ def test_a_state_goes_on_on_the_other_device(there: str) -> None:
     assert furthest([second.detach().cpu()], [whole.detach().cpu()]) < 2e-5
 
 
-def test_a_compiled_step_is_an_eager_one() -> None:
+def test_a_compiled_step_matches_an_eager_one() -> None:
     basis, gate = orthogonal_and_gate(64)
     (a,) = params([(8, 64)], torch.float32)
     found = []
@@ -227,7 +227,7 @@ def test_a_compiled_step_is_an_eager_one() -> None:
 
 
 @pytest.mark.parametrize("make", [make_llama, make_gpt2])
-def test_statistics_are_those_of_the_cpu(make: Any) -> None:
+def test_moments_match_the_cpu(make: Any) -> None:
     found = []
     for device in ("cpu", "cuda"):
         model = make().to(device)
@@ -241,7 +241,7 @@ def test_statistics_are_those_of_the_cpu(make: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("d", [33, 64, 576])
-def test_sums_of_narrow_numbers_are_those_of_float32(dtype: torch.dtype, d: int) -> None:
+def test_half_precision_inputs_accumulate_in_float32(dtype: torch.dtype, d: int) -> None:
     """As near to float64, also where sums are much larger than their parts."""
     generator = torch.Generator(GPU).manual_seed(0)
     total = torch.zeros(d, d, device=GPU)
@@ -255,7 +255,7 @@ def test_sums_of_narrow_numbers_are_those_of_float32(dtype: torch.dtype, d: int)
 
 
 @pytest.mark.parametrize("directions", [None, 4])
-def test_spectra_are_those_of_the_cpu(directions: int | None) -> None:
+def test_spectra_match_the_cpu(directions: int | None) -> None:
     groups = [InputGroup((f"layer{d}",), d) for d in WIDTHS]
     groups = list({g.name: g for g in groups}.values())
     pre = {g.name: moment(g.d_in, seed=g.d_in) for g in groups}
@@ -271,7 +271,7 @@ def test_spectra_are_those_of_the_cpu(directions: int | None) -> None:
 CONFIG = SamplingConfig(num_sequences=40, min_new_tokens=32, max_new_tokens=40, batch_size=16)
 
 
-def test_the_set_is_that_of_the_cpu_whatever_the_batch() -> None:
+def test_the_set_matches_the_cpus_at_any_batch_size() -> None:
     """In float32; a draw may fall between the roundings of two devices, but not of these seeds."""
     expected = sample(HuggingFaceEngine(make_llama(), 1, [2], CONFIG), 1, [2], CONFIG)
     for size in (5, 64):
@@ -281,7 +281,7 @@ def test_the_set_is_that_of_the_cpu_whatever_the_batch() -> None:
 
 
 @pytest.mark.parametrize("make", [make_llama, make_gpt2, make_mistral])
-def test_replays_of_a_graph_write_what_generate_writes(make: Any) -> None:
+def test_cuda_graph_decoding_matches_generate(make: Any) -> None:
     """In float32, where the two attend alike; a model that may not be replayed is generated from."""
     model = make().to(GPU)
     replays = HuggingFaceEngine(model, 1, [2], CONFIG)
@@ -295,7 +295,7 @@ def test_replays_of_a_graph_write_what_generate_writes(make: Any) -> None:
     assert torch.cuda.memory_allocated() <= before  # cache and graph are gone
 
 
-def test_sampling_in_a_memory_that_is_too_small(caplog: pytest.LogCaptureFixture) -> None:
+def test_sampling_with_too_little_memory(caplog: pytest.LogCaptureFixture) -> None:
     """The memory really runs out, and the same set comes out, but for rounding in some sequence."""
     config = replace(CONFIG, num_sequences=1024, batch_size=1024)
     model = make_llama(vocab=20000).to(GPU)
@@ -394,7 +394,7 @@ def test_one_process_by_a_launcher(
     assert furthest([found[n] for n in expected], [*expected.values()]) < 1e-3
 
 
-def test_a_plan_knows_the_memory(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+def test_a_plan_uses_the_gpus_memory(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
     named = {"model": str(model_folder), "dataset": str(rows_file), "output": str(tmp_path)}
     found = plan(tiny_config(**named).changed({"device": "cuda"}))
     assert 0 < found.free <= torch.cuda.get_device_properties(GPU).total_memory

@@ -97,7 +97,7 @@ def close(found: Tensor, wanted: Tensor) -> None:
 
 
 @named([c for c in WORKING if ALL or c.kind not in ALIKE])
-def test_what_is_adapted_works(case: Case, tmp_path: Path) -> None:
+def test_adapted_architectures_work(case: Case, tmp_path: Path) -> None:
     model = build(case)
     found = coverage_of(model, ADAPTER, 1)
     assert {name.rsplit(".", 1)[-1] for name in found.layers} == set(case.adapted.split())
@@ -135,7 +135,7 @@ def test_what_is_adapted_works(case: Case, tmp_path: Path) -> None:
 
 
 @named(REFUSED)
-def test_what_is_refused_is_refused_early(case: Case) -> None:
+def test_refused_architectures_are_refused_early(case: Case) -> None:
     with pytest.raises(ConfigError, match=case.refused):
         coverage_of(build(case), ADAPTER, 1)
     config = tiny_config(case.kind, **case.changes)
@@ -153,13 +153,13 @@ def test_what_is_refused_is_refused_early(case: Case) -> None:
 OWN_HEAD = {"LlamaModel", "BertModel", "ElectraForPreTraining"}
 
 
-def test_the_matrix_is_large() -> None:
+def test_the_matrix_covers_many_architectures() -> None:
     assert len({c.kind for c in CASES}) >= 80
     assert len({c.kind for c in WORKING}) >= 60
     assert len({c.name + str(c.changes) for c in CASES}) == len(CASES)
 
 
-def test_the_table_of_the_docs_is_that_of_the_cases() -> None:
+def test_the_documented_table_matches_the_cases() -> None:
     assert read_section("architectures")["rows"] == table()
 
 
@@ -208,7 +208,7 @@ def test_prepare(case: Case) -> None:
     assert float(changed.detach()) != float(loss.detach())
 
 
-def test_the_model_is_as_it_was() -> None:
+def test_the_model_is_unchanged() -> None:
     model = build(CASES[0]).requires_grad_(True)
     before = {name: type(module) for name, module in model.named_modules()}
     coverage_of(model, ADAPTER, 1)
@@ -248,7 +248,9 @@ def test_experts_of_linear_layers_are_left_out() -> None:
     }
 
 
-def test_less_than_half_is_a_warning(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+def test_adapting_less_than_half_of_the_weights_warns(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     case = next(c for c in CASES if c.kind == "mixtral")
     build(case).save_pretrained(tmp_path)
     found = plan(FoLoraConfig(model=str(tmp_path), device="cpu", adapter=ADAPTER))
@@ -261,7 +263,7 @@ def test_less_than_half_is_a_warning(caplog: pytest.LogCaptureFixture, tmp_path:
     )
 
 
-def test_a_run_says_what_is_adapted(
+def test_a_run_reports_what_is_adapted(
     model_folder: Path, rows_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="folora")
@@ -273,7 +275,7 @@ def test_a_run_says_what_is_adapted(
 
 
 @pytest.mark.parametrize("kind", ["mamba", "jetmoe", "bloom", "qwen3_next", "llama4_text", "opt"])
-def test_a_plan_is_made_of_what_runs(kind: str, tmp_path: Path) -> None:
+def test_a_plan_covers_what_a_run_adapts(kind: str, tmp_path: Path) -> None:
     case = next(c for c in CASES if c.kind == kind)
     tiny_config(kind, **case.changes).save_pretrained(tmp_path)
     assert plan(FoLoraConfig(model=str(tmp_path), device="cpu", adapter=ADAPTER)).activations > 0

@@ -68,7 +68,7 @@ def test_gradients_in_float64() -> None:
     assert torch.autograd.gradcheck(lambda x: update(x, a, b, 0.3, 1), [x])  # of both parts
 
 
-def test_the_frozen_part_gets_no_gradient_and_cancels_to_the_last_bit() -> None:
+def test_the_frozen_part_gets_no_gradient_and_cancels_exactly() -> None:
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16):
         x, a, b = (torch.randn(s).to(dtype) for s in ((7, 33), (3, 33), (65, 3)))
@@ -82,7 +82,7 @@ def test_the_frozen_part_gets_no_gradient_and_cancels_to_the_last_bit() -> None:
             assert not of_a[3:].any() and not of_b[:, 3:].any()
 
 
-def test_under_autocast_it_is_what_autocast_makes_of_two_linear_layers() -> None:
+def test_autocast_matches_two_linear_layers() -> None:
     x, a, b = torch.randn(6, 10), torch.randn(R, 10), torch.randn(8, R)
     with torch.autocast("cpu", torch.bfloat16):
         assert update(x, a, b).dtype == torch.bfloat16
@@ -90,7 +90,7 @@ def test_under_autocast_it_is_what_autocast_makes_of_two_linear_layers() -> None
         torch.testing.assert_close(update(x, a, b, 0.3, 3), plain(x, a, b, 0.3, 3))
 
 
-def test_it_compiles_as_one_graph() -> None:
+def test_the_update_compiles_as_one_graph() -> None:
     torch.manual_seed(0)
     parts = [torch.randn(s, requires_grad=True) for s in ((6, 10), (R, 10), (8, R))]
     compiled = torch.compile(update, backend="aot_eager", fullgraph=True)
@@ -137,7 +137,7 @@ def pair(
 
 
 @pytest.mark.parametrize("make", [make_llama, make_gpt2])
-def test_a_model_learns_the_same_and_keeps_less(make: Callable[[], Any]) -> None:
+def test_training_is_the_same_with_less_activation_memory(make: Callable[[], Any]) -> None:
     own, theirs = pair(make)
     wide, loss, expected = kept_bytes(theirs)
     with narrow_inputs(own):
@@ -158,14 +158,14 @@ def test_a_model_learns_the_same_and_keeps_less(make: Callable[[], Any]) -> None
     assert wide - narrow >= copies / 2
 
 
-def test_in_float32_it_is_peft_to_the_bit() -> None:
+def test_float32_matches_peft_bitwise() -> None:
     own, theirs = pair(make_llama, torch.float32)
     (_, loss, expected), (_, again, grads) = kept_bytes(theirs), kept_bytes(own)
     assert torch.equal(again, loss)
     assert all(torch.equal(grads[name], expected[name]) for name in expected)
 
 
-def test_an_update_with_a_frozen_half_keeps_less_too() -> None:
+def test_an_update_with_a_frozen_half_saves_activation_memory() -> None:
     model = attach(make_llama().to(torch.bfloat16), bases_for(make_llama()), r=R, init="null_space")
     wide, loss, expected = kept_bytes(model)
     model.zero_grad()
@@ -180,7 +180,7 @@ def casts(model: PeftModel) -> set[bool]:
     return {m.cast_input_dtype_enabled for m in model.modules() if isinstance(m, LoraLayer)}
 
 
-def test_the_trainer_sees_to_it_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_the_trainer_keeps_inputs_narrow_and_restores_the_model(tmp_path: Path) -> None:
     config = tiny_config(training={"max_steps": 2}, dtype="auto")
     p = folora.prepare(make_llama().to(torch.bfloat16), make_tokenizer(), rows(), config)
     seen = []
@@ -195,7 +195,7 @@ def test_the_trainer_sees_to_it_and_leaves_nothing_behind(tmp_path: Path) -> Non
     assert casts(p.model) == {True}
 
 
-def test_other_adapters_get_the_inputs_that_they_need() -> None:
+def test_other_adapters_get_the_inputs_they_need() -> None:
     model = attach(make_llama().to(torch.bfloat16), bases_for(make_llama()), r=R)
     with narrow_inputs(model):
         assert casts(model) == {False}

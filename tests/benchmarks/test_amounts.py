@@ -20,7 +20,7 @@ from folora.calibration.moments import Moments
 from folora.errors import DataError
 
 
-def test_directions_are_worth_their_trace_quotient() -> None:
+def test_directions_are_scored_by_their_trace_quotient() -> None:
     a, b, task, other = (moment(12, rank=40, seed=seed) for seed in range(4))
     assert held((a, task), (a, task), 3) == pytest.approx(1.0)
     h, there = (m.double() + 1e-3 * m.diagonal().mean() * torch.eye(12).double() for m in (a, b))
@@ -32,7 +32,7 @@ def test_directions_are_worth_their_trace_quotient() -> None:
     assert 0 < worth / best < 1
 
 
-def test_text_adds_up() -> None:
+def test_moments_of_growing_text_are_weighted_means() -> None:
     x = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
     parts = [x[:10], x[10:25], x[25:]]
     found = growing(Moments({"layer": p.T @ p / len(p)}, len(p)) for p in parts)
@@ -42,7 +42,7 @@ def test_text_adds_up() -> None:
         assert_near(m.matrices["layer"], whole.T @ whole / m.tokens)
 
 
-def test_tables_of_what_was_measured(tmp_path: Path) -> None:
+def test_tables_of_measurements(tmp_path: Path) -> None:
     def row(target: str, sequences: int, length: int, share: float) -> list[dict[str, object]]:
         amount = {"target": target, "sequences": sequences, "length": length}
         return [

@@ -15,7 +15,7 @@ from benchmarks.reliability.chaos import KINDS, Trial, at_write, disturb, finish
 from benchmarks.reliability.stand import Stand
 
 
-def test_nothing_is_lost(tmp_path: Path) -> None:
+def test_killed_runs_lose_nothing(tmp_path: Path) -> None:
     found = disturb(tmp_path, seed=7, counts=dict.fromkeys(KINDS, 1))
     assert [trial["lost"] for trial in found["trials"]] == [[]] * len(KINDS)
     assert found["varying"] == []  # two undisturbed runs are the same to the byte
@@ -27,9 +27,7 @@ def test_nothing_is_lost(tmp_path: Path) -> None:
     assert codes["signal"] & {130, 143}
 
 
-def test_a_writer_without_a_temporary_name_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_non_atomic_writer_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def direct(path: Path, write: Callable[[Path], None]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path)
@@ -51,7 +49,7 @@ class BeforeWrites(random.Random):
         return 0.0
 
 
-def test_work_that_is_done_twice_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeated_work_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(random, "Random", BeforeWrites)
     read = folora.pipeline.run.read_manifest
 

@@ -26,7 +26,7 @@ def test_the_page_is_current() -> None:
     assert PAGE.read_text() == page(), "run: python -m benchmarks.compatibility"
 
 
-def test_a_file_without_a_place_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_without_a_section_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compatibility, "FOLDER", tmp_path)
     (tmp_path / "more.json").write_text("{}")
     with pytest.raises(ValueError, match="'more'"):
@@ -41,7 +41,7 @@ def test_every_stack_was_run_with_its_pins() -> None:
             assert Version(row[package]).public == pinned, (row["stack"], package)
 
 
-def test_the_lock_is_a_stack() -> None:
+def test_the_lock_file_is_a_tested_stack() -> None:
     lines = (ROOT / "requirements-dev.txt").read_text().splitlines()
     locked = dict(line.split(" ")[0].split("==") for line in lines if "==" in line.split(" ")[0])
     assert STACKS["lock"]["pins"] == {package: locked[package] for package in RANGED}
@@ -56,7 +56,7 @@ def bounds(package: str) -> dict[str, Version]:
 
 
 @pytest.mark.parametrize("package", RANGED)
-def test_ranges_are_what_has_passed(package: str) -> None:
+def test_version_ranges_are_those_that_passed(package: str) -> None:
     """The lowest version is the lower bound; the highest is of the last series below the upper one."""
     versions = sorted(Version(Version(row[package]).public) for row in PASSED)
     asked = bounds(package)

@@ -41,7 +41,7 @@ def test_no_changed_file_does_harm(known: dict[str, Parser]) -> None:
     assert sum(c["other"] for c in counts.values()) > COUNT  # resealed files are looked at, too
 
 
-def test_a_number_gives_the_same_files_again(known: dict[str, Parser]) -> None:
+def test_a_seed_reproduces_its_files(known: dict[str, Parser]) -> None:
     for name, parser in known.items():
         made = [
             changed_files(parser, name, seed, number) for seed in (0, 0, 1) for number in range(9)
@@ -51,7 +51,7 @@ def test_a_number_gives_the_same_files_again(known: dict[str, Parser]) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".yaml", ".bin"])
-def test_changes_are_many(suffix: str) -> None:
+def test_mutations_are_diverse(suffix: str) -> None:
     content = CONTENT.encode()
     made = {mutated(f"x{suffix}", content, random.Random(n)) for n in range(200)}
     assert len(made - {content}) > 130
@@ -113,7 +113,7 @@ def grow() -> None:
     ],
     ids=["raises", "changed", "hangs", "segfault", "grows", "exits"],
 )
-def test_a_planted_bug_is_found(parse: Callable[[Path], object], kind: str, what: str) -> None:
+def test_a_planted_bug_is_detected(parse: Callable[[Path], object], kind: str, what: str) -> None:
     count = {"hangs": 12, "grows": 40}.get(kind, 150)
     longest = 0.5 if kind == "hangs" else 20.0
     outcomes = fuzz(planted(parse), "planted", 0, count, 120, longest)
@@ -136,26 +136,26 @@ def test_valid_files_must_be_read(capfd: pytest.CaptureFixture[str]) -> None:
     assert "not even this" in capfd.readouterr().err
 
 
-def test_a_sound_parser_has_no_findings() -> None:
+def test_a_correct_parser_has_no_findings() -> None:
     found = summed(fuzz(planted(safe), "planted", 0, 200, 60), 1.0)
     assert (found["tried"], found["findings"]) == (200, [])
     assert min(found["refused"], found["equal"], found["other"]) > 5
 
 
-def test_without_a_checksum_another_value_is_no_finding() -> None:
+def test_without_a_checksum_a_changed_value_is_no_finding() -> None:
     found = summed(fuzz(planted(trusting, reseal=False), "planted", 0, 200, 60), 1.0)
     assert found["findings"] == []
     assert found["other"] > 5
 
 
-def test_time_is_kept() -> None:
+def test_the_time_limit_is_kept() -> None:
     began = time.monotonic()
     outcomes = fuzz(planted(lambda _: time.sleep(0.05)), "planted", 0, 10**6, 1.0)
     assert 5 <= len(outcomes) <= 30
     assert time.monotonic() - began < 10
 
 
-def test_values_are_told_apart() -> None:
+def test_different_values_are_distinguished() -> None:
     values = [
         1, 1.0, True, "1", None, [1], [1, 1], {"a": 1}, {"a": 1.0}, -0.0, 0.0, 10**5000,
         torch.zeros(2), torch.zeros(2, dtype=torch.int32), torch.zeros(1, 2), -torch.zeros(2),
@@ -188,7 +188,7 @@ def test_the_table_and_the_command_line(tmp_path: Path, capsys: pytest.CaptureFi
         fuzzing.main(["--parsers", "requests"])
 
 
-def test_one_input_again_shows_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+def test_replaying_one_input_shows_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     parser = planted(unsure)
     found = next(o for o in fuzz(parser, "planted", 0, 40, 60) if o["is"] == "raises")
     with pytest.raises((KeyError, TypeError)):

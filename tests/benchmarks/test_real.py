@@ -121,7 +121,7 @@ def test_a_plan_from_rows_to_results(
     assert bases[3] != bases[4]  # other rows are held out
 
 
-def test_fewer_texts_may_be_measured(
+def test_the_number_of_measured_texts_can_be_reduced(
     tmp_path: Path, data: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another C_pre is another basis, and other weights, of the same held-out rows and texts."""
@@ -144,7 +144,7 @@ def test_fewer_texts_may_be_measured(
         ({"calibration": [{"source": "narrow", "count": 8}]}, "source must be 'self'"),
     ],
 )
-def test_a_wrong_plan_is_refused_first(
+def test_an_invalid_plan_is_refused_first(
     tmp_path: Path,
     data: Path,
     model_folder: Path,
@@ -158,7 +158,7 @@ def test_a_wrong_plan_is_refused_first(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_metric_that_is_not_there_is_named_before_training(
+def test_a_missing_metric_is_named_before_training(
     tmp_path: Path, data: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = yaml.safe_load(plan_file(tmp_path).read_text())
@@ -198,7 +198,7 @@ def test_a_method_that_is_not_in_the_plan_is_refused_first(
     assert not (tmp_path / "runs").exists()
 
 
-def test_data_that_are_not_there(
+def test_missing_data_is_named(
     tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan_file(tmp_path)
@@ -208,7 +208,7 @@ def test_data_that_are_not_there(
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_every_target_has_rows_with_something_to_learn(name: str) -> None:
+def test_every_target_has_trainable_rows(name: str) -> None:
     if not os.environ.get("FOLORA_DATA_DIR"):
         pytest.skip("FOLORA_DATA_DIR is not set")
     rows = target_rows(name)
@@ -219,7 +219,7 @@ def test_every_target_has_rows_with_something_to_learn(name: str) -> None:
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda p: p.stem)
-def test_committed_plans_are_possible(path: Path, data: Path) -> None:
+def test_committed_plans_are_valid(path: Path, data: Path) -> None:
     compare.check(read_plan(path))
 
 
@@ -252,7 +252,7 @@ def arm(
     path.write_text(json.dumps(result))
 
 
-def test_what_was_forgotten_at_matched_loss(tmp_path: Path) -> None:
+def test_forgetting_at_matched_loss(tmp_path: Path) -> None:
     for seed, factor in enumerate((0.2, 0.1, 0.4)):
         # Folora gets to 1.0 + seed and LoRA further, so that is each seed's level.
         shift = float(seed)
@@ -282,7 +282,7 @@ def test_what_was_forgotten_at_matched_loss(tmp_path: Path) -> None:
     assert back[4] == "+0.0800 ± 0.0000 *"
 
 
-def test_a_method_that_never_gets_there(tmp_path: Path) -> None:
+def test_a_method_that_never_reaches_the_loss(tmp_path: Path) -> None:
     arm(tmp_path, "lora", 0, [(1.0, 0.1, 0.4)])
     arm(tmp_path, "corda", 0, [(2.5, 0.1, 0.4)])
     table = aim_table(load_results(tmp_path))

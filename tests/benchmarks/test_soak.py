@@ -22,12 +22,12 @@ def soaked(place: Path, **more: Any) -> list[str]:
         return breaches(soak(place, 30, every=10, **more))
 
 
-def test_nothing_grows_and_stops_change_nothing(tmp_path: Path) -> None:
+def test_memory_does_not_grow_and_interruptions_change_nothing(tmp_path: Path) -> None:
     assert soaked(tmp_path) == []
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone can be asked to")
-def test_what_was_freed_leaves_no_place_to_leak_into() -> None:
+def test_freed_memory_is_returned_before_it_is_measured() -> None:
     pieces = [bytearray(b"1" * 10**5) for _ in range(10**3)]
     above = bytearray(b"1" * 10**5)  # without it the allocator would give all below back by itself
     taken = standing(torch.nn.Module())["memory"]
@@ -48,13 +48,11 @@ def leaking_handles() -> Callable[[int], None]:
 @pytest.mark.parametrize(
     ("leak", "said"), [(leaking_memory, "memory grew by"), (leaking_handles, "handles grew by")]
 )
-def test_what_grows_is_found(leak: Callable[[], Any], said: str, tmp_path: Path) -> None:
+def test_growth_is_detected(leak: Callable[[], Any], said: str, tmp_path: Path) -> None:
     assert any(said in line for line in soaked(tmp_path, disturb=leak()))
 
 
-def test_a_moment_that_is_not_saved_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unsaved_moment_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load = folora.optim.sadam.SAdam.load_state_dict
 
     def forgetful(optimizer: Any, state: dict[str, Any]) -> None:

@@ -19,13 +19,13 @@ TINY = Shape(64, 96, 4, 2, 16, 3, 1e6, 4)
 CPU = torch.device("cpu")
 
 
-def test_a_shape_knows_the_bytes_of_its_bases() -> None:
+def test_bytes_of_the_bases_of_a_shape() -> None:
     groups = random_groups(random_model(TINY, 3, torch.float32, CPU))
     assert TINY.basis_bytes(4) == sum(4 * g.d_in**2 for g in groups)
     assert TINY.basis_bytes(2, 5) == sum(2 * 5 * g.d_in for g in groups)
 
 
-def test_the_peak_is_what_was_alive_at_once() -> None:
+def test_the_peak_is_the_most_memory_alive_at_once() -> None:
     def work() -> None:
         for _ in range(3):
             a = torch.empty(2**20, dtype=torch.uint8)
@@ -40,7 +40,7 @@ def contenders() -> dict[str, Contender]:
     return {name: Contender(m, TINY, 2, torch.bfloat16, CPU) for name, m in MODES.items()}
 
 
-def test_modes_differ_in_the_bytes_of_their_bases(contenders: dict[str, Contender]) -> None:
+def test_storage_modes_differ_in_the_bytes_of_their_bases(contenders: dict[str, Contender]) -> None:
     per_column = sum(g.d_in for g in random_groups(random_model(TINY, 2, torch.float32, CPU)))
     whole = TINY.basis_bytes(4) * 2 // 3
     assert {name: c.basis_bytes for name, c in contenders.items()} == {
@@ -69,7 +69,7 @@ def test_every_round_has_a_step_of_each_and_the_first_is_not_counted(
         assert all(0 < o < s for o, s in zip(c.optimizer_seconds, c.step_seconds, strict=True))
 
 
-def test_the_order_turns_round() -> None:
+def test_the_order_of_modes_alternates() -> None:
     seen: list[str] = []
     alternated({name: lambda name=name: seen.append(name) for name in "abc"}, 3)  # type: ignore[misc]
     assert "".join(seen) == "abccbaabc"
@@ -109,7 +109,7 @@ def test_one_command_and_its_tables(
     assert [row[:2] for row in solve_table([result]).rows] == [("64", "4"), ("96", "4")]
 
 
-def test_widths_that_were_not_solved_are_counted_by_the_cube() -> None:
+def test_unmeasured_widths_are_extrapolated_by_the_cube() -> None:
     times = {"r": [2.0, 1.0, 9.0], "all": [4.0]}
     rows = scale_table([{"setup": {"solve": {"4096": times}}}]).rows
     found = next(row for row in rows if row[0] == "llama2-7b")
@@ -117,7 +117,7 @@ def test_widths_that_were_not_solved_are_counted_by_the_cube() -> None:
     assert found[-2:] == (f"{seconds / 60:.0f} min", f"{2 * seconds / 60:.0f} min")
 
 
-def test_set_up_is_timed_on_a_block() -> None:
+def test_setup_is_timed_on_one_block() -> None:
     model = random_model(TINY, 1, torch.float32, CPU)
     assert set(statistics_times(model, 64, 1)) == {"forward pass", "statistics"}
     assert set(solve_times(48, 4, CPU, 1)) == {"r", "all"}

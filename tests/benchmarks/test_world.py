@@ -79,7 +79,7 @@ def test_target_tasks_never_appear_in_pretraining() -> None:
     assert {document(row) for row in rows}.isdisjoint(documents)
 
 
-def test_probes_are_right() -> None:
+def test_probes_have_correct_answers() -> None:
     probes = skills(WORLD)
     assert len(probes) >= 5
     assert all(100 <= len(rows) <= 200 for rows in probes.values())
@@ -101,7 +101,7 @@ def test_fact_probes_are_taught_and_string_probes_are_not() -> None:
         assert taught == 0 if name in ("copy", "reverse", "sort") else taught > 0.99
 
 
-def test_tasks_are_right() -> None:
+def test_tasks_have_correct_answers() -> None:
     target = tasks(WORLD)
     for name in ("shift", "difference"):
         check(target[name].train + target[name].test)

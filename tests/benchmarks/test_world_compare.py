@@ -66,7 +66,7 @@ def run(folder: Path, models: Path, plan: Path, *more: str) -> None:
     main(["--plan", str(plan), *places, *more])
 
 
-def test_a_plan_leaves_an_arm_a_file_and_shares_what_belongs_to_the_base(
+def test_a_plan_writes_one_file_per_arm_and_shares_the_base_statistics(
     tmp_path: Path, models: Path
 ) -> None:
     run(tmp_path, models, plan_file(tmp_path))
@@ -95,7 +95,7 @@ def test_a_plan_leaves_an_arm_a_file_and_shares_what_belongs_to_the_base(
     assert stamps == {p: p.stat().st_mtime_ns for p in stamps}
 
 
-def test_a_task_of_ones_own_and_other_calibrations(tmp_path: Path, models: Path) -> None:
+def test_a_custom_task_and_other_calibration_sets(tmp_path: Path, models: Path) -> None:
     rows = [
         {"prompt": f"swap {a}{b} >", "completion": f" {b}{a}"} for a in "abcdef" for b in "ghij"
     ]
@@ -116,7 +116,7 @@ def test_a_task_of_ones_own_and_other_calibrations(tmp_path: Path, models: Path)
     assert len({r.readings[-1]["kl"] for r in results}) == 3
 
 
-def test_narrow_texts_hold_sums_alone(tmp_path: Path, models: Path) -> None:
+def test_narrow_texts_hold_sums_only(tmp_path: Path, models: Path) -> None:
     base = FoLoraConfig().changed(yaml.safe_load(plan_file(tmp_path).read_text())["base"])
     task = tasks(World(7))["difference"]
     made = prepared_run(base, models / "7", tmp_path / "run", task, None, 7)
@@ -131,9 +131,7 @@ def test_narrow_texts_hold_sums_alone(tmp_path: Path, models: Path) -> None:
     assert not all("sum ".startswith(d[:4]) for d in texts["pretraining"].split("<bos>")[1:])
 
 
-def test_a_world_that_is_not_there_is_pretrained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_world_is_pretrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.world.compare.STEPS", 60)
     monkeypatch.setattr("benchmarks.world.pretrain.BATCH", 2)
     plan = plan_file(
@@ -146,7 +144,7 @@ def test_a_world_that_is_not_there_is_pretrained(
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda p: p.stem)
-def test_committed_plans_are_possible_and_name_every_arm_once(path: Path) -> None:
+def test_committed_plans_are_valid_and_name_every_arm_once(path: Path) -> None:
     arms = planned(read_plan(path))
     assert len({arm.name for arm in arms}) == len(arms) > 0
     base = FoLoraConfig().changed(read_plan(path)["base"])
@@ -154,7 +152,7 @@ def test_committed_plans_are_possible_and_name_every_arm_once(path: Path) -> Non
         configured(base, arm.method, arm.changes)
 
 
-def test_a_plan_may_change_another(tmp_path: Path) -> None:
+def test_a_plan_can_include_and_override_another(tmp_path: Path) -> None:
     (tmp_path / "whole.yaml").write_text("tasks: [a, b]\nbase: {x: 1, y: 2}\nsweeps: []\n")
     (tmp_path / "part.yaml").write_text("include: [whole.yaml]\ntasks: [a]\nbase: {y: 3, z: 4}\n")
     assert read_plan(tmp_path / "part.yaml") == {
@@ -182,7 +180,7 @@ GOOD: dict[str, Any] = {
         ({"sweps": []}, "sweps: "),
     ],
 )
-def test_a_plan_of_other_types_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_a_plan_with_wrong_types_is_refused(changes: dict[str, Any], message: str) -> None:
     assert planned(checked_plan(GOOD)) == [Arm("lora", {"training.learning_rate": 1e-3})]
     with pytest.raises(ConfigError, match=f"the plan cannot be used: .*{message}"):
         checked_plan({**GOOD, **changes})
@@ -192,13 +190,13 @@ def test_a_plan_of_other_types_is_refused(changes: dict[str, Any], message: str)
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda p: p.stem)
-def test_committed_plans_have_the_types_that_are_needed(path: Path) -> None:
+def test_committed_plans_have_valid_types(path: Path) -> None:
     plan = checked_plan(read_plan(path))
     assert planned(plan) == planned(read_plan(path))
 
 
 @pytest.mark.parametrize("text", ["3", "[3]", "x.yaml", "null", "[[x.yaml]]", "{x: y}"])
-def test_what_is_included_is_a_list_of_files(tmp_path: Path, text: str) -> None:
+def test_include_must_be_a_list_of_files(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.yaml").write_text("tasks: [a]\n")
     (tmp_path / "plan.yaml").write_text(f"include: {text}\n")
     with pytest.raises(
@@ -207,7 +205,7 @@ def test_what_is_included_is_a_list_of_files(tmp_path: Path, text: str) -> None:
         read_plan(tmp_path / "plan.yaml")
 
 
-def test_a_circle_by_another_way_is_a_circle(tmp_path: Path) -> None:
+def test_indirect_circular_includes_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.yaml").write_text("include: [../a/y.yaml]\n")
     (tmp_path / "a" / "y.yaml").write_text("include: [../a/../a/x.yaml]\n")

@@ -32,7 +32,7 @@ from folora.runtime.storage import sealed
 
 
 @given(st.integers(1, 20), st.integers(0, 99))
-def test_a_triangle_is_the_matrix(d: int, seed: int) -> None:
+def test_the_stored_triangle_restores_the_matrix(d: int, seed: int) -> None:
     x = torch.randn(d, d, generator=torch.Generator().manual_seed(seed))
     matrix = x + x.T
     triangle = packed(matrix)
@@ -51,7 +51,7 @@ def base(finished: FoLoraConfig, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return file
 
 
-def test_a_run_from_the_file_is_the_run_without_its_dear_stages(
+def test_a_run_from_a_base_file_matches_a_full_run(
     finished: FoLoraConfig, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(*_: object) -> None:
@@ -73,7 +73,7 @@ def test_a_run_from_the_file_is_the_run_without_its_dear_stages(
     assert (second / "1-samples" / "set" / "manifest.json").stat().st_mtime_ns == before
 
 
-def test_fewer_layers_are_served_and_others_refused(
+def test_a_subset_of_layers_is_accepted_and_others_refused(
     finished: FoLoraConfig, base: Path, tmp_path: Path
 ) -> None:
     config = replace(finished, base=str(base), output=str(tmp_path / "few"))
@@ -96,7 +96,7 @@ def test_fewer_layers_are_served_and_others_refused(
         Run(more).run()
 
 
-def test_it_takes_half_the_room(finished: FoLoraConfig, base: Path) -> None:
+def test_moments_take_half_the_bytes(finished: FoLoraConfig, base: Path) -> None:
     pre = Path(str(finished.output)) / "2-statistics" / "pre" / "tensors.safetensors"
     tokens = read_base_manifest(base)["tokens"]
     assert base.stat().st_size < 0.55 * pre.stat().st_size + 16 * tokens + 16384
@@ -160,7 +160,7 @@ GROUP = {"layers": ["x"], "d_in": 3}
         ({"x/c_pre": torch.tensor(1.0)}, {"groups": [GROUP]}, r"\(\) values"),
     ],
 )
-def test_sound_checksums_of_something_else(
+def test_wrong_contents_with_valid_checksums_are_refused(
     base: Path, tmp_path: Path, tensors: dict[str, Any], facts: dict[str, Any], message: str
 ) -> None:
     file = tmp_path / "other.safetensors"

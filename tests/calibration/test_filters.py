@@ -16,7 +16,7 @@ def test_too_short_at_the_boundary() -> None:
     assert rejection(list(range(32)), set()) is None
 
 
-def test_runs() -> None:
+def test_long_runs_of_one_token_are_rejected() -> None:
     assert rejection([*range(30), *[7] * 20], set()) == "token_run"
     assert rejection([*range(30), *[7] * 19], set()) is None
 
@@ -56,7 +56,7 @@ def test_run_and_ratio_against_a_slow_count(tokens: list[int]) -> None:
 
 
 @given(st.lists(st.integers(0, 5), max_size=300))
-def test_always_a_known_reason(tokens: list[int]) -> None:
+def test_every_rejection_has_a_known_reason(tokens: list[int]) -> None:
     assert rejection(tokens, set()) in (None, *REASONS)
 
 
@@ -73,7 +73,7 @@ texts = st.one_of(
 
 
 @given(texts)
-def test_a_text_is_judged_by_itself_and_kept_once(tokens: list[int]) -> None:
+def test_texts_are_judged_independently_and_kept_once(tokens: list[int]) -> None:
     seen: set[str] = set()
     first = rejection(tokens, seen)
     assert first != "duplicate"
@@ -106,7 +106,7 @@ def test_order_decides_only_which_of_two_equal_texts_is_the_duplicate(
 
 
 @given(texts, st.integers(1, 5))
-def test_the_share_of_different_grams_is_one(tokens: list[int], n: int) -> None:
+def test_the_unique_ngram_ratio_is_a_ratio(tokens: list[int], n: int) -> None:
     ratio = unique_ratio(tokens, n)
     assert 0 < ratio <= 1
     assert unique_ratio(tokens[::-1], n) == ratio  # backwards as many differ

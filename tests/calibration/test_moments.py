@@ -50,7 +50,7 @@ def reference(model: PreTrainedModel, name: str, rows: list[list[int]]) -> torch
 ROWS = [[1, *range(4, 4 + n)] for n in (3, 11, 7, 2, 19)]
 
 
-def test_equals_reference_with_padding(model: PreTrainedModel) -> None:
+def test_moments_match_the_reference_with_padding(model: PreTrainedModel) -> None:
     groups = groups_of(model)
     found = second_moments(model, groups, batches(text_examples(ROWS), 3))
     assert found.tokens == sum(map(len, ROWS))
@@ -64,7 +64,7 @@ def test_equals_reference_with_padding(model: PreTrainedModel) -> None:
             assert_near(matrix, expected)
 
 
-def test_no_more_logits_are_made_than_must_be(model: PreTrainedModel) -> None:
+def test_logits_are_computed_for_the_last_token_only(model: PreTrainedModel) -> None:
     seen: list[int] = []
     head = model.get_output_embeddings()
     assert head is not None
@@ -75,7 +75,7 @@ def test_no_more_logits_are_made_than_must_be(model: PreTrainedModel) -> None:
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 700))
-def test_parts_cover_all_groups_in_order_and_fit(widths: list[int], room: int) -> None:
+def test_passes_cover_all_groups_in_order_and_fit_the_memory(widths: list[int], room: int) -> None:
     groups = [InputGroup((f"layer{i}",), d) for i, d in enumerate(widths)]
     parts = passes(groups, room)
     assert [g for part in parts for g in part] == groups
@@ -87,7 +87,7 @@ def test_parts_cover_all_groups_in_order_and_fit(widths: list[int], room: int) -
 
 
 @pytest.mark.parametrize("d", [1, 3, 4, 7, 64])
-def test_half_of_a_gram_matrix_is_enough(d: int) -> None:
+def test_the_upper_triangle_of_a_gram_matrix_suffices(d: int) -> None:
     x, y = torch.randn(5, d, dtype=torch.float64), torch.randn(3, d, dtype=torch.float64)
     total = torch.zeros(d, d, dtype=torch.float64)
     add_upper_gram(total, x)
@@ -96,7 +96,7 @@ def test_half_of_a_gram_matrix_is_enough(d: int) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_batching_changes_nothing(batch_size: int) -> None:
+def test_batching_does_not_change_moments(batch_size: int) -> None:
     model = make_llama()
     groups = groups_of(model)
     a = second_moments(model, groups, batches(text_examples(ROWS), 4))
@@ -106,7 +106,7 @@ def test_batching_changes_nothing(batch_size: int) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5])
-def test_halves_are_of_every_other_sequence(batch_size: int) -> None:
+def test_halves_hold_every_other_sequence(batch_size: int) -> None:
     """The longest come first, whatever the batch; the whole has the same bits as without them."""
     model = make_llama()
     groups = groups_of(model)
@@ -138,7 +138,7 @@ def test_packed_rows_count_every_token() -> None:
         assert_near(found.matrices[group.name], expected)
 
 
-def test_sharing_is_found_by_watching() -> None:
+def test_shared_inputs_are_detected_during_a_forward_pass() -> None:
     llama = [[n.rsplit(".", 1)[-1] for n in g.layers] for g in groups_of(make_llama())]
     block = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
     assert llama == block * 2
@@ -161,7 +161,7 @@ class Inplace(nn.Module):
         return y + self.b(x) + self.c(x)
 
 
-def test_a_tensor_changed_in_place_is_not_shared() -> None:
+def test_a_tensor_modified_in_place_is_not_shared() -> None:
     model = Inplace()
     layers = dict.fromkeys("abc", (4, 4))
     found = find_groups(model, layers, {"input_ids": torch.tensor([[1, 2]])})  # type: ignore[arg-type]
@@ -169,7 +169,7 @@ def test_a_tensor_changed_in_place_is_not_shared() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_bases(dtype: torch.dtype) -> None:
+def test_moments_of_half_precision_models_are_float32(dtype: torch.dtype) -> None:
     model = make_llama().to(dtype)
     groups = groups_of(model)
     found = second_moments(model, groups, batches(text_examples(ROWS), 2))
@@ -179,7 +179,7 @@ def test_half_precision_bases(dtype: torch.dtype) -> None:
     assert error < 0.05 * expected.abs().max()
 
 
-def test_hooks_are_gone_after_an_exception() -> None:
+def test_hooks_are_removed_after_an_exception() -> None:
     model = make_llama()
     groups = groups_of(model)
 
@@ -194,7 +194,7 @@ def test_hooks_are_gone_after_an_exception() -> None:
     assert model.training
 
 
-def test_not_a_number_is_named_by_layer() -> None:
+def test_nan_inputs_are_reported_with_the_layer_named() -> None:
     model = make_llama()
     groups = groups_of(model)
     model.model.layers[1].self_attn.v_proj.weight.data[0, 0] = float("nan")
@@ -204,7 +204,7 @@ def test_not_a_number_is_named_by_layer() -> None:
         check_finite_weights(model)
 
 
-def test_nothing_to_measure() -> None:
+def test_no_tokens_to_measure_is_an_error() -> None:
     model = make_llama()
     groups = groups_of(model)
     with pytest.raises(DataError, match="no tokens"):
@@ -214,7 +214,7 @@ def test_nothing_to_measure() -> None:
         second_moments(model, groups, [masked])
 
 
-def test_targets() -> None:
+def test_target_layers_are_resolved() -> None:
     model = make_llama()
     assert len(target_layers(model, "all-linear")) == 14
     assert "lm_head" not in target_layers(model, "all-linear")
@@ -227,7 +227,7 @@ def test_targets() -> None:
         target_layers(model, "nothing.*")
 
 
-def test_a_layer_that_takes_no_part_is_named() -> None:
+def test_an_unused_layer_is_named() -> None:
     model = make_llama()
     model.unused = nn.Linear(4, 4)
     with pytest.raises(ConfigError, match="unused"):

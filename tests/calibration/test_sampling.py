@@ -34,7 +34,7 @@ def engine(config: SamplingConfig = CONFIG, seed: int = 0) -> HuggingFaceEngine:
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 40, 64])
-def test_same_set_whatever_the_batch_size(batch_size: int) -> None:
+def test_batch_size_does_not_change_the_set(batch_size: int) -> None:
     expected = sample(engine(), 1, [2], CONFIG)
     config = SamplingConfig(
         num_sequences=40, min_new_tokens=32, max_new_tokens=40, batch_size=batch_size
@@ -47,7 +47,7 @@ def test_same_set_whatever_the_batch_size(batch_size: int) -> None:
 @pytest.mark.parametrize("make", [make_llama, make_gpt2, make_mistral])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_steps_write_what_generate_writes(make: Any, attention: str, dtype: torch.dtype) -> None:
+def test_stepwise_decoding_matches_generate(make: Any, attention: str, dtype: torch.dtype) -> None:
     """Also rows that end in other steps; the graph itself needs a GPU, see test_cuda.py."""
     config = replace(CONFIG, num_sequences=64, min_new_tokens=2)
     model = make().to(dtype)
@@ -60,7 +60,7 @@ def test_steps_write_what_generate_writes(make: Any, attention: str, dtype: torc
     assert loops(range(20)) == expected
 
 
-def test_a_model_of_which_no_graph_can_be_taken_is_generated_from(
+def test_models_without_a_cuda_graph_fall_back_to_generate(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = [engine()(range(9)), engine()(range(9, 18))]
@@ -80,7 +80,7 @@ def test_a_model_of_which_no_graph_can_be_taken_is_generated_from(
     assert caplog.text.count("stream is capturing") == 1
 
 
-def test_the_loop_stops_when_all_have_ended() -> None:
+def test_decoding_stops_when_all_sequences_have_ended() -> None:
     asked = []
 
     def forward(tokens: torch.Tensor) -> torch.Tensor:
@@ -97,7 +97,7 @@ def test_the_loop_stops_when_all_have_ended() -> None:
     assert decode(forward, start, choose, [], 40).shape == (3, 40)
 
 
-def test_what_does_not_fit_the_memory_is_decoded_in_halves(
+def test_out_of_memory_halves_the_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whatever fits, the set is the same; what does not fit with so few rows is an error."""
@@ -130,7 +130,7 @@ def test_what_does_not_fit_the_memory_is_decoded_in_halves(
     [(10**10, 1, 1024), (4 * 200 * (512 * 512 + 6 * 4 * 51), 1, 128), (10**10, 10, 128),
      (10**10, 16, 64), (10**6, 1, 64)],
 )  # fmt: skip
-def test_so_many_at_once_as_fit(
+def test_batch_size_fits_the_free_memory(
     monkeypatch: pytest.MonkeyPatch, free: int, processes: int, size: int
 ) -> None:
     monkeypatch.setattr("folora.calibration.engine.free_bytes", lambda _: free + 1000)
@@ -144,7 +144,7 @@ def test_so_many_at_once_as_fit(
     assert batch_size_for(cuda, model, 8, early, processes, taken=1000) == min(size, 256)
 
 
-def test_counts_lengths_and_held_out() -> None:
+def test_counts_lengths_and_the_held_out_split() -> None:
     found = sample(engine(), 1, [2], CONFIG)
     assert len(found.calibration) == 24
     assert len(found.held_out) == 16
@@ -158,20 +158,20 @@ def test_counts_lengths_and_held_out() -> None:
     assert SamplingConfig().num_held_out == 100
 
 
-def test_seed_changes_the_set() -> None:
+def test_the_seed_changes_the_set() -> None:
     other = SamplingConfig(
         num_sequences=40, min_new_tokens=32, max_new_tokens=40, batch_size=16, seed=1
     )
     assert sample(engine(other), 1, [2], other) != sample(engine(), 1, [2], CONFIG)
 
 
-def test_mixture_is_seven_two_one_of_ten() -> None:
+def test_decoding_settings_are_mixed_70_20_10() -> None:
     counts = Counter(decoding_of(n) for n in range(1000))
     assert counts == {setting: 100 * setting.tenths for setting in MIXTURE}
     assert all(len({decoding_of(n) for n in range(k, k + 10)}) == 3 for k in range(0, 100, 10))
 
 
-def test_draws_follow_the_models_distribution() -> None:
+def test_sampled_tokens_follow_the_models_distribution() -> None:
     """First tokens of many sequences, chi-square against the softmax (seeded: no flakes)."""
     model = make_llama()
     config = SamplingConfig(num_sequences=32, min_new_tokens=1, max_new_tokens=32, batch_size=500)
@@ -188,7 +188,7 @@ def test_draws_follow_the_models_distribution() -> None:
 
 
 @pytest.mark.parametrize("vocabulary", [1, 51, 256, 700])
-def test_a_draw_finds_its_token(vocabulary: int) -> None:
+def test_inverse_cdf_sampling_finds_its_token(vocabulary: int) -> None:
     """Against the whole distribution in float64; forbidden tokens are never found, at either end."""
     scores = 3 * torch.randn(400, vocabulary)
     scores[torch.rand_like(scores) < 0.3] = -float("inf")
@@ -239,7 +239,7 @@ class FailingEngine:
         return self.inner(numbers)
 
 
-def test_goes_on_after_an_interruption_and_loses_at_most_a_batch(tmp_path: Path) -> None:
+def test_sampling_resumes_and_loses_at_most_a_batch(tmp_path: Path) -> None:
     facts = {"model": "m"}
     expected = sample(engine(), 1, [2], CONFIG)
     with pytest.raises(Interrupted):
@@ -257,7 +257,7 @@ def test_goes_on_after_an_interruption_and_loses_at_most_a_batch(tmp_path: Path)
     assert load_proxy_set(tmp_path) == expected
 
 
-def test_more_sequences_use_the_shards_that_are_there(tmp_path: Path) -> None:
+def test_more_sequences_reuse_existing_shards(tmp_path: Path) -> None:
     sample_to_folder(engine, 1, [2], CONFIG, {}, tmp_path)
     more = SamplingConfig(num_sequences=60, min_new_tokens=32, max_new_tokens=40, batch_size=16)
     extra = FailingEngine(9)
@@ -290,7 +290,7 @@ def test_a_damaged_shard_is_named(tmp_path: Path, damage: str) -> None:
         sample_to_folder(engine, 1, [2], CONFIG, {}, tmp_path)
 
 
-def test_a_hopeless_model_is_given_up_with_reasons() -> None:
+def test_a_model_whose_samples_are_rejected_raises_with_reasons() -> None:
     def stuck(numbers: Sequence[int]) -> list[list[int]]:
         return [[5] * 40 for _ in numbers]
 
@@ -298,7 +298,7 @@ def test_a_hopeless_model_is_given_up_with_reasons() -> None:
         sample(stuck, 1, [2], CONFIG)
 
 
-def test_text_can_run_through_the_end_of_a_document() -> None:
+def test_text_can_continue_past_the_end_of_a_document() -> None:
     """Without endings EOS is a token like any other: it occurs, also before the minimum length."""
     model, tokenizer = make_llama(), make_tokenizer()
     config = tiny_config(sampling={"ignore_eos": True}).sampling
@@ -323,7 +323,7 @@ def test_rejections_are_counted() -> None:
     assert len(found.calibration) + len(found.held_out) == 40
 
 
-def test_a_start_token_is_the_chosen_one_or_bos() -> None:
+def test_the_start_token_is_the_configured_one_or_bos() -> None:
     assert start_token_id(make_tokenizer(), None) == 1
     assert start_token_id(make_tokenizer(), "a") == 4
     without = make_tokenizer(bos=False)
@@ -354,7 +354,7 @@ CHATML = (
     ids=["qwen3", "the model's", "its generation's", "qwen without bos_token_id", "llama 3", "an id of a letter",
          "eos, no chat", "eos, not of turns", "no separator", "no separator, ids of letters"],
 )  # fmt: skip
-def test_without_bos_a_document_separator_starts(
+def test_without_bos_sampling_starts_from_a_document_separator(
     special: list[str], eos: str, template: str | None, model_bos: str | None,
     generation_bos: str | None, wanted: str | None, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
@@ -387,7 +387,7 @@ def test_a_sampler_with_another_tokenizer_is_refused() -> None:
         check_same_tokenizer(make_tokenizer(), other, "big")
 
 
-def test_nan_weights_are_found_while_sampling() -> None:
+def test_nan_weights_are_detected_while_sampling() -> None:
     bad = engine()
     bad.model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(NumericsError, match="not finite"):
@@ -401,7 +401,7 @@ def test_training_mode_is_restored() -> None:
     assert working.model.training
 
 
-def test_config_of_tests_is_valid() -> None:
+def test_the_config_of_these_tests_is_valid() -> None:
     assert tiny_config().sampling == CONFIG
 
 
@@ -410,7 +410,7 @@ def test_config_of_tests_is_valid() -> None:
     [[], None, 3, {"0": [4]}, [3], ["ab"], [[4, "5"]], [[4, None]], [[4.0]], [[True]], [[-1]], [[2**31]],
      [[2**70]], [[[4]]], [["\ud800"]]],
 )  # fmt: skip
-def test_a_sealed_shard_of_something_else_is_named(tmp_path: Path, batch: Any) -> None:
+def test_a_sealed_shard_with_wrong_contents_is_named(tmp_path: Path, batch: Any) -> None:
     """Its checksum is right; an empty one would be read for ever."""
     write_sealed(tmp_path / "shard-000000.json", {"sequences": batch})
     with pytest.raises(ArtifactError, match=r"shard-000000\.json does not hold what it should"):
@@ -441,7 +441,7 @@ def test_a_sealed_shard_of_something_else_is_named(tmp_path: Path, batch: Any) -
         ({}, {"sequences": [2, "1"]}),
     ],
 )
-def test_a_sealed_set_of_something_else_is_named(
+def test_a_sealed_set_with_wrong_contents_is_named(
     tmp_path: Path, tensors: dict[str, Any], facts: dict[str, Any]
 ) -> None:
     good = {"tokens": torch.arange(6), "lengths": torch.tensor([3, 3])}

@@ -26,7 +26,7 @@ from folora.spectral.groups import InputGroup
 LOOKS = (FIRST_LOOK, 2 * FIRST_LOOK, 4 * FIRST_LOOK)
 
 
-def test_on_their_own_text_directions_cost_one_and_on_another_what_its_matrix_says() -> None:
+def test_directions_cost_one_on_their_own_text_and_v_h_v_on_another() -> None:
     a, b, task = moment(10, seed=1), moment(10, rank=200, seed=2), moment(10, seed=3)
     same = agreement(a, a, task, directions=4)
     assert same.penalty == pytest.approx(1.0)
@@ -45,7 +45,7 @@ def gaussian(d: int, seed: int) -> torch.Tensor:
     return torch.randn(20000, d, generator=generator) * torch.logspace(0, -1, d)
 
 
-def test_more_text_costs_less_until_it_is_enough() -> None:
+def test_more_text_lowers_the_cost_until_convergence() -> None:
     """Tokens are vectors of a known distribution; a sequence is a row of their numbers."""
     x = gaussian(24, 0)
     names = ["one", "two"]
@@ -74,9 +74,7 @@ def test_more_text_costs_less_until_it_is_enough() -> None:
 
 
 @pytest.mark.parametrize(("keeps", "enough_at"), [(True, 1), (True, 2), (False, 1)])
-def test_what_the_first_look_measured_is_kept_if_that_was_enough(
-    keeps: bool, enough_at: int
-) -> None:
+def test_moments_of_a_converged_first_check_are_reused(keeps: bool, enough_at: int) -> None:
     asked: list[tuple[int, bool]] = []
 
     def measure(sequences: Sequence[list[int]], all_of_them: bool) -> Moments:
@@ -95,7 +93,7 @@ def test_what_the_first_look_measured_is_kept_if_that_was_enough(
 
 
 @pytest.mark.parametrize("memory_gb", [None, 1e-5])
-def test_c_pre_has_the_same_bits_whether_or_not_a_look_measured_it(
+def test_c_pre_is_bitwise_the_same_with_and_without_early_stopping_checks(
     early: FoLoraConfig, tmp_path: Path, memory_gb: float | None
 ) -> None:
     """With no memory for all inputs at once, and when the run goes on in another process."""
@@ -120,7 +118,7 @@ def test_c_pre_has_the_same_bits_whether_or_not_a_look_measured_it(
     assert again._looked is None
 
 
-def test_a_few_inputs_are_watched_over_the_whole_model() -> None:
+def test_early_stopping_checks_watch_a_few_inputs_across_the_model() -> None:
     groups = [InputGroup((f"layer{i}",), 4) for i in range(100)]
     chosen = [int(g.name[5:]) for g in watched(groups)]
     assert chosen == [6, 18, 31, 43, 56, 68, 81, 93]
@@ -142,7 +140,7 @@ class FakeEngine:
 
 
 @pytest.mark.parametrize("yes_at", [LOOKS[0], LOOKS[2], None])
-def test_it_is_asked_at_doublings_and_a_yes_ends_it(yes_at: int | None) -> None:
+def test_checks_run_at_doublings_and_convergence_ends_sampling(yes_at: int | None) -> None:
     config = folora.SamplingConfig(
         num_sequences=500, min_new_tokens=32, max_new_tokens=40, batch_size=50
     )
@@ -177,7 +175,7 @@ def early(
 
 
 @pytest.mark.parametrize(("ceiling", "asks"), [(119, False), (120, True)])
-def test_it_is_not_asked_for_less_than_half(ceiling: int, asks: bool) -> None:
+def test_early_stopping_checks_run_only_if_they_can_save_half(ceiling: int, asks: bool) -> None:
     config = folora.SamplingConfig(
         num_sequences=ceiling, min_new_tokens=32, max_new_tokens=40, batch_size=50
     )
@@ -187,7 +185,7 @@ def test_it_is_not_asked_for_less_than_half(ceiling: int, asks: bool) -> None:
 
 
 @pytest.mark.parametrize("too_short", [0, 4])
-def test_a_yes_comes_before_another_batch_is_decoded(too_short: int) -> None:
+def test_convergence_prevents_the_next_batch(too_short: int) -> None:
     config = folora.SamplingConfig(
         num_sequences=500, min_new_tokens=32, max_new_tokens=40, batch_size=64
     )
@@ -201,7 +199,7 @@ def test_a_yes_comes_before_another_batch_is_decoded(too_short: int) -> None:
     assert sum(found.rejected.values()) == too_short
 
 
-def test_a_run_ends_sampling_early(early: FoLoraConfig) -> None:
+def test_a_run_stops_sampling_early(early: FoLoraConfig) -> None:
     folder = Path(str(early.output))
     manifest = read_json(folder / "1-samples" / "set" / "manifest.json")
     total, held_out = manifest["sequences"]
@@ -219,7 +217,7 @@ def test_a_run_ends_sampling_early(early: FoLoraConfig) -> None:
     assert same["fingerprint"] == manifest["fingerprint"]
 
 
-def test_the_task_is_looked_at_before_the_model_is_loaded(
+def test_task_rows_are_checked_before_the_model_is_loaded(
     early: FoLoraConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "run.yaml"
@@ -230,7 +228,7 @@ def test_the_task_is_looked_at_before_the_model_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_stricter_tolerance_goes_on_from_the_shards(early: FoLoraConfig) -> None:
+def test_a_stricter_tolerance_resumes_from_existing_shards(early: FoLoraConfig) -> None:
     folder = Path(str(early.output))
     shards = {p.name: p.stat().st_mtime_ns for p in (folder / "1-samples").glob("shard-*")}
     strict = early.changed({"sampling.tolerance": 1e-6})
@@ -240,7 +238,7 @@ def test_a_stricter_tolerance_goes_on_from_the_shards(early: FoLoraConfig) -> No
     assert shards.items() < after.items()
 
 
-def test_prepare_ends_early_too(caplog: pytest.LogCaptureFixture) -> None:
+def test_prepare_stops_sampling_early(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "folora")
     config = tiny_config(sampling={"num_sequences": 500, "tolerance": 0.5})
     prepared = folora.prepare(make_llama(), make_tokenizer(), rows(), config)

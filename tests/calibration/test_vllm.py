@@ -144,7 +144,7 @@ def engine(server: StandIn, config: SamplingConfig = CONFIG) -> VllmEngine:
     return VllmEngine(served(server.url, config), START, [EOS], config, 51)
 
 
-def test_every_sequence_is_asked_for_by_its_number(server: StandIn) -> None:
+def test_every_sequence_is_requested_with_its_own_seed(server: StandIn) -> None:
     written = engine(server)(range(20))
     assert engine(server)(range(7, 12)) == written[7:12]
     for number in range(20):
@@ -160,14 +160,14 @@ def test_every_sequence_is_asked_for_by_its_number(server: StandIn) -> None:
     assert len({r["seed"] for r in server.requests}) == 20
 
 
-def test_a_proxy_set_from_a_server(server: StandIn) -> None:
+def test_a_calibration_set_from_a_server(server: StandIn) -> None:
     found = sample(engine(server), START, [EOS], CONFIG)
     rows = [*found.calibration, *found.held_out]
     assert len(rows) == 32 and len({tuple(row) for row in rows}) == 32
     assert all(row[0] == START and 33 <= len(row) <= 37 for row in rows)
 
 
-def test_only_the_same_model_is_taken(server: StandIn) -> None:
+def test_a_server_with_another_model_is_refused(server: StandIn) -> None:
     config = replace(CONFIG, server=server.url + "/v1/")
     engine_of(make_llama(), START, [EOS], config)
     assert server.requests[-1]["max_tokens"] == PROBED
@@ -198,14 +198,14 @@ def changed(name: str, value: Any) -> Any:
         (changed("token_ids", [-1]), "token -1"),
     ],
 )
-def test_a_wrong_answer_is_named(server: StandIn, fault: Any, message: str) -> None:
+def test_an_invalid_response_is_named(server: StandIn, fault: Any, message: str) -> None:
     draw = engine(server)
     server.fault = fault
     with pytest.raises(ServerError, match=message):
         draw([0, 1, 2])
 
 
-def test_a_refusal_waits_for_no_other_sequence(server: StandIn) -> None:
+def test_a_failed_request_does_not_wait_for_other_sequences(server: StandIn) -> None:
     draw = engine(server)
     server.refuses = stream_seed(CONFIG.seed, 3)
     with pytest.raises(ServerError, match=r"answers 400: .*not this one"):
@@ -215,7 +215,7 @@ def test_a_refusal_waits_for_no_other_sequence(server: StandIn) -> None:
 
 
 @pytest.mark.parametrize("logprobs", [None, {}, {"token_logprobs": [0.0]}, {"token_logprobs": "x"}])
-def test_a_probe_without_its_numbers_is_no_proof(server: StandIn, logprobs: Any) -> None:
+def test_a_probe_without_valid_logprobs_is_refused(server: StandIn, logprobs: Any) -> None:
     draw = engine(server)
     server.fault = changed("logprobs", logprobs)
     with pytest.raises(ServerError, match="without log-probabilities"):
@@ -225,7 +225,7 @@ def test_a_probe_without_its_numbers_is_no_proof(server: StandIn, logprobs: Any)
         draw.check_serves(make_llama())
 
 
-def test_a_server_that_is_not_fit(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unsuitable_server_is_refused(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     server.context = 36
     with pytest.raises(ServerError, match=r"at most 36 tokens.*--max-model-len"):
         served(server.url, CONFIG)
@@ -241,7 +241,9 @@ def test_a_server_that_is_not_fit(server: StandIn, monkeypatch: pytest.MonkeyPat
         served(server.url, CONFIG)
 
 
-def test_no_server_no_model(server: StandIn, model_folder: Path, tmp_path: Path) -> None:
+def test_an_unreachable_server_is_refused_before_the_model_is_loaded(
+    server: StandIn, model_folder: Path, tmp_path: Path
+) -> None:
     """Found out before the model is loaded."""
     url = server.url
     server.shutdown()
@@ -255,7 +257,7 @@ def test_no_server_no_model(server: StandIn, model_folder: Path, tmp_path: Path)
         SamplingConfig(server="localhost:8000")
 
 
-def test_a_run_goes_on_where_the_server_left_it(
+def test_a_run_resumes_after_a_server_failure(
     model_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_folder)
@@ -292,7 +294,7 @@ def test_a_run_goes_on_where_the_server_left_it(
     assert (tmp_path / "a" / SET).exists() and (tmp_path / "a" / "old").exists()
 
 
-def test_prepare_takes_its_text_from_a_server(model_folder: Path, rows_file: Path) -> None:
+def test_prepare_samples_from_a_server(model_folder: Path, rows_file: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     with serving(AutoModelForCausalLM.from_pretrained(model_folder)) as server:
         config = tiny_config(sampling={"server": server.url, "batch_size": 20})
@@ -308,7 +310,7 @@ REAL = os.environ.get("FOLORA_TEST_VLLM")
 
 
 @pytest.mark.skipif(REAL is None, reason="FOLORA_TEST_VLLM names no server and model")
-def test_vllm_writes_as_the_model_does() -> None:
+def test_vllm_matches_the_model() -> None:
     """Tokens come from the distribution that our own settings make of the model's logits."""
     url, name = str(REAL).split()
     model = AutoModelForCausalLM.from_pretrained(name)

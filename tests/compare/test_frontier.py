@@ -148,7 +148,7 @@ def test_area_is_the_share_of_a_grid_below_some_point(many: list[Point]) -> None
 
 @quick
 @given(points, score, score)
-def test_what_is_kept_only_falls_with_the_level(many: list[Point], a: float, b: float) -> None:
+def test_retention_decreases_with_the_level(many: list[Point], a: float, b: float) -> None:
     low, high = sorted((a, b))
     for measure, better in ((kept_at, 1), (task_at, 1), (kl_at, -1)):
         at_high = measure(many, high)
@@ -156,7 +156,7 @@ def test_what_is_kept_only_falls_with_the_level(many: list[Point], a: float, b: 
             assert better * measure(many, low) >= better * at_high
 
 
-def test_at_norm_on_a_line_in_the_logarithm() -> None:
+def test_at_norm_interpolates_in_the_logarithm() -> None:
     def path(slope: float, norms: list[float]) -> list[Point]:
         return [
             BASE,
@@ -188,7 +188,7 @@ def test_at_norm_takes_the_first_crossing_and_skips_missing_numbers() -> None:
     assert math.isnan(at_norm([path], 2.0, "h_norm"))
 
 
-def test_at_norm_refuses_what_it_cannot_mean() -> None:
+def test_at_norm_refuses_invalid_arguments() -> None:
     with pytest.raises(ConfigError, match="above 0"):
         at_norm([], 0.0, "frobenius")
     with pytest.raises(ConfigError, match="unknown norm"):
@@ -196,7 +196,7 @@ def test_at_norm_refuses_what_it_cannot_mean() -> None:
 
 
 @pytest.mark.parametrize("confidence", [0.9, 0.95])
-def test_interval_is_students(confidence: float) -> None:
+def test_interval_is_students_t(confidence: float) -> None:
     values = np.random.default_rng(0).normal(0.7, 0.1, 5)
     found = interval([*values, NAN], confidence)
     expected = stats.t.interval(confidence, 4, loc=values.mean(), scale=stats.sem(values))
@@ -210,7 +210,7 @@ def test_interval_of_three_by_hand() -> None:
     assert interval([1.0, 2.0, 3.0]).half_width == pytest.approx(4.303 / 3**0.5, rel=1e-4)
 
 
-def test_interval_of_few() -> None:
+def test_interval_of_few_or_equal_values() -> None:
     one, none, equal = interval([0.5, NAN]), interval([]), interval([0.5, 0.5])
     assert (one.mean, one.n) == (0.5, 1)
     assert math.isnan(one.low) and math.isnan(one.high) and not one.excludes_zero
@@ -220,20 +220,20 @@ def test_interval_of_few() -> None:
         interval([1.0, 2.0], 95)
 
 
-def test_interval_covers_the_truth_as_often_as_it_says() -> None:
+def test_interval_has_its_nominal_coverage() -> None:
     rng = np.random.default_rng(1)
     hits = [i.low <= 0 <= i.high for i in (interval(rng.normal(size=3)) for _ in range(2000))]
     assert np.mean(hits) == pytest.approx(0.95, abs=0.015)
 
 
-def test_paired_takes_seeds_in_both() -> None:
+def test_paired_uses_seeds_that_both_have() -> None:
     a, b = {0: 0.9, 1: 0.7, 2: 0.5, 7: 0.1}, {2: 0.3, 1: 0.6, 0: 0.6, 8: 0.9}
     assert paired(a, b) == interval([0.9 - 0.6, 0.7 - 0.6, 0.5 - 0.3])
     assert paired(a, {**b, 1: NAN}).n == 2
     assert paired(a, {}).n == 0
 
 
-def test_a_shift_common_to_all_seeds_is_seen_through_their_spread() -> None:
+def test_a_common_shift_is_detected_despite_the_spread_of_seeds() -> None:
     base = {seed: float(seed) for seed in range(4)}
     higher = {seed: value + 0.1 + 0.01 * (-1) ** seed for seed, value in base.items()}
     assert paired(higher, base).excludes_zero

@@ -81,7 +81,7 @@ def started(
 
 
 @pytest.mark.parametrize("init", sorted(STARTS))
-def test_every_start_leaves_the_model_alone(model: PreTrainedModel, init: str) -> None:
+def test_every_initialization_keeps_the_models_output(model: PreTrainedModel, init: str) -> None:
     before = model(IDS).logits
     adapted = attach(model, solved(model), r=R, alpha=ALPHA, init=init, protect=R)
     assert torch.equal(adapted(IDS).logits, before)
@@ -89,7 +89,7 @@ def test_every_start_leaves_the_model_alone(model: PreTrainedModel, init: str) -
         assert torch.equal(adapted(IDS).logits, before)
 
 
-def test_milora_starts_on_the_smallest_singular_triples(model: PreTrainedModel) -> None:
+def test_milora_initializes_from_the_smallest_singular_triples(model: PreTrainedModel) -> None:
     bases = solved(model)
     weight = weights(model, bases)
     for name, a, b, product in started(model, bases, "minor_singular"):
@@ -99,7 +99,7 @@ def test_milora_starts_on_the_smallest_singular_triples(model: PreTrainedModel) 
         assert_near(a @ a.T, ALPHA / R * ALPHA / R * b.T @ b, dtype=torch.float32)
 
 
-def test_corda_is_pefts_own(model: PreTrainedModel) -> None:
+def test_corda_matches_peft(model: PreTrainedModel) -> None:
     """PEFT's preprocessing on one sequence, whose scale drops out of the product."""
     groups, _, task = measured(model)
     ids = torch.randint(3, 50, (1, 200), generator=torch.Generator().manual_seed(1))
@@ -143,7 +143,7 @@ def test_lora_null_projects_the_weight_on_the_null_space(model: PreTrainedModel)
         assert_near(a @ a.T, (ALPHA / R) ** 2 * b.T @ b, dtype=torch.float32)
 
 
-def test_zero_starts_have_no_b_and_an_orthonormal_a(model: PreTrainedModel) -> None:
+def test_zero_initializations_have_b_zero_and_orthonormal_a(model: PreTrainedModel) -> None:
     bases = solved(model)
     for init in ("null_space_zero", "eigen"):
         for _, a, b, _ in started(_copy(model), bases, init):
@@ -165,7 +165,9 @@ def stepped(
     return prepared
 
 
-def test_oplora_stays_off_the_leading_singular_spaces_under_adamw(model: PreTrainedModel) -> None:
+def test_oplora_updates_stay_orthogonal_to_the_leading_singular_spaces_under_adamw(
+    model: PreTrainedModel,
+) -> None:
     bases = solved(model)
     weight = weights(model, bases)
     config = configured(tiny_config(), "oplora", {"training.learning_rate": 1e-2})
@@ -188,7 +190,7 @@ def test_oplora_stays_off_the_leading_singular_spaces_under_adamw(model: PreTrai
     assert_near(merged, again)
 
 
-def test_pefts_osf_leaves_under_adam_the_space_that_oplora_stays_in() -> None:
+def test_pefts_osf_under_adam_leaves_the_subspace_that_oplora_keeps() -> None:
     """OSF projects gradients; Adam then rescales them out of the subspace. Ours projects the update."""
     model = make_llama()
     layers = target_layers(model, "all-linear")
@@ -218,7 +220,7 @@ def test_oplora_refuses_more_directions_than_there_are() -> None:
 
 
 @pytest.mark.parametrize("name", ["lora-null-v2", "eigen-frozen"])
-def test_frozen_a_does_not_move_and_b_does(name: str) -> None:
+def test_frozen_a_stays_and_b_trains(name: str) -> None:
     model = make_llama()
     bases = solved(model)
     config = configured(tiny_config(), name, {"training.learning_rate": 1e-2})
@@ -264,7 +266,7 @@ def test_weight_decay_shrinks_by_rate_times_decay() -> None:
 
 
 @pytest.mark.parametrize("kind", sorted(BASES))
-def test_every_basis_is_orthonormal_in_h_and_scores_its_own_columns(kind: str) -> None:
+def test_every_basis_is_orthonormal_in_h_with_gamma_of_its_columns(kind: str) -> None:
     x, y = (torch.randn(200, 12, dtype=torch.float64) for _ in range(2))
     x, y = x * torch.logspace(0, 2, 12, dtype=torch.float64), y @ torch.randn(12, 12).double()
     pre, task = x.T @ x / 200, y.T @ y / 200
@@ -330,7 +332,7 @@ def whole(name: str, **changes: Any) -> folora.Prepared:
 
 
 @pytest.mark.parametrize("name", ["lora-kl", "lora-masked-kl"])
-def test_a_penalty_holds_the_model_to_its_base(tmp_path: Any, name: str) -> None:
+def test_a_kl_penalty_keeps_the_model_close_to_its_base(tmp_path: Any, name: str) -> None:
     """Nothing at the first step; with a great weight the task is hardly learned, and less is moved."""
     free, held = whole("lora"), whole(name)
     weight = {"lora-kl": "kl_weight", "lora-masked-kl": "masked_kl_weight"}[name]
@@ -347,7 +349,7 @@ def test_a_penalty_holds_the_model_to_its_base(tmp_path: Any, name: str) -> None
     assert all(np.isfinite(losses))
 
 
-def test_a_penalty_is_added_once_a_step_whatever_the_accumulation(tmp_path: Any) -> None:
+def test_a_kl_penalty_is_added_once_a_step_under_gradient_accumulation(tmp_path: Any) -> None:
     p = whole("lora-masked-kl", masked_kl_weight=0.7)
     for layer in p.model.modules():
         if hasattr(layer, "lora_B"):
@@ -380,7 +382,7 @@ def test_a_penalty_is_added_once_a_step_whatever_the_accumulation(tmp_path: Any)
     assert loss(1, 0.7) == pytest.approx(plain)  # an evaluation's loss is the task's alone
 
 
-def test_replay_gives_its_share_of_the_rows() -> None:
+def test_replay_mixes_in_its_share_of_rows() -> None:
     p = whole("lora-replay")
     found = [row["input_ids"] for row in p.train_dataset()]
     replayed = [ids for ids in found if ids in p.samples.calibration]
@@ -398,6 +400,6 @@ def test_every_method_is_a_config_that_differs_from_the_default(name: str) -> No
     assert FoLoraConfig().changed(config.differences()) == config
 
 
-def test_a_wrong_method_names_the_right_one() -> None:
+def test_an_unknown_method_suggests_a_known_one() -> None:
     with pytest.raises(ConfigError, match="did you mean 'oplora'"):
         configured(FoLoraConfig(), "oplra", {})

@@ -96,7 +96,7 @@ FOUND["an answer first, behind a system prompt"] = (
 
 
 @pytest.mark.parametrize("case", FOUND.values(), ids=FOUND)
-def test_answers_are_found(case: tuple[str, list[Row], list[str]]) -> None:
+def test_assistant_tokens_are_found(case: tuple[str, list[Row], list[str]]) -> None:
     template, messages, answers = case
     assert learned(t.byte_tokenizer(template), {"messages": messages}) == answers
 
@@ -118,13 +118,13 @@ LEFT_OUT = {
 
 
 @pytest.mark.parametrize("case", LEFT_OUT.values(), ids=LEFT_OUT)
-def test_what_a_template_leaves_out_is_refused(case: tuple[str, Row, str]) -> None:
+def test_messages_that_a_template_drops_are_refused(case: tuple[str, Row, str]) -> None:
     template, row, message = case
     with pytest.raises(DataError, match=message):
         learned(t.byte_tokenizer(template), row)
 
 
-def test_earlier_reasoning_may_go_where_nothing_is_learned_from_it() -> None:
+def test_templates_may_drop_earlier_reasoning_outside_the_loss() -> None:
     """A template drops it in use as well."""
     tokenizer = t.byte_tokenizer(t.STRIPS_THINKING)
     row = {"prompt": THOUGHTS[:3], "completion": THOUGHTS[3:]}
@@ -150,13 +150,13 @@ def test_tools_and_their_calls_reach_the_template(as_json: bool) -> None:
     assert '"name": "weather"' in whole(tokenizer, asked)
 
 
-def test_a_template_for_tools_is_taken_with_tools() -> None:
+def test_a_tool_use_template_is_chosen_for_rows_with_tools() -> None:
     tokenizer = t.byte_tokenizer({"default": t.CHATML, "tool_use": t.TOOLS})
     assert "weather" in whole(tokenizer, {"messages": CALLS, "tools": [TOOL]})
     assert learned(tokenizer, {"messages": ONE}) == ["two" + CLOSED]
 
 
-def test_keys_that_arrow_adds_are_no_values() -> None:
+def test_null_keys_added_by_arrow_are_ignored() -> None:
     tokenizer = t.byte_tokenizer(t.TOOLS)
     null = {"tool_calls": None, "name": None}
     call = {
@@ -167,11 +167,11 @@ def test_keys_that_arrow_adds_are_no_values() -> None:
     assert learned(tokenizer, {"messages": messages}) == learned(tokenizer, {"messages": CALLS})
 
 
-def test_the_date_does_not_change_tomorrow() -> None:
+def test_templates_render_a_fixed_date() -> None:
     assert "Current date: 2024-07-26" in whole(t.byte_tokenizer(t.DATED), {"messages": ONE})
 
 
-def test_weights_and_options_of_a_chat() -> None:
+def test_message_weights_and_template_options() -> None:
     tokenizer = t.byte_tokenizer(t.CHATML)
     for key in ("weight", "train"):
         messages = [user("one?"), says("two", **{key: 0}), user("three?"), says("four", **{key: 1})]
@@ -183,7 +183,9 @@ def test_weights_and_options_of_a_chat() -> None:
     assert whole(optional, row).startswith("LOUD")
 
 
-def test_fields_and_ends_that_do_not_count_are_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_ignored_fields_and_trailing_messages_are_reported(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     caplog.set_level("INFO")
     learned(t.byte_tokenizer(t.NO_END), {"messages": [user("a"), says("b", score=3)]})
     assert "fields of messages not used: score" in caplog.text
@@ -197,7 +199,7 @@ TEMPLATES = {
 
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
-def test_answers_alone_are_learned_whatever_the_chat(template: str) -> None:
+def test_the_loss_covers_assistant_tokens_only_in_any_chat(template: str) -> None:
     """Random chats: where one is read, the loss falls on every answer with a weight and on no other."""
     draw = random.Random(7)
     tokenizer = t.byte_tokenizer(template)
@@ -264,7 +266,7 @@ DROPS_REASONING = {
 @pytest.mark.parametrize(
     "family", ["qwen3", "qwen3_6", "gptoss", "phi3", "deepseekv3", "nemotron_3_nano"]
 )
-def test_the_loss_falls_where_trl_lets_it_fall(family: str) -> None:
+def test_the_loss_mask_matches_trl(family: str) -> None:
     """Apart from the header of an answer, which the prompt gives already."""
     from trl.chat_template_utils import get_training_chat_template
 

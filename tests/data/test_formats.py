@@ -271,7 +271,7 @@ TOKENS: dict[str, tuple[Row, str | tuple[str, str]]] = {
 
 
 @pytest.mark.parametrize("case", [*(TRL | SETS | TOKENS).values()], ids=[*(TRL | SETS | TOKENS)])
-def test_rows(case: tuple[Row, str | tuple[str, str]]) -> None:
+def test_every_documented_format_is_read(case: tuple[Row, str | tuple[str, str]]) -> None:
     row, expected = case
     if isinstance(expected, str):
         with pytest.raises(DataError, match=expected):
@@ -280,7 +280,7 @@ def test_rows(case: tuple[Row, str | tuple[str, str]]) -> None:
         assert read([row]) == expected
 
 
-def test_without_a_template_a_system_prompt_stands_before_alpacas_text() -> None:
+def test_without_a_template_the_system_prompt_precedes_the_alpaca_text() -> None:
     row = {"system": "Be kind.", "instruction": "i", "context": "c", "response": "a"}
     text, learned = read([row], chat=False)
     assert text.startswith("Be kind.\n\nBelow is an instruction")
@@ -290,7 +290,7 @@ def test_without_a_template_a_system_prompt_stands_before_alpacas_text() -> None
         read([{**row, "tools": TOOLS}], chat=False)
 
 
-def test_named_columns_are_used_with_those_that_belong_to_them() -> None:
+def test_named_columns_are_used_with_context_and_system() -> None:
     named = {"prompt_column": "question", "response_column": "reply"}
     row: Row = {"question": "u", "reply": "a", "context": "c", "system": "s"}
     text, _ = read([row], **named)
@@ -305,7 +305,7 @@ def test_named_columns_are_used_with_those_that_belong_to_them() -> None:
     )
 
 
-def test_columns_that_are_not_used_are_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_unused_columns_are_reported(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     read(
         [
@@ -335,7 +335,7 @@ def test_columns_that_are_not_used_are_named(caplog: pytest.LogCaptureFixture) -
         ({"messages": CHAT}, "row 0: a chat must be"),
     ],
 )  # fmt: skip
-def test_all_rows_are_looked_at(later: Row, message: str) -> None:
+def test_every_row_is_checked(later: Row, message: str) -> None:
     with pytest.raises(DataError, match=message):
         read([{"prompt": "u", "completion": "a"}] * 5 + [later])
 
@@ -347,14 +347,14 @@ def test_an_input_of_later_rows_is_used() -> None:
     assert "i\n\nn" in read(rows)[0]
 
 
-def test_rows_that_are_cut_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+def test_truncated_rows_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     read(
         [{"prompt": "u", "completion": "a" * 20}, {"prompt": "u", "completion": "a"}], max_length=5
     )
     assert "1 of 2 rows cut to data.max_length = 5 tokens" in caplog.text
 
 
-def test_an_own_bos_is_not_doubled() -> None:
+def test_a_bos_in_the_row_is_not_doubled() -> None:
     tokenizer = chat_templates.byte_tokenizer(None)
     tokenizer.add_bos_token = True
     for prompt in ("u", "<s>u"):
@@ -369,7 +369,7 @@ def test_an_own_bos_is_not_doubled() -> None:
 ROWS = [{"prompt": "u", "completion": str(i)} for i in range(12)]
 
 
-def test_splits_of_a_data_set() -> None:
+def test_splits_of_a_dataset() -> None:
     both = DatasetDict(train=Dataset.from_list(ROWS[:8]), test=Dataset.from_list(ROWS[8:]))
     assert load_rows(both) == ROWS[:8]
     assert load_rows(both, "test") == ROWS[8:]
@@ -377,7 +377,7 @@ def test_splits_of_a_data_set() -> None:
         load_rows(both, "dev")
 
 
-def test_tensors_are_numbers() -> None:
+def test_columns_of_tensors_are_read() -> None:
     rows = Dataset.from_list([{"input_ids": [64, 65], "labels": [-100, 65]}]).with_format("torch")
     assert read(load_rows(rows)) == ("ab", "b")
 
@@ -395,7 +395,7 @@ def test_tensors_are_numbers() -> None:
     ],
     ids=["IterableDataset", "generator", "columns", "texts", "numbers", "DataFrame", "nothing"],
 )  # fmt: skip
-def test_what_is_no_list_of_rows_is_refused(given: Any, message: str) -> None:
+def test_values_that_are_not_rows_are_refused(given: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         load_rows(given)
 
@@ -416,7 +416,7 @@ REFUSED = {
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="needs FOLORA_DATA_DIR")
 @pytest.mark.parametrize("name", [*USED, *REFUSED])
-def test_real_data_sets(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_real_datasets_are_read(name: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     rows = load_rows(str(REAL / f"{name}.jsonl.gz"))[:12]
     if message := REFUSED.get(name):

@@ -46,12 +46,12 @@ def one(row: dict[str, Any], chat: bool = False, **options: Any) -> tuple[str, s
     return text(masked), text(learned), example
 
 
-def test_prompt_and_completion_stay_as_they_are() -> None:
+def test_prompt_and_completion_are_kept_verbatim() -> None:
     assert one({"prompt": "1+1=", "completion": "2"})[:2] == ("1+1=", "2</s>")
     assert one({"prompt": "1+1=", "completion": "2"}, chat=True)[:2] == ("1+1=", "2</s>")
 
 
-def test_instructions_take_the_chat_template_or_alpacas() -> None:
+def test_instructions_use_the_chat_template_or_alpacas() -> None:
     row = {"instruction": "add", "input": "1 1", "output": "2"}
     assert one(row, chat=True)[:2] == ("<s>u:add\n\n1 1</s><s>a:", "2</s>")
     before, learned, _ = one(row)
@@ -67,7 +67,7 @@ def test_question_and_answer() -> None:
     )
 
 
-def test_every_assistant_turn_of_a_chat_counts() -> None:
+def test_the_loss_covers_every_assistant_turn() -> None:
     messages = [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b"},
@@ -117,7 +117,7 @@ ROWS = [{"prompt": "p" * (n % 7 + 1), "completion": "c" * (n % 3 + 1)} for n in 
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.parquet"])
-def test_a_data_file_that_unpacks_beyond_memory_is_refused(
+def test_a_compressed_file_larger_than_memory_is_refused(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two million bytes of rows, and 4 MB of free memory."""
@@ -149,7 +149,7 @@ def test_local_files(tmp_path: Path, name: str) -> None:
     assert local_format(name) == ("parquet" if name.endswith("parquet") else "json")
 
 
-def test_json_is_taken_as_it_stands(tmp_path: Path) -> None:
+def test_json_values_are_read_verbatim(tmp_path: Path) -> None:
     """Dates stay text; a byte order mark, a spread object and several on a line do no harm."""
     row = {"prompt": "when", "completion": "2020-01-02"}
     for text in (json.dumps(row), "\ufeff" + json.dumps(row), json.dumps(row, indent=1)):
@@ -179,7 +179,7 @@ def test_bad_files_are_named(
     assert name in str(error.value)
 
 
-def test_split_is_seeded_and_complete() -> None:
+def test_the_split_is_seeded_and_complete() -> None:
     tokenizer = make_tokenizer()
     a = prepare_task(ROWS, tokenizer, DataConfig(eval_rows=3))
     b = prepare_task(ROWS, tokenizer, DataConfig(eval_rows=3))
@@ -191,7 +191,7 @@ def test_split_is_seeded_and_complete() -> None:
     assert len(prepare_task(ROWS[:1], tokenizer, DataConfig()).train) == 1
 
 
-def test_rows_whose_response_is_cut_away_are_dropped() -> None:
+def test_rows_whose_response_is_truncated_away_are_dropped() -> None:
     tokenizer = make_tokenizer()
     rows = [{"prompt": "p" * n, "completion": "ccc"} for n in (2, 9, 20)]
     data = prepare_task(rows, tokenizer, DataConfig(max_length=10))
@@ -211,7 +211,7 @@ def test_batches_are_padded_and_masked() -> None:
     assert seen.tolist() == [3, 2, 1]
 
 
-def test_no_more_memory_is_asked_for_than_a_file_needs(
+def test_reading_requests_no_more_memory_than_a_file_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However much is free: reading up to a limit by one call asks for as much as the limit."""
@@ -233,9 +233,7 @@ def test_no_more_memory_is_asked_for_than_a_file_needs(
         ({"instruction": "x", "input": "z", "response": "\ud800"}, "column 'response'"),
     ],
 )
-def test_half_a_surrogate_pair_is_refused_wherever_it_stands(
-    row: dict[str, Any], where: str
-) -> None:
+def test_lone_surrogates_are_refused_anywhere(row: dict[str, Any], where: str) -> None:
     for message in row.get("messages", []):
         message.setdefault("content", "x")
     formatter = Formatter(list(row), make_tokenizer(chat=True), DataConfig())

@@ -53,7 +53,7 @@ def log_likelihood(model: Any, context: str, text: str) -> float:
     return float(sum(chances[i - 1, ids[i]] for i in range(start, len(ids))))
 
 
-def test_scores_are_likelihoods(folder: Path) -> None:
+def test_scores_match_log_likelihoods(folder: Path) -> None:
     model = make_llama()
     found = Evaluation({"lre_relations": None, "hellaswag": None}, make_tokenizer(), folder=folder)(
         model
@@ -70,7 +70,7 @@ def test_scores_are_likelihoods(folder: Path) -> None:
     assert found["hellaswag"]["acc"] == np.mean(right)
 
 
-def test_only_so_many_documents_are_asked(folder: Path) -> None:
+def test_the_number_of_documents_is_limited(folder: Path) -> None:
     model = make_llama()
     found = Evaluation({"lre_relations": 1, "hellaswag": 99}, make_tokenizer(), folder=folder)(
         model
@@ -79,7 +79,7 @@ def test_only_so_many_documents_are_asked(folder: Path) -> None:
     assert found["lre_relations"]["nats"] == pytest.approx(first, rel=1e-5)
 
 
-def test_asking_changes_nothing(folder: Path) -> None:
+def test_evaluation_does_not_change_the_model(folder: Path) -> None:
     model = get_peft_model(make_llama(), LoraConfig(target_modules=["q_proj"]))
     model.train()
     ask = Evaluation({"lre_relations": None}, make_tokenizer(), folder=folder)
@@ -107,12 +107,12 @@ def test_wrong_tasks_are_refused(folder: Path) -> None:
         Evaluation({"code": 1}, make_tokenizer(), folder=folder)
 
 
-def test_data_that_are_not_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_data_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FOLORA_DATA_DIR", raising=False)
     with pytest.raises(DataError, match=r"piqa.*FOLORA_DATA_DIR"):
         Evaluation({"piqa": 1}, make_tokenizer(), folder=folder)
 
 
-def test_bits_of_a_passage() -> None:
+def test_bits_per_byte_of_a_passage() -> None:
     found = utils.bits({"text": "ab"}, [-2 * math.log(2)])
     assert found == {"bits_per_byte": pytest.approx(1.0)}

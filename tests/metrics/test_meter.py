@@ -21,7 +21,7 @@ TASK = [
 ]
 
 
-def test_against_a_slow_reference() -> None:
+def test_kl_matches_a_slow_reference() -> None:
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     model = get_peft_model(make_llama(), config).eval()
     kl = change = loss = 0.0
@@ -52,7 +52,7 @@ def test_against_a_slow_reference() -> None:
     assert reading.kl > 0
 
 
-def test_an_untrained_adapter_reads_zero_and_no_rows_read_nan() -> None:
+def test_an_untrained_adapter_has_zero_kl_and_no_rows_give_nan() -> None:
     model = get_peft_model(make_llama(), LoraConfig(r=4, target_modules="all-linear"))
     reading = Meter(SAMPLES, []).read(model)
     assert (reading.kl, reading.ce_change) == (0.0, 0.0)

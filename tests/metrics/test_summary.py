@@ -33,12 +33,12 @@ def shown(values: dict[str, Any]) -> str:
     [(0.0, "very small"), (0.0029, "very small"), (0.003, "small:"), (0.0199, "small:"),
      (0.02, "moderate"), (0.0999, "moderate"), (0.1, "large"), (9.0, "large")],
 )  # fmt: skip
-def test_the_kl_is_judged_in_words(kl: float, word: str) -> None:
+def test_the_verdict_follows_from_the_kl(kl: float, word: str) -> None:
     assert f"KL to the base is {word}" in verdict(kl)
     assert verdict(kl) in shown(report(kl))
 
 
-def test_the_limits_of_the_verdicts_grow() -> None:
+def test_verdict_thresholds_increase() -> None:
     limits = [limit for limit, _ in VERDICTS]
     assert limits == sorted(limits) and limits[-1] == float("inf")
 

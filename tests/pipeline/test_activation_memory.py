@@ -57,7 +57,7 @@ def profiled(real: PreTrainedModel, checkpointing: bool) -> int:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", sorted(MAKERS))
-def test_a_step_has_alive_what_was_counted(
+def test_estimated_bytes_of_a_step_match_the_profiler(
     name: str, dtype: torch.dtype, checkpointing: bool
 ) -> None:
     real = MAKERS[name]().to(dtype)
@@ -66,7 +66,7 @@ def test_a_step_has_alive_what_was_counted(
     assert 0.9 < found / truth < 1.1
 
 
-def test_checkpointing_keeps_much_less_and_the_loss_counts() -> None:
+def test_checkpointing_needs_far_less_and_the_loss_is_counted() -> None:
     real = MAKERS["llama"]()
     assert counted(real, True) < 0.8 * counted(real, False)
     hidden = torch.empty(2, 30, 8, dtype=torch.bfloat16, device="meta")
@@ -76,7 +76,7 @@ def test_checkpointing_keeps_much_less_and_the_loss_counts() -> None:
     assert loss_bytes(hidden, 10**6, False) == 60 * 32768 * 2 + gradients
 
 
-def test_what_has_ended_does_not_count() -> None:
+def test_freed_tensors_are_not_counted() -> None:
     known = torch.empty(1000, device="meta")
     with Alive([known]) as alive:
         kept = torch.empty(10, device="meta")

@@ -331,7 +331,7 @@ def words(
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: f"{case.words.split()[0]}: {case.name}")
-def test_what_would_be_lost_is_refused(
+def test_overwriting_a_users_file_is_refused(
     case: Case, words: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command, here, _ = words(case)
@@ -347,7 +347,7 @@ def test_what_would_be_lost_is_refused(
 
 
 @pytest.mark.parametrize("case", KEPT, ids=lambda case: f"{case.words.split()[0]}: {case.name}")
-def test_what_is_among_our_files_is_kept(case: Case, words: Any) -> None:
+def test_users_files_among_ours_are_kept(case: Case, words: Any) -> None:
     command, here, theirs = words(case)
     before = snapshot(here)
     assert theirs
@@ -394,7 +394,7 @@ def test_exported_folders_load_everywhere(finished: FoLoraConfig, tmp_path: Path
     torch.testing.assert_close(merged(ids).logits, adapted(ids).logits)
 
 
-def test_a_file_in_the_way_of_a_new_export_is_named_before_anything_goes(tmp_path: Path) -> None:
+def test_a_file_in_the_way_of_an_export_is_named_before_anything_is_deleted(tmp_path: Path) -> None:
     """A name that was not among the former files, as a tokenizer put beside merged weights."""
     write_own_folder(tmp_path / "m", "merged", folder_of({"config.json": "1"}))
     file("m/tokenizer.json")(tmp_path)
@@ -444,7 +444,7 @@ FORMER = {"config.json": "1", "weights": "1", "sub/a": "1", "gone": "1"}
 LATER = {"config.json": "2", "weights": "2", "sub/a": "1", "more": "2"}
 
 
-def test_killed_at_any_moment_an_export_ends_with_the_same_bytes(tmp_path: Path) -> None:
+def test_an_export_killed_at_any_moment_ends_with_the_same_bytes_when_rerun(tmp_path: Path) -> None:
     write_own_folder(tmp_path / "whole", "x", folder_of(LATER))
     theirs = both(*map(file, ("a/README.md", "a/sub/b", "a/.folora.json.swp")))
     (tmp_path / "whole" / "sub").mkdir(exist_ok=True)
@@ -471,7 +471,7 @@ def test_killed_at_any_moment_an_export_ends_with_the_same_bytes(tmp_path: Path)
     assert number > 8 and ended[-1] == 0
 
 
-def test_killed_at_any_moment_a_file_is_whole_and_ours(tmp_path: Path) -> None:
+def test_a_write_killed_at_any_moment_leaves_a_complete_file(tmp_path: Path) -> None:
     ended.clear()
     number = 0
     while not ended or ended[-1] == -signal.SIGKILL:
@@ -489,7 +489,7 @@ def test_killed_at_any_moment_a_file_is_whole_and_ours(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../out", "/out", "a/../../out"])
-def test_a_list_does_not_lead_out_of_its_folder(tmp_path: Path, name: str) -> None:
+def test_names_in_an_ownership_list_cannot_escape_the_folder(tmp_path: Path, name: str) -> None:
     name = name.replace("/out", str(tmp_path / "out")) if name == "/out" else name
     folder = tmp_path / "a"
     write_own_folder(folder, "x", folder_of({"b": "1"}))
@@ -507,7 +507,7 @@ def test_a_list_does_not_lead_out_of_its_folder(tmp_path: Path, name: str) -> No
         ".a.json.d/x", ".b.json.folora-0123456789abcdef.tmp", ".a.json.folora-0123456789ABCDEF.tmp",
     ],
 )  # fmt: skip
-def test_only_our_own_temporary_names_are_swept(tmp_path: Path, name: str) -> None:
+def test_only_our_own_temporary_files_are_deleted(tmp_path: Path, name: str) -> None:
     file(name)(tmp_path)
     file(".a.json.folora-0123456789abcdef.tmp")(tmp_path)  # of a writer that was killed
     file(".a.json.folora-0123456789abcdef.old/x")(tmp_path)
@@ -518,7 +518,7 @@ def test_only_our_own_temporary_names_are_swept(tmp_path: Path, name: str) -> No
 @pytest.mark.parametrize(
     "put", [file("a/x"), link("a", "b"), fifo("a"), both(file("a"), read_only("a"))]
 )
-def test_a_writer_replaces_plain_files_alone(tmp_path: Path, put: Put) -> None:
+def test_a_writer_replaces_regular_files_only(tmp_path: Path, put: Put) -> None:
     """The last line, behind the checks before work: in no way does a writer replace anything else."""
     file("b/x")(tmp_path)
     put(tmp_path)
@@ -528,7 +528,7 @@ def test_a_writer_replaces_plain_files_alone(tmp_path: Path, put: Put) -> None:
     assert snapshot(tmp_path) == before
 
 
-def test_a_device_is_in_the_way() -> None:
+def test_a_device_file_is_not_replaced() -> None:
     """Who may write everywhere would put a file in its place, for all processes of the machine."""
     assert obstacle(Path("/dev/null")) == "is not a regular file"
 
@@ -540,7 +540,7 @@ def test_a_trial_deletes_no_folder_of_the_users(tmp_path: Path) -> None:
     assert (tmp_path / "dry-run/notes.txt").read_text() == "mine"
 
 
-def test_a_folder_with_more_in_it_is_not_replaced(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_not_replaced(tmp_path: Path) -> None:
     both(file("a/x"), file("a/mine"))(tmp_path)
     before = snapshot(tmp_path)
     with pytest.raises(ArtifactError, match=r"a: it holds 'mine', which folora did not write"):
@@ -569,7 +569,7 @@ def test_only_our_own_checkpoints_are_deleted(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_the_reports_list_is_what_it_says(finished: FoLoraConfig) -> None:
+def test_the_report_lists_the_files_of_the_run(finished: FoLoraConfig) -> None:
     folder = Path(str(finished.output))
     listed = json.loads((folder / LIST).read_text())["files"]
     assert sorted(listed) == ["config.yaml", "report.json"]

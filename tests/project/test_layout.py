@@ -74,7 +74,7 @@ def test_no_module_imports_demo_or_benchmarks(name: str) -> None:
     assert not {i.split(".")[0] for i in imports(file_of(name))} & {"demo", "benchmarks"}
 
 
-def test_the_command_line_reads_its_options_before_it_imports_what_takes_seconds() -> None:
+def test_options_are_parsed_before_slow_imports() -> None:
     code = "import sys, folora.cli.main; folora.cli.main.parse(['run', '--model', 'm']); print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True
@@ -82,7 +82,7 @@ def test_the_command_line_reads_its_options_before_it_imports_what_takes_seconds
     assert not {"torch", "peft", "trl", "datasets", "transformers", "matplotlib"} & set(loaded)
 
 
-def test_every_public_name_is_there() -> None:
+def test_every_public_name_is_importable() -> None:
     assert set(folora.__all__) <= set(dir(folora))
     assert all(getattr(folora, name) is not None for name in folora.__all__)
     stub = ast.parse((SOURCE / "__init__.pyi").read_text())
@@ -143,7 +143,7 @@ def test_every_import_is_declared(name: str) -> None:
     assert {OPTIONAL[n] for i in top if (n := i.removeprefix("folora.")) in OPTIONAL} <= extras
 
 
-def test_without_extras_all_else_is_there_and_what_is_missing_is_named() -> None:
+def test_without_extras_other_modules_import_and_missing_extras_are_named() -> None:
     """The packages of the extras are hidden, but for those that the plain install's packages need."""
     needed_anyway = {"accelerate", "numpy", "httpx2", "anyio"}
     extras = ("trl", "compare", "eval", "quantized", "demo")

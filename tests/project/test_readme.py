@@ -41,14 +41,14 @@ def test_the_table_is_what_the_demo_wrote() -> None:
         )
 
 
-def test_every_option_and_file_that_is_named_exists() -> None:
+def test_every_named_option_and_file_exists() -> None:
     for target in re.findall(r"\]\(((?:docs|src)/[^)#]+)\)", README):
         assert (ROOT / target).exists(), target
     for flag in re.findall(r"--([a-z]+\.[a-z_]+)", README):
         assert flag in folora.config.option_names()
 
 
-def test_every_figure_stands_in_the_results() -> None:
+def test_every_number_is_in_the_results() -> None:
     """README quotes docs/results.md, which is made from the JSON files."""
     results = (ROOT / "docs" / "results.md").read_text()
     shown = README.split("## Use it")[0].replace("Python 3.11", "")

@@ -84,7 +84,7 @@ def watched(commands: list[list[str]], **environment: str) -> tuple[dict[str, An
     return json.loads(done.stdout.splitlines()[-1]), " ".join(done.stderr.split())
 
 
-def test_a_run_on_local_folders_asks_no_network(
+def test_a_run_on_local_folders_makes_no_network_request(
     model_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     """Not even to look for news of the model: HF_HUB_OFFLINE is not set here."""
@@ -146,7 +146,7 @@ def with_own_code(model: Path, model_type: str, marker: Path) -> None:
 
 @pytest.mark.parametrize("allowed", [False, True], ids=["unasked", "asked"])
 @pytest.mark.parametrize("model_type", ["llama", "a-type-of-its-own"])
-def test_a_models_own_code_runs_only_if_asked_for(
+def test_remote_code_runs_only_if_trusted(
     model_type: str,
     allowed: bool,
     model_folder: Path,
@@ -186,7 +186,7 @@ class Evil:
         return Path.touch, (self.marker,)
 
 
-def test_the_evil_pickle_is_evil(tmp_path: Path) -> None:
+def test_the_malicious_pickle_executes_when_loaded(tmp_path: Path) -> None:
     pickle.loads(pickle.dumps(Evil(tmp_path / "marker")))
     assert (tmp_path / "marker").exists()
 
@@ -231,7 +231,7 @@ def test_a_pickle_in_a_checkpoint_is_not_executed(
     assert not marker.exists()
 
 
-def test_the_same_checkpoint_is_read_when_sound(finished: FoLoraConfig, tmp_path: Path) -> None:
+def test_the_same_checkpoint_is_read_when_intact(finished: FoLoraConfig, tmp_path: Path) -> None:
     """Else the test above would see nothing executed because nothing is read."""
     config, checkpoint = interrupted(finished, tmp_path / "run")
     seal_again(checkpoint)
@@ -244,7 +244,7 @@ def test_the_same_checkpoint_is_read_when_sound(finished: FoLoraConfig, tmp_path
     ).read_bytes()
 
 
-def test_a_pickle_in_a_models_folder_is_not_executed(
+def test_a_pickle_in_a_model_folder_is_not_executed(
     model_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     """Weights as pytorch_model.bin are read by ``weights_only``."""
@@ -277,7 +277,7 @@ def renamed(value: Any, prefix: str) -> Any:
 
 @pytest.mark.parametrize("prefix", ["../../x", "HERE/x"], ids=["relative", "absolute"])
 @pytest.mark.parametrize("part", [PRE, TASK, SPECTRUM, RESULT])
-def test_names_in_a_run_folder_do_not_lead_out_of_it(
+def test_names_in_a_run_folder_cannot_escape_it(
     part: str, prefix: str, finished: FoLoraConfig, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """A part of the folder is made anew, sealed, with layers whose names are paths."""
@@ -300,7 +300,7 @@ def test_names_in_a_run_folder_do_not_lead_out_of_it(
 
 
 @pytest.mark.parametrize("prefix", ["../../x", "HERE/x"], ids=["relative", "absolute"])
-def test_names_in_a_base_file_do_not_lead_out_of_the_folder(
+def test_names_in_a_base_file_cannot_escape_the_folder(
     prefix: str, finished: FoLoraConfig, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """A base file comes from others; with layers of such names it has nothing for this model."""
@@ -349,7 +349,7 @@ def test_every_pin_has_hashes(name: str) -> None:
     assert [b.split()[0] for b in pinned if not re.search(r"--hash=sha256:[0-9a-f]{64}", b)] == []
 
 
-def test_the_two_torches_are_one_version() -> None:
+def test_both_torch_builds_are_one_version() -> None:
     assert pins("requirements-cpu.txt")["torch"] == pins("requirements-dev.txt")["torch"] + "+cpu"
 
 

@@ -40,7 +40,7 @@ def test_options_have_the_names_of_the_installed_transformers(
     assert trainer_options(VALUES, types) == expected
 
 
-def test_the_base_state_is_that_of_peft(model: PreTrainedModel) -> None:
+def test_base_weights_match_those_of_peft(model: PreTrainedModel) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     head = [name for name, _ in model.named_modules() if name.endswith(("norm", "ln_f"))][-1:]
     config = LoraConfig(r=2, target_modules="all-linear", modules_to_save=head)

@@ -41,14 +41,14 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(tmp_path_factory.mktemp("distributed"))
 
 
-def test_two_processes_give_what_one_gives(bench: Bench) -> None:
+def test_two_processes_match_one(bench: Bench) -> None:
     found = same_as_one(bench, (2,))
     assert list(found["2"]) == list(ROUNDING)
     assert breaches({**NOTHING, "same": found}) == []
     assert found["2"]["4-training/result"] > 0  # else it would be the same run
 
 
-def test_rows_that_fill_up_the_last_step_do_not_count(bench: Bench) -> None:
+def test_padding_rows_of_the_last_step_do_not_count(bench: Bench) -> None:
     """36 rows in steps of 8: in the fifth process 1 has none of its own. Counted, they make 14 %."""
     masked = {"training.masked_kl_weight": 0.1}  # is a mean over rows that count
     for name, count, size in (("short", 1, 8), ("filled", 2, 4)):
@@ -57,25 +57,25 @@ def test_rows_that_fill_up_the_last_step_do_not_count(bench: Bench) -> None:
     assert 0 < bench.difference("short", "filled", RESULT) < 5 * ROUNDING[RESULT]
 
 
-def test_a_killed_process_ends_the_other_and_the_run_goes_on(bench: Bench) -> None:
+def test_a_killed_process_ends_the_others_and_the_run_resumes(bench: Bench) -> None:
     found = [killed(bench, 2, 1, 2), killed(bench, 2, 0, 1)]
     assert breaches({**NOTHING, "killed": found}) == []
     assert all(one["checkpoint"] for one in found)
     assert all(one["seconds"] < 30 for one in found)
 
 
-def test_a_signal_stops_all_after_the_same_step(bench: Bench) -> None:
+def test_a_signal_stops_all_processes_after_the_same_step(bench: Bench) -> None:
     found = [interrupted(bench, 2)]
     assert breaches({**NOTHING, "interrupted": found}) == []
 
 
-def test_processes_that_see_different_things_are_refused(bench: Bench) -> None:
+def test_processes_with_different_inputs_are_refused(bench: Bench) -> None:
     found = refused(bench)
     assert len(found) == 3
     assert breaches({**NOTHING, "refused": found}) == []
 
 
-def test_an_error_of_one_process_ends_all(bench: Bench) -> None:
+def test_an_error_in_one_process_ends_all(bench: Bench) -> None:
     """A file that only process 1 cannot read, and a fork that leaves at once."""
     missing = {1: ["--dataset", str(bench.place / "missing.jsonl")]}
     found = ended(bench.start("missing", 2, missing))
@@ -85,7 +85,7 @@ def test_an_error_of_one_process_ends_all(bench: Bench) -> None:
     assert all("Traceback" not in e.said for e in found)
 
 
-def test_comparing_is_for_one_process(bench: Bench) -> None:
+def test_compare_refuses_several_processes(bench: Bench) -> None:
     words = bench.words("compare", 2)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(bench, "words", lambda *args, **kwargs: ["compare", *words[1:]])
@@ -98,14 +98,14 @@ def test_comparing_is_for_one_process(bench: Bench) -> None:
 # The functions of ranks, each in three processes.
 
 
-def test_shares_cover_everything_once() -> None:
+def test_shards_cover_every_item_once() -> None:
     found = in_processes(
         3, lambda: (distributed.count(), distributed.rank(), list(distributed.mine(range(8))))
     )
     assert found == [(3, 0, [0, 3, 6]), (3, 1, [1, 4, 7]), (3, 2, [2, 5])]
 
 
-def test_sums_and_largest_and_gathering() -> None:
+def test_all_reduce_sum_max_and_gather() -> None:
     def work() -> Any:
         total = distributed.add_(torch.tensor([1.0, distributed.rank()])).tolist()
         return (
@@ -127,7 +127,7 @@ def raising(at: int, error: Exception) -> Callable[[], str]:
     return call
 
 
-def test_all_raise_the_error_of_one() -> None:
+def test_all_processes_raise_the_error_of_one() -> None:
     found = in_processes(3, lambda: distributed.agree(raising(1, DataError("row 7"))))
     assert found == ["DataError: row 7"] * 3
     assert in_processes(3, lambda: distributed.agree(raising(9, DataError("")))) == [
@@ -135,13 +135,13 @@ def test_all_raise_the_error_of_one() -> None:
     ]  # fmt: skip
 
 
-def test_only_the_first_process_works_and_all_know() -> None:
+def test_only_rank_zero_works_and_all_ranks_get_the_result() -> None:
     assert in_processes(3, lambda: distributed.first(raising(1, DataError("")))) == ["from 0"] * 3
     found = in_processes(3, lambda: distributed.first(raising(0, ConfigError("no"))))
     assert found == ["ConfigError: no"] * 3
 
 
-def test_what_differs_is_said_by_all() -> None:
+def test_every_process_names_the_difference() -> None:
     found = in_processes(3, lambda: distributed.check_same("data set", distributed.rank() == 2))
     assert found == [
         "MismatchError: process 2 of 3 sees another data set than process 0. All need the same "
@@ -150,7 +150,7 @@ def test_what_differs_is_said_by_all() -> None:
     assert in_processes(2, lambda: distributed.check_same("data set", "x")) == [None, None]
 
 
-def test_who_waits_for_a_process_that_is_gone_is_told() -> None:
+def test_waiting_for_a_dead_process_raises() -> None:
     def work() -> Any:
         if distributed.rank() == 1:
             return "gone"
@@ -161,7 +161,7 @@ def test_who_waits_for_a_process_that_is_gone_is_told() -> None:
     assert found[0].startswith("ProcessError: process 0 of 2 has lost another one")
 
 
-def test_who_cannot_reach_the_others_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_process_group_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **options: Any) -> None:
         raise RuntimeError("connection reset by peer\nmore")
 
@@ -174,7 +174,7 @@ def test_who_cannot_reach_the_others_says_so(monkeypatch: pytest.MonkeyPatch) ->
         distributed.join("cpu")
 
 
-def test_one_process_sends_nothing() -> None:
+def test_a_single_process_communicates_nothing() -> None:
     assert distributed.gather(3) == [3]
     assert (
         distributed.sent(3)
@@ -192,14 +192,14 @@ def test_one_process_sends_nothing() -> None:
     assert not isinstance(raised.value, ProcessError)
 
 
-def test_other_ways_give_what_ddp_gives(bench: Bench) -> None:
+def test_other_strategies_match_ddp(bench: Bench) -> None:
     found = other_ways(bench, (2,))
     assert breaches({**NOTHING, "ways": found}) == []
     assert found["FSDP2"]["2"] > 0  # which adds up in another order
     assert found["--shard"]["2"] == 0  # of two numbers there is but one sum
 
 
-def test_a_run_by_fsdp2_goes_on_with_one_process(bench: Bench) -> None:
+def test_a_fsdp2_run_resumes_with_one_process(bench: Bench) -> None:
     stopped = [killed(bench, 2, 1, 1, "FSDP2")]
     assert breaches({**NOTHING, "killed": stopped}) == []
     folder = latest_checkpoint(bench.place / "FSDP2-2" / TRAINING)
@@ -213,7 +213,7 @@ def test_a_run_by_fsdp2_goes_on_with_one_process(bench: Bench) -> None:
     assert torch.equal(last[f"base_model.model.{a}.lora_A.weight"], result[f"{a}/A"])
 
 
-def test_a_run_with_a_shared_out_base_goes_on_without(bench: Bench) -> None:
+def test_a_run_with_a_sharded_base_resumes_without_sharding(bench: Bench) -> None:
     """Its checkpoints, statistics and fingerprints are those of a whole base."""
     stopped = [killed(bench, 2, 1, 2, "--shard", "DDP")]
     assert breaches({**NOTHING, "killed": stopped}) == []
@@ -223,14 +223,14 @@ def test_a_run_with_a_shared_out_base_goes_on_without(bench: Bench) -> None:
     assert requests[0]["model"] == requests[1]["model"]
 
 
-def test_a_start_that_reads_weights_may_have_them_shared_out(bench: Bench) -> None:
+def test_initialization_from_weights_works_with_sharded_weights(bench: Bench) -> None:
     changes = {"adapter.init": "null_space", "adapter.constraint": "oplora", "dtype": "bfloat16"}
     for name, shard in (("whole", False), ("parts", True)):
         assert [e.code for e in ended(bench.start(name, 2, shard=shard, **changes))] == [0, 0]
     assert bench.difference("whole", "parts", RESULT) == 0
 
 
-def test_weights_that_are_not_finite_are_found_by_all_that_share_them(
+def test_non_finite_sharded_weights_are_reported_by_all_processes(
     bench: Bench, tmp_path: Path
 ) -> None:
     shutil.copytree(bench.model, tmp_path / "model")
@@ -274,7 +274,7 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_loses_rows_is_refused_before_anything_starts(
+def test_options_that_lose_rows_are_refused_first(
     what: str, bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     variables, given, message = REFUSED[what]
@@ -291,7 +291,7 @@ def test_what_loses_rows_is_refused_before_anything_starts(
     assert not (bench.place / "flat").exists()
 
 
-def test_all_directions_may_be_shared_out(bench: Bench) -> None:
+def test_all_eigenvectors_can_be_sharded(bench: Bench) -> None:
     """Each of two processes keeps half of every basis; the weights are the same to the bit."""
     for storage in ("float32", "sharded"):
         changes = {"spectrum.directions": "all", "spectrum.storage": storage}

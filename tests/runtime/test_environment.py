@@ -79,7 +79,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_environment(name: str, model_folder: Path, tmp_path: Path) -> None:
+def test_plan_in_unusual_environments(name: str, model_folder: Path, tmp_path: Path) -> None:
     case = CASES[name]
 
     def prepare() -> None:
@@ -98,7 +98,7 @@ def test_environment(name: str, model_folder: Path, tmp_path: Path) -> None:
     assert re.search(case.said, said), said
 
 
-def test_text_that_the_terminal_has_not_is_replaced(tmp_path: Path) -> None:
+def test_characters_the_terminal_cannot_encode_are_replaced(tmp_path: Path) -> None:
     """The message names a file whose letters ASCII lacks."""
 
     def prepare() -> None:
@@ -110,7 +110,7 @@ def test_text_that_the_terminal_has_not_is_replaced(tmp_path: Path) -> None:
     assert "config file L?sung" in ended.said
 
 
-def test_a_bug_shows_its_traceback_and_says_so(
+def test_an_unexpected_error_shows_its_traceback_and_is_called_a_bug(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(*_: object) -> None:
@@ -153,7 +153,7 @@ def test_an_export_to_the_working_directory(
         ("spectrum.tau", "1e-3", 1e-3),
     ],
 )
-def test_options_of_text_are_taken_as_typed(option: str, text: str, value: object) -> None:
+def test_text_options_are_taken_verbatim(option: str, text: str, value: object) -> None:
     _, config = parse(["run", f"--{option}", text])
     for name in option.split("."):
         config = getattr(config, name)
@@ -167,7 +167,7 @@ def prepare(model: Any, **changes: Any) -> folora.Prepared:
     return folora.prepare(model, make_tokenizer(), rows(), tiny_config().changed(changes))
 
 
-def test_prepare_takes_samples_and_moments_of_a_base_file(
+def test_prepare_uses_samples_and_moments_of_a_base_file(
     finished: FoLoraConfig, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(str(finished.output), tmp_path / "run")
@@ -198,7 +198,7 @@ def test_a_model_that_cannot_generate_needs_a_base_file(
     assert prepare(mute, base=str(file)).samples.fingerprint == run.proxies().fingerprint
 
 
-def test_prepare_takes_text_of_another_model(tmp_path: Path) -> None:
+def test_prepare_samples_from_another_model(tmp_path: Path) -> None:
     make_llama(seed=3, hidden_size=64).save_pretrained(tmp_path / "big")
     make_tokenizer().save_pretrained(tmp_path / "big")
     own = prepare(make_llama()).samples
@@ -214,14 +214,14 @@ def test_prepare_takes_text_of_another_model(tmp_path: Path) -> None:
         ({"quantize": "4bit"}, "quantize is '4bit', but the model that is given has 'none'"),
     ],
 )
-def test_prepare_refuses_what_a_model_in_memory_contradicts(
+def test_prepare_refuses_options_that_contradict_a_model_in_memory(
     changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         prepare(make_llama(), **changes)
 
 
-def test_prepare_names_what_it_does_not_use(caplog: pytest.LogCaptureFixture) -> None:
+def test_prepare_reports_unused_options(caplog: pytest.LogCaptureFixture) -> None:
     config = tiny_config().changed({"output": "x", "revision": "main", "adapter.r": 99})
     with pytest.raises(ConfigError, match="r is 99"):
         folora.prepare(make_llama(), make_tokenizer(), rows(), config)

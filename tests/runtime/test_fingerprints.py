@@ -62,7 +62,9 @@ def facts_of(folder: Path, **changes: Any) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_changed_model_has_other_facts(name: str, model_folder: Path, tmp_path: Path) -> None:
+def test_a_changed_model_has_another_fingerprint(
+    name: str, model_folder: Path, tmp_path: Path
+) -> None:
     edit, fact = CHANGES[name]
     shutil.copytree(model_folder, tmp_path / "changed")
     edit(tmp_path / "changed")
@@ -70,7 +72,7 @@ def test_a_changed_model_has_other_facts(name: str, model_folder: Path, tmp_path
     assert {k for k in before if before[k] != after[k]} == {fact}
 
 
-def test_the_same_model_elsewhere_has_the_same_facts(model_folder: Path, tmp_path: Path) -> None:
+def test_a_copied_model_has_the_same_fingerprint(model_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(model_folder, tmp_path / "elsewhere")
     setting(transformers_version="4.0.0", use_cache=False)(tmp_path / "elsewhere")
     found = facts_of(tmp_path / "elsewhere")
@@ -78,7 +80,7 @@ def test_the_same_model_elsewhere_has_the_same_facts(model_folder: Path, tmp_pat
     assert found == model_facts(make_llama(), make_tokenizer())  # in memory, never on disk
 
 
-def test_weights_agree_across_dtypes_that_lose_nothing() -> None:
+def test_lossless_dtype_changes_keep_the_fingerprint() -> None:
     """A bfloat16 checkpoint widened to float32 is the same model; rounding makes another one."""
     torch.manual_seed(0)
     exact = make_llama().bfloat16()
@@ -89,7 +91,7 @@ def test_weights_agree_across_dtypes_that_lose_nothing() -> None:
     assert weights_fingerprint(half) == weights_fingerprint(half.float()) != narrow
 
 
-def test_the_order_of_values_and_saved_buffers_count() -> None:
+def test_value_order_and_persistent_buffers_change_the_fingerprint() -> None:
     layer = torch.nn.Linear(64, 64)
     before = weights_fingerprint(layer)
     layer.weight.data = layer.weight.data.flip(0)
@@ -111,7 +113,7 @@ def test_a_large_tensor_is_hashed_whole(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(found) == 4
 
 
-def test_a_moved_border_between_train_and_held_out_rows_is_another_data_set() -> None:
+def test_another_train_and_held_out_split_changes_the_fingerprint() -> None:
     rows = [Example([n, n + 1], [-100, n + 1]) for n in range(4)]
     splits = [TaskData(rows[:n], rows[n:]).fingerprint for n in range(5)]
     assert len(set(splits)) == 5
@@ -132,7 +134,7 @@ AFTER_DATA = {"2-statistics-task", "3-spectrum", "4-training"}
         ({"data.eval_rows": 2}, AFTER_DATA),
     ],
 )
-def test_what_another_dtype_or_split_changes_is_done_again(
+def test_another_dtype_or_split_reruns_the_stages_it_affects(
     changes: dict[str, Any], again: set[str], finished: FoLoraConfig, tmp_path: Path
 ) -> None:
     config = copied(finished, tmp_path / "run", **changes)
@@ -151,7 +153,7 @@ def test_a_changed_config_is_refused_for_a_single_stage(
         Run(config).check_stage("train")
 
 
-def test_config_fingerprints_leave_out_what_has_no_effect() -> None:
+def test_config_fingerprints_ignore_options_without_effect() -> None:
     one, other = make_llama().config, make_llama().config
     other.name_or_path, other.use_cache, other.dtype = "x", False, torch.bfloat16
     assert config_fingerprint(one) == config_fingerprint(other)

@@ -34,7 +34,7 @@ def cpu_of(monkeypatch: pytest.MonkeyPatch, slow: bool) -> None:
 
 
 @pytest.mark.parametrize("slow", [True, False])
-def test_auto_is_the_checkpoints_dtype_unless_the_cpu_has_no_products_of_it(
+def test_auto_dtype_is_the_checkpoints_unless_the_cpu_has_no_kernels_for_it(
     narrow: Path, monkeypatch: pytest.MonkeyPatch, slow: bool
 ) -> None:
     cpu_of(monkeypatch, slow)
@@ -48,7 +48,7 @@ def test_auto_is_the_checkpoints_dtype_unless_the_cpu_has_no_products_of_it(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_what_is_asked_for_is_taken_with_a_warning_where_it_is_slow(
+def test_a_requested_slow_dtype_is_used_with_a_warning(
     narrow: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, dtype: str
 ) -> None:
     asked = tiny_config(model=str(narrow), dtype=dtype)
@@ -61,7 +61,7 @@ def test_what_is_asked_for_is_taken_with_a_warning_where_it_is_slow(
 
 
 @pytest.mark.parametrize("slow", [True, False])
-def test_a_model_of_ones_own_is_warned_of_before_anything_is_done(
+def test_a_slow_dtype_of_a_model_in_memory_is_reported_first(
     narrow: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, slow: bool
 ) -> None:
     cpu_of(monkeypatch, slow)
@@ -86,16 +86,14 @@ def test_prepare_loads_a_model_by_its_name(model_folder: Path, rows_file: Path) 
         prepare(make_gpt2(), dataset=[{"prompt": "a", "completion": "b"}])
 
 
-def test_wide_checkpoints_stay_wide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_checkpoints_stay_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu_of(monkeypatch, slow=True)
     make_gpt2().double().save_pretrained(tmp_path)
     assert load_model(tiny_config(dtype="auto"), str(tmp_path)).dtype == torch.float64
     assert not is_slow_here(torch.float32)
 
 
-def test_a_plan_counts_the_dtype_that_is_loaded(
-    narrow: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plan_uses_the_dtype_that_is_loaded(narrow: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     auto = tiny_config(model=str(narrow), dtype="auto")
     found = []
     for slow in (False, True):

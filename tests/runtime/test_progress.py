@@ -12,7 +12,7 @@ from folora.runtime import progress as module
 from folora.runtime.progress import progress
 
 
-def test_it_says_what_is_left_and_what_it_took(
+def test_progress_reports_time_left_and_time_taken(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO, "folora")
@@ -24,14 +24,14 @@ def test_it_says_what_is_left_and_what_it_took(
     assert last.startswith("reading: took 0.0 s ")  # though it ended before its ceiling
 
 
-def test_what_failed_has_not_been_done(caplog: pytest.LogCaptureFixture) -> None:
+def test_failed_work_is_not_reported_as_done(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "folora")
     with pytest.raises(ValueError), progress("reading", 10):
         raise ValueError
     assert not caplog.records
 
 
-def test_one_runs_in_another(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_bars_nest(monkeypatch: pytest.MonkeyPatch) -> None:
     written = io.StringIO()
     monkeypatch.setattr(module, "STDERR", Console(file=written, force_terminal=True, width=120))
     with progress("writing", 10) as outer:
@@ -44,7 +44,7 @@ def test_one_runs_in_another(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "writing" in last and "10/10" in last
 
 
-def test_log_lines_become_rarer_with_time() -> None:
+def test_log_lines_become_less_frequent_over_time() -> None:
     intervals = [module._log_interval(elapsed) for elapsed in (0.0, 60.0, 200.0, 600.0, 36000.0)]
     assert intervals == [5.0, 5.0, 10.0, 30.0, 30.0]
 

@@ -59,7 +59,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
         st.text().filter(lambda n: n not in ("checksum", "format_version")), json_values
     )
 )
-def test_sealed_values_come_back(values: dict[str, Any]) -> None:
+def test_sealed_values_round_trip(values: dict[str, Any]) -> None:
     found = json.loads(json.dumps(sealed(values)))
     assert unsealed(found, Path("x.json")) == values
 
@@ -81,7 +81,7 @@ any_text = st.text(st.characters())  # half surrogate pairs too, which JSON can 
         max_size=4,
     ),
 )
-def test_any_facts_and_tensors_come_back(
+def test_any_metadata_and_tensors_round_trip(
     facts: dict[str, Any], wanted: dict[str, tuple[torch.dtype, list[int], int]]
 ) -> None:
     """Bit for bit, NaN and -0 among them, also when they are no contiguous part of memory."""
@@ -108,7 +108,7 @@ def bits_of(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def test_what_a_manifest_does_not_say_is_named(tmp_path: Path) -> None:
+def test_missing_manifest_entries_are_named(tmp_path: Path) -> None:
     write_artifact(tmp_path / "a", "samples", {"x": torch.ones(3)}, {"made": 1})
     manifest = read_manifest(tmp_path / "a", "samples")
     assert (manifest["made"], manifest.get("held_out")) == (1, None)
@@ -117,14 +117,14 @@ def test_what_a_manifest_does_not_say_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["[" * 70 + "]" * 70, '{"a":' * 500 + "1" + "}" * 500])
-def test_deep_json_is_refused_before_anything_descends_into_it(tmp_path: Path, text: str) -> None:
+def test_deeply_nested_json_is_refused_before_it_is_traversed(tmp_path: Path, text: str) -> None:
     """Python reads more brackets than it can then compare, write or copy."""
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(ArtifactError, match=r"x.json cannot be read: .*brackets in brackets"):
         read_json(tmp_path / "x.json")
 
 
-def test_tensors_of_a_type_that_torch_has_not_are_refused(tmp_path: Path) -> None:
+def test_tensors_of_unknown_dtypes_are_refused(tmp_path: Path) -> None:
     header = json.dumps({"x": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}).encode()
     file = tmp_path / "x.safetensors"
     file.write_bytes(len(header).to_bytes(8, "little") + header + b"abc")
@@ -133,7 +133,7 @@ def test_tensors_of_a_type_that_torch_has_not_are_refused(tmp_path: Path) -> Non
 
 
 @given(st.data())
-def test_no_flipped_bit_of_a_sealed_file_goes_unseen(data: st.DataObject) -> None:
+def test_every_flipped_bit_of_a_sealed_file_is_detected(data: st.DataObject) -> None:
     values = {"kind": "samples", "held_out": 16, "rejected": {"short": 3}, "scaling": 1.25}
     content = bytearray(json.dumps(sealed(values), indent=1).encode())
     bit = data.draw(st.integers(0, 8 * len(content) - 1))
@@ -146,7 +146,7 @@ def test_no_flipped_bit_of_a_sealed_file_goes_unseen(data: st.DataObject) -> Non
 
 
 @pytest.mark.parametrize("version", [None, 1, FORMAT_VERSION + 1, "2"])
-def test_another_format_is_refused_by_name(tmp_path: Path, version: Any) -> None:
+def test_other_format_versions_are_refused_by_name(tmp_path: Path, version: Any) -> None:
     file = tmp_path / "request.json"
     values = sealed({"a": 1}) | {"format_version": version}
     file.write_text(json.dumps(values))
@@ -163,7 +163,7 @@ def test_a_manifest_with_a_changed_number_is_damaged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 10, 200])
-def test_a_full_disk_leaves_what_was_there(tmp_path: Path, size: int) -> None:
+def test_a_full_disk_leaves_existing_files_unchanged(tmp_path: Path, size: int) -> None:
     """The tensors take less than 100 bytes, the manifest more than 200."""
     write_artifact(tmp_path / "a", "samples", {"x": torch.zeros(2)}, {"made": "before"})
     write_sealed(tmp_path / "b.json", {"made": "before", "text": "x" * 200})
@@ -194,7 +194,7 @@ def test_a_read_only_folder_is_named() -> None:
         shutil.rmtree(folder)
 
 
-def test_a_folder_that_vanishes_while_it_is_written_to_is_named(tmp_path: Path) -> None:
+def test_a_folder_deleted_during_a_write_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "run"
 
     def write(target: Path) -> None:
@@ -205,7 +205,7 @@ def test_a_folder_that_vanishes_while_it_is_written_to_is_named(tmp_path: Path) 
         write_atomically(folder / "a.txt", write)
 
 
-def test_everything_is_synced_before_it_gets_its_name(
+def test_files_are_synced_before_they_are_renamed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By inode: every file and folder of the artifact, then the rename, then the parent."""
@@ -230,7 +230,7 @@ def test_everything_is_synced_before_it_gets_its_name(
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
-def test_who_may_read_is_what_the_umask_says(tmp_path: Path, umask: int, mode: int) -> None:
+def test_file_permissions_follow_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
     """Also of what safetensors writes, which by itself is for the owner alone."""
     former = os.umask(umask)
     try:
@@ -242,7 +242,7 @@ def test_who_may_read_is_what_the_umask_says(tmp_path: Path, umask: int, mode: i
     assert found == dict.fromkeys(("file", "manifest.json", "tensors.safetensors"), mode)
 
 
-def test_a_json_file_of_gigabytes_is_not_read(tmp_path: Path) -> None:
+def test_oversized_json_files_are_not_read(tmp_path: Path) -> None:
     file = tmp_path / "request.json"
     with open(file, "wb") as opened:
         opened.truncate(2**40)  # sparse
@@ -264,7 +264,9 @@ def hold(folder: Path, held: Any, enough: Any) -> None:
 
 
 @pytest.mark.parametrize("end", ["leaves", "is killed"])
-def test_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+def test_the_lock_admits_one_process_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
     monkeypatch.setattr(folora.runtime.storage, "LOCK_SECONDS", 0.05)
     fork = multiprocessing.get_context("fork")
     held, enough = fork.Event(), fork.Event()

@@ -59,7 +59,7 @@ SPECTRA = {
 
 @pytest.mark.parametrize("name", SPECTRA)
 @pytest.mark.parametrize("count", [1, 16, 50])
-def test_leading_pairs_of_any_spectrum(name: str, count: int) -> None:
+def test_leading_eigenpairs_match_the_full_solve_for_any_spectrum(name: str, count: int) -> None:
     """Each value within 1e-9 of its own size, small ones beside a large one too."""
     generator = torch.Generator().manual_seed(1)
     q = torch.linalg.qr(torch.randn(200, 200, generator=generator, dtype=torch.float64)).Q
@@ -76,7 +76,7 @@ def test_leading_pairs_of_any_spectrum(name: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [None, 5])
-def test_signs_are_settled(count: int | None) -> None:
+def test_eigenvector_signs_are_fixed(count: int | None) -> None:
     """More processes, or another device, round otherwise, and must not turn columns round."""
     pre, task = moment(64, seed=1, decay=1), moment(64, seed=2, decay=1)
     h = pre + 1e-3 * pre.diagonal().mean() * torch.eye(64).double()
@@ -87,7 +87,7 @@ def test_signs_are_settled(count: int | None) -> None:
     assert (largest > 0).all()
 
 
-def test_where_leading_pairs_tarry_all_are_solved_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_convergence_falls_back_to_the_full_solve(monkeypatch: pytest.MonkeyPatch) -> None:
     pre, task = moment(40, seed=1), moment(40, seed=2)
     expected = generalized_eigenbasis(pre, task, directions=3)
     monkeypatch.setattr(spectrum, "MOST_LOOKS", 1)
@@ -97,7 +97,7 @@ def test_where_leading_pairs_tarry_all_are_solved_for(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("kind", sorted(BASES))
 @pytest.mark.parametrize("count", [1, 3, 15, 40])
-def test_a_part_of_the_basis_is_the_first_columns_of_the_whole(kind: str, count: int) -> None:
+def test_a_truncated_basis_is_the_first_columns_of_the_full_one(kind: str, count: int) -> None:
     """With 1 and 3 of 20 the leading vectors alone are sought; 40 is all there is."""
     pre, task = moment(20, seed=1, decay=2), moment(20, seed=2)
     whole, part = BASES[kind](pre, task), BASES[kind](pre, task, directions=count)
@@ -128,7 +128,7 @@ def test_the_frame_of_the_complement() -> None:
             complement_frame(t, wrong)
 
 
-def test_scaling_both_moments_changes_nothing_but_the_basis_length() -> None:
+def test_scaling_both_moments_changes_only_the_scale_of_the_basis() -> None:
     a = generalized_eigenbasis(moment(8, seed=1), moment(8, seed=2))
     b = generalized_eigenbasis(1e-6 * moment(8, seed=1), 1e-6 * moment(8, seed=2))
     assert_near(a.gamma, b.gamma, roundings=1e5)
@@ -136,14 +136,16 @@ def test_scaling_both_moments_changes_nothing_but_the_basis_length() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_takes_any_floating_dtype(dtype: torch.dtype) -> None:
+def test_any_floating_dtype_is_accepted(dtype: torch.dtype) -> None:
     c = torch.diag(torch.tensor([4.0, 2.0, 1.0])).to(dtype)
     found = generalized_eigenbasis(c, c, tau=0.0)
     assert found.basis.dtype == torch.float64
     assert_near(found.gamma, torch.ones(3).double(), roundings=1e3)
 
 
-def test_rank_deficient_pre_raises_the_ridge_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_rank_deficient_c_pre_raises_the_ridge_and_reports_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     c_pre = moment(16, rank=4, seed=1)
     found = generalized_eigenbasis(c_pre, moment(16, seed=2), tau=0.0, name="up_proj")
     assert found.tau > 0
@@ -151,13 +153,13 @@ def test_rank_deficient_pre_raises_the_ridge_and_says_so(caplog: pytest.LogCaptu
     assert found.orthogonality < 1e-2
 
 
-def test_rank_deficient_pre_needs_no_retry_with_a_ridge() -> None:
+def test_rank_deficient_c_pre_needs_no_retry_with_a_ridge() -> None:
     found = generalized_eigenbasis(moment(16, rank=4, seed=1), moment(16, seed=2), tau=1e-4)
     assert found.tau == 1e-4
     assert found.orthogonality < 1e-6
 
 
-def test_zero_task_has_zero_gamma_and_zero_pre_is_refused() -> None:
+def test_zero_c_task_has_zero_gamma_and_zero_c_pre_is_refused() -> None:
     zero = torch.zeros(4, 4)
     found = generalized_eigenbasis(moment(4), zero)
     assert found.gamma.eq(0).all()
@@ -185,11 +187,11 @@ def broken(kind: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("basis", BASES.values())
-def test_every_basis_says_that_it_is_orthonormal_in_h(basis: Eigenbasis) -> None:
+def test_every_basis_reports_that_it_is_orthonormal_in_h(basis: Eigenbasis) -> None:
     assert basis(moment(6, seed=1), moment(6, seed=2)).orthogonality < 1e-10
 
 
-def test_asymmetry_of_rounding_is_averaged_out() -> None:
+def test_rounding_asymmetry_is_averaged_out() -> None:
     exact = moment(6)
     rounded = exact + 1e-5 * torch.randn(6, 6, generator=torch.Generator().manual_seed(0)).double()
     given = rounded.clone()
@@ -209,7 +211,7 @@ def test_asymmetry_of_rounding_is_averaged_out() -> None:
     ],
 )
 @pytest.mark.parametrize("which", ["C_pre", "C_task"])
-def test_bad_moments_are_refused_by_layer(kind: str, message: str, which: str) -> None:
+def test_bad_moments_are_refused_with_the_layer_named(kind: str, message: str, which: str) -> None:
     bad, good = broken(kind), moment(6)
     pair = (bad, good) if which == "C_pre" else (good, bad)
     with pytest.raises(NumericsError, match=message if kind != "not square" else "shape") as error:
@@ -218,7 +220,7 @@ def test_bad_moments_are_refused_by_layer(kind: str, message: str, which: str) -
 
 
 @pytest.mark.parametrize("scale", [1e-60, 1.0, 1e60])
-def test_how_negative_an_eigenvalue_may_be(scale: float) -> None:
+def test_eigenvalues_are_refused_below_the_tolerance(scale: float) -> None:
     rotation = torch.linalg.qr(moment(200)).Q
 
     def with_smallest(value: float) -> torch.Tensor:
@@ -233,14 +235,14 @@ def test_how_negative_an_eigenvalue_may_be(scale: float) -> None:
         checked_moment(with_smallest(-1.2e-5), "C")
 
 
-def test_small_negative_eigenvalues_of_rounding_are_fine() -> None:
+def test_small_negative_eigenvalues_from_rounding_are_accepted() -> None:
     c = moment(32, rank=3).float()
     c -= 1e-7 * torch.eye(32)
     assert generalized_eigenbasis(moment(32), c).gamma.min() >= 0
 
 
 @pytest.mark.parametrize("tau", [-1e-9, float("nan"), float("inf")])
-def test_bad_tau(tau: float) -> None:
+def test_bad_tau_is_refused(tau: float) -> None:
     with pytest.raises(NumericsError, match="tau"):
         generalized_eigenbasis(moment(3), moment(3), tau=tau)
 
@@ -267,12 +269,12 @@ def test_gate_values() -> None:
     ("gamma", "lam", "s_min"),
     [([1.0], -1.0, 0.3), ([1.0], 1.0, 1.1), ([1.0], 1.0, -0.1), ([-1.0], 1.0, 0.3)],
 )
-def test_gate_refuses(gamma: list[float], lam: float, s_min: float) -> None:
+def test_invalid_gate_options_are_refused(gamma: list[float], lam: float, s_min: float) -> None:
     with pytest.raises(NumericsError):
         spectral_gate(torch.tensor(gamma), lam, s_min)
 
 
-def test_step_scale_equalizes_the_task_response() -> None:
+def test_step_scale_makes_task_responses_equal() -> None:
     """Random unit steps in the scaled, gated basis move the task response as far as Adam's do."""
     found = generalized_eigenbasis(moment(12, seed=1, decay=2), moment(12, seed=2))
     gate = spectral_gate(found.gamma)
@@ -353,7 +355,9 @@ def test_scaling_the_task_scales_gamma_alone(
 
 @settings(max_examples=40, deadline=None)
 @given(pairs, st.integers(0, 99))
-def test_another_frame_turns_the_basis(drawn: tuple[int, int, float, float], turn: int) -> None:
+def test_a_change_of_coordinates_transforms_the_basis(
+    drawn: tuple[int, int, float, float], turn: int
+) -> None:
     """In coordinates x' = Q'x: the same gammas, and Q'T for T."""
     d, seed, decay, tau = drawn
     pre, task = pair(d, seed, decay)
@@ -381,7 +385,7 @@ def test_the_gate_is_monotone_and_bounded(gamma: torch.Tensor, lam: float, s_min
 
 
 @given(gammas, st.floats(0, 1))
-def test_the_gates_limits(gamma: torch.Tensor, s_min: float) -> None:
+def test_the_gate_reaches_its_limits(gamma: torch.Tensor, s_min: float) -> None:
     """No lambda: open wherever there is any use. An endless one: closed to the floor."""
     used = gamma > 0
     assert bool((spectral_gate(gamma, 0.0, s_min)[used] == 1).all())

@@ -21,7 +21,7 @@ TASK = {g.name: moment(g.d_in, seed=50 + i) for i, g in enumerate(GROUPS)}
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_same_as_one_at_a_time(threads: int) -> None:
+def test_solving_together_matches_solving_one_at_a_time(threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -92,6 +92,6 @@ def spoiled(kind: str) -> tuple[dict[str, torch.Tensor], Any]:
      "no layers", "a word for layers", "numbers for layers", "another width", "a huge width", "no width",
      "no trace", "a huge trace", "no list", "no facts", "a mapping"],
 )  # fmt: skip
-def test_parts_that_do_not_fit_are_refused(kind: str) -> None:
+def test_mismatched_tensors_are_refused(kind: str) -> None:
     with pytest.raises(ArtifactError, match="the spectrum does not hold what it should"):
         bases_from_tensors(*spoiled(kind))

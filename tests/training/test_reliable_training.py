@@ -80,7 +80,7 @@ def test_a_signal_ends_training_with_a_checkpoint(
     assert all(map(torch.equal, moments(again), moments(whole[0])))
 
 
-def test_an_interruption_that_native_code_turned_into_an_error_is_one() -> None:
+def test_an_interrupt_wrapped_by_native_code_is_an_interrupt() -> None:
     with pytest.raises(Interrupted) as stopped, interruptible():
         try:
             signal.raise_signal(signal.SIGTERM)
@@ -91,7 +91,7 @@ def test_an_interruption_that_native_code_turned_into_an_error_is_one() -> None:
         raise ValueError("of its own")
 
 
-def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
+def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
     def twice() -> None:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
@@ -101,7 +101,7 @@ def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) is None
 
 
-def test_training_in_another_thread_leaves_signals_alone(tmp_path: Path) -> None:
+def test_training_in_another_thread_installs_no_signal_handler(tmp_path: Path) -> None:
     steps = []
 
     def work() -> None:
@@ -113,7 +113,7 @@ def test_training_in_another_thread_leaves_signals_alone(tmp_path: Path) -> None
     assert steps == [6]
 
 
-def test_no_step_is_taken_beyond_the_last(tmp_path: Path) -> None:
+def test_resuming_from_the_last_checkpoint_takes_no_step(tmp_path: Path) -> None:
     """Killed between the last checkpoint and the result; transformers' Trainer would step once more."""
     constant: Any = {"training": {"lr_scheduler_type": "constant"}}
     first, again = prepared(**constant), prepared(**constant)
@@ -126,7 +126,7 @@ def test_no_step_is_taken_beyond_the_last(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", [*STATES, "trainer_state.json", SEAL])
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
-def test_a_damaged_checkpoint_is_named_and_not_used(
+def test_a_damaged_checkpoint_is_named_and_refused(
     tmp_path: Path, whole: tuple[folora.Prepared, Path], file: str, damage: str
 ) -> None:
     shutil.copytree(whole[1], tmp_path / "run")
@@ -146,7 +146,7 @@ def test_a_damaged_checkpoint_is_named_and_not_used(
     assert latest_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-4"
 
 
-def test_a_file_that_was_put_into_a_checkpoint_is_refused(
+def test_a_file_added_to_a_checkpoint_is_refused(
     tmp_path: Path, whole: tuple[folora.Prepared, Path]
 ) -> None:
     shutil.copytree(whole[1] / "checkpoint-6", tmp_path / "checkpoint-6")
@@ -157,7 +157,7 @@ def test_a_file_that_was_put_into_a_checkpoint_is_refused(
 
 
 @pytest.mark.parametrize("size", [4000, 30000])
-def test_a_full_disk_in_the_middle_of_a_checkpoint_is_named(
+def test_a_full_disk_while_saving_a_checkpoint_is_named(
     tmp_path: Path, whole: tuple[folora.Prepared, Path], size: int
 ) -> None:
     """It fails at the adapter, or at the optimizer's state."""
@@ -201,9 +201,7 @@ class Poisoned:
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_training_stops_before_a_gradient_that_is_not_finite(
-    tmp_path: Path, accumulation: int
-) -> None:
+def test_training_stops_before_a_non_finite_gradient(tmp_path: Path, accumulation: int) -> None:
     p = prepared(training={"gradient_accumulation_steps": accumulation, "batch_size": 2})
     seen: list[Any] = []
     bad = Poisoned(p, {5})
@@ -221,7 +219,7 @@ def test_training_stops_before_a_gradient_that_is_not_finite(
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_skipped_step_changes_no_weight_and_no_moment(
+def test_a_skipped_step_changes_neither_weights_nor_moments(
     tmp_path: Path, accumulation: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     p = prepared(
@@ -248,13 +246,13 @@ def test_a_skipped_step_changes_no_weight_and_no_moment(
     assert steps == {5}  # of 6
 
 
-def test_skipping_has_an_end(tmp_path: Path) -> None:
+def test_skipped_steps_are_limited(tmp_path: Path) -> None:
     p = prepared(training={"non_finite": "skip", "max_steps": 100, "logging_steps": 1000})
     with pytest.raises(NumericsError, match=f"{MOST_SKIPPED} steps in a row were passed over"):
         train(p, make_tokenizer(), tmp_path, callbacks=[Poisoned(p, range(2, 101)).callback])
 
 
-def test_what_is_no_sound_gradient() -> None:
+def test_which_gradients_are_not_finite() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3, bias=False))
     for value, sound in {
         0.0: True,
@@ -271,7 +269,7 @@ def test_what_is_no_sound_gradient() -> None:
     assert unsound_gradients(model) == []
 
 
-def test_where_it_breaks_leaves_no_hook_and_no_change() -> None:
+def test_finding_the_non_finite_layer_leaves_no_hook_and_no_change() -> None:
     model = make_llama()
     ids = torch.tensor([[1, 2, 3]])
     assert "the forward pass is finite" in where_it_breaks(model, {"input_ids": ids})
@@ -286,7 +284,7 @@ def test_where_it_breaks_leaves_no_hook_and_no_change() -> None:
     assert not any(m._forward_hooks for m in model.modules())
 
 
-def test_fp16_overflow_is_found_where_it_happens() -> None:
+def test_the_layer_of_an_fp16_overflow_is_named() -> None:
     model = make_llama().half()
     model.model.layers[1].mlp.down_proj.weight.data.fill_(3e4)
     said = where_it_breaks(model, {"input_ids": torch.tensor([[1, 2, 3]])})
@@ -307,7 +305,7 @@ def test_fp16_overflow_is_found_where_it_happens() -> None:
         ({"files": {"": "x", ".": "x"}}, "is missing"),
     ],
 )
-def test_a_seal_that_says_something_else_is_refused(
+def test_an_invalid_checkpoint_seal_is_refused(
     tmp_path: Path, values: dict[str, Any], message: str
 ) -> None:
     """Its checksum is right; no file outside of the checkpoint is looked for."""

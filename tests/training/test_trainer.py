@@ -46,7 +46,7 @@ class StopAt(TrainerCallback):
 
 
 @pytest.mark.parametrize("init", ["eigen", "null_space"])
-def test_resumed_equals_uninterrupted_to_the_last_bit(tmp_path: Path, init: str) -> None:
+def test_resumed_training_is_bitwise_equal_to_uninterrupted(tmp_path: Path, init: str) -> None:
     whole = prepared(adapter={"init": init})
     train(whole, make_tokenizer(), tmp_path / "whole")
     cut = prepared(adapter={"init": init})
@@ -66,7 +66,7 @@ def test_resumed_equals_uninterrupted_to_the_last_bit(tmp_path: Path, init: str)
     assert trainer.state.global_step == 6
 
 
-def test_the_first_loss_is_the_bases_loss_on_responses(tmp_path: Path) -> None:
+def test_the_first_loss_is_the_base_models_on_responses(tmp_path: Path) -> None:
     start = prepared(training={"max_steps": 1, "learning_rate": 1e-9, "logging_steps": 1})
     trainer = train(start, make_tokenizer(), tmp_path)
     logged = trainer.state.log_history[0]["loss"]
@@ -80,7 +80,7 @@ def test_the_first_loss_is_the_bases_loss_on_responses(tmp_path: Path) -> None:
     assert logged == pytest.approx(float(expected.loss), rel=1e-4)
 
 
-def test_bases_are_asked_for_ahead_of_the_last_backward_pass_of_a_step(
+def test_bases_are_prefetched_before_the_last_backward_pass_of_a_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory that an earlier one lets go of is needed again by the next."""
@@ -100,7 +100,7 @@ def test_bases_are_asked_for_ahead_of_the_last_backward_pass_of_a_step(
     assert seen == 2 * ["gradient", "from here", "gradient", "to here"]
 
 
-def test_it_learns_and_the_meter_is_logged(tmp_path: Path) -> None:
+def test_training_lowers_the_loss_and_logs_the_kl(tmp_path: Path) -> None:
     one = prepared(
         training={"max_steps": 30, "eval_steps": 10, "learning_rate": 3e-2, "save_steps": 30}
     )
@@ -116,7 +116,7 @@ def test_it_learns_and_the_meter_is_logged(tmp_path: Path) -> None:
     assert evaluations[-1]["eval_kl"] == pytest.approx(after.kl)
 
 
-def test_training_shows_steps_losses_and_time_left(
+def test_training_logs_steps_losses_and_time_left(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO, "folora")
@@ -132,7 +132,7 @@ def test_training_shows_steps_losses_and_time_left(
     assert not any("_TrainingProgress" in type(c).__name__ for c in callbacks)
 
 
-def test_a_trainer_that_shows_its_own_bar_is_left_alone(
+def test_a_trainer_with_its_own_progress_bar_logs_nothing_extra(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "folora")
@@ -174,7 +174,7 @@ def test_other_options_pass_through(tmp_path: Path) -> None:
         {"extra": {"packing": True, "packing_strategy": "wrapped", "max_length": 48}},
     ],
 )
-def test_usual_ways_of_training_work(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_common_training_options_work(tmp_path: Path, options: dict[str, Any]) -> None:
     one = prepared(training={"max_steps": 2, **options})
     before = flat(one).clone()
     train(one, make_tokenizer(), tmp_path)
@@ -190,7 +190,7 @@ def test_accumulation_equals_a_larger_batch(tmp_path: Path) -> None:
     assert_near(flat(a), flat(b), roundings=1e4)
 
 
-def test_prepare_serves_a_loop_of_ones_own(tmp_path: Path) -> None:
+def test_prepare_works_with_a_custom_training_loop(tmp_path: Path) -> None:
     one = folora.prepare(make_gpt2(), make_tokenizer(), rows(), tiny_config())
     batch = torch.utils.data.default_collate(
         [{"input_ids": torch.tensor(one.task.train[0].input_ids)}]
@@ -209,7 +209,7 @@ def test_prepare_serves_a_loop_of_ones_own(tmp_path: Path) -> None:
     assert one.param_groups(lr=0.5)[0]["lr"] == 0.5
 
 
-def test_another_bases_state_is_refused_on_resume(tmp_path: Path) -> None:
+def test_optimizer_state_of_another_basis_is_refused_on_resume(tmp_path: Path) -> None:
     first = prepared()
     with pytest.raises(KeyboardInterrupt):
         train(first, make_tokenizer(), tmp_path, callbacks=[StopAt(3)])
@@ -224,7 +224,7 @@ def test_weights_with_nan_are_refused_before_sampling() -> None:
         folora.prepare(model, make_tokenizer(), rows(), tiny_config())
 
 
-def test_models_that_look_ahead_are_refused_before_sampling() -> None:
+def test_non_causal_models_are_refused_before_sampling() -> None:
     config = BertConfig(
         vocab_size=51, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=32, initializer_range=0.5,
@@ -233,7 +233,7 @@ def test_models_that_look_ahead_are_refused_before_sampling() -> None:
         folora.prepare(BertLMHeadModel(config).eval(), make_tokenizer(), rows(), tiny_config())
 
 
-def test_dropout_does_not_look_like_looking_ahead() -> None:
+def test_dropout_is_not_mistaken_for_non_causal_attention() -> None:
     model = make_gpt2().train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

@@ -91,7 +91,7 @@ def test_expressions(text: str, gold: str, right: bool) -> None:
         "    return sum(xs)\n\ndef other(",
     ],
 )
-def test_functions_are_found_in_chatter(completion: str) -> None:
+def test_functions_are_extracted_from_surrounding_text(completion: str) -> None:
     doc = HUMANEVAL[0]
     with permission():
         assert functions.humaneval(doc, [completion]) == {"pass@1": 1.0}
@@ -119,12 +119,12 @@ def test_wrong_functions_do_not_pass(completion: str) -> None:
         ("", 0.0),
     ],
 )
-def test_programs_of_descriptions(completion: str, passes: float) -> None:
+def test_programs_written_from_a_description(completion: str, passes: float) -> None:
     with permission():
         assert functions.mbpp(MBPP[0], [completion]) == {"pass@1": passes}
 
 
-def test_what_a_task_sets_up_may_need_the_program() -> None:
+def test_a_tasks_setup_may_use_the_program() -> None:
     """As in MBPP's task 367, whose set-up builds a tree of the program's own class."""
     doc = {**MBPP[0], "test_setup_code": "two = double(1)", "test_list": ["assert two == 2"]}
     with permission():
@@ -132,7 +132,7 @@ def test_what_a_task_sets_up_may_need_the_program() -> None:
 
 
 @needs_data
-def test_reference_answers_are_right() -> None:
+def test_reference_answers_are_scored_as_correct() -> None:
     """Of the real data sets: every one of GSM8K and MATH, and some of the programs."""
     for row in local_rows("gsm8k/test"):
         said = row["answer"].rpartition("#### ")[2]
@@ -190,7 +190,7 @@ def test_squad(doc: Row, said: str, exact: float, f1: float) -> None:
         (" The answer is: 8\n#### 7", False),
     ],
 )
-def test_peft_s_accuracy(said: str, right: bool) -> None:
+def test_pefts_accuracy(said: str, right: bool) -> None:
     assert functions.peft_gsm8k(GSM8K[0], [said]) == {"accuracy": float(right)}
 
 

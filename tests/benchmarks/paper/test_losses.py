@@ -17,9 +17,7 @@ from folora.errors import DataError
 FOLDER = Path(__file__).parents[3] / "benchmarks" / "paper"
 
 
-def test_the_loss_is_that_of_every_token_alike(
-    hub: None, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_the_loss_weighs_all_tokens_equally(hub: None, tokenizer: PreTrainedTokenizerFast) -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -39,7 +37,7 @@ def test_the_loss_is_that_of_every_token_alike(
     assert found == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
-def test_passages_are_the_first_ones(hub: None) -> None:
+def test_passages_are_the_first_rows(hub: None) -> None:
     passages = read_recipe(FOLDER / "recipes" / "peft-metamath.yaml").passages["finewiki"]
     assert (passages.count, passages.max_length) == (100, 768)
     texts = load_passages(type(passages)(**{**passages.__dict__, "count": 3}))
@@ -48,7 +46,7 @@ def test_passages_are_the_first_ones(hub: None) -> None:
         load_passages(type(passages)(**{**passages.__dict__, "column": "body"}))
 
 
-def test_a_score_of_passages_gives_the_forgetting_back(
+def test_forgetting_follows_from_the_score_of_passages(
     hub: None, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     path = FOLDER / "recipes" / "peft-metamath.yaml"

@@ -54,7 +54,9 @@ def test_prompts(hub: None, tokenizer: PreTrainedTokenizerFast, name: str, promp
     assert prompt_of(task_of(name, tokenizer)) == prompt
 
 
-def test_a_trained_prompt_is_the_asked_one(hub: None, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_training_and_evaluation_prompts_match(
+    hub: None, tokenizer: PreTrainedTokenizerFast
+) -> None:
     data = read_recipe(FOLDER / "recipes" / "qwen3-1.7b-math.yaml").data
     trained = data.prompt.format(query=GSM8K[0]["question"])
     assert prompt_of(task_of("paper_gsm8k", tokenizer)).startswith(trained)
@@ -73,7 +75,7 @@ def test_math_asks_all_seven_subjects(hub: None) -> None:
     assert len(functions.math_rows()["test"]) == 7
 
 
-def test_gpqa_s_choices_are_ordered_by_the_question_alone() -> None:
+def test_the_order_of_gpqas_choices_depends_on_the_question_only() -> None:
     rows = Dataset.from_list(GPQA)
     first, again = functions.gpqa_rows(rows), functions.gpqa_rows(rows)
     assert first["choices"] == again["choices"]
@@ -92,7 +94,7 @@ def test_instructions_are_checked_by_the_harness(
     assert not task.process_results(doc, ["one two three"])["prompt_level_strict_acc"]
 
 
-def test_shots_are_the_same_from_call_to_call(
+def test_few_shot_examples_are_the_same_in_every_call(
     hub: None, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A base and its adapted models must be asked the same questions."""

@@ -44,7 +44,7 @@ def test_there_is_a_recipe_for_every_model_and_target() -> None:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
-def test_every_arm_is_possible_and_named_once(path: Path) -> None:
+def test_every_arm_is_valid_and_named_once(path: Path) -> None:
     recipe = read_recipe(path)
     names = [arm.name for arm in recipe.arms()]
     assert len(set(names)) == len(names) > 5
@@ -52,7 +52,7 @@ def test_every_arm_is_possible_and_named_once(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
-def test_the_paper_s_settings_are_in_the_recipes(path: Path) -> None:
+def test_recipes_have_the_papers_settings(path: Path) -> None:
     config = read_recipe(path).config
     sampling, training = config.sampling, config.training
     assert (sampling.num_sequences, sampling.min_new_tokens, sampling.max_new_tokens) == (
@@ -66,7 +66,7 @@ def test_the_paper_s_settings_are_in_the_recipes(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
-def test_every_benchmark_of_the_paper_is_target_or_kept(path: Path) -> None:
+def test_every_benchmark_of_the_paper_is_target_or_retained(path: Path) -> None:
     recipe = read_recipe(path)
     missing = set(recipe.benchmarks) - {*recipe.target, *recipe.kept}
     assert missing == ({"longbench_v2"} if recipe.stage == "llama2-7b" else set())
@@ -86,7 +86,7 @@ FIRST = {  # what a model is trained on, by target
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
-def test_a_recipe_runs_through(
+def test_a_recipe_runs_end_to_end(
     path: Path, hub: None, model_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     methods = "lora,folora-paper,folora" if path.stem == "peft-metamath" else "folora-paper"
@@ -112,7 +112,7 @@ def test_a_recipe_runs_through(
     assert ("finewiki forgetting" in printed) == ("peft" in path.stem)
 
 
-def test_every_method_runs_through(hub: None, model_folder: str, tmp_path: Path) -> None:
+def test_every_method_runs_end_to_end(hub: None, model_folder: str, tmp_path: Path) -> None:
     path = FOLDER / "recipes" / "llama2-7b-math.yaml"
     given = ["--recipe", str(path), "--model", model_folder, "--output", str(tmp_path)]
     assert main([*given, "--benchmarks", "gsm8k", "--learning-rates", "1e-3", "--dry-run"]) == 0
@@ -163,7 +163,7 @@ def small_recipe(folder: Path, **changes: Any) -> Path:
         ({"base": {"adapter.rank": 3}}, "unknown option 'adapter.rank'"),
     ],
 )
-def test_a_wrong_recipe_is_refused(tmp_path: Path, changes: Row, message: str) -> None:
+def test_an_invalid_recipe_is_refused(tmp_path: Path, changes: Row, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_recipe(small_recipe(tmp_path, **changes))
 
@@ -178,7 +178,7 @@ rates = st.lists(st.floats(1e-9, 1e3), min_size=1, max_size=3)
     st.text(),
     st.sets(st.sampled_from(["methods", "seeds", "data", "base", "benchmarks", "target"])),
 )
-def test_any_recipe_is_read_as_it_was_written_in_one_file_or_two(
+def test_any_recipe_round_trips_in_one_file_or_two(
     methods: dict[str, list[float]], seeds: list[int], prompt: str, outside: set[str]
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -199,7 +199,7 @@ def test_any_recipe_is_read_as_it_was_written_in_one_file_or_two(
         assert read_recipe(path) == recipe
 
 
-def test_included_values_are_joined_and_a_circle_is_refused(tmp_path: Path) -> None:
+def test_included_values_are_merged_and_circular_includes_refused(tmp_path: Path) -> None:
     outer = tmp_path / "outer.yaml"
     small_recipe(tmp_path)
     outer.write_text("include: [recipe.yaml]\nbase: {adapter.r: 3}\nseeds: [5]\n")
@@ -226,7 +226,7 @@ def test_included_values_are_joined_and_a_circle_is_refused(tmp_path: Path) -> N
          (), "'paper_gsm8k' has no metric 'acc'.*it has exact_match"),
     ],
 )  # fmt: skip
-def test_what_cannot_work_is_found_before_a_model_is_loaded(
+def test_invalid_arguments_are_refused_before_a_model_is_loaded(
     hub: None,
     monkeypatch: pytest.MonkeyPatch,
     model_folder: str,
@@ -248,7 +248,7 @@ def test_what_cannot_work_is_found_before_a_model_is_loaded(
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_the_harness_s_own_code_tasks_are_refused_even_with_permission(
+def test_the_harnesses_own_code_tasks_are_refused_even_with_permission(
     hub: None, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     """They would run programs outside of the sandbox."""
@@ -272,7 +272,7 @@ class _Empty:
         self.all_tasks: list[str] = []
 
 
-def test_too_few_rows_are_said_and_long_ones_passed_over(hub: None, tmp_path: Path) -> None:
+def test_too_few_rows_are_reported_and_long_rows_skipped(hub: None, tmp_path: Path) -> None:
     wanted = Rows(
         dataset="meta-math/MetaMathQA", count=9, prompt="{query}", completion="{response}"
     )
@@ -286,7 +286,7 @@ def test_too_few_rows_are_said_and_long_ones_passed_over(hub: None, tmp_path: Pa
         write_rows(short, 1, tmp_path / "rows.jsonl")
 
 
-def test_peft_s_length_limit_counts_the_template() -> None:
+def test_pefts_length_limit_counts_the_template() -> None:
     data = read_recipe(FOLDER / "recipes" / "peft-metamath.yaml").data
     query, response = "q" * 500, "r" * 799  # 1300 with the blank between them
     text = data.prompt + data.completion.format(query=query, response=response)

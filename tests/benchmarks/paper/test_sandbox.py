@@ -34,7 +34,7 @@ def test_nothing_runs_without_permission() -> None:
         functions.humaneval(HUMANEVAL[0], ["    return sum(xs)\n"])
 
 
-def test_a_right_program_passes_and_a_wrong_one_says_why(allowed: Any) -> None:
+def test_a_correct_program_passes_and_a_wrong_one_reports_why(allowed: Any) -> None:
     assert allowed("assert sum([1, 2]) == 3").passed
     wrong = allowed("assert sum([1, 2]) == 4")
     assert not wrong.passed
@@ -51,21 +51,21 @@ def test_a_right_program_passes_and_a_wrong_one_says_why(allowed: Any) -> None:
         "import sys\nsys.stdout.write('passed')\nquit = 1\nraise SystemExit(0)",
     ],
 )
-def test_leaving_early_is_not_passing(allowed: Any, program: str) -> None:
+def test_exiting_early_does_not_pass(allowed: Any, program: str) -> None:
     outcome = allowed(program)
     assert not outcome.passed
     assert outcome.reason == "ended before its tests"
 
 
 @pytest.mark.parametrize("program", ["while True: pass", "import time\ntime.sleep(60)"])
-def test_a_program_without_end_is_stopped(allowed: Any, program: str) -> None:
+def test_an_endless_program_is_stopped(allowed: Any, program: str) -> None:
     began = time.monotonic()
     outcome = allowed(program, seconds=1.0)
     assert not outcome.passed
     assert time.monotonic() - began < 10
 
 
-def test_what_a_stopped_program_started_is_gone(allowed: Any, tmp_path: Path) -> None:
+def test_child_processes_of_a_stopped_program_are_killed(allowed: Any, tmp_path: Path) -> None:
     """Also where it gets past the hook, as a fork by hand does not."""
     for start in ("os.fork()", "os.forkpty()", "os.system('sleep 30')"):
         outcome = allowed(f"import os\nwhile True: {start}", seconds=5.0)
@@ -90,14 +90,14 @@ def test_memory_is_limited(allowed: Any) -> None:
         "import os\nos.mkdir({path!r})",
     ],
 )
-def test_nothing_is_written_outside(allowed: Any, tmp_path: Path, program: str) -> None:
+def test_nothing_is_written_outside_the_folder(allowed: Any, tmp_path: Path, program: str) -> None:
     path = tmp_path / "new"
     outcome = allowed(program.format(path=str(path), folder=str(tmp_path)))
     assert not outcome.passed
     assert not path.exists()
 
 
-def test_nothing_is_removed_outside(allowed: Any, tmp_path: Path) -> None:
+def test_nothing_is_deleted_outside_the_folder(allowed: Any, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     kept.write_text("x")
     for call in ("os.remove", "os.unlink", "os.truncate", "shutil.rmtree"):
@@ -106,7 +106,7 @@ def test_nothing_is_removed_outside(allowed: Any, tmp_path: Path) -> None:
     assert kept.read_text() == "x"
 
 
-def test_its_own_folder_is_a_program_s_to_use(allowed: Any) -> None:
+def test_a_program_may_use_its_own_folder(allowed: Any) -> None:
     program = (
         "import os\nos.mkdir('d')\nopen('d/a', 'w').write('x')\nos.remove('d/a')\nos.rmdir('d')"
     )
