@@ -29,10 +29,15 @@ with install_import_hook(ANNOTATED, f"{typechecking.__name__}.check"):
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks.tiny import MAKERS, make_tokenizer, tiny_config, write_model, write_rows
 from folora.pipeline.run import Run
+
+# How long an example takes depends on what else the machine does.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(autouse=True)

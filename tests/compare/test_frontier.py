@@ -42,7 +42,7 @@ POINTS = [
 score = st.integers(0, 20).map(lambda i: i / 20)  # a coarse grid, so that ties happen
 point = st.builds(Point, task=score, kept=score, kl=st.one_of(score, st.just(NAN)))
 points = st.lists(point, max_size=12)
-quick = settings(max_examples=60, deadline=None, derandomize=True)
+quick = settings(max_examples=60, derandomize=True)
 
 
 def test_pareto_by_hand() -> None:

@@ -8,25 +8,31 @@ leaves everything as it was.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import re
 import shlex
 import shutil
-import signal
-import socket
-import stat
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import save_file
+from support.users_files import (
+    Put,
+    appended,
+    both,
+    fifo,
+    file,
+    folder_of,
+    link,
+    read_only,
+    snapshot,
+    socket_at,
+    weights,
+)
 from transformers import AutoModelForCausalLM
 
 import folora.pipeline.run
@@ -34,81 +40,13 @@ from benchmarks.paper.__main__ import main as paper
 from benchmarks.tiny import make_llama
 from folora.cli.main import main
 from folora.config import FoLoraConfig
-from folora.errors import ArtifactError, ConfigError
+from folora.errors import ConfigError
 from folora.pipeline.run import Run
-from folora.runtime.checkpoints import prune, seal_checkpoint
-from folora.runtime.ownership import LIST, check_own, write_own, write_own_folder
-from folora.runtime.storage import (
-    LOCK,
-    file_sha256,
-    obstacle,
-    write_atomically,
-    write_sealed,
-    write_text,
-)
+from folora.runtime.ownership import LIST, write_own_folder
+from folora.runtime.storage import LOCK
 
-Put = Callable[[Path], None]
 STAGES = ["1-samples", "2-statistics", "3-spectrum", "4-training", "5-adapter"]
 WEIGHTS = "model.safetensors"
-
-
-def file(name: str, content: str = "mine") -> Put:
-    """A text file, its folders included."""
-
-    def put(here: Path) -> None:
-        (here / name).parent.mkdir(parents=True, exist_ok=True)
-        (here / name).write_text(content)
-
-    return put
-
-
-def weights(name: str) -> Put:
-    """A safetensors file that is not folora's."""
-
-    def put(here: Path) -> None:
-        (here / name).parent.mkdir(parents=True, exist_ok=True)
-        save_file({"w": torch.ones(3)}, here / name, metadata={"format": "pt"})
-
-    return put
-
-
-def link(name: str, target: str) -> Put:
-    """A symbolic link to a place in HERE."""
-
-    def put(here: Path) -> None:
-        (here / name).parent.mkdir(parents=True, exist_ok=True)
-        (here / name).symlink_to(here / target)
-
-    return put
-
-
-def fifo(name: str) -> Put:
-    """A FIFO, which whoever opens it waits for."""
-
-    def put(here: Path) -> None:
-        (here / name).parent.mkdir(parents=True, exist_ok=True)
-        os.mkfifo(here / name)
-
-    return put
-
-
-def socket_at(name: str) -> Put:
-    """Neither a file nor a folder, as a device is not; HERE is the working directory."""
-    return lambda _: socket.socket(socket.AF_UNIX).bind(name)
-
-
-def appended(name: str, text: str) -> Put:
-    """The user changes a file of folora's."""
-
-    def put(here: Path) -> None:
-        (here / name).write_text((here / name).read_text() + text)
-
-    return put
-
-
-def read_only(name: str) -> Put:
-    """The user protects a file."""
-    return lambda here: (here / name).chmod(0o444)
 
 
 def stock_adapter(name: str) -> Put:
@@ -127,16 +65,6 @@ def base_file(name: str) -> Put:
     def put(here: Path) -> None:
         config = FoLoraConfig.from_yaml(here / "run" / "config.yaml")
         Run(config.changed({"output": str(here / "run")})).share(here / name)
-
-    return put
-
-
-def both(*puts: Put) -> Put:
-    """One after the other."""
-
-    def put(here: Path) -> None:
-        for one in puts:
-            one(here)
 
     return put
 
@@ -290,17 +218,6 @@ KEPT = [
 ]  # fmt: skip
 
 
-def snapshot(folder: Path) -> dict[str, Any]:
-    """Type and content of everything in a folder; links are not followed."""
-    found: dict[str, Any] = {}
-    for path in sorted(folder.rglob("*")):
-        mode = path.lstat().st_mode
-        content: Any = os.readlink(path) if stat.S_ISLNK(mode) else None
-        content = path.read_bytes() if stat.S_ISREG(mode) else content
-        found[path.relative_to(folder).as_posix()] = (stat.S_IFMT(mode), content)
-    return found
-
-
 @pytest.fixture
 def words(
     finished: FoLoraConfig, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -406,167 +323,11 @@ def test_a_file_in_the_way_of_an_export_is_named_before_anything_is_deleted(tmp_
     assert snapshot(tmp_path) == before
 
 
-def folder_of(files: Mapping[str, str]) -> Callable[[Path], None]:
-    def write(target: Path) -> None:
-        for name, content in files.items():
-            file(name, content)(target)
-
-    return write
-
-
-def text(content: str) -> Callable[[Path], object]:
-    return lambda path: path.write_text(content)
-
-
-def killed_at(number: int, work: Callable[[], None]) -> None:
-    """Do the work in a fork that is killed before the n-th file is renamed or removed."""
-    count = 0
-
-    def watch(event: str, _: Any) -> None:
-        nonlocal count
-        if event in ("os.rename", "os.remove"):
-            count += 1
-            if count == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    def child() -> None:
-        sys.addaudithook(watch)
-        work()
-
-    fork = multiprocessing.get_context("fork").Process(target=child)
-    fork.start()
-    fork.join()
-    ended.append(fork.exitcode)
-
-
-ended: list[int | None] = []
-FORMER = {"config.json": "1", "weights": "1", "sub/a": "1", "gone": "1"}
-LATER = {"config.json": "2", "weights": "2", "sub/a": "1", "more": "2"}
-
-
-def test_an_export_killed_at_any_moment_ends_with_the_same_bytes_when_rerun(tmp_path: Path) -> None:
-    write_own_folder(tmp_path / "whole", "x", folder_of(LATER))
-    theirs = both(*map(file, ("a/README.md", "a/sub/b", "a/.folora.json.swp")))
-    (tmp_path / "whole" / "sub").mkdir(exist_ok=True)
-    wanted = snapshot(tmp_path / "whole")
-    theirs(tmp_path / "theirs")
-    wanted |= snapshot(tmp_path / "theirs" / "a")
-    ended.clear()
-    number = 0
-    while not ended or ended[-1] == -signal.SIGKILL:
-        number += 1
-        here = tmp_path / str(number)
-        write_own_folder(here / "a", "x", folder_of(FORMER))
-        theirs(here)
-        killed_at(number, partial(write_own_folder, here / "a", "x", folder_of(LATER)))
-        loadable = {
-            (here / "a" / n).read_text()
-            for n in ("config.json", "weights")
-            if (here / "a" / n).exists()
-        }
-        assert len(loadable) <= 1  # never a mixture
-        write_own_folder(here / "a", "x", folder_of(LATER))
-        assert snapshot(here / "a") == wanted
-        assert [p.name for p in here.iterdir()] == ["a"]
-    assert number > 8 and ended[-1] == 0
-
-
-def test_a_write_killed_at_any_moment_leaves_a_complete_file(tmp_path: Path) -> None:
-    ended.clear()
-    number = 0
-    while not ended or ended[-1] == -signal.SIGKILL:
-        number += 1
-        path = tmp_path / str(number) / "config.yaml"
-        path.parent.mkdir()
-        write_own(path, "run", text("former"))
-        killed_at(number, partial(write_own, path, "run", text("later")))
-        assert path.read_text() in ("former", "later")
-        check_own(path.parent, "run")
-        write_own(path, "run", text("later"))
-        assert path.read_text() == "later"
-        assert sorted(p.name for p in path.parent.iterdir()) == ["config.yaml", LIST]
-    assert number > 3 and ended[-1] == 0
-
-
-@pytest.mark.parametrize("name", ["../out", "/out", "a/../../out"])
-def test_names_in_an_ownership_list_cannot_escape_the_folder(tmp_path: Path, name: str) -> None:
-    name = name.replace("/out", str(tmp_path / "out")) if name == "/out" else name
-    folder = tmp_path / "a"
-    write_own_folder(folder, "x", folder_of({"b": "1"}))
-    file("out")(tmp_path)
-    write_sealed(folder / LIST, {"kind": "x", "files": {name: [file_sha256(tmp_path / "out")]}})
-    with pytest.raises(ArtifactError, match="does not hold what it should"):
-        write_own_folder(folder, "x", folder_of({"b": "2"}))
-    assert (tmp_path / "out").read_text() == "mine"
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        ".a.json.bak", ".a.json.swp", ".a.json.1a2b3c4d", ".a.json.folora-1a2b.tmp", "a.json.folora-0123456789abcdef.tmp",
-        ".a.json.d/x", ".b.json.folora-0123456789abcdef.tmp", ".a.json.folora-0123456789ABCDEF.tmp",
-    ],
-)  # fmt: skip
-def test_only_our_own_temporary_files_are_deleted(tmp_path: Path, name: str) -> None:
-    file(name)(tmp_path)
-    file(".a.json.folora-0123456789abcdef.tmp")(tmp_path)  # of a writer that was killed
-    file(".a.json.folora-0123456789abcdef.old/x")(tmp_path)
-    write_text(tmp_path / "a.json", "{}")
-    assert snapshot(tmp_path).keys() == {"a.json", name, *([name.split("/")[0]])}
-
-
-@pytest.mark.parametrize(
-    "put", [file("a/x"), link("a", "b"), fifo("a"), both(file("a"), read_only("a"))]
-)
-def test_a_writer_replaces_regular_files_only(tmp_path: Path, put: Put) -> None:
-    """The last line, behind the checks before work: in no way does a writer replace anything else."""
-    file("b/x")(tmp_path)
-    put(tmp_path)
-    before = snapshot(tmp_path)
-    with pytest.raises(ArtifactError, match=f"cannot write {tmp_path / 'a'}: it is"):
-        write_text(tmp_path / "a", "ours")
-    assert snapshot(tmp_path) == before
-
-
-def test_a_device_file_is_not_replaced() -> None:
-    """Who may write everywhere would put a file in its place, for all processes of the machine."""
-    assert obstacle(Path("/dev/null")) == "is not a regular file"
-
-
 def test_a_trial_deletes_no_folder_of_the_users(tmp_path: Path) -> None:
     file("dry-run/notes.txt")(tmp_path)
     recipe = "benchmarks/paper/recipes/llama2-7b-math.yaml"
     assert paper(["--recipe", recipe, "--output", str(tmp_path), "--dry-run"]) == 2
     assert (tmp_path / "dry-run/notes.txt").read_text() == "mine"
-
-
-def test_a_folder_with_other_files_is_not_replaced(tmp_path: Path) -> None:
-    both(file("a/x"), file("a/mine"))(tmp_path)
-    before = snapshot(tmp_path)
-    with pytest.raises(ArtifactError, match=r"a: it holds 'mine', which folora did not write"):
-        write_atomically(tmp_path / "a", folder_of({"x": "ours"}))
-    assert snapshot(tmp_path) == before
-
-
-def checkpoints(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir())
-
-
-def test_only_our_own_checkpoints_are_deleted(tmp_path: Path) -> None:
-    """Complete ones that are as they were written; not copies, nor what the user changed or added to."""
-    for step in (2, 4, 6, 8, 10, 12):
-        file(f"checkpoint-{step}/weights", str(step))(tmp_path)
-        seal_checkpoint(tmp_path / f"checkpoint-{step}")
-    file("checkpoint-4/notes.txt")(tmp_path)
-    appended("checkpoint-6/weights", "mine")(tmp_path)
-    shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "checkpoint-2-backup")
-    file("checkpoint-1/mine")(tmp_path)
-    best = str(tmp_path / "checkpoint-8")
-    prune(tmp_path, 2, best)
-    assert checkpoints(tmp_path) == [
-        "checkpoint-1", "checkpoint-12", "checkpoint-2-backup", "checkpoint-4", "checkpoint-6",
-        "checkpoint-8",
-    ]  # fmt: skip
 
 
 def test_the_report_lists_the_files_of_the_run(finished: FoLoraConfig) -> None:

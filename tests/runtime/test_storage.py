@@ -72,7 +72,7 @@ DTYPES = (
 any_text = st.text(st.characters())  # half surrogate pairs too, which JSON can hold
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.dictionaries(any_text.filter(lambda name: name not in OWN), json_values, max_size=5),
     st.dictionaries(

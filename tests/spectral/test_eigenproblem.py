@@ -247,7 +247,7 @@ def test_bad_tau_is_refused(tau: float) -> None:
         generalized_eigenbasis(moment(3), moment(3), tau=tau)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 12), st.integers(0, 99), st.floats(1e-4, 10), st.floats(0, 4))
 def test_identities_hold_for_any_pair(d: int, seed: int, tau: float, decay: float) -> None:
     found = generalized_eigenbasis(
@@ -310,7 +310,7 @@ def ridged(c_pre: torch.Tensor, tau: float) -> torch.Tensor:
     return c_pre + tau * c_pre.diagonal().mean() * torch.eye(len(c_pre), dtype=c_pre.dtype)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(pairs)
 def test_any_pair_agrees_with_scipy(drawn: tuple[int, int, float, float]) -> None:
     """Values, T'HT = I and T'C_task T = diag(gamma), and the traces of both sides."""
@@ -339,7 +339,7 @@ def assert_same_operator(
         assert_near(expected, found, roundings=5e8)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(pairs, st.floats(1e-3, 1e3))
 def test_scaling_the_task_scales_gamma_alone(
     drawn: tuple[int, int, float, float], factor: float
@@ -353,7 +353,7 @@ def test_scaling_the_task_scales_gamma_alone(
     assert_same_operator(one, one.basis, factor, other)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(pairs, st.integers(0, 99))
 def test_a_change_of_coordinates_transforms_the_basis(
     drawn: tuple[int, int, float, float], turn: int

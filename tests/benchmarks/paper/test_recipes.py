@@ -171,7 +171,7 @@ def test_an_invalid_recipe_is_refused(tmp_path: Path, changes: Row, message: str
 rates = st.lists(st.floats(1e-9, 1e3), min_size=1, max_size=3)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.dictionaries(st.sampled_from(sorted(METHODS)), rates, min_size=1, max_size=3),
     st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=3),
