@@ -1,0 +1,53 @@
+"""Names of tests, files and code that the documentation points to exist."""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HISTORY = {"log.md", "tests.md", "results.md"}  # these name what was there at their time
+PAGES = [ROOT / "SECURITY.md", ROOT / "README.md", *(ROOT / "benchmarks").rglob("README.md")] + [
+    page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name not in HISTORY
+]
+PACKAGES = {p.name for p in (ROOT / "src" / "folora").iterdir() if p.is_dir()}
+TESTS = {
+    name
+    for path in (ROOT / "tests").rglob("test_*.py")
+    for name in re.findall(r"^def (test_\w+)\(", path.read_text(), re.M)
+}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_every_named_test_exists(page: Path) -> None:
+    text = page.read_text()
+    assert set(re.findall(r"`(test_\w+)`", text)) <= TESTS
+    for name in re.findall(r"(?<![\w/.])(?:tests/)?((?:\w+/)*test_\w+\.py)", text):
+        assert (ROOT / "tests" / name).is_file(), name
+
+
+def test_the_map_of_the_paper_names_code_that_exists() -> None:
+    text = (ROOT / "docs" / "paper_map.md").read_text()
+    named = re.findall(r"`((?:\w+\.)+\w+)[(`]", text)
+    named = [name for name in named if name.split(".")[0] in PACKAGES and not name.endswith(".py")]
+    assert len(named) > 30
+    for name in named:
+        assert exists(name.split(".")), name
+
+
+def exists(parts: list[str]) -> bool:
+    """Whether this is a module of folora, or an attribute of one."""
+    for count in range(len(parts), 0, -1):
+        try:
+            found = import_module(".".join(["folora", *parts[:count]]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[count:]:
+            if not hasattr(found, part):
+                return False
+            found = getattr(found, part)
+        return True
+    return False
