@@ -1,4 +1,4 @@
-"""On a GPU: the same numbers as on the CPU, and what only a GPU does. Run by ``make gpu``, skipped without one."""
+"""On a GPU: the same numbers as on the CPU, and what only a GPU does. Run by ``make gpu``, else skipped."""
 
 from __future__ import annotations
 

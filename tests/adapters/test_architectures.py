@@ -1,4 +1,4 @@
-"""Every architecture of the matrix works from end to end, or is refused early with a true reason."""
+"""Every architecture of the matrix works end to end, or is refused early with the correct reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The update is PEFT's in values and gradients, and keeps one narrow input where PEFT keeps wide copies."""
+"""The LoRA update matches PEFT's values and gradients and saves one narrow input instead of wide copies."""
 
 from __future__ import annotations
 

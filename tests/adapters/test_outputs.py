@@ -330,7 +330,11 @@ def test_files_do_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
     """What another process wrote, with another seed than ours, is the same to the byte."""
     seed = "1" if os.environ.get("PYTHONHASHSEED") == "0" else "0"
     subprocess.run(
-        [sys.executable, "-c", f"from support.adapter_files import write; write({str(tmp_path / 'other')!r})"],
+        [
+            sys.executable,
+            "-c",
+            f"from support.adapter_files import write; write({str(tmp_path / 'other')!r})",
+        ],
         env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
         check=True,
     )

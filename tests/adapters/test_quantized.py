@@ -1,4 +1,4 @@
-"""A base quantized by bitsandbytes keeps every promise of the adapter.
+"""An adapter on a base quantized by bitsandbytes behaves as on any other base.
 
 Two habits of bitsandbytes 0.50 on the CPU shape these tests: it takes another kernel once gradients
 flow, so outputs are compared without them; and its 4-bit layers give other outputs once their

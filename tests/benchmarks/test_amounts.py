@@ -1,4 +1,4 @@
-"""How much text is enough: the measure against its definition, and figures on their way into tables."""
+"""How much calibration text is needed: the measure against its definition, and its tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The short form of `make chaos`, and that it finds what is planted for it."""
+"""A short `make chaos`, which must also detect planted bugs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/compatibility.md is what its files say, and pyproject.toml allows what has passed there."""
+"""docs/compatibility.md is generated from its JSON files, and pyproject.toml allows the versions that passed."""
 
 from __future__ import annotations
 

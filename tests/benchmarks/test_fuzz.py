@@ -1,4 +1,4 @@
-"""Changed files are refused or read, never more; and the fuzzer sees it where that is not so."""
+"""Mutated files are refused or read correctly, and the fuzzer detects parsers that do neither."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The comparison on pretrained models: a plan from rows to results, on a tiny model and made-up data."""
+"""The comparison on pretrained models: a plan from rows to results, with a tiny model and synthetic data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The short form of `make soak`, and that it finds what is planted for it."""
+"""A short `make soak`, which must also detect planted leaks."""
 
 from __future__ import annotations
 

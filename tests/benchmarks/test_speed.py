@@ -1,4 +1,4 @@
-"""The benchmark counts what it says it counts, runs from one command, and fills its tables."""
+"""The speed benchmark: what it counts, one command that runs it, and its tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The synthetic world says what it claims, and its small model trains, scores and loads."""
+"""The synthetic world is consistent, and its small model pretrains, scores and loads."""
 
 import itertools
 import random

@@ -1,4 +1,4 @@
-"""The comparison on worlds runs from a plan, on its own tasks and on those of a stranger."""
+"""The comparison on synthetic worlds runs from a plan, on built-in and custom tasks."""
 
 from __future__ import annotations
 

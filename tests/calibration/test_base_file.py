@@ -1,4 +1,4 @@
-"""One file of what belongs to the base model: lossless, checked, and a run from it is the same run."""
+"""The base file: lossless, verified on load, and a run from it matches a full run."""
 
 from __future__ import annotations
 

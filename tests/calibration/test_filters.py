@@ -1,4 +1,4 @@
-"""Each rule of the filter at its boundary."""
+"""Each rejection rule of the filter at its boundary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Second moments against a float64 reference; sharing found by watching; hooks always gone."""
+"""Second moments against a float64 reference; shared inputs are detected; hooks are always removed."""
 
 from __future__ import annotations
 

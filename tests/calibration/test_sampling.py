@@ -1,4 +1,4 @@
-"""The proxy set: independent of the batch size (here to the bit), resumable, and sampled from the right distribution."""
+"""The calibration set: independent of the batch size (bitwise on the CPU), resumable, and from the right distribution."""
 
 from __future__ import annotations
 

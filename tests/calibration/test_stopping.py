@@ -1,4 +1,4 @@
-"""When sampling ends: what the halves say, that it says it in time, and that interruption changes nothing."""
+"""Early stopping of sampling: the criterion, when it is checked, and that resuming does not change it."""
 
 from __future__ import annotations
 

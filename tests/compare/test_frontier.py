@@ -1,4 +1,4 @@
-"""Staircases by hand, what must hold for any points, and intervals against SciPy's own."""
+"""Frontiers by hand, properties for any points, and intervals against SciPy's."""
 
 from __future__ import annotations
 

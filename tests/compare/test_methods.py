@@ -1,4 +1,4 @@
-"""Every method in the comparison is what it says: each is held to its defining identity."""
+"""Every compared method satisfies its defining identity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chats in any template: the assistant's tokens are found, and nothing is left out unsaid."""
+"""Chats with any template: the assistant's tokens are found, and nothing is dropped silently."""
 
 from __future__ import annotations
 

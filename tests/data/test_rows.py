@@ -1,4 +1,4 @@
-"""Rows to tokens: loss falls on the response alone, whatever the form of the data."""
+"""Rows to tokens: the loss covers the response only, in every format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a model in memory: likelihoods by hand, and nothing left changed."""
+"""lm-evaluation-harness on a model in memory: likelihoods by hand, and the model is unchanged."""
 
 from __future__ import annotations
 

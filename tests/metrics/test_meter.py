@@ -1,4 +1,4 @@
-"""The meter against a slow reference, one sequence at a time."""
+"""The KL meter against a slow reference, one sequence at a time."""
 
 from __future__ import annotations
 

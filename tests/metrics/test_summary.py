@@ -1,4 +1,4 @@
-"""The table at the end of a run says in words what was measured."""
+"""The table at the end of a run explains in words what was measured."""
 
 from __future__ import annotations
 

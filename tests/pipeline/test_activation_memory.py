@@ -1,4 +1,4 @@
-"""What is counted without memory is what a step on the CPU has alive, by the profiler's account."""
+"""The activation-memory estimate, made on the meta device, matches the profiler's peak of a step on the CPU."""
 
 from __future__ import annotations
 

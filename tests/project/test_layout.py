@@ -1,4 +1,4 @@
-"""One direction of imports; the optimizer stands alone; the library knows no benchmark."""
+"""Imports go in one direction, the optimizer needs torch only, and every import is declared."""
 
 from __future__ import annotations
 

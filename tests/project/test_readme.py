@@ -1,4 +1,4 @@
-"""What the README shows runs, and its numbers are the demo's."""
+"""README's example runs, and its numbers are the demo's and those of the results."""
 
 from __future__ import annotations
 

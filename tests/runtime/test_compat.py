@@ -1,4 +1,4 @@
-"""What stands in for parts of other libraries that older versions lack; `make matrix` runs those."""
+"""Replacements for parts of other libraries that older versions lack; `make matrix` runs those versions."""
 
 from __future__ import annotations
 

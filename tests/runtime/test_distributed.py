@@ -1,4 +1,4 @@
-"""Several processes do what one does, and none waits for another that has given up."""
+"""Several processes match one, and no process waits for another that has failed."""
 
 from __future__ import annotations
 

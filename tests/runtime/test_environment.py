@@ -1,4 +1,4 @@
-"""Surroundings that are not as a command expects: one sentence and an exit code, never a traceback."""
+"""Unusual environments end in one sentence and an exit code, never in a traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""In which dtype a model is loaded: the checkpoint's, or one that the CPU multiplies."""
+"""The dtype of a loaded model: the checkpoint's, or one that the CPU has kernels for."""
 
 from __future__ import annotations
 

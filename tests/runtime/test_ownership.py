@@ -1,4 +1,4 @@
-"""Writers replace and delete only what folora wrote, and may be killed at any moment."""
+"""Writers replace and delete only files that folora wrote, and may be killed at any moment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is written is there as a whole; what is damaged, full, forbidden or taken is named."""
+"""Writes are atomic; damaged, full, read-only and locked folders are named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Groups are solved side by side with the results of one at a time, and errors come through."""
+"""Layers are solved concurrently with the results of solving one at a time, and errors propagate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write an adapter in every way that makes files, for a process that compares them with another's."""
+"""Write an adapter in both file formats, for a process whose files are compared with another's."""
 
 from __future__ import annotations
 

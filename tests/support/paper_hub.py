@@ -1,4 +1,4 @@
-"""Two documents of every data set of the paper's recipes, in the columns that it has on the Hub."""
+"""Two documents of every dataset of the paper's recipes, with its columns on the Hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A function in several processes that are connected by gloo."""
+"""Run a function in several processes connected by gloo."""
 
 from __future__ import annotations
 

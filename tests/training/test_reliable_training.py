@@ -1,4 +1,4 @@
-"""Training is interrupted, its checkpoints are damaged, its gradients overflow: nothing bad is taken over."""
+"""Interrupted training, damaged checkpoints and non-finite gradients: no bad state is ever loaded."""
 
 from __future__ import annotations
 

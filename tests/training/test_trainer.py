@@ -1,4 +1,4 @@
-"""TRL trains: response loss, meter in the logs, exact resume, and settings that pass through."""
+"""Training with TRL: loss on responses, KL in the logs, exact resume, and options passed through."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Hub's data sets without the Hub, a tokenizer for any text, and a folder that holds it."""
+"""Local copies of the Hub datasets, a tokenizer for any text, and a folder that holds it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which completions count as right: numbers, expressions, programs, spans."""
+"""Which completions are scored as correct: numbers, expressions, programs, spans."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loss on passages, and the score that is made of it."""
+"""The loss on passages, and the score computed from it."""
 
 from __future__ import annotations
 

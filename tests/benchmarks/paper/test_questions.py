@@ -1,4 +1,4 @@
-"""What is asked: prompts, examples, choices, and that they are the same from call to call."""
+"""Evaluation prompts: templates, few-shot examples, order of choices, and that they are the same in every call."""
 
 from __future__ import annotations
 

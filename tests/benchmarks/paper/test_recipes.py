@@ -1,4 +1,4 @@
-"""Recipes: every one is run with a random model and two documents of each data set."""
+"""Every recipe runs with a random model and a few documents of each dataset; invalid ones are refused."""
 
 from __future__ import annotations
 

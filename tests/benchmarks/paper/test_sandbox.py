@@ -1,4 +1,4 @@
-"""Programs that a model wrote run in a sandbox: what they may do, and what ends them."""
+"""The sandbox for generated programs: what they may do, and which limits end them."""
 
 from __future__ import annotations
 
