@@ -64,10 +64,11 @@ def make_llama(seed: int = 0, vocab: int = 51, **changes: Any) -> PreTrainedMode
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
     }
     config = LlamaConfig(
         vocab_size=vocab, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        tie_word_embeddings=True, initializer_range=0.3, **{**shape, **changes},
+        initializer_range=0.3, **{**shape, **changes},
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
 

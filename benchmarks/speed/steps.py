@@ -98,7 +98,8 @@ class Contender:
             config = LoraConfig(r=shape.r, lora_alpha=shape.r, target_modules=names)
             self.model = get_peft_model(model, config)  # type: ignore[assignment]
         else:
-            self.model = attach(model, bases, r=shape.r, init=mode.start, protect=protect)
+            config = LoraConfig(r=shape.r, lora_alpha=shape.r)
+            self.model = attach(model, bases, config, init=mode.start, protect=protect)
         self.model.train()
         self._as_in_training = ExitStack()
         self._as_in_training.enter_context(narrow_inputs(self.model))

@@ -1,4 +1,5 @@
-from .adapters.adapter import ExportReport, attach, export_adapter, export_merged, lora_factors
+from .adapters.adapter import attach, lora_factors
+from .adapters.export import ExportReport, export_adapter, export_merged
 from .adapters.low_rank import narrow_inputs
 from .calibration.calibration_set import ProxySet
 from .calibration.engine import HuggingFaceEngine

@@ -17,19 +17,16 @@ from support.closeness import assert_near
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.tiny import MAKERS, make_llama
-from folora.adapters.adapter import (
-    attach,
-    export_adapter,
-    export_merged,
-    lora_factors,
-    truncate,
-)
+from folora.adapters.adapter import attach, lora_factors
+from folora.adapters.export import export_adapter, export_merged, truncate
 from folora.adapters.initialization import kaiming, leading_eigenvectors
 from folora.errors import ConfigError, NumericsError
 from folora.metrics.meter import total_norm, update_norms
 from folora.optim.sadam import SAdam
 from folora.spectral.eigenproblem import spectral_gate
 from folora.training.prepared import gated_basis, param_groups
+
+R4 = LoraConfig(r=4, lora_alpha=4)
 
 
 @pytest.mark.parametrize("init", ["null_space", "eigen", "kaiming"])
@@ -40,7 +37,7 @@ def test_nothing_changes_before_the_first_step(
     bases = bases_for(model)
     model = model.to(dtype)
     before = model(IDS).logits
-    adapted = attach(model, bases, r=4, init=init)
+    adapted = attach(model, bases, R4, init=init)
     assert torch.equal(adapted(IDS).logits, before)
     if init == "null_space":
         assert all(b.abs().sum() > 0 for _, b, _ in lora_factors(adapted).values())
@@ -82,9 +79,9 @@ def test_a_second_adapter_is_unharmed(model: PreTrainedModel) -> None:
 def test_attaching_to_a_peft_model_adds_a_second_adapter() -> None:
     model = make_llama()
     bases = bases_for(model)
-    adapted = attach(model, bases, r=4, init="kaiming")
+    adapted = attach(model, bases, R4, init="kaiming")
     before = adapted(IDS).logits
-    again = attach(adapted, bases, r=2, init="null_space", adapter_name="second")
+    again = attach(adapted, bases, LoraConfig(r=2), init="null_space", adapter_name="second")
     again.set_adapter("second")
     assert torch.equal(again(IDS).logits, before)
     again.delete_adapter("second")
@@ -108,7 +105,7 @@ def test_saved_and_loaded_state_goes_on(tmp_path: Path) -> None:
     adapted = trained(make_llama())
     adapted.save_pretrained(tmp_path)
     fresh = make_llama()
-    other = attach(fresh, bases_for(fresh), r=4, alpha=8, init="null_space")
+    other = attach(fresh, bases_for(fresh), LoraConfig(r=4, lora_alpha=8), init="null_space")
     other.load_adapter(str(tmp_path), "default", is_trainable=True)
     assert torch.equal(other(IDS).logits, adapted(IDS).logits)
 
@@ -186,7 +183,7 @@ def test_truncate_is_the_best_approximation() -> None:
 def test_norms_against_dense_matrices() -> None:
     model = make_llama()
     bases = bases_for(model)
-    adapted = attach(model, bases, r=4, init="null_space")
+    adapted = attach(model, bases, R4, init="null_space")
     for p in adapted.parameters():
         if p.requires_grad:
             p.data += 0.1 * torch.randn_like(p)
@@ -222,18 +219,18 @@ def test_refusals_leave_the_model_untouched() -> None:
     bases = bases_for(model, r=2)
     names = [n for n, _ in model.named_modules()]
     with pytest.raises(ConfigError, match="r is 33"):
-        attach(model, bases, r=33, init="kaiming")
+        attach(model, bases, LoraConfig(r=33), init="kaiming")
     with pytest.raises(ConfigError, match="null_rank=4"):
-        attach(model, bases, r=4, init="null_space")
+        attach(model, bases, R4, init="null_space")
     with pytest.raises(ConfigError, match="init is 'nul'"):
-        attach(model, bases, r=2, init="nul")
+        attach(model, bases, LoraConfig(r=2), init="nul")
     assert [n for n, _ in model.named_modules()] == names
 
 
 def test_h_norm_of_a_cut_basis_is_that_of_the_whole_or_not_known() -> None:
     model = make_llama()
     bases = bases_for(model)
-    adapted = attach(model, bases, r=4)
+    adapted = attach(model, bases, R4)
     optimizer = SAdam(param_groups(adapted, bases, lr=0.1, directions=6))
     for _ in range(3):
         optimizer.zero_grad()
@@ -276,7 +273,7 @@ def test_a_cut_and_the_whole_take_the_same_number_of_penalties(beyond: str) -> N
 def test_param_groups_share_a_basis_by_input() -> None:
     model = make_llama()
     bases = bases_for(model)
-    adapted = attach(model, bases, r=4, init="null_space")
+    adapted = attach(model, bases, R4, init="null_space")
     groups = param_groups(adapted, bases, lr=1e-3, lr_b_ratio=4.0)
     assert len(groups) == len(bases) + 1
     assert len(groups[0]["params"]) == 3

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from benchmarks.compatibility import read_section
 from benchmarks.tiny import make_tokenizer, rows
 from benchmarks.tiny import tiny_config as smallest
-from folora.adapters.adapter import attach, export_adapter, export_merged
+from folora.adapters.adapter import attach
 from folora.adapters.coverage import Coverage, cover_config
+from folora.adapters.export import export_adapter, export_merged
 from folora.calibration.moments import second_moments
 from folora.config import AdapterConfig, FoLoraConfig
 from folora.data.rows import batches, text_examples
@@ -112,7 +113,7 @@ def test_adapted_architectures_work(case: Case, tmp_path: Path) -> None:
 
     before = logits(model)
     bases = solve(found.groups, moments(model, found, 1), moments(model, found, 2), tau=1e-3)
-    adapted = attach(model, bases, r=2, alpha=4)
+    adapted = attach(model, bases, LoraConfig(r=2, lora_alpha=4))
     assert torch.equal(logits(adapted), before)
     optimizer = SAdam(param_groups(adapted, bases, lr=1e-2))
     losses = []

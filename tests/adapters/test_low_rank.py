@@ -22,6 +22,7 @@ from folora.adapters.adapter import attach
 from folora.adapters.low_rank import narrow_inputs, update
 
 R = 4
+CONFIG = LoraConfig(r=R, lora_alpha=R)
 
 
 def plain(x: Tensor, a: Tensor, b: Tensor, scaling: float, trained: int | None = None) -> Tensor:
@@ -123,7 +124,7 @@ def pair(
     make: Callable[[], Any], dtype: torch.dtype = torch.bfloat16
 ) -> tuple[PeftModel, PeftModel]:
     """The same adapter, once by `attach` and once as PEFT's own; B is not zero."""
-    own = attach(make().to(dtype), bases_for(make()), r=R)
+    own = attach(make().to(dtype), bases_for(make()), CONFIG)
     names = sorted(n for n, m in own.get_base_model().named_modules() if isinstance(m, LoraLayer))
     fan = isinstance(make(), type(make_gpt2()))
     config = LoraConfig(r=R, lora_alpha=R, target_modules=names, fan_in_fan_out=fan)
@@ -166,7 +167,9 @@ def test_float32_matches_peft_bitwise() -> None:
 
 
 def test_an_update_with_a_frozen_half_saves_activation_memory() -> None:
-    model = attach(make_llama().to(torch.bfloat16), bases_for(make_llama()), r=R, init="null_space")
+    model = attach(
+        make_llama().to(torch.bfloat16), bases_for(make_llama()), CONFIG, init="null_space"
+    )
     wide, loss, expected = kept_bytes(model)
     model.zero_grad()
     with narrow_inputs(model):
@@ -196,7 +199,7 @@ def test_the_trainer_keeps_inputs_narrow_and_restores_the_model(tmp_path: Path) 
 
 
 def test_other_adapters_get_the_inputs_they_need() -> None:
-    model = attach(make_llama().to(torch.bfloat16), bases_for(make_llama()), r=R)
+    model = attach(make_llama().to(torch.bfloat16), bases_for(make_llama()), CONFIG)
     with narrow_inputs(model):
         assert casts(model) == {False}
     assert casts(model) == {True}

@@ -31,8 +31,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from benchmarks.tiny import MAKERS, make_llama, make_tokenizer, tiny_config
-from folora.adapters.adapter import export_adapter, export_merged, write_adapter
 from folora.adapters.constraint import keep_off
+from folora.adapters.export import export_adapter, export_merged, write_adapter
 from folora.adapters.initialization import NONZERO, STARTS
 from folora.calibration.calibration_set import ProxySet
 from folora.calibration.inputs import find_groups, target_layers
@@ -384,7 +384,7 @@ def test_what_vllm_needs_is_said(
 ) -> None:
     caplog.set_level("INFO", logger="folora")
     factors = {"layer": (torch.ones(rank, 3), torch.ones(2, rank), 0.5)}
-    write_adapter(factors, tmp_path / "a", base_model=None)
+    write_adapter(factors, tmp_path / "a", LoraConfig())
     assert f"rank {rank}: " in caplog.text
     assert (f"--max-lora-rank {needed}" if needed else "too large for vLLM") in caplog.text
 

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from support.adapted import IDS, bases_for, trained
 from support.closeness import assert_near
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from benchmarks.tiny import make_llama
-from folora.adapters.adapter import attach, export_adapter, export_merged
+from folora.adapters.adapter import attach
+from folora.adapters.export import export_adapter, export_merged
 from folora.adapters.initialization import STARTS
 from folora.errors import ConfigError, NumericsError
 from folora.runtime.finiteness import check_finite_weights
@@ -51,7 +52,7 @@ def test_nothing_changes_before_the_first_step(
 ) -> None:
     model = load()
     before = logits(model)
-    adapted = attach(model, bases_for(model), r=4, init=init, protect=4)
+    adapted = attach(model, bases_for(model), LoraConfig(r=4, lora_alpha=4), init=init, protect=4)
     assert torch.equal(logits(adapted), before)
 
 

@@ -72,7 +72,7 @@ def started(
     model: PreTrainedModel, bases: list[GroupBasis], init: str
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Layer, A0, B0 and kappa B0 A0 of a fresh adapter, in float64."""
-    adapted = attach(model, bases, r=R, alpha=ALPHA, init=init)
+    adapted = attach(model, bases, LoraConfig(r=R, lora_alpha=ALPHA), init=init)
     for name, module in adapted.get_base_model().named_modules():
         if hasattr(module, "lora_A"):
             a = module.lora_A["default"].weight.detach().double()[:R]  # without a frozen half
@@ -83,7 +83,7 @@ def started(
 @pytest.mark.parametrize("init", sorted(STARTS))
 def test_every_initialization_keeps_the_models_output(model: PreTrainedModel, init: str) -> None:
     before = model(IDS).logits
-    adapted = attach(model, solved(model), r=R, alpha=ALPHA, init=init, protect=R)
+    adapted = attach(model, solved(model), LoraConfig(r=R, lora_alpha=ALPHA), init=init, protect=R)
     assert torch.equal(adapted(IDS).logits, before)
     with adapted.disable_adapter():
         assert torch.equal(adapted(IDS).logits, before)
@@ -216,7 +216,7 @@ def test_pefts_osf_under_adam_leaves_the_subspace_that_oplora_keeps() -> None:
 def test_oplora_refuses_more_directions_than_there_are() -> None:
     model = make_llama()
     with pytest.raises(NumericsError, match=r"protect is 33.*\[1, "):
-        attach(model, solved(model), r=R, protect=33)
+        attach(model, solved(model), LoraConfig(r=R), protect=33)
 
 
 @pytest.mark.parametrize("name", ["lora-null-v2", "eigen-frozen"])
@@ -254,7 +254,7 @@ def test_closed_directions_stay_closed() -> None:
 def test_weight_decay_shrinks_by_rate_times_decay() -> None:
     model = make_llama()
     bases = solved(model)
-    adapted = attach(model, bases, r=R, init="kaiming")
+    adapted = attach(model, bases, LoraConfig(r=R, lora_alpha=R), init="kaiming")
     optimizer = SAdam(param_groups(adapted, bases, lr=0.1, weight_decay=0.5, spectral=False))
     before = {n: a.clone() for n, (a, _, _) in lora_factors(adapted).items()}
     for group in optimizer.param_groups:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from peft import LoraConfig
 from support.processes import in_processes
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -225,7 +226,9 @@ def test_a_constraint_holds_where_processes_have_rows_each() -> None:
         groups = find_groups(model, target_layers(model, "all-linear"), probe)
         moments = {g.name: torch.eye(g.d_in) for g in groups}
         bases = solve(groups, moments, moments, tau=1e-3)
-        adapted = attach(model, bases, r=2, init="minor_singular", protect=2)
+        adapted = attach(
+            model, bases, LoraConfig(r=2, lora_alpha=2), init="minor_singular", protect=2
+        )
         fresh = lora_factors(copy.deepcopy(adapted))
         if distributed.count() > 1:
             fully_shard(adapted, mesh=init_device_mesh("cpu", (distributed.count(),)))

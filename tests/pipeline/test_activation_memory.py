@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.speed.steps import peak_of
@@ -34,7 +35,9 @@ def counted(real: PreTrainedModel, checkpointing: bool) -> int:
 def profiled(real: PreTrainedModel, checkpointing: bool) -> int:
     groups = groups_of(real, AdapterConfig(r=RANK), 1)
     c = {g.name: torch.eye(g.d_in) for g in groups}
-    model = attach(real, solve(groups, c, c, tau=1e-3, directions=RANK), r=RANK).train()
+    model = attach(
+        real, solve(groups, c, c, tau=1e-3, directions=RANK), LoraConfig(r=RANK, lora_alpha=RANK)
+    ).train()
     if checkpointing:
         real.gradient_checkpointing_enable({"use_reentrant": False})
     ids = torch.randint(3, 40, (ROWS, TOKENS))

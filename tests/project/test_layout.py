@@ -15,7 +15,7 @@ import torch
 from jaxtyping import TypeCheckError
 
 import folora
-from folora.adapters.adapter import truncate
+from folora.adapters.export import truncate
 
 SOURCE = Path(__file__).parents[2] / "src" / "folora"
 

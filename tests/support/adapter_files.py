@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+from peft import LoraConfig
 
 from benchmarks.tiny import make_llama
-from folora.adapters.adapter import attach, export_adapter
+from folora.adapters.adapter import attach
+from folora.adapters.export import export_adapter
 from folora.calibration.inputs import find_groups, target_layers
 from folora.spectral.layers import solve
 
@@ -16,6 +18,11 @@ def write(folder: str) -> None:
     batch = {"input_ids": torch.tensor([[1, 1]])}
     groups = find_groups(model, target_layers(model, "all-linear"), batch)
     moments = {g.name: torch.eye(g.d_in) for g in groups}
-    adapted = attach(model, solve(groups, moments, moments, tau=1e-3), r=2, init="minor_singular")
+    adapted = attach(
+        model,
+        solve(groups, moments, moments, tau=1e-3),
+        LoraConfig(r=2, lora_alpha=2),
+        init="minor_singular",
+    )
     adapted.save_pretrained(f"{folder}/saved")
     export_adapter(adapted, f"{folder}/exported")

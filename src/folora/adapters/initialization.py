@@ -10,13 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from folora.errors import ConfigError, NumericsError
 from folora.runtime.shapes import Float
+from folora.runtime.tensors import full_fp32_matmul
 from folora.spectral.layers import GroupBasis
+
+LIKE = 1e-2  # share of a weight; rounding in bf16 leaves less
 
 Start = tuple[Tensor, Tensor | None]
 """A0 (r, d_in), and Y0 (d_out, r) or None for B0 = 0."""
@@ -133,6 +137,42 @@ def leading_singular_spaces(
         raise NumericsError(f"protect is {k}, but must lie in [1, {min(weight.shape)}]")
     u, _, vh = torch.linalg.svd(weight, full_matrices=False)
     return u[:, :k].contiguous(), vh[:k].T.contiguous()
+
+
+def image_of(base: Any) -> Callable[[Tensor], Tensor]:
+    """x -> W0 x for rows of x, whatever the layer's kind and dtype."""
+    weight, bias = base.weight, getattr(base, "bias", None)
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+
+    def image(x: Tensor) -> Tensor:
+        with full_fp32_matmul():
+            out = base(x.to(weight.device, dtype))
+        return out if bias is None else out - bias
+
+    return image
+
+
+def takes_off_weight(
+    a: Float[Tensor, "r d_in"], b: Float[Tensor, "d_out r"], image: Callable[[Tensor], Tensor]
+) -> bool:
+    """Whether B A is minus a part of W0, as the frozen half after an initialization in `NONZERO` is.
+
+    Such a part is W0 P with a projection P on A's rows, or Q W0 with one on B's columns.
+
+    Args:
+        a: The factor that reads.
+        b: The factor that writes, times kappa.
+        image: x (n, d_in) -> W0 x (n, d_out).
+    """
+    if not bool(b.any()):
+        return False
+    a, b = a.double(), b.double()
+    seen = image(a.float()).double().T
+    if bool((seen + b @ (a @ a.T)).norm() < LIKE * seen.norm()):
+        return True
+    weight = image(torch.eye(a.shape[1], device=a.device)).double().T
+    rows = b.T @ weight
+    return bool((rows + (b.T @ b) @ a).norm() < LIKE * rows.norm())
 
 
 def _smallest(u: Tensor, s: Tensor, vh: Tensor, r: int) -> tuple[Tensor, Tensor]:

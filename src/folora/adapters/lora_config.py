@@ -1,15 +1,57 @@
-"""An adapter_config.json that is the same whatever the hash seed, and that other programs can read."""
+"""What of a user's LoraConfig is honoured, what is refused, and a config that other programs can read."""
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from copy import copy, deepcopy
+from dataclasses import MISSING, fields
 from typing import Any
 
 from peft import LoraConfig
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from torch import nn
+
+from folora.errors import ConfigError, nearest
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values of vLLM's ``--max-lora-rank`` (it takes 1, too, which no adapter needs)."""
+
+PASSED = frozenset(
+    {
+        "r", "lora_alpha", "lora_dropout", "use_rslora", "modules_to_save", "task_type",
+        "base_model_name_or_path", "revision", "auto_mapping", "inference_mode",
+    }
+)  # fmt: skip
+"""Fields of LoraConfig that mean here what they mean in PEFT."""
+
+DECIDED = frozenset({"target_modules", "fan_in_fan_out", "peft_version"})
+"""Fields that follow from the spectrum, the model and the installed PEFT; the first two are checked."""
+
+HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""Modules that PEFT adds to ``modules_to_save`` by itself, by task type."""
+
+REMEDIES = {
+    "give attach's `init` instead, which says how A and B are initialized": (
+        "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    ),
+    "leave it out; the adapted layers are those of the spectrum, so calibrate on fewer layers": (
+        "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters",
+    ),
+    "leave it out; all layers have the same r and lora_alpha": ("rank_pattern", "alpha_pattern"),
+    "leave it out; biases are frozen": ("bias", "lora_bias"),
+    "name the embedding in modules_to_save instead": ("trainable_token_indices",),
+}  # fmt: skip
+"""What to do instead, and the fields for which it is the remedy."""
 
 
 class SortedLoraConfig(LoraConfig):
@@ -26,35 +68,101 @@ class SortedLoraConfig(LoraConfig):
 
 
 def lora_config(
-    names: Iterable[str],
-    r: int,
-    alpha: float,
-    *,
-    fan_in_fan_out: bool,
-    base_model: str | None = None,
-    inference_mode: bool = False,
+    config: LoraConfig, names: Iterable[str], r: int, alpha: float, **changes: Any
 ) -> LoraConfig:
-    """The config of an ordinary LoRA adapter on named layers.
+    """A config of an ordinary LoRA adapter on named layers, with the fields in `PASSED` of another one.
 
     Args:
+        config: Of the user; it is not changed.
         names: Of the layers, in full.
         r: Rank.
-        alpha: PEFT's lora_alpha, written as an integer where it is one.
-        fan_in_fan_out: Whether the layers are Conv1D.
-        base_model: Name on the Hub or local folder; see `resolvable`.
-        inference_mode: True for an adapter that is loaded to be used.
+        alpha: PEFT's lora_alpha, written as an integer where it is one to rounding.
+        changes: Fields that differ from those of `config`.
     """
+    passed = {name: deepcopy(getattr(config, name)) for name in PASSED} | changes
+    if passed["modules_to_save"]:
+        passed["modules_to_save"] = list(dict.fromkeys(passed["modules_to_save"]))
+    passed["base_model_name_or_path"] = resolvable(passed["base_model_name_or_path"])
+    if math.isclose(alpha, round(alpha), rel_tol=1e-12):
+        alpha = round(alpha)
     return SortedLoraConfig(
-        r=r,
-        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]
-        target_modules=sorted(names),
-        lora_dropout=0.0,
-        bias="none",
-        task_type="CAUSAL_LM",
-        fan_in_fan_out=fan_in_fan_out,
-        base_model_name_or_path=resolvable(base_model),
-        inference_mode=inference_mode,
+        **passed | {"r": r, "lora_alpha": alpha, "target_modules": sorted(names)}
     )
+
+
+def check_lora_config(config: LoraConfig) -> None:
+    """Refuse a value that `attach` cannot honour.
+
+    Raises:
+        ConfigError: It is no LoraConfig, a value is outside of its interval, or a field that is neither
+            in `PASSED` nor in `DECIDED` is not at its default. Fields that later versions of PEFT add
+            are among those.
+    """
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(f"config is a {type(config).__name__}, but must be a peft.LoraConfig")
+    plain = LoraConfig()
+    for name in (field.name for field in fields(config)):
+        value = getattr(config, name)
+        if name not in PASSED | DECIDED and value != getattr(plain, name, MISSING):
+            found = (remedy for remedy, names in REMEDIES.items() if name in names)
+            remedy = next(found, "leave it out; folora trains ordinary LoRA adapters")
+            raise ConfigError(f"LoraConfig: {name} is {value!r}, which is not supported: {remedy}")
+    if getattr(config, "_custom_modules", None):
+        raise ConfigError("LoraConfig: custom LoRA modules are not supported: register none")
+    if type(config.r) is not int or config.r < 1:
+        raise ConfigError(f"LoraConfig: r is {config.r!r}, but must be an integer >= 1")
+    if not 0 < config.lora_alpha < math.inf:
+        raise ConfigError(f"LoraConfig: lora_alpha is {config.lora_alpha}, but must be > 0")
+    if not 0 <= config.lora_dropout < 1:
+        raise ConfigError(
+            f"LoraConfig: lora_dropout is {config.lora_dropout}, but must lie in [0, 1)"
+        )
+
+
+def check_modules(
+    model: nn.Module, config: LoraConfig, names: Collection[str], conv1d: bool
+) -> None:
+    """Refuse a config whose layers are not those that are adapted.
+
+    Args:
+        model: The base model; its layers may have adapters already.
+        config: From the user.
+        names: Of the layers to adapt.
+        conv1d: Whether they are Conv1D.
+
+    Raises:
+        ConfigError: ``target_modules`` does not select just these layers, ``modules_to_save`` names no
+            module or one that is adapted, or ``fan_in_fan_out`` does not fit.
+    """
+    if config.fan_in_fan_out and not conv1d:
+        raise ConfigError(
+            "LoraConfig: fan_in_fan_out is True, but the layers are no Conv1D: leave it out"
+        )
+    if config.target_modules is not None:
+        found, wanted = _selected(model, config), set(names)
+        if found != wanted:
+            name = min(found ^ wanted)
+            what = "selects" if name in found else "does not select"
+            raise ConfigError(
+                f"LoraConfig: target_modules {what} {name}, and {len(found & wanted)} of the spectrum's "
+                f"{len(wanted)} layers; leave it out, or solve a spectrum of the layers that it selects"
+            )
+    modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    for target in config.modules_to_save or ():
+        if not any(name.endswith(target) for name in modules):
+            ends = sorted({name.rsplit(".", 1)[-1] for name in modules})
+            raise ConfigError(
+                f"LoraConfig: modules_to_save: {target!r} is no module of {type(model).__name__}"
+                f"{nearest(target, ends)}"
+            )
+    saved = (*(config.modules_to_save or ()), *HEADS.get(config.task_type or "", ()))
+    for name in names:
+        # PEFT takes whatever ends so, as here.
+        if any(part.endswith(saved) for part in _parents(name)):
+            raise ConfigError(
+                f"LoraConfig: {name} is adapted, but modules_to_save or task_type {config.task_type} "
+                "trains it as a whole; leave it out of the spectrum, or out of modules_to_save"
+            )
 
 
 def resolvable(name: str | None) -> str | None:
@@ -68,3 +176,22 @@ def resolvable(name: str | None) -> str | None:
 def max_lora_rank(rank: int) -> int | None:
     """The smallest ``--max-lora-rank`` with which vLLM serves an adapter; None if its rank is too large."""
     return next((allowed for allowed in VLLM_RANKS if rank <= allowed), None)
+
+
+def _selected(model: nn.Module, config: LoraConfig) -> set[str]:
+    """The modules that PEFT would adapt by ``target_modules``."""
+    expanded = _maybe_include_all_linear_layers(copy(config), model)
+    inner = {
+        f"{name}.{part}"
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+        for part, _ in model.get_submodule(name).named_modules()
+    }
+    names = (name for name, _ in model.named_modules() if name and name not in inner)
+    return {name for name in names if check_target_module_exists(expanded, name)}
+
+
+def _parents(name: str) -> list[str]:
+    """The names of a module and of those that hold it."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]

@@ -31,12 +31,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
+from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from folora.adapters.adapter import ExportReport, lora_factors, write_adapter, write_merged
+from folora.adapters.adapter import lora_factors
 from folora.adapters.coverage import Coverage, cover_config, report
+from folora.adapters.export import ExportReport, write_adapter, write_merged
 from folora.calibration.base_file import (
     BaseFile,
     check_base_target,
@@ -652,10 +654,12 @@ class Run:
 
         def write() -> ExportReport:
             if kind == "adapter":
-                conv1d = result.manifest["fan_in_fan_out"]
-                return write_adapter(
-                    factors, target, base_model=self.name, fan_in_fan_out=conv1d, rank=rank
+                config = LoraConfig(
+                    task_type="CAUSAL_LM",
+                    base_model_name_or_path=self.name,
+                    fan_in_fan_out=result.manifest["fan_in_fan_out"],
                 )
+                return write_adapter(factors, target, config, rank=rank)
             # Afresh, since training wraps the layers, and whole: the others do not take part.
             whole = replace(self.config, shard=False)
             base = load_model(whole, self.name, as_stored=True)

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from folora.adapters.adapter import ExportReport, attach, export_adapter
+from folora.adapters.adapter import attach
 from folora.adapters.constraint import keep_off
+from folora.adapters.export import ExportReport, export_adapter
 from folora.calibration.calibration_set import ProxySet
 from folora.config import FoLoraConfig
 from folora.data.rows import Example, TaskData, text_examples
@@ -96,11 +97,11 @@ def attach_configured(
 ) -> PeftModel:
     """`attach` with the adapter section of a config."""
     adapter = config.adapter
+    alpha: Any = adapter.r if adapter.alpha is None else adapter.alpha
     peft_model = attach(
         model,
         bases,
-        r=adapter.r,
-        alpha=adapter.alpha,
+        LoraConfig(r=adapter.r, lora_alpha=alpha, task_type="CAUSAL_LM"),
         init=adapter.init,
         protect=adapter.protected,
         seed=config.training.seed,

@@ -1,0 +1,228 @@
+"""Write a trained adapter as an ordinary PEFT folder, or merged into the base model's weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from folora.adapters.adapter import Factors, base_layer, lora_factors, saved_modules
+from folora.adapters.lora_config import lora_config, max_lora_rank
+from folora.adapters.variants import product
+from folora.errors import ConfigError, NumericsError
+from folora.runtime.compat import base_state
+from folora.runtime.ownership import check_own_folder, write_own_folder
+from folora.runtime.shapes import Float
+
+logger = logging.getLogger(__name__)
+
+ADAPTER, MERGED = "adapter", "merged"
+"""What the list of an exported folder says of it; see `ownership`."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote: rank, and the relative Frobenius error of cutting back to it."""
+
+    rank: int
+    relative_error: float
+    worst_layer: str
+    worst_relative_error: float
+
+
+def export_adapter(
+    model: PeftModel, path: str | Path, *, rank: int | None = None, adapter_name: str = "default"
+) -> ExportReport:
+    """Write an ordinary PEFT LoRA adapter for the unchanged base model.
+
+    ``task_type``, ``revision`` and ``modules_to_save`` are those of the adapter, and so are the trained
+    modules. kappa is written as lora_alpha / r, also for rsLoRA: not every program reads ``use_rslora``.
+
+    Args:
+        model: From `attach`, trained or not.
+        path: Folder to make, or one of an earlier export; files of others in it are kept.
+        rank: None for the exact adapter (rank 2r after an initialization in `initialization.NONZERO`,
+            else r); otherwise each layer's update is cut back to its best approximation of that rank,
+            and the error is reported.
+        adapter_name: Which adapter.
+
+    Raises:
+        ConfigError: `rank` is outside of [1, rank of the exact adapter], or the folder holds
+            what folora did not write, or what was changed since.
+        NumericsError: A factor is not finite.
+        ArtifactError: The folder cannot be written.
+    """
+    config: Any = model.peft_config[adapter_name]
+    if config.task_type is None and config.auto_mapping is None:
+        base = type(model.get_base_model())
+        mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
+        config = replace(config, auto_mapping=mapping)  # as PEFT saves it, for AutoPeftModel
+    factors, modules = lora_factors(model, adapter_name), saved_modules(model, adapter_name)
+    return write_adapter(factors, path, config, modules=modules, rank=rank)
+
+
+def write_adapter(
+    factors: Factors,
+    path: str | Path,
+    config: LoraConfig,
+    *,
+    modules: Mapping[str, Tensor] | None = None,
+    rank: int | None = None,
+) -> ExportReport:
+    """Write factors as a PEFT adapter folder; see `export_adapter`.
+
+    Args:
+        factors: From `lora_factors`.
+        path: Folder.
+        config: Says task type, base model, revision and ``modules_to_save``; rank and scale are those
+            of the factors.
+        modules: From `saved_modules`.
+        rank: As for `export_adapter`.
+    """
+    check_own_folder(Path(path), ADAPTER, "the export folder")
+    exact = max(len(a) for a, _, _ in factors.values())
+    if rank is not None and not 1 <= rank <= exact:
+        raise ConfigError(f"export rank is {rank}, but must lie in [1, {exact}]")
+    target = exact if rank is None else rank
+    kappa = next((scaling for *_, scaling in factors.values() if scaling), 0.0)
+    tensors: dict[str, Tensor] = {}
+    errors: dict[str, tuple[float, float]] = {}
+    for name, (a, b, scaling) in factors.items():
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            raise NumericsError(f"the adapter of {name} holds NaN or Inf; it is not exported")
+        if target < len(a):
+            a, b, lost, whole = truncate(a, b, target)
+            errors[name] = (scaling**2 * lost, scaling**2 * whole)
+        # One rank and one kappa for all layers: not every program reads PEFT's patterns.
+        missing = target - len(a)
+        b = b if scaling == kappa else b * (scaling / kappa)
+        a, b = pad(a.cpu(), (0, 0, 0, missing)), pad(b.cpu(), (0, missing))
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
+    for name, tensor in (modules or {}).items():
+        if not torch.isfinite(tensor).all():
+            raise NumericsError(f"{name} holds NaN or Inf; it is not exported")
+        tensors[f"base_model.model.{name}"] = tensor.cpu().contiguous()
+    config = lora_config(
+        config, factors, target, kappa * target, use_rslora=False, inference_mode=True
+    )
+    needed = max_lora_rank(target)
+    logger.info(
+        "the adapter has rank %d: %s", target,
+        f"vLLM serves it with --max-lora-rank {needed}" if needed else "too large for vLLM",
+    )  # fmt: skip
+
+    def write(target: Path) -> None:
+        target.mkdir()
+        config.save_pretrained(str(target))
+        save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    write_own_folder(Path(path), ADAPTER, write)
+    return _report(target, errors)
+
+
+def export_merged(model: PeftModel, path: str | Path, adapter_name: str = "default") -> None:
+    """Write the base model with the update added to its weights, in the base's dtype.
+
+    Modules in ``modules_to_save`` are written as trained, in the base's dtype. The model in memory is
+    not changed.
+
+    Raises:
+        ConfigError: The base is quantized, so that its weights cannot take the update exactly; a trained
+            module shares a weight with one that is not trained; or the folder is none that folora may
+            write, see `export_adapter`.
+        ArtifactError: The folder cannot be written.
+    """
+    _refuse_quantized(model.get_base_model())
+    state, modules = base_state(model), saved_modules(model, adapter_name)
+    _refuse_tied(state, modules)
+    state |= {name: tensor.to(state[name].dtype) for name, tensor in modules.items()}
+    write_merged(model.get_base_model(), state, lora_factors(model, adapter_name), path)
+
+
+def write_merged(
+    base: Any,
+    state: dict[str, Tensor],
+    factors: Factors,
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Write a base model's `state` plus factors as a model folder; see `export_merged`."""
+    _refuse_quantized(base)
+    if not hasattr(base, "save_pretrained"):
+        raise ConfigError(
+            f"{type(base).__name__} has no save_pretrained, so that it cannot be written. Use "
+            "model.merge_and_unload(), and save its state_dict."
+        )
+    check_own_folder(Path(path), MERGED, "the export folder")
+    merged = dict(state)
+    for name, (a, b, scaling) in factors.items():
+        weight = state[f"{name}.weight"]
+        delta = product(a, b, scaling).to(weight.device)
+        if isinstance(base_layer(base.get_submodule(name)), Conv1D):
+            delta = delta.T
+        merged[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype)
+
+    def write(target: Path) -> None:
+        base.save_pretrained(target, state_dict=merged)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(target)
+
+    write_own_folder(Path(path), MERGED, write)
+
+
+def truncate(
+    a: Float[Tensor, "k d_in"], b: Float[Tensor, "d_out k"], rank: int
+) -> tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"], float, float]:
+    """Best rank-r approximation of B A, its squared error and the squared norm of B A.
+
+    Both factors get half of the singular values' logarithm. No (d_out, d_in) matrix is formed.
+    """
+    qa, ra = torch.linalg.qr(a.double().T)
+    qb, rb = torch.linalg.qr(b.double())
+    u, s, vh = torch.linalg.svd(rb @ ra.T)
+    root = s[:rank].sqrt()
+    cut_a = (root[:, None] * vh[:rank]) @ qa.T
+    cut_b = (qb @ u[:, :rank]) * root
+    lost = float((s[rank:] ** 2).sum())
+    return cut_a.to(a.dtype), cut_b.to(b.dtype), lost, float((s**2).sum())
+
+
+def _refuse_quantized(base: Any) -> None:
+    if getattr(base, "is_quantized", False):
+        raise ConfigError(
+            "a quantized base cannot be merged without loss. Export the adapter, and merge it into "
+            "the base loaded in bf16: PeftModel.from_pretrained(base, folder).merge_and_unload()"
+        )
+
+
+def _refuse_tied(state: Mapping[str, Tensor], modules: Mapping[str, Tensor]) -> None:
+    """Refuse trained modules of which a weight is tied to one that keeps its values."""
+    names = {state[name].data_ptr(): name for name in modules if state[name].numel()}
+    for name, tensor in state.items():
+        trained = names.get(tensor.data_ptr())
+        if trained and name not in modules:
+            raise ConfigError(
+                f"{trained} is trained by modules_to_save, but the base model ties it to {name}, so that "
+                "a merged model cannot hold both. Export the adapter instead."
+            )
+
+
+def _report(rank: int, errors: dict[str, tuple[float, float]]) -> ExportReport:
+    if not errors:
+        return ExportReport(rank, 0.0, "", 0.0)
+    relative = {n: (lost / whole) ** 0.5 if whole else 0.0 for n, (lost, whole) in errors.items()}
+    worst = max(relative, key=lambda n: relative[n])
+    lost, whole = (sum(e[i] for e in errors.values()) for i in (0, 1))
+    total = (lost / whole) ** 0.5 if whole else 0.0
+    return ExportReport(rank, total, worst, relative[worst])
