@@ -113,7 +113,7 @@ def run(recipe: Recipe, output: Path, command: str, *, allow_code: bool, trial: 
     stages.check(needs_data=True)
     comparison = Comparison(
         stages,
-        output / "results" / recipe.task,
+        output / "results.jsonl",
         stage=recipe.stage,
         task=recipe.task,
         command=command,

@@ -1,6 +1,6 @@
 """A recipe: what to train on, how, and what to ask afterwards. Read from YAML, checked where it is built.
 
-A recipe may ``include`` others (see `benchmarks.sweeps.read_plan`).
+A recipe may ``include`` others (see `benchmarks.includes.read_included`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from benchmarks.sweeps import read_plan
+from benchmarks.includes import read_included
 from folora.compare.comparison import Arm, arms
 from folora.compare.methods import configured
 from folora.config import FoLoraConfig
@@ -165,7 +165,7 @@ class Recipe:
 
 def read_recipe(path: Path) -> Recipe:
     """Read a recipe with all that it includes. Raises ConfigError."""
-    return recipe_of(read_plan(path), str(path))
+    return recipe_of(read_included(path), str(path))
 
 
 def recipe_of(values: Mapping[str, Any], source: str) -> Recipe:

@@ -17,16 +17,16 @@ from pyarrow import parquet
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.paper.recipe import read_recipe
+from benchmarks.plan import Plan
 from benchmarks.reliability.mutations import parts_of, tensors_of, with_metadata
-from benchmarks.sweeps import checked_plan, planned, read_plan
 from benchmarks.tiny import make_tokenizer, rows
 from folora.calibration.base_file import HEADER, read_base_file, tensors_sha256, write_base_file
 from folora.calibration.calibration_set import load_proxy_set
 from folora.calibration.engine import Engine
 from folora.calibration.sampling import sample_to_folder
-from folora.compare.comparison import read_arm
+from folora.compare.comparison import checked_arm
 from folora.compare.methods import configured
-from folora.compare.results import load_results, point_sets
+from folora.compare.results import ResultFile, load_results, point_sets
 from folora.config import FoLoraConfig
 from folora.data.rows import load_rows, prepare_task
 from folora.errors import ConfigError
@@ -39,7 +39,7 @@ from folora.spectral.layers import bases_from_tensors, solve
 
 HERE = Path(__file__).parents[1]
 PLAN, RECIPE = "plans/world_seeds.yaml", "paper/recipes/qwen3-1.7b-math.yaml"
-COMPARED = "results/world_seeds/shift/3/folora--learning_rate=0.001.json"
+RESULTS = "results/world_seeds.jsonl"
 MODEL_FACTS = ("dtype", "model_config", "model", "tokenizer")
 
 Files = dict[str, bytes]
@@ -267,13 +267,20 @@ def _base_resealed(before: Files, after: Files, name: str) -> Files:
 
 
 def _comparisons() -> dict[str, Parser]:
-    """An arm's result, as reports read it and as a comparison that goes on."""
-    content = (HERE / COMPARED).read_bytes()
+    """A file of results, as reports read it and as a comparison that resumes."""
+    content = (HERE / RESULTS).read_bytes().splitlines(keepends=True)[0]
     config = FoLoraConfig().changed(json.loads(content)["config"])
-    files = {"arm.json": content}
+    files = {"arms.jsonl": content}
+
+    def resumed(folder: Path) -> object:
+        lines = ResultFile(folder / "arms.jsonl").read().values()
+        return [checked_arm(line, config) for line in lines]
+
     return {
-        "result": Parser(files, [*files], lambda folder: point_sets(load_results(folder))),
-        "arm": Parser(files, [*files], lambda folder: read_arm(folder / "arm.json", config)),
+        "result": Parser(
+            files, [*files], lambda folder: point_sets(load_results(folder / "arms.jsonl"))
+        ),
+        "arm": Parser(files, [*files], resumed),
     }
 
 
@@ -281,9 +288,9 @@ def _plan() -> Parser:
     files = _read(HERE, PLAN, "plans/world_methods.yaml")
 
     def parse(folder: Path) -> object:
-        plan = checked_plan(read_plan(folder / PLAN))
-        base = FoLoraConfig().changed(plan["base"])
-        return plan, [configured(base, arm.method, arm.changes) for arm in planned(plan)]
+        plan = Plan.load(folder / PLAN)
+        base = FoLoraConfig().changed(plan.base)
+        return plan, [configured(base, arm.method, arm.changes) for arm in plan.arms()]
 
     return Parser(files, [*files], parse)
 

@@ -14,7 +14,7 @@ from support.references import moment
 
 from benchmarks import amounts
 from benchmarks.amounts import growing, held, rows_table, text_table
-from benchmarks.source import Source
+from benchmarks.report.source import Source
 from folora.calibration.calibration_set import ProxySet, write_proxy_set
 from folora.calibration.moments import Moments
 from folora.errors import DataError

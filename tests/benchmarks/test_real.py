@@ -14,18 +14,13 @@ import yaml
 from scipy import stats
 from support.plans import TINY_PLAN_BASE
 
-from benchmarks.aim import FAR, aim_table
-from benchmarks.real import compare
+from benchmarks import compare
+from benchmarks.real import testbed
 from benchmarks.real.targets import TARGETS, target_rows
-from benchmarks.sweeps import read_plan
-from folora.compare.results import load_results
+from benchmarks.report.forgetting import FAR, forgetting_table
+from folora.compare.results import ResultFile, load_results
 from folora.errors import ConfigError, DataError
 
-PLANS = [
-    path
-    for path in sorted((Path(__file__).parents[2] / "benchmarks" / "plans").glob("*.yaml"))
-    if "model" in read_plan(path)
-]
 ROWS = {
     "mawps/train.jsonl.gz": [
         {"question": f"{n} and {n} ?", "equation": f"x={n}+{n}", "answer": 2.0 * n}
@@ -65,7 +60,7 @@ def plan_file(folder: Path, **changes: Any) -> Path:
         "read_at": [0.5, 1.0],
         "base": {**TINY_PLAN_BASE, "data.max_length": 64},
         "evaluation": {
-            "folder": str(Path(compare.__file__).parents[1] / "tasks"),
+            "folder": str(Path(compare.__file__).parent / "tasks"),
             "documents": {"known_facts": 4, "piqa": 3},
             "kept": {"known_facts": "probability", "piqa": "probability"},
             "other": {"known_facts": "nats"},
@@ -79,10 +74,10 @@ def plan_file(folder: Path, **changes: Any) -> Path:
 
 
 def run(folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> list[Any]:
-    monkeypatch.setattr(compare, "MODELS", {"smollm2": lambda _: model})
-    places = ["--runs", str(folder / "runs"), "--output", str(folder / "out")]
+    monkeypatch.setattr(testbed, "MODELS", {"smollm2": lambda _: model})
+    places = ["--runs", str(folder / "runs"), "--output", str(folder / "out.jsonl")]
     compare.main(["--plan", str(folder / "plan.yaml"), *places, *more])
-    return load_results(folder / "out")
+    return load_results(folder / "out.jsonl")
 
 
 def test_a_plan_from_rows_to_results(
@@ -105,16 +100,16 @@ def test_a_plan_from_rows_to_results(
             assert reading["other"]["known_facts.nats"] < 0
         assert result.readings[-1]["kept"] != result.base["kept"]
     pre = [
-        tmp_path / "runs/tiny/3" / task / "2-statistics/pre/tensors.safetensors"
+        tmp_path / "runs/real/tiny/3" / task / "2-statistics/pre/tensors.safetensors"
         for task in ("mawps", "mbpp")
     ]
     assert pre[0].read_bytes() == pre[1].read_bytes()
     assert pre[0].stat().st_mtime_ns == pre[1].stat().st_mtime_ns  # copied, not measured again
 
-    stamps = {r.path: r.path.stat().st_mtime_ns for r in results}
+    stamp = (tmp_path / "out.jsonl").stat().st_mtime_ns
     run(tmp_path, model_folder, monkeypatch)
-    assert stamps == {p: p.stat().st_mtime_ns for p in stamps}
-    instead = ["--seeds", "4", "--targets", "mawps", "--dtype", "bfloat16"]
+    assert stamp == (tmp_path / "out.jsonl").stat().st_mtime_ns
+    instead = ["--seeds", "4", "--tasks", "mawps", "--dtype", "bfloat16"]
     other = run(tmp_path, model_folder, monkeypatch, *instead)
     assert {(r.seed, r.config.get("dtype")) for r in other} == {(3, "float32"), (4, "bfloat16")}
     bases = {r.seed: r.base["task_loss"] for r in other if r.task == "mawps"}
@@ -172,23 +167,6 @@ def test_a_missing_metric_is_named_before_training(
     assert not list(tmp_path.rglob("shard-*"))
 
 
-def test_arms_are_chosen_by_method_and_learning_rate() -> None:
-    sweeps = [
-        {"methods": ["lora"], "learning_rates": [5e-4, 1e-3]},
-        {"methods": ["folora"], "learning_rates": [1e-3]},
-    ]
-    plan = {"sweeps": sweeps}
-    every = compare.chosen(plan)
-    assert len(every) == 3
-    assert compare.chosen(plan, ["lora"], [1e-3]) == [every[1]]
-    assert compare.chosen(plan, None, [1e-3]) == every[1:]
-    assert compare.chosen(plan, ["lora"]) == every[:2]
-    with pytest.raises(ConfigError, match="no such arm with folora"):
-        compare.chosen(plan, ["folora", "lora"], [5e-4])
-    with pytest.raises(ConfigError, match=r"no such arm with 0\.01"):
-        compare.chosen(plan, None, [1e-3, 1e-2])
-
-
 def test_a_method_that_is_not_in_the_plan_is_refused_first(
     tmp_path: Path, data: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,11 +196,6 @@ def test_every_target_has_trainable_rows(name: str) -> None:
     assert not any("<<" in row[answered] for row in rows if name == "gsm8k")
 
 
-@pytest.mark.parametrize("path", PLANS, ids=lambda p: p.stem)
-def test_committed_plans_are_valid(path: Path, data: Path) -> None:
-    compare.check(read_plan(path))
-
-
 # The table of the aim, its numbers a second time.
 
 
@@ -242,14 +215,12 @@ def arm(
         return {"step": step, "task_loss": loss, "kl": kl, "task": {}, **found, **numbers}
 
     result = {
-        "format": 1, "stage": "m", "task": "t", "seed": seed, "method": method, "title": method.upper(),
+        "format": 2, "stage": "m", "task": "t", "seed": seed, "name": method, "method": method, "title": method.upper(),
         "changes": {}, "command": "c", "config": {}, "versions": {}, "seconds": 1.0, "diverged": False,
         "base": reading(0, 3.0 + shift, 0.0, 0.5),
         "readings": [reading(i + 1, *values) for i, values in enumerate(readings)],
     }  # fmt: skip
-    path = folder / str(seed) / f"{method}.json"
-    path.parent.mkdir(exist_ok=True, parents=True)
-    path.write_text(json.dumps(result))
+    ResultFile(folder / "arms.jsonl").add(result)
 
 
 def test_forgetting_at_matched_loss(tmp_path: Path) -> None:
@@ -262,7 +233,7 @@ def test_forgetting_at_matched_loss(tmp_path: Path) -> None:
         arm(
             tmp_path, "folora", seed, [(loss + shift, kl, kept) for loss, kl, kept in folora], shift
         )
-    table = aim_table(load_results(tmp_path))
+    table = forgetting_table(load_results(tmp_path / "arms.jsonl"))
     lora, folora = (next(r for r in table.rows if r[0] == name) for name in ("LORA", "FOLORA"))
     logs = [math.log(f) for f in (0.2, 0.1, 0.4)]
     mean, half = sum(logs) / 3, stats.t.ppf(0.975, 2) * stats.sem(logs)
@@ -274,7 +245,7 @@ def test_forgetting_at_matched_loss(tmp_path: Path) -> None:
     assert folora[5] == "0.2000 ± 0.0000"  # nats
     assert folora[7] == "0.0400 ± 0.0000"  # bits
     assert "at most 1.000, 2.000, 3.000 nats" in table.caption
-    other = aim_table(load_results(tmp_path), "folora")
+    other = forgetting_table(load_results(tmp_path / "arms.jsonl"), "folora")
     back = next(r for r in other.rows if r[0] == "LORA")
     assert other.header[2] == "of FOLORA's" and "part of FOLORA's is" in other.caption
     assert 1 / low > FAR  # 28 times as much
@@ -285,5 +256,5 @@ def test_forgetting_at_matched_loss(tmp_path: Path) -> None:
 def test_a_method_that_never_reaches_the_loss(tmp_path: Path) -> None:
     arm(tmp_path, "lora", 0, [(1.0, 0.1, 0.4)])
     arm(tmp_path, "corda", 0, [(2.5, 0.1, 0.4)])
-    table = aim_table(load_results(tmp_path))
+    table = forgetting_table(load_results(tmp_path / "arms.jsonl"))
     assert next(row for row in table.rows if row[0] == "CORDA")[1:9] == ("–",) * 8

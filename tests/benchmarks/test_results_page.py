@@ -17,10 +17,12 @@ import torch
 import yaml
 from scipy import stats
 
-from benchmarks.report import PAGES, main, render
-from benchmarks.source import Source
+from benchmarks.report.__main__ import main
+from benchmarks.report.page import pages, render
+from benchmarks.report.source import Source
 from benchmarks.spectra import main as spectra_main
 from folora.compare.methods import METHODS
+from folora.compare.results import ResultFile
 from folora.config import S_MIN, TAU
 from folora.errors import ConfigError, NumericsError
 from folora.runtime.artifacts import write_artifact
@@ -33,8 +35,9 @@ KEPT = {
     "folora": 0.8, "folora-null": 0.7, "lora": 0.3, "milora": 0.2, "gate-off": 0.6, "eigen-frozen": 0.4,
     "lora-kl": 0.5,
 }  # fmt: skip
+PLAN = {"model": "world", "runs": "r", "base": {}, "tasks": ["shift"], "seeds": [0, 1]}
 MORE_SEEDS = {
-    "tasks": ["shift"],
+    **PLAN,
     "seeds": [3, 4],
     "sweeps": [{"methods": ["folora", "gate-off"], "learning_rates": list(RATES[:2])}],
 }
@@ -116,15 +119,18 @@ def write_arm(
     change: float = 0.0,
     knobs: dict[str, float] | None = None,
     calibration: dict[str, Any] | None = None,
-) -> Path:
-    """One file; a model learns all after 100 steps, at the lowest rate but .6 of it."""
+) -> dict[str, Any]:
+    """Add one result; a model learns all after 100 steps, at the lowest rate but .6 of it."""
     kept, reached = final(method, seed, rate, change), 0.6 if rate == RATES[0] else 1.0
     changes = {"training.learning_rate": rate, **(knobs or {})}
     values = {
-        "format": 1,
+        "format": 2,
         "stage": f"world-{seed}",
         "task": "shift",
         "seed": seed,
+        "name": "--".join(
+            [method, *(f"{k}={v}" for k, v in (changes | (calibration or {})).items())]
+        ),
         "method": method,
         "title": METHODS[method].title,
         "changes": changes,
@@ -137,17 +143,14 @@ def write_arm(
         "readings": [reading(50, 0.5, kept + 0.1, rate), reading(100, reached, kept, rate)],
         "diverged": False,
     }
-    parts = [method, *(f"{k}={v}" for k, v in (changes | (calibration or {})).items())]
-    path = folder / plan / "shift" / str(seed) / f"{'--'.join(parts)}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values))
-    return path
+    ResultFile(folder / f"{plan}.jsonl").add(values)
+    return values
 
 
 def write_plans(folder: Path) -> None:
     folder.mkdir(parents=True)
     for name, plan in PLANS.items():
-        values = json.loads(json.dumps({"tasks": ["shift"], "seeds": [0, 1], **plan}))
+        values = json.loads(json.dumps({**PLAN, **plan}))
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
 
 
@@ -366,15 +369,14 @@ def test_rates_are_pooled_beside_references_of_the_same_seeds(made: Path) -> Non
 def test_a_real_model_is_asked_before_and_after(made: Path) -> None:
     for method in ("lora", "folora"):
         for seed in range(2):
-            path = write_arm(made / "results", "world_methods", method, seed, 1e-3)
-            values = json.loads(path.read_text())
+            values = write_arm(made / "results", "world_methods", method, seed, 1e-3)
             for reading in (values["base"], *values["readings"]):
                 reading["task"] = {}
                 reading["other"] = {"city.nats": -reading["step"] / 100}
             values["readings"][0]["kept"] = {}  # read, but not asked
-            target = made / "results/real_plan/words" / str(seed) / path.name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(json.dumps(values | {"stage": "real", "task": "words"}))
+            ResultFile(made / "results/real_plan.jsonl").add(
+                values | {"stage": "real", "task": "words"}
+            )
     found = render("{{ real real_plan words }}", source(made))
     forgotten, asked = tables(found.text)
     # A loss of 1 - .6 is reached at the end alone.
@@ -478,18 +480,21 @@ def test_a_wrong_line_is_named(made: Path, line: str, message: str) -> None:
 
 
 def test_what_is_missing_is_said(made: Path) -> None:
-    """Without a plan's results, then with one file less, then with nothing at all."""
+    """Without a plan's results, then with one arm less, then with nothing at all."""
     results = made / "results"
-    (results / "world_ablation").rename(made / "aside")
+    (results / "world_ablation.jsonl").rename(made / "aside")
     assert page(made, "variants world_ablation shift") == (
         "*No results of `world_ablation` `shift` yet.*\n"
     )
     assert tables(page(made, "runs"))[0]["world_ablation"]["arms"] == "0 of 8"
     assert page(made, "knobs lora") == "*No results of `world_knobs` `lora`; none are planned.*\n"
-    (results / "world_methods/shift/2/lora--training.learning_rate=0.001.json").unlink()
+    methods = results / "world_methods.jsonl"
+    lines = methods.read_text().splitlines(keepends=True)
+    gone = [line for line in lines if '"lora--training.learning_rate=0.001"' in line]
+    methods.write_text("".join(line for line in lines if line != gone[2]))
     text = page(made, "methods shift")
     assert "*Incomplete: 1 of 36 arms of `world_methods` have no result yet (of seed 2).*" in text
-    for path in results.rglob("*.json"):
+    for path in results.rglob("*.json*"):
         path.unlink()
     found = render(TEMPLATE, source(made))
     assert not found.pictures
@@ -497,7 +502,7 @@ def test_what_is_missing_is_said(made: Path) -> None:
 
 
 def test_variants_without_references_and_knobs_without_defaults(made: Path) -> None:
-    (made / "results/world_methods").rename(made / "aside")
+    (made / "results/world_methods.jsonl").rename(made / "aside")
     text = page(made, "variants world_ablation shift")
     assert list(tables(text)[0]) == [METHODS[name].title for name in ("gate-off", "eigen-frozen")]
     assert "*No arms of folora, lora, folora-null to compare with yet.*" in text
@@ -511,7 +516,7 @@ def test_a_comparison_without_a_plan_and_the_demo_have_blocks_too(made: Path) ->
     assert f"| {scores['base']['task_loss']:.3f} | {scores['LoRA']['task_loss']:.3f} |" in page(
         made, "demo"
     )
-    shutil.copytree(made / "results/world_methods/shift", made / "results/elsewhere")
+    shutil.copyfile(made / "results/world_methods.jsonl", made / "results/elsewhere.jsonl")
     found = render("{{ compared elsewhere shift }}", source(made))
     assert set(found.pictures) == {"elsewhere_shift.png"}
     (there,) = tables(found.text)
@@ -528,14 +533,16 @@ def test_numbers_in_the_answers_stand_in_the_tables() -> None:
     assert [number for number in sorted(stated) if number.lstrip("0") not in rest] == []
 
 
-@pytest.mark.parametrize("template", PAGES, ids=lambda path: path.name)
-def test_the_committed_page_is_what_the_results_give(template: Path) -> None:
+@pytest.mark.parametrize(
+    ("template", "output"), pages(ROOT / "docs").items(), ids=lambda path: path.name
+)
+def test_the_committed_page_is_what_the_results_give(template: Path, output: Path) -> None:
     found = render(
-        (ROOT / template).read_text(encoding="utf-8"),
+        template.read_text(encoding="utf-8"),
         Source.load(
             ROOT / "benchmarks/results", ROOT / "benchmarks/plans", ROOT / "docs/demo.json"
         ),
     )
-    committed = (ROOT / PAGES[template]).read_text(encoding="utf-8")
+    committed = output.read_text(encoding="utf-8")
     assert committed == found.text, "results, plans or template have changed: run `make results`"
-    assert [n for n in found.pictures if not (ROOT / "docs/pictures" / n).is_file()] == []
+    assert [n for n in found.pictures if not (output.parent / "pictures" / n).is_file()] == []

@@ -10,12 +10,10 @@ import pytest
 import yaml
 from support.plans import TINY_PLAN_BASE
 
-from benchmarks.sweeps import checked_plan, planned, read_plan
-from benchmarks.world.compare import calibration_texts, main, prepared_run
-from benchmarks.world.language import World, tasks
+from benchmarks.compare import main, task_run
+from benchmarks.plan import Plan
 from benchmarks.world.pretrain import pretrain
-from folora.compare.comparison import Arm
-from folora.compare.methods import configured
+from benchmarks.world.testbed import WorldTestbed
 from folora.compare.results import load_results
 from folora.config import FoLoraConfig
 from folora.errors import ConfigError
@@ -29,18 +27,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("worlds")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("benchmarks.world.pretrain.BATCH", 2)
-        pretrain(folder / "7", seed=7, steps=60)
+        pretrain(folder / "world" / "7", seed=7, steps=60)
     return folder
 
 
 @pytest.fixture(autouse=True)
 def _few_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of each skill: what a world has kept is not judged here, and asking takes the most time."""
-    monkeypatch.setattr("benchmarks.world.compare.EVERY", 40)
+    monkeypatch.setattr("benchmarks.world.testbed.EVERY", 40)
 
 
 def plan_file(folder: Path, **changes: object) -> Path:
     plan = {
+        "model": "world",
         "runs": "tiny",
         "tasks": ["difference", "instrument"],
         "seeds": [7],
@@ -61,16 +60,16 @@ def run(folder: Path, models: Path, plan: Path, *more: str) -> None:
         "--runs",
         str(folder / "runs"),
         "--output",
-        str(folder / "out"),
+        str(folder / "out.jsonl"),
     ]
     main(["--plan", str(plan), *places, *more])
 
 
-def test_a_plan_writes_one_file_per_arm_and_shares_the_base_statistics(
+def test_a_plan_adds_one_line_per_arm_and_shares_the_base_statistics(
     tmp_path: Path, models: Path
 ) -> None:
     run(tmp_path, models, plan_file(tmp_path))
-    results = load_results(tmp_path / "out")
+    results = load_results(tmp_path / "out.jsonl")
     found = {(r.task, r.method, r.seed, r.stage) for r in results}
     assert found == {
         (task, method, 7, "world-7")
@@ -84,15 +83,25 @@ def test_a_plan_writes_one_file_per_arm_and_shares_the_base_statistics(
         assert "--plan" in result.command
         assert result.config["training.seed"] == 7
     pre = [
-        (tmp_path / "runs" / "tiny" / "7" / task / "2-statistics" / "pre" / "tensors.safetensors")
+        (
+            tmp_path
+            / "runs"
+            / "world"
+            / "tiny"
+            / "7"
+            / task
+            / "2-statistics"
+            / "pre"
+            / "tensors.safetensors"
+        )
         for task in ("difference", "instrument")
     ]
     assert pre[0].read_bytes() == pre[1].read_bytes()
     assert pre[0].stat().st_mtime_ns == pre[1].stat().st_mtime_ns  # copied, not measured again
 
-    stamps = {r.path: r.path.stat().st_mtime_ns for r in results}
+    stamp = (tmp_path / "out.jsonl").stat().st_mtime_ns
     run(tmp_path, models, plan_file(tmp_path))
-    assert stamps == {p: p.stat().st_mtime_ns for p in stamps}
+    assert stamp == (tmp_path / "out.jsonl").stat().st_mtime_ns
 
 
 def test_a_custom_task_and_other_calibration_sets(tmp_path: Path, models: Path) -> None:
@@ -110,20 +119,19 @@ def test_a_custom_task_and_other_calibration_sets(tmp_path: Path, models: Path) 
     )
     own = ["--train", str(tmp_path / "swap.jsonl"), "--test", str(tmp_path / "swap_test.jsonl")]
     run(tmp_path, models, plan, *own, "--seeds", "7")
-    results = load_results(tmp_path / "out")
+    results = load_results(tmp_path / "out.jsonl")
     assert {r.task for r in results} == {"swap"}
     assert {r.calibration["source"] for r in results} == {"self", "pretraining", "narrow"}
     assert len({r.readings[-1]["kl"] for r in results}) == 3
 
 
 def test_narrow_texts_hold_sums_only(tmp_path: Path, models: Path) -> None:
-    base = FoLoraConfig().changed(yaml.safe_load(plan_file(tmp_path).read_text())["base"])
-    task = tasks(World(7))["difference"]
-    made = prepared_run(base, models / "7", tmp_path / "run", task, None, 7)
+    plan = Plan.load(plan_file(tmp_path))
+    testbed = WorldTestbed(plan, 7, models)
+    base = FoLoraConfig().changed(plan.base)
+    made = task_run(base, testbed, tmp_path / "run", "difference", None)
     texts = {
-        source: "".join(
-            made.tokenizer.decode(ids) for ids in calibration_texts(made, World(7), source, 8)
-        )
+        source: "".join(made.tokenizer.decode(ids) for ids in testbed.texts(made, source, 8))
         for source in ("narrow", "pretraining")
     }
     documents = texts["narrow"].split("<bos>")[1:]
@@ -132,82 +140,30 @@ def test_narrow_texts_hold_sums_only(tmp_path: Path, models: Path) -> None:
 
 
 def test_a_missing_world_is_pretrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.world.compare.STEPS", 60)
+    monkeypatch.setattr("benchmarks.world.testbed.STEPS", 60)
     monkeypatch.setattr("benchmarks.world.pretrain.BATCH", 2)
     plan = plan_file(
         tmp_path, tasks=["difference"], sweeps=[{"methods": ["lora"], "learning_rates": [1e-3]}]
     )
     run(tmp_path, tmp_path / "models", plan, "--seeds", "8")
-    (result,) = load_results(tmp_path / "out")
+    (result,) = load_results(tmp_path / "out.jsonl")
     assert (result.stage, result.seed) == ("world-8", 8)
-    assert json.loads((tmp_path / "models" / "8" / "world.json").read_text())["seed"] == 8
-
-
-@pytest.mark.parametrize("path", PLANS, ids=lambda p: p.stem)
-def test_committed_plans_are_valid_and_name_every_arm_once(path: Path) -> None:
-    arms = planned(read_plan(path))
-    assert len({arm.name for arm in arms}) == len(arms) > 0
-    base = FoLoraConfig().changed(read_plan(path)["base"])
-    for arm in arms:
-        configured(base, arm.method, arm.changes)
-
-
-def test_a_plan_can_include_and_override_another(tmp_path: Path) -> None:
-    (tmp_path / "whole.yaml").write_text("tasks: [a, b]\nbase: {x: 1, y: 2}\nsweeps: []\n")
-    (tmp_path / "part.yaml").write_text("include: [whole.yaml]\ntasks: [a]\nbase: {y: 3, z: 4}\n")
-    assert read_plan(tmp_path / "part.yaml") == {
-        "tasks": ["a"],
-        "base": {"x": 1, "y": 3, "z": 4},
-        "sweeps": [],
-    }
-
-
-GOOD: dict[str, Any] = {
-    "base": {}, "tasks": ["a"], "seeds": [0], "runs": "r",
-    "sweeps": [{"methods": ["lora"], "learning_rates": [1e-3]}],
-}  # fmt: skip
+    assert json.loads((tmp_path / "models" / "world" / "8" / "world.json").read_text())["seed"] == 8
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "more", "message"),
     [
-        ({"sweeps": 3}, "sweeps: "),
-        ({"sweeps": [{"methods": ["lora"]}]}, r"sweeps\.0\.learning_rates: "),
-        ({"sweeps": [{"methods": [["lora"]], "learning_rates": [1e-3]}]}, r"sweeps\.0\.methods"),
-        ({"sweeps": [{**GOOD["sweeps"][0], "knobs": {"adapter.r": 3}}]}, r"knobs\.adapter\.r"),
-        ({"base": [1]}, "base: "),
-        ({"seeds": None}, "seeds: "),
-        ({"sweps": []}, "sweps: "),
+        ({"tasks": ["shfit"]}, [], "did you mean 'shift'"),
+        ({"model": "wrld"}, [], "did you mean 'world'"),
+        ({"calibration": [{"source": "wide", "count": 8}]}, [], "source must be in"),
+        ({}, ["--train", "rows.jsonl"], "--train and --test belong together"),
+        ({"model": "smollm2"}, ["--train", "a.jsonl", "--test", "b.jsonl"], "plans of worlds"),
     ],
 )
-def test_a_plan_with_wrong_types_is_refused(changes: dict[str, Any], message: str) -> None:
-    assert planned(checked_plan(GOOD)) == [Arm("lora", {"training.learning_rate": 1e-3})]
-    with pytest.raises(ConfigError, match=f"the plan cannot be used: .*{message}"):
-        checked_plan({**GOOD, **changes})
-    for name in GOOD:
-        with pytest.raises(ConfigError, match=name):
-            checked_plan({k: v for k, v in GOOD.items() if k != name})
-
-
-@pytest.mark.parametrize("path", PLANS, ids=lambda p: p.stem)
-def test_committed_plans_have_valid_types(path: Path) -> None:
-    plan = checked_plan(read_plan(path))
-    assert planned(plan) == planned(read_plan(path))
-
-
-@pytest.mark.parametrize("text", ["3", "[3]", "x.yaml", "null", "[[x.yaml]]", "{x: y}"])
-def test_include_must_be_a_list_of_files(tmp_path: Path, text: str) -> None:
-    (tmp_path / "x.yaml").write_text("tasks: [a]\n")
-    (tmp_path / "plan.yaml").write_text(f"include: {text}\n")
-    with pytest.raises(
-        ConfigError, match=r"plan\.yaml: include is .*, but must be a list of files"
-    ):
-        read_plan(tmp_path / "plan.yaml")
-
-
-def test_indirect_circular_includes_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "x.yaml").write_text("include: [../a/y.yaml]\n")
-    (tmp_path / "a" / "y.yaml").write_text("include: [../a/../a/x.yaml]\n")
-    with pytest.raises(ConfigError, match="includes itself"):
-        read_plan(tmp_path / "a" / "x.yaml")
+def test_a_wrong_plan_is_refused_before_a_world_is_pretrained(
+    tmp_path: Path, changes: dict[str, Any], more: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path, tmp_path / "models", plan_file(tmp_path, **changes), *more)
+    assert not (tmp_path / "models").exists()

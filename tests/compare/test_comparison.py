@@ -12,8 +12,8 @@ import torch
 
 from benchmarks.tiny import make_llama, tiny_config, write_rows
 from folora.cli.main import main
-from folora.compare.comparison import Arm, Comparison, arms, read_arm
-from folora.compare.results import load_results
+from folora.compare.comparison import Arm, Comparison, arms, checked_arm
+from folora.compare.results import Line, ResultFile, load_results
 from folora.config import FoLoraConfig
 from folora.errors import ArtifactError, ConfigError, DataError, MismatchError
 from folora.pipeline.run import Run
@@ -27,8 +27,8 @@ def make_run(model_folder: Path, rows_file: Path, folder: Path, **changes: Any) 
     return Run(tiny_config(**paths, **changes))
 
 
-def compare(run: Run, folder: Path, **options: Any) -> Comparison:
-    return Comparison(run, folder, stage="tiny", task="sums", command="pytest", **options)
+def compare(run: Run, file: Path, **options: Any) -> Comparison:
+    return Comparison(run, file, stage="tiny", task="sums", command="pytest", **options)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_every_combination_is_an_arm_with_a_name_of_its_own() -> None:
     assert found[1].name == "lora--learning_rate=0.001--s_min=0.3"
 
 
-def test_arms_leave_the_base_alone_and_their_files_behind(
+def test_arms_leave_the_base_alone_and_add_their_results(
     measured: Path, model_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     run = make_run(model_folder, rows_file, measured)
@@ -60,7 +60,7 @@ def test_arms_leave_the_base_alone_and_their_files_behind(
         seen.append(type(model).__name__)
         return {"task": {"a": 0.5}, "kept": {"b": 1.0, "c": 0.0}}
 
-    results = list(compare(run, tmp_path / "arms", score=score).run_all(chosen))
+    results = list(compare(run, tmp_path / "arms.jsonl", score=score).run_all(chosen))
     assert torch.equal(run.model(IDS).logits, before)
     assert not any("lora" in name for name, _ in run.model.named_parameters())
     assert "forward" not in vars(run.model)  # TRL puts one there for every trainer
@@ -76,13 +76,13 @@ def test_arms_leave_the_base_alone_and_their_files_behind(
         assert again.training.learning_rate == 1e-2
         assert again.output == str(measured)
     assert len(seen) == 1 + 4 * len(names)  # the base is scored once
-    found = load_results(tmp_path / "arms")
+    found = load_results(tmp_path / "arms.jsonl")
     assert {r.method for r in found} == set(names)
 
-    # Done arms are skipped: another command does not touch them, and nothing is scored again.
-    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "arms").iterdir()}
-    assert list(compare(run, tmp_path / "arms", score=score).run_all(chosen)) == results
-    assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "arms").iterdir()}
+    # Arms with a result are skipped: the file is not written, and nothing is scored again.
+    stamp = (tmp_path / "arms.jsonl").stat().st_mtime_ns
+    assert list(compare(run, tmp_path / "arms.jsonl", score=score).run_all(chosen)) == results
+    assert stamp == (tmp_path / "arms.jsonl").stat().st_mtime_ns
     assert len(seen) == 1 + 4 * len(names)
 
 
@@ -95,7 +95,7 @@ def test_dear_scores_are_taken_at_chosen_readings(
         "read_at": (0.5, 1.0),
         "score_at": (1.0,),
     }
-    (result,) = compare(run, tmp_path / "arms", **options).run_all(arms(["lora"], [1e-2]))
+    (result,) = compare(run, tmp_path / "arms.jsonl", **options).run_all(arms(["lora"], [1e-2]))
     assert [r["step"] for r in result["readings"]] == [3, 6]
     assert [r["kept"] for r in result["readings"]] == [{}, {"b": 1.0}]
     assert result["base"]["other"] == result["readings"][1]["other"] == {"c.nats": -3.0}
@@ -105,7 +105,7 @@ def test_an_arm_is_what_a_run_with_its_config_gives(
     measured: Path, model_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     run = make_run(model_folder, rows_file, measured)
-    (result,) = compare(run, tmp_path / "arms").run_all(
+    (result,) = compare(run, tmp_path / "arms.jsonl").run_all(
         arms(["lora-null"], [5e-3], **{"training.seed": (3,)})
     )
     alone = Run(run.config.changed({**FoLoraConfig().changed(result["config"]).differences(),
@@ -122,13 +122,13 @@ def test_divergence_ends_an_arm_and_is_recorded(
     measured: Path, model_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     run = make_run(model_folder, rows_file, measured, training={"max_grad_norm": 0.0})
-    folder = tmp_path / "arms"
-    wild, tame = compare(run, folder).run_all(arms(["lora"], [1e30, 1e-2]))
+    file = tmp_path / "arms.jsonl"
+    wild, tame = compare(run, file).run_all(arms(["lora"], [1e30, 1e-2]))
     assert wild["diverged"]
     assert wild["readings"][-1]["kl"] is None
     assert len(wild["readings"]) < 4
     assert not tame["diverged"]
-    (diverged,) = [r for r in load_results(folder) if r.diverged]
+    (diverged,) = [r for r in load_results(file) if r.diverged]
     assert diverged.changes["training.learning_rate"] == 1e30
 
 
@@ -136,7 +136,7 @@ def test_another_calibration_is_another_arm(
     measured: Path, model_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     run = make_run(model_folder, rows_file, measured)
-    own = compare(run, tmp_path / "arms")
+    own = compare(run, tmp_path / "arms.jsonl")
     flat = {g.name: torch.eye(g.d_in) for g in run.groups}
     other = own.calibrated({"source": "white", "count": 1}, flat)
     chosen = arms(["folora"], [1e-2])
@@ -150,7 +150,7 @@ def test_what_cannot_be_compared_is_refused_before_the_first_arm(
     measured: Path, model_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     run = make_run(model_folder, rows_file, measured)
-    comparison = compare(run, tmp_path / "arms")
+    comparison = compare(run, tmp_path / "arms.jsonl")
     for arm, words in (
         (Arm("lorra"), "did you mean 'lora'"),
         (Arm("lora", {"training.leaning_rate": 1.0}), "unknown option"),
@@ -161,8 +161,8 @@ def test_what_cannot_be_compared_is_refused_before_the_first_arm(
             next(comparison.run_all([Arm("folora"), arm]))
     none = make_run(model_folder, rows_file, measured, data={"eval_rows": 0})
     with pytest.raises(DataError, match="held-out rows"):
-        next(compare(none, tmp_path / "arms").run_all([Arm("folora")]))
-    assert not (tmp_path / "arms").exists()
+        next(compare(none, tmp_path / "arms.jsonl").run_all([Arm("folora")]))
+    assert not (tmp_path / "arms.jsonl").exists()
 
 
 def test_an_arm_of_other_settings_is_not_taken_for_this_one(
@@ -170,10 +170,12 @@ def test_an_arm_of_other_settings_is_not_taken_for_this_one(
 ) -> None:
     chosen = arms(["lora"], [1e-2])
     run = make_run(model_folder, rows_file, measured)
-    list(compare(run, tmp_path / "arms").run_all(chosen))
+    list(compare(run, tmp_path / "arms.jsonl").run_all(chosen))
     longer = make_run(model_folder, rows_file, measured, training={"max_steps": 8})
-    with pytest.raises(ArtifactError, match=r"training\.max_steps.*move it away"):
-        next(compare(longer, tmp_path / "arms").run_all(chosen))
+    with pytest.raises(
+        ArtifactError, match=r"arms\.jsonl, line 1 .*training\.max_steps.*delete this line"
+    ):
+        next(compare(longer, tmp_path / "arms.jsonl").run_all(chosen))
 
 
 def changed_weight(model: Path) -> None:
@@ -201,27 +203,24 @@ def test_an_arm_of_other_inputs_under_the_same_name_is_refused(
     rows = write_rows(model / "rows.jsonl")
     run = make_run(model, rows, tmp_path / "run")
     chosen = arms(["lora"], [1e-2])
-    list(compare(run, tmp_path / "arms").run_all(chosen))
+    list(compare(run, tmp_path / "arms.jsonl").run_all(chosen))
     edit(model)
     again = make_run(model, rows, tmp_path / "run")
     with pytest.raises(MismatchError, match=f"was made from another {what} than"):
-        next(compare(again, tmp_path / "arms").run_all(chosen))
+        next(compare(again, tmp_path / "arms.jsonl").run_all(chosen))
     assert not (tmp_path / "run" / "old").exists()
 
 
-def test_a_damaged_or_foreign_file_is_not_taken_for_a_result(
+def test_a_damaged_or_foreign_file_is_not_taken_for_results(
     measured: Path, model_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:
-    run = make_run(model_folder, rows_file, measured)
-    comparison = compare(run, tmp_path / "arms")
-    (arm,) = arms(["lora"], [1e-2])
-    (tmp_path / "arms").mkdir()
-    comparison.path(arm).write_text('{"form')
-    with pytest.raises(ArtifactError, match="lora--learning_rate"):
-        next(comparison.run_all([arm]))
-    comparison.path(arm).write_text(json.dumps({"format": 1, "changes": {}}))
-    with pytest.raises(ArtifactError, match="move it away"):
-        next(comparison.run_all([arm]))
+    file = tmp_path / "arms.jsonl"
+    comparison = compare(make_run(model_folder, rows_file, measured), file)
+    for text in ('{"form', json.dumps({"format": 1, "changes": {}})):
+        file.write_text(text)
+        with pytest.raises(ArtifactError, match=r"arms\.jsonl, line 1 .*delete this line"):
+            next(comparison.run_all(arms(["lora"], [1e-2])))
+        assert file.read_text() == text
 
 
 def test_the_command_compares_and_says_where_things_are(
@@ -248,7 +247,7 @@ def test_the_command_compares_and_says_where_things_are(
 
     assert main([*command, "--methods", "folora,lora", "--seeds", "0,1"]) == 0
     folder = tmp_path / "run" / "compare"
-    assert len(list(folder.glob("*--*.json"))) == 8
+    assert len(load_results(folder / "results.jsonl")) == 8
     assert "| folora |" in (folder / "comparison.md").read_text()
     for picture in ("frontier.png", "norms.png"):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
@@ -257,10 +256,30 @@ def test_the_command_compares_and_says_where_things_are(
     assert str(folder) in out
 
 
-@pytest.mark.parametrize(
-    "text", ["null", "[1]", "3", '"x"', '{"config": []}', '{"config": {"x": 1}}']
-)
+def test_a_result_of_an_older_folora_is_refused_by_name(
+    model_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was a file per arm; running all arms again beside them would take hours."""
+    folder = tmp_path / "run" / "compare"
+    folder.mkdir(parents=True)
+    (folder / "lora--learning_rate=0.001--seed=0.json").write_text('{"format": 1}')
+    config = make_run(model_folder, rows_file, tmp_path / "run").config
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert main(["compare", "--config", str(tmp_path / "config.yaml")]) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "seed=0.json is a result of an older folora, which cannot be read" in message
+
+
+@pytest.mark.parametrize("text", ["null", "[1]", "3", '"x"', '{"config": []}', '{"format": 3}'])
 def test_json_that_is_no_result_is_named(tmp_path: Path, text: str) -> None:
-    (tmp_path / "arm.json").write_text(text)
-    with pytest.raises(ArtifactError, match=r"arm\.json is .*; move it away"):
-        read_arm(tmp_path / "arm.json", FoLoraConfig())
+    (tmp_path / "arms.jsonl").write_text(text)
+    with pytest.raises(
+        ArtifactError, match=r"arms\.jsonl, line 1 is no result of format 2; delete"
+    ):
+        ResultFile(tmp_path / "arms.jsonl").read()
+
+
+@pytest.mark.parametrize("config", [[], {"x": 1}, None])
+def test_an_arm_whose_config_is_no_config_is_named(config: Any) -> None:
+    with pytest.raises(ArtifactError, match=r"line 1 is the result of other settings.*delete"):
+        checked_arm(Line("line 1", {"config": config}), FoLoraConfig().changed({"adapter.r": 2}))

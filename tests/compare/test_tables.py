@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import json
 import math
+import multiprocessing
 import re
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,20 @@ from folora.compare.plots import (
     mean_staircase,
     norm_picture,
 )
-from folora.compare.results import by_method, grouped, load_results, of_task, point_sets, scores_of
-from folora.compare.tables import (
-    Table,
-    best_average,
-    comparison_table,
+from folora.compare.results import (
+    Result,
+    ResultFile,
+    by_method,
+    grouped,
+    load_results,
+    of_task,
+    point_sets,
+    scores_of,
 )
+from folora.compare.tables import Table, best_average, comparison_table
 from folora.errors import ArtifactError, DataError
+
+ARMS = "arms.jsonl"
 
 Readings = list[tuple[float, float, float]]  # task accuracy, kept, KL
 
@@ -59,12 +66,13 @@ def write(
     name: str = "",
     **changes: Any,
 ) -> Path:
-    """One result file; the base has task score 0.1, kept 0.95."""
+    """Add one result; the base has task score 0.1, kept 0.95."""
     values = {
-        "format": 1,
+        "format": 2,
         "stage": f"world-{seed}/{task}",
         "task": task,
         "seed": seed,
+        "name": f"{method}{name}",
         "method": method,
         "title": method.upper(),
         "changes": {"training.learning_rate": 1e-3},
@@ -79,10 +87,12 @@ def write(
         "diverged": False,
         **changes,
     }
-    path = folder / method / f"{task}-{seed}{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values))
-    return path
+    ResultFile(folder / ARMS).add(values)
+    return folder / ARMS
+
+
+def load(folder: Path) -> list[Result]:
+    return load_results(folder / ARMS)
 
 
 def write_all(folder: Path, scored: bool = True, task: str = "shift") -> None:
@@ -111,16 +121,16 @@ def stated(values: list[float], digits: int, sign: str = "-") -> str:
 
 
 def test_results_come_back_as_they_were_written(tmp_path: Path) -> None:
-    write(tmp_path / "deep" / "er", "lora", 3, [(0.2, 0.9, 0.1), (0.4, 0.8, 0.2)], name="z")
-    write(tmp_path, "folora", 3, [(0.3, 0.9, 0.1)])
-    first, second = load_results(tmp_path)  # by path: deep/er/lora before folora
+    write(tmp_path, "lora", 3, [(0.2, 0.9, 0.1), (0.4, 0.8, 0.2)])
+    write(tmp_path, "folora", 20, [(0.3, 0.9, 0.1)])
+    first, second = load(tmp_path)
     assert (first.method, first.seed, first.task, first.stage) == (
         "lora",
         3,
         "shift",
         "world-3/shift",
     )
-    assert first.path == tmp_path / "deep" / "er" / "lora" / "shift-3z.json"
+    assert first.place == f"{tmp_path / ARMS}, line 1"
     assert (first.title, first.seconds, first.diverged) == ("LORA", 8.1, False)
     assert first.changes == {"training.learning_rate": 1e-3}
     assert [r["step"] for r in first.readings] == [25, 50]
@@ -134,43 +144,95 @@ def test_results_come_back_as_they_were_written(tmp_path: Path) -> None:
     assert [p.kept for p in points] == pytest.approx([0.95, 0.9, 0.8])
 
 
+def test_lines_do_not_depend_on_the_order_in_which_arms_end(tmp_path: Path) -> None:
+    arms = [("lora", 10), ("folora", 2), ("folora", 10), ("lora", 2)]
+    for folder, order in ((tmp_path / "a", arms), (tmp_path / "b", arms[::-1])):
+        for method, seed in order:
+            write(folder, method, seed, [(0.3, 0.9, 0.1)])
+    assert [(r.seed, r.method) for r in load(tmp_path / "a")] == [
+        (2, "folora"),
+        (2, "lora"),
+        (10, "folora"),
+        (10, "lora"),
+    ]
+    assert (tmp_path / "a" / ARMS).read_bytes() == (tmp_path / "b" / ARMS).read_bytes()
+
+
+def test_a_later_result_of_an_arm_replaces_the_former(tmp_path: Path) -> None:
+    write(tmp_path, "lora", 3, [(0.2, 0.9, 0.1)])
+    write(tmp_path, "folora", 3, [(0.2, 0.9, 0.1)])
+    write(tmp_path, "lora", 3, [(0.6, 0.9, 0.1)])
+    assert [r.readings[0]["task"]["accuracy"] for r in load(tmp_path)] == [0.2, 0.6]
+
+
+def _add_in_a_process(folder: Path, seed: int) -> None:
+    for number in range(10):
+        write(folder, "lora", seed, [(0.2, 0.9, 0.1)], name=f"-{number}")
+
+
+def test_two_processes_do_not_lose_each_others_lines(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    both = [context.Process(target=_add_in_a_process, args=(tmp_path, seed)) for seed in (0, 1)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+        assert process.exitcode == 0
+    assert len(load(tmp_path)) == 20
+
+
+def test_a_line_that_is_cut_off_is_named_and_nothing_is_added_to_it(tmp_path: Path) -> None:
+    write(tmp_path, "folora", 0, [(0.2, 0.9, 0.1)])
+    path = write(tmp_path, "lora", 0, [(0.2, 0.9, 0.1)])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])  # an editor's file without a newline at its end is whole
+    assert len(load(tmp_path)) == 2
+    path.write_bytes(whole[:-40])
+    for act in (lambda: load(tmp_path), lambda: write(tmp_path, "lora", 1, [(0.2, 0.9, 0.1)])):
+        with pytest.raises(
+            ArtifactError, match=r"arms\.jsonl, line 2 cannot be read.*delete this line"
+        ):
+            act()
+    assert path.read_bytes() == whole[:-40]
+
+
+def test_two_lines_of_one_arm_are_refused(tmp_path: Path) -> None:
+    """As a merge of two branches leaves them."""
+    path = write(tmp_path, "lora", 0, [(0.2, 0.9, 0.1)])
+    path.write_text(2 * path.read_text())
+    with pytest.raises(ArtifactError, match=r"line 2 is of the same arm as .*line 1; delete"):
+        load(tmp_path)
+
+
 def test_readings_are_put_in_order_of_step(tmp_path: Path) -> None:
     late_first = [reading(50, 0.4, 0.8, 0.2), reading(25, 0.2, 0.9, 0.1)]
     write(tmp_path, "lora", 0, [], readings=late_first)
-    assert [r["step"] for r in load_results(tmp_path)[0].readings] == [25, 50]
+    assert [r["step"] for r in load(tmp_path)[0].readings] == [25, 50]
 
 
 def test_fields_of_later_versions_do_no_harm(tmp_path: Path) -> None:
     write(tmp_path, "lora", 0, [], name="a", calibration={"on": "wiki"}, unknown=1)
     write(tmp_path, "lora", 0, [], name="b")
-    assert [r.calibration for r in load_results(tmp_path)] == [{"on": "wiki"}, {}]
-
-
-def test_other_json_and_hidden_files_are_passed_over(tmp_path: Path) -> None:
-    write(tmp_path, "lora", 0, [(0.2, 0.9, 0.1)])
-    (tmp_path / "manifest.json").write_text('{"format_version": 1}')
-    (tmp_path / "rows.json").write_text("[1, 2]")
-    (tmp_path / "later.json").write_text('{"format": 2}')
-    (tmp_path / ".half.json").mkdir()
-    (tmp_path / ".half.json" / "half.json").write_text('{"format": 1')  # of a writer at work
-    assert len(load_results(tmp_path)) == 1
+    assert [r.calibration for r in load(tmp_path)] == [{"on": "wiki"}, {}]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"format": 1, "task": ', "cannot be read"),
+        (b'{"format": 2, "task": ', "cannot be read"),
         (b"\xff\xfe", "cannot be read"),
-        (b'{"format": 1, "task": ' + b"[" * 5000 + b"]" * 5000 + b"}", "cannot be read"),
-        (b'{"format": 1}', "no 'stage'"),
+        (b'{"format": 2, "task": ' + b"[" * 5000 + b"]" * 5000 + b"}", "cannot be read"),
+        (b'{"format": 2}', "line 2 has no 'stage'"),
+        (b'{"format": 1}', "line 2 is no result of format 2"),
+        (b"[1, 2]", "line 2 is no result of format 2"),
     ],
 )
-def test_a_broken_file_is_named(tmp_path: Path, content: bytes, message: str) -> None:
-    write(tmp_path, "lora", 0, [(0.2, 0.9, 0.1)])
-    (tmp_path / "bad.json").write_bytes(content)
+def test_a_broken_line_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    path = write(tmp_path, "lora", 0, [(0.2, 0.9, 0.1)])
+    path.write_bytes(path.read_bytes() + content + b"\n")
     with pytest.raises(ArtifactError, match=message) as caught:
-        load_results(tmp_path)
-    assert str(tmp_path / "bad.json") in str(caught.value)
+        load(tmp_path)
+    assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -186,16 +248,17 @@ def test_a_broken_file_is_named(tmp_path: Path, content: bytes, message: str) ->
         {"readings": [{**reading(25, 0.1, 0.1, 0.1), "task": 0.5}]},
     ],
 )
-def test_a_wrong_field_is_named_with_its_file(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_a_wrong_field_is_named_with_its_line(tmp_path: Path, changes: dict[str, Any]) -> None:
     path = write(tmp_path, "lora", 0, [], **changes)
-    with pytest.raises(ArtifactError, match=re.escape(str(path))):
-        load_results(tmp_path)
+    with pytest.raises(ArtifactError, match=re.escape(f"{path}, line 1")):
+        load(tmp_path)
 
 
-def test_a_missing_folder_is_an_error_and_an_empty_one_is_not(tmp_path: Path) -> None:
-    assert load_results(tmp_path) == []
-    with pytest.raises(ArtifactError, match="nowhere"):
-        load_results(tmp_path / "nowhere")
+def test_a_missing_file_is_an_error_and_an_empty_one_is_not(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"no file .*arms\.jsonl"):
+        load(tmp_path)
+    (tmp_path / ARMS).touch()
+    assert load(tmp_path) == []
 
 
 def test_nulls_after_divergence_become_nan_and_leave_the_frontier(tmp_path: Path) -> None:
@@ -204,7 +267,7 @@ def test_nulls_after_divergence_become_nan_and_leave_the_frontier(tmp_path: Path
     write(
         tmp_path, "lora", 0, [], readings=[reading(25, 0.6, 0.8, 0.1), gone], diverged=True
     )  # fmt: skip
-    (result,) = load_results(tmp_path)
+    (result,) = load(tmp_path)
     last = result.points(scores_of([result]))[-1]
     assert last.step == 50
     assert all(map(math.isnan, (last.task, last.kept, last.kl, last.frobenius, last.h_norm)))
@@ -221,7 +284,7 @@ def test_nulls_after_divergence_become_nan_and_leave_the_frontier(tmp_path: Path
 def test_arms_are_pooled_by_task_method_and_seed(tmp_path: Path) -> None:
     write_all(tmp_path)
     write(tmp_path, "lora", 1, [(0.3, 0.3, 0.3)], task="other")
-    results = load_results(tmp_path)
+    results = load(tmp_path)
     sets = point_sets(results)
     assert set(sets) == {
         *[("shift", m, s) for m in ("folora", "lora") for s in range(3)],
@@ -239,7 +302,7 @@ def test_arms_are_pooled_by_task_method_and_seed(tmp_path: Path) -> None:
 
 def test_without_scorers_loss_and_kl_are_the_scores(tmp_path: Path) -> None:
     write(tmp_path, "lora", 0, [(0.2, 0.9, 0.1)], scored=False)
-    (result,) = load_results(tmp_path)
+    (result,) = load(tmp_path)
     points = result.points(scores_of([result]))
     assert [p.task for p in points] == pytest.approx([-1.8, -1.6])
     assert [p.kept for p in points] == pytest.approx([0.0, -0.1])
@@ -247,21 +310,21 @@ def test_without_scorers_loss_and_kl_are_the_scores(tmp_path: Path) -> None:
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     write_all(tmp_path / "a")
-    results = load_results(tmp_path / "a")
+    results = load(tmp_path / "a")
     with pytest.raises(DataError, match="no results of task 'shfit'; tasks with results: shift"):
         comparison_table(results, "shfit")
     with pytest.raises(DataError, match="no results of method 'osf'"):
         comparison_table(results, "shift", methods=["folora", "osf"])
     write(tmp_path / "b", "osf", 0, [(0.2, 0.9, 0.1)], scored=False)
     with pytest.raises(DataError, match="no scores of 'task'"):
-        comparison_table(results + load_results(tmp_path / "b"), "shift")
+        comparison_table(results + load(tmp_path / "b"), "shift")
     write(tmp_path / "c", "osf", 0, [(0.2, 0.9, 0.1)], stage="smollm2/shift")
     with pytest.raises(DataError, match="two stages"):
-        comparison_table(results + load_results(tmp_path / "c"), "shift")
+        comparison_table(results + load(tmp_path / "c"), "shift")
     base = {**reading(0, 0.1, 0.9, 0.0, scored=False), "task_loss": None}
     write(tmp_path / "d", "osf", 0, [], scored=False, base=base)
     with pytest.raises(DataError, match="the base of"):
-        comparison_table(load_results(tmp_path / "d"), "shift")
+        comparison_table(load(tmp_path / "d"), "shift")
 
 
 # --- tables
@@ -269,7 +332,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
 
 def test_table_of_scores(tmp_path: Path) -> None:
     write_all(tmp_path)
-    table = comparison_table(load_results(tmp_path), "shift")
+    table = comparison_table(load(tmp_path), "shift")
     # The best method reaches 1.0 from 0.1, so the level is .91; 90 % of the base's .95 is .855.
     assert "score of at least 0.910 (90 % of the way" in table.caption
     assert "score of at least 0.855 (90 % of the base's)" in table.caption
@@ -295,7 +358,7 @@ def test_table_of_scores(tmp_path: Path) -> None:
 
 def test_table_of_losses(tmp_path: Path) -> None:
     write_all(tmp_path, scored=False)
-    table = comparison_table(load_results(tmp_path), "shift")
+    table = comparison_table(load(tmp_path), "shift")
     # Best losses are 0 and .1 (task .95), both beyond halfway from 1.8.
     assert "loss of at most 0.100 nats a token (reached by every method" in table.caption
     assert "KL of at most 0.05 nats a token" in table.caption
@@ -309,7 +372,7 @@ def test_table_of_losses(tmp_path: Path) -> None:
     # From loss 1.8 to the best of all, 0, and from KL .5 to 0; the last of lora's is at the floor.
     area = 1.0 * 0.4 / (1.8 * 0.5)
     assert cells(table, "LORA")["area"] == f"{area:.3f} ± 0.000"
-    given = comparison_table(load_results(tmp_path), "shift", level=-0.2, kept_level=-0.1)
+    given = comparison_table(load(tmp_path), "shift", level=-0.2, kept_level=-0.1)
     assert "loss of at most 0.200 nats a token. " in given.caption
     assert cells(given, "LORA")["minus FOLORA"] == stated([0.46, 0.47, 0.48], 4, "+") + " *"
     assert cells(given, "LORA")["loss at matched kept"] == "0.800 ± 0.000"
@@ -318,7 +381,7 @@ def test_table_of_losses(tmp_path: Path) -> None:
 def test_seeds_that_do_not_get_there_are_counted(tmp_path: Path) -> None:
     write_all(tmp_path)
     write(tmp_path, "lora", 1, [(0.6, 0.7, 0.1)])
-    table = comparison_table(load_results(tmp_path), "shift", level=0.9)
+    table = comparison_table(load(tmp_path), "shift", level=0.9)
     row = cells(table, "LORA")
     assert row["kept at matched task"] == stated([0.5, 0.44], 3) + " (2 of 3 seeds)"
     # The reference keeps .8 and .78 there.
@@ -329,21 +392,21 @@ def test_a_difference_is_marked_only_if_the_interval_excludes_zero(tmp_path: Pat
     for seed, (a, b) in enumerate([(0.8, 0.7), (0.7, 0.8), (0.75, 0.75)]):
         write(tmp_path, "folora", seed, [(1.0, a, 0.1)])
         write(tmp_path, "lora", seed, [(1.0, b, 0.1)])
-    row = cells(comparison_table(load_results(tmp_path), "shift"), "LORA")
+    row = cells(comparison_table(load(tmp_path), "shift"), "LORA")
     assert row["minus FOLORA"] == stated([-0.1, 0.1, 0.0], 3, "+")
 
 
 def test_one_seed_has_no_interval_and_no_mark(tmp_path: Path) -> None:
     write(tmp_path, "folora", 0, [(1.0, 0.9, 0.1)])
     write(tmp_path, "lora", 0, [(1.0, 0.5, 0.1)])
-    row = cells(comparison_table(load_results(tmp_path), "shift"), "LORA")
+    row = cells(comparison_table(load(tmp_path), "shift"), "LORA")
     assert (row["kept at matched task"], row["minus FOLORA"]) == ("0.500", "-0.400")
 
 
 def test_methods_come_in_the_order_asked_for_and_without_the_reference(tmp_path: Path) -> None:
     write_all(tmp_path)
     write(tmp_path, "osf", 0, [(0.6, 0.7, 0.1)])
-    results = load_results(tmp_path)
+    results = load(tmp_path)
     both = comparison_table(results, "shift", methods=["lora", "folora"])
     assert [row[0] for row in both.rows] == ["LORA", "FOLORA"]
     alone = comparison_table(results, "shift", methods=["osf", "lora"])
@@ -354,7 +417,7 @@ def test_methods_come_in_the_order_asked_for_and_without_the_reference(tmp_path:
 
 def test_best_average_of_arms_that_never_gave_a_number(tmp_path: Path) -> None:
     write(tmp_path, "lora", 0, [(0.5, 0.8, 0.1)])
-    assert best_average(load_results(tmp_path)).gm == pytest.approx(math.sqrt(0.4))
+    assert best_average(load(tmp_path)).gm == pytest.approx(math.sqrt(0.4))
     assert math.isnan(best_average([]).gm)
 
 
@@ -388,7 +451,7 @@ def test_pictures_are_small_pngs(tmp_path: Path, scored: bool, draw: Any) -> Non
             numbers = [tuple(map(float, rng.uniform(0.06, 0.94, 3))) for _ in range(20)]
             write(tmp_path, f"method{i}", seed, numbers, scored=scored)  # type: ignore[arg-type]
     path = tmp_path / "new" / "folder" / "picture.png"
-    draw(load_results(tmp_path), "shift", path)
+    draw(load(tmp_path), "shift", path)
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert path.stat().st_size <= 100_000
     with Image.open(path) as image:
@@ -404,7 +467,7 @@ def test_pictures_are_small_pngs(tmp_path: Path, scored: bool, draw: Any) -> Non
 
 def test_pictures_of_chosen_methods_only(tmp_path: Path) -> None:
     write_all(tmp_path)
-    results = load_results(tmp_path)
+    results = load(tmp_path)
     for draw in (frontier_picture, norm_picture):
         draw(results, "shift", tmp_path / "all.png")
         draw(results, "shift", tmp_path / "one.png", methods=["folora"])
@@ -422,7 +485,7 @@ def test_no_two_methods_look_alike() -> None:
 def test_mean_curves_end_where_the_first_seed_ends(tmp_path: Path) -> None:
     write(tmp_path, "lora", 0, [(0.5, 0.9, 0.1), (1.0, 0.5, 0.2)])
     write(tmp_path, "lora", 1, [(0.5, 0.7, 0.1)])
-    results = load_results(tmp_path)
+    results = load(tmp_path)
     seeds = by_method(point_sets(results))["lora"]
     levels, kept = mean_staircase(seeds)
     assert (levels[0], levels[-1]) == (0.1, 1.0)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import folora
-from benchmarks.report import demo_cells
+from benchmarks.report.real import demo_cells
 from benchmarks.tiny import tiny_config, write_qwen3, write_rows
 
 ROOT = Path(__file__).parents[2]

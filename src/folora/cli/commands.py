@@ -28,6 +28,8 @@ from folora.runtime.ownership import check_own, write_own
 from folora.runtime.progress import STDERR
 from folora.runtime.storage import obstacle
 
+RESULTS = "results.jsonl"
+
 
 def execute(options: argparse.Namespace, config: FoLoraConfig) -> None:
     """Do what a command line asks for, together with the other processes if there are any.
@@ -94,7 +96,7 @@ def _target(given: str | None) -> Path | None:
 
 
 def _compare(run: Run, options: argparse.Namespace) -> None:
-    """All arms, then a table and two pictures beside their files."""
+    """All arms, then a table and two pictures beside their results."""
     from folora.compare.comparison import Comparison, arms
     from folora.compare.plots import frontier_picture, norm_picture
     from folora.compare.results import load_results
@@ -107,17 +109,22 @@ def _compare(run: Run, options: argparse.Namespace) -> None:
     )
     folder = run.folder / COMPARISON
     task = Path(required(run.config.dataset, "dataset")).name.split(".")[0]
+    results_file = folder / RESULTS
     comparison = Comparison(
-        run, folder, stage=run.name, task=task, command=shlex.join(["folora", *sys.argv[1:]])
+        run, results_file, stage=run.name, task=task, command=shlex.join(["folora", *sys.argv[1:]])
     )
     for arm in chosen:
         comparison.config(arm)  # a wrong one is found before the model is loaded
     if why := obstacle(folder, folder=True):
         raise ConfigError(f"{folder} {why}, but must be a folder of this run; move it away")
     check_own(folder, COMPARISON, ["comparison.md", "frontier.png", "norms.png"])
+    if old := min(folder.glob("*--*.json"), default=None):
+        raise ConfigError(
+            f"{old} is a result of an older folora, which cannot be read; move it away"
+        )
     comparison.check_results(chosen)
-    if folder.is_dir():
-        load_results(folder)  # what cannot be read would end the comparison after the last arm
+    if results_file.exists():
+        load_results(results_file)  # a line that cannot be read would end the comparison at its end
     run.check(needs_data=True)
     run.check_stage("compare")
     comparison.check(chosen)
@@ -125,7 +132,7 @@ def _compare(run: Run, options: argparse.Namespace) -> None:
         run.write_config()
         for _ in comparison.run_all(chosen):
             pass
-    results = [r for r in load_results(folder) if r.task == task and r.stage == run.name]
+    results = [r for r in load_results(results_file) if r.task == task and r.stage == run.name]
     table = comparison_table(results, task)
     made: dict[str, Callable[[Path], object]] = {
         "comparison.md": lambda path: path.write_text(table.markdown(), "utf-8"),
@@ -135,7 +142,7 @@ def _compare(run: Run, options: argparse.Namespace) -> None:
     for name, write in made.items():
         write_own(folder / name, COMPARISON, write)
     Console().print(table.rich())
-    print(f"wrote {folder}: one .json an arm, comparison.md, frontier.png, norms.png")
+    print(f"wrote {folder}: {RESULTS}, comparison.md, frontier.png, norms.png")
 
 
 def _numbers(text: str, flag: str, kind: type) -> list[Any]:

@@ -1,8 +1,8 @@
-"""Many methods on one model and task, from the same samples and statistics; one small JSON an arm.
+"""Many methods on one model and task, from the same samples and statistics: one line of results per arm.
 
 An arm is a method with a learning rate, a seed and perhaps other changes. It is trained by the same
-Trainer as any run, read on the way (every reading is a point of a frontier), and leaves its file when
-it is done; arms that have one are skipped, so that a comparison can be stopped and given again.
+Trainer as any run, evaluated along training (every reading is a point of a frontier), and its result is
+added to a file when it ends. Arms with a result are skipped, so an interrupted comparison resumes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers import TrainerControl, TrainerState
 from folora.adapters.coverage import check_adapter
 from folora.calibration.base_file import tensors_sha256
 from folora.compare.methods import configured, method
-from folora.compare.results import FORMAT
+from folora.compare.results import FORMAT, REMEDY, Key, Line, ResultFile
 from folora.config import FoLoraConfig
 from folora.errors import ArtifactError, ConfigError, DataError, MismatchError
 from folora.metrics.meter import total_norm
@@ -32,7 +32,7 @@ from folora.pipeline.prepare import null_rank
 from folora.pipeline.run import Run
 from folora.runtime.artifacts import software_versions
 from folora.runtime.progress import progress
-from folora.runtime.storage import obstacle, read_json, write_text
+from folora.runtime.storage import obstacle
 from folora.spectral.eigenproblem import BASES
 from folora.spectral.layers import GroupBasis, solve
 from folora.training.prepared import Prepared, assemble
@@ -57,7 +57,7 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """A file's name: the method and every change."""
+        """The method and every change."""
         parts = [f"{key.rsplit('.', 1)[-1]}={value}" for key, value in self.changes.items()]
         return "--".join([self.method, *parts]).replace("/", "_")
 
@@ -85,7 +85,7 @@ class Comparison:
     Args:
         run: The run whose first two stages are used (and done, where they are missing). Its config
             is the base of every arm's.
-        folder: For the arms' files.
+        results: JSONL file for the arms' results; other comparisons may share it.
         stage: What model this is, for tables; its seed too, if models differ by seed.
         task: What task this is.
         command: What was typed, for the record.
@@ -97,7 +97,7 @@ class Comparison:
     def __init__(
         self,
         run: Run,
-        folder: Path,
+        results: Path,
         *,
         stage: str,
         task: str,
@@ -106,7 +106,7 @@ class Comparison:
         read_at: Sequence[float] = READ_AT,
         score_at: Sequence[float] | None = None,
     ) -> None:
-        self.run, self.folder, self.stage, self.task = run, folder, stage, task
+        self.run, self.results, self.stage, self.task = run, ResultFile(results), stage, task
         self.command, self.score, self.read_at = command, score, tuple(read_at)
         self.score_at = self.read_at if score_at is None else tuple(score_at)
         self.calibration: dict[str, Any] = {}
@@ -119,7 +119,7 @@ class Comparison:
         """The same comparison with another C_pre.
 
         Args:
-            calibration: What it was measured on, for file names and tables.
+            calibration: What it was measured on, for the arms' names and tables.
             pre: C_pre by group name, (d_in, d_in).
         """
         other = copy(self)
@@ -127,7 +127,7 @@ class Comparison:
         return other
 
     def run_all(self, chosen: Sequence[Arm]) -> Iterator[dict[str, Any]]:
-        """Run the arms that have no file yet, and yield every arm's result in turn.
+        """Run the arms that have no result yet, and yield every arm's result in turn.
 
         Raises:
             ConfigError: Some arm is not possible; found before the first one starts.
@@ -142,20 +142,19 @@ class Comparison:
             made_from["statistics"][0] = tensors_sha256(own)
         with progress("arms", len(chosen)) as tick:
             for arm, config in zip(chosen, configs, strict=True):
-                path = self.path(arm)
-                if not path.exists():
-                    result = {**self._result(arm, config), "made_from": made_from}
-                    write_text(path, json.dumps(result) + "\n")
-                yield read_arm(path, config, made_from)
+                key = self.key(arm, config)
+                if key not in self.results.read():
+                    self.results.add({**self._result(arm, config), "made_from": made_from})
+                yield checked_arm(self.results.read()[key], config, made_from)
                 tick()
 
     def config(self, arm: Arm) -> FoLoraConfig:
         """The arm's whole config. Raises ConfigError."""
         return configured(self.run.config, arm.method, arm.changes)
 
-    def path(self, arm: Arm) -> Path:
-        """Where the arm leaves its result."""
-        return self.folder / f"{self.name(arm)}.json"
+    def key(self, arm: Arm, config: FoLoraConfig) -> Key:
+        """What names the arm's result among those in the file."""
+        return self.task, config.training.seed, self.name(arm)
 
     def name(self, arm: Arm) -> str:
         """The arm's name, with the calibration if it is not the run's own."""
@@ -186,17 +185,18 @@ class Comparison:
             FoLoraError: One is not, or there is nothing to read the task loss on.
         """
         configs = [self.config(arm) for arm in chosen]
+        done = self.results.read()
         on_cpu = self.run.model.device.type == "cpu"
         for config in configs:
             if config.adapter.target_modules != self.run.config.adapter.target_modules:
                 raise ConfigError("arms share statistics, so adapter.target_modules cannot differ")
-            sft_config(config.training, self.folder, evaluates=False, on_cpu=on_cpu)
+            sft_config(config.training, self.results.path.parent, evaluates=False, on_cpu=on_cpu)
             check_adapter(self.run.model, self.run.groups, config.adapter)
         # What was made from another model or other rows is found before these are sampled for.
         known = {**self.run.model_facts, "data": self.run.task.fingerprint}
         for arm, config in zip(chosen, configs, strict=True):
-            if self.path(arm).exists():
-                read_arm(self.path(arm), config, known)
+            if line := done.get(self.key(arm, config)):
+                checked_arm(line, config, known)
         if not self.run.task.held_out:
             raise DataError(
                 "a comparison needs held-out rows for the task loss, and a tenth of the rows is "
@@ -205,17 +205,18 @@ class Comparison:
         return configs
 
     def check_results(self, chosen: Sequence[Arm]) -> None:
-        """Refuse, before other arms are run for hours, a file that is none of its arm's.
+        """Refuse, before the model is loaded, a file of results that arms cannot be added to.
 
         Raises:
-            FoLoraError: It is of other settings, damaged, or no plain file.
+            FoLoraError: It holds one of these arms with other settings, is damaged, or no plain file.
         """
+        if why := obstacle(self.results.path):
+            raise ConfigError(f"{self.results.path} {why}, but is to hold results; move it away")
+        done = self.results.read()
         for arm in chosen:
-            path = self.path(arm)
-            if why := obstacle(path):
-                raise ConfigError(f"{path} {why}, but is to hold a result; move it away")
-            if path.exists():
-                read_arm(path, self.config(arm))
+            config = self.config(arm)
+            if line := done.get(self.key(arm, config)):
+                checked_arm(line, config)
 
     def _result(self, arm: Arm, config: FoLoraConfig) -> dict[str, Any]:
         began = time.monotonic()
@@ -253,7 +254,7 @@ class Comparison:
         extra = {**config.training.extra, "save_strategy": "no"}
         on_cpu = prepared.model.device.type == "cpu"
         training = config.changed({"training.extra": extra}).training
-        args = sft_config(training, self.folder, evaluates=False, on_cpu=on_cpu)
+        args = sft_config(training, self.results.path.parent, evaluates=False, on_cpu=on_cpu)
         readings: list[dict[str, Any]] = []
         trainer = FoLoraTrainer(prepared, args, self.run.tokenizer)
 
@@ -285,36 +286,35 @@ class Comparison:
         return readings, lost()
 
 
-def read_arm(
-    path: Path, config: FoLoraConfig, made_from: Mapping[str, Any] | None = None
+def checked_arm(
+    line: Line, config: FoLoraConfig, made_from: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The result in a file, if it is that of the arm with this config, made from the same inputs.
+    """The result in a line, if it is that of the arm with this config, made from the same inputs.
 
     Args:
-        path: The file.
+        line: Of a file of results.
         config: The arm's.
         made_from: Fingerprints that it must have been made from; see `Run.made_from`.
 
     Raises:
-        ArtifactError: It is no result, or that of other settings.
+        ArtifactError: It is that of other settings.
         MismatchError: It was made from another model, data set or the like.
     """
-    result = read_json(path)
-    if not isinstance(result, dict) or not isinstance(found := result.get("config"), dict):
-        raise ArtifactError(f"{path} is no result; move it away")
-    wanted = json.loads(json.dumps(config.differences()))
-    if result.get("format") != FORMAT or found != wanted:
+    result, wanted = line.values, json.loads(json.dumps(config.differences()))
+    found = result.get("config")
+    found = found if isinstance(found, dict) else {}
+    if found != wanted:
         other = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
         raise ArtifactError(
-            f"{path} is the result of other settings ({', '.join(other) or 'format'}); move it away"
+            f"{line.place} is the result of other settings ({', '.join(other)}); {REMEDY}"
         )
-    said = result.get("made_from")
-    said = said if isinstance(said, dict) else {}
+    stated = result.get("made_from")
+    stated = stated if isinstance(stated, dict) else {}
     for name, value in (made_from or {}).items():
-        if said.get(name) != value:
+        if stated.get(name) != value:
             raise MismatchError(
-                f"{path} was made from another {name.replace('_', ' ')} than this comparison has; "
-                "move it away, or give another output folder"
+                f"{line.place} was made from another {name.replace('_', ' ')} than this comparison "
+                f"has; {REMEDY}, or give another output folder"
             )
     return result
 

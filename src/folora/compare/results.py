@@ -1,4 +1,4 @@
-"""What experiments leave behind: one JSON file an arm, read back as points.
+"""Results of experiments: a JSONL file with one line per arm, read back as points.
 
 An arm is one method with one setting (learning rate, knob), one seed and one task. Its readings
 along training are all models that one could stop at, so all arms of a method at one seed and task
@@ -7,17 +7,20 @@ are pooled into one set of points.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from folora.compare.frontier import Point
 from folora.errors import ArtifactError, DataError
-from folora.runtime.storage import read_json
+from folora.runtime.storage import alone, lock_of, parse_json, read_text, write_text
 
-FORMAT = 1
+FORMAT = 2
+LOCK_SECONDS = 60.0  # to wait for another process that adds a result
+REMEDY = "delete this line, and its arm is run again"
 NUMBERS = ("task_loss", "kl", "ce_change", "frobenius", "h_norm")
 TYPES: dict[str, type | tuple[type, ...]] = {
     "stage": str,
@@ -36,6 +39,7 @@ TYPES: dict[str, type | tuple[type, ...]] = {
 }
 
 Group = tuple[str, str, int]  # task, method, seed
+Key = tuple[str, int, str]  # task, seed and name: no two lines of a file share all three
 T = TypeVar("T")
 
 
@@ -67,7 +71,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Result:
-    """One arm, as its file has it; null among the numbers of a reading has become NaN.
+    """One arm, as its line has it; null among the numbers of a reading has become NaN.
 
     Attributes:
         stage: Model (with its seed) and task.
@@ -76,14 +80,14 @@ class Result:
         method: Key of the method.
         title: Name of the method in tables.
         changes: Options beyond the method's own settings, by dotted name.
-        command: Command that made the file.
+        command: Command that made it.
         config: The whole config.
         versions: Versions of packages.
         seconds: Time it took; None if not recorded.
         base: Reading of the base model, at step 0.
         readings: Readings along training, by step.
         diverged: Whether training ended in numbers that are not finite.
-        path: The file.
+        place: File and line, for messages.
         calibration: What C_pre was measured on, if not on the run's own samples.
     """
 
@@ -100,7 +104,7 @@ class Result:
     base: Mapping[str, Any]
     readings: tuple[Mapping[str, Any], ...]
     diverged: bool
-    path: Path
+    place: str
     calibration: Mapping[str, Any] = field(default_factory=dict)
 
     def points(self, scores: Scores) -> list[Point]:
@@ -108,25 +112,70 @@ class Result:
         return [scores.point(reading) for reading in (self.base, *self.readings)]
 
 
-def load_results(folder: str | Path) -> list[Result]:
-    """All results below `folder` (`**/*.json` with "format": 1), by path.
+class Line(NamedTuple):
+    """One line of a file of results: its values, and file and number of the line for messages."""
 
-    JSON of other kinds is passed over, and so are hidden files, which a writer may still hold.
+    place: str
+    values: dict[str, Any]
+
+
+class ResultFile:
+    """Results of arms in one JSONL file, to which several processes may add.
+
+    Every addition rewrites the file atomically while it holds a lock: a process that is killed leaves
+    the file as it was, and two processes do not lose each other's lines. Lines are sorted by task,
+    seed and name, so that the file does not depend on the order in which arms end.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def read(self) -> dict[Key, Line]:
+        """All lines; none if there is no file.
+
+        Raises:
+            ArtifactError: A line is damaged, cut off, no result, of another format, or there twice.
+                File and line are named.
+        """
+        found: dict[Key, Line] = {}
+        if not self.path.exists():
+            return found
+        for number, text in enumerate(read_text(self.path).split("\n"), 1):
+            if not text.strip():
+                continue
+            line = _line(text, f"{self.path}, line {number}")
+            task, seed, name = (line.values.get(field) for field in ("task", "seed", "name"))
+            key = (str(task), int(seed) if isinstance(seed, int) else -1, str(name))
+            if key in found:
+                raise ArtifactError(
+                    f"{line.place} is of the same arm as {found[key].place}; {REMEDY}"
+                )
+            found[key] = line
+        return found
+
+    def add(self, result: Mapping[str, Any]) -> None:
+        """Add the result of an arm, or replace that of the same task, seed and name.
+
+        Raises:
+            ArtifactError: The file is damaged or cannot be written.
+        """
+        with alone(lock_of(self.path.parent, LOCK_SECONDS)):
+            values = {key: line.values for key, line in self.read().items()}
+            values[result["task"], result["seed"], result["name"]] = dict(result)
+            text = "".join(json.dumps(values[key]) + "\n" for key in sorted(values))
+            write_text(self.path, text)
+
+
+def load_results(path: str | Path) -> list[Result]:
+    """All results in a JSONL file, in its order.
 
     Raises:
-        ArtifactError: There is no such folder, or a file is not JSON or lacks a field.
+        ArtifactError: There is no such file, or a line is not a result; file and line are named.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ArtifactError(f"no folder {folder} to read results from")
-    found = []
-    for path in sorted(folder.rglob("*.json")):
-        if any(part.startswith(".") for part in path.relative_to(folder).parts):
-            continue
-        values = read_json(path)
-        if isinstance(values, dict) and values.get("format") == FORMAT:
-            found.append(_result(values, path))
-    return found
+    path = Path(path)
+    if not path.is_file():
+        raise ArtifactError(f"no file {path} to read results from")
+    return [_result(line) for line in ResultFile(path).read().values()]
 
 
 def of_task(
@@ -164,14 +213,14 @@ def scores_of(results: Iterable[Result]) -> Scores:
     for kind in ("task", "kept"):
         scored = {bool(r.base[kind]) for r in results}
         if len(scored) > 1:
-            without = next(r.path for r in results if not r.base[kind])
+            without = next(r.place for r in results if not r.base[kind])
             raise DataError(f"{without} has no scores of {kind!r}, but other results have")
         answers.append(scored.pop() if scored else False)
     scores = Scores(*answers)
     for result in results:
         point = scores.point(result.base)
         if not (math.isfinite(point.task) and math.isfinite(point.kept)):
-            raise DataError(f"the base of {result.path} has no task score or no kept score")
+            raise DataError(f"the base of {result.place} has no task score or no kept score")
     return scores
 
 
@@ -188,7 +237,7 @@ def grouped(results: Iterable[Result]) -> dict[Group, list[Result]]:
         if first.stage != result.stage:
             raise DataError(
                 f"task {result.task!r}, seed {result.seed} has two stages, {first.stage!r} "
-                f"({first.path}) and {result.stage!r} ({result.path}); compare one at a time"
+                f"({first.place}) and {result.stage!r} ({result.place}); compare one at a time"
             )
         groups.setdefault((result.task, result.method, result.seed), []).append(result)
     return groups
@@ -222,20 +271,31 @@ def mean_score(scores: Mapping[str, float]) -> float:
     return sum(scores.values()) / len(scores) if scores else math.nan
 
 
-def _result(values: dict[str, Any], path: Path) -> Result:
+def _line(text: str, place: str) -> Line:
+    try:
+        values = parse_json(text, place)
+    except ArtifactError as error:  # it may be cut off
+        raise ArtifactError(f"{error}; {REMEDY}") from error
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise ArtifactError(f"{place} is no result of format {FORMAT}; {REMEDY}")
+    return Line(place, values)
+
+
+def _result(line: Line) -> Result:
+    values, place = line.values, line.place
     for name, kind in TYPES.items():
         if name not in values:
-            raise ArtifactError(f"the result {path} has no {name!r}")
+            raise ArtifactError(f"{place} has no {name!r}; {REMEDY}")
         if not isinstance(values[name], kind):
-            raise ArtifactError(f"the result {path} has a wrong {name!r}: {values[name]!r:.80}")
-    readings = [_reading(reading, path) for reading in values["readings"]]
+            raise ArtifactError(f"{place} has a wrong {name!r}: {values[name]!r:.80}; {REMEDY}")
+    readings = [_reading(reading, place) for reading in values["readings"]]
     fields = {name: values[name] for name in TYPES}
-    fields["base"] = _reading(values["base"], path)
+    fields["base"] = _reading(values["base"], place)
     fields["readings"] = tuple(sorted(readings, key=lambda reading: reading["step"]))
-    return Result(**fields, path=path, calibration=values.get("calibration") or {})
+    return Result(**fields, place=place, calibration=values.get("calibration") or {})
 
 
-def _reading(values: Any, path: Path) -> dict[str, Any]:
+def _reading(values: Any, place: str) -> dict[str, Any]:
     """A reading with NaN for null."""
     try:
         return {
@@ -246,7 +306,7 @@ def _reading(values: Any, path: Path) -> dict[str, Any]:
         }
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ArtifactError(
-            f"the result {path} has a broken reading ({error!r}): {values!r:.80}"
+            f"{place} has a broken reading ({error!r}): {values!r:.80}; {REMEDY}"
         ) from error
 
 

@@ -209,18 +209,31 @@ def write_json(path: Path, value: Any) -> None:
     write_text(Path(path), json.dumps(value, indent=1) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises ArtifactError naming the file if it is missing or damaged."""
+def read_text(path: Path) -> str:
+    """Read a text file. Raises ArtifactError naming the file if it is missing, too large or not UTF-8."""
     path = Path(path)
     check_regular_file(path)
     try:
         if (size := path.stat().st_size) > LARGEST_JSON:
             raise ArtifactError(f"{path} has {size} bytes, but must have at most {LARGEST_JSON}")
-        return checked_depth(json.loads(path.read_text(encoding="utf-8")))
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ArtifactError(f"{path} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
+
+
+def parse_json(text: str, place: object) -> Any:
+    """The value of a JSON text. Raises ArtifactError naming the place if the text is damaged."""
+    try:
+        return checked_depth(json.loads(text))
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{place} cannot be read: {error}") from error
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises ArtifactError naming the file if it is missing or damaged."""
+    return parse_json(read_text(path), path)
 
 
 def checked_depth(value: T) -> T:
@@ -314,9 +327,9 @@ def check_writable(folder: Path, what: str) -> None:
         raise ConfigError(f"{what} {folder} cannot be written: no permission in {place}")
 
 
-def lock_of(folder: Path) -> FileLock:
-    """The lock of a folder, for `alone`; one object may be taken again by who holds it."""
-    return FileLock(folder / LOCK, timeout=LOCK_SECONDS)
+def lock_of(folder: Path, seconds: float = LOCK_SECONDS) -> FileLock:
+    """The lock of a folder, for `alone`, which waits `seconds` for it; its holder may take it again."""
+    return FileLock(folder / LOCK, timeout=seconds)
 
 
 def check_lock(folder: Path) -> None:

@@ -93,7 +93,7 @@ def test_a_recipe_runs_end_to_end(
     given = ["--recipe", str(path), "--model", model_folder, "--output", str(tmp_path)]
     assert main([*given, "--methods", methods, "--allow-code", "--dry-run"]) == 0
     recipe = read_recipe(path)
-    found = load_results(tmp_path)
+    found = load_results(tmp_path / "dry-run/results.jsonl")
     assert {r.method for r in found} == set(methods.split(","))
     for result in found:
         assert (result.stage, result.task) == (recipe.stage, recipe.task)
@@ -116,7 +116,7 @@ def test_every_method_runs_end_to_end(hub: None, model_folder: str, tmp_path: Pa
     path = FOLDER / "recipes" / "llama2-7b-math.yaml"
     given = ["--recipe", str(path), "--model", model_folder, "--output", str(tmp_path)]
     assert main([*given, "--benchmarks", "gsm8k", "--learning-rates", "1e-3", "--dry-run"]) == 0
-    found = load_results(tmp_path)
+    found = load_results(tmp_path / "dry-run/results.jsonl")
     assert {r.method for r in found} == set(read_recipe(path).methods)
     for result in found:
         assert result.changes == {"training.learning_rate": 1e-3, "training.seed": 0}

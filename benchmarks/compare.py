@@ -1,0 +1,206 @@
+"""Compare methods as a plan says: ``python -m benchmarks.compare --plan PLAN.yaml --seeds 0``.
+
+For every seed and task, the arms of the plan that have no result yet are trained, and their results
+are added to one JSONL file. An interrupted comparison resumes when the command is run again, and
+several processes may share a plan if each has its own seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from benchmarks.plan import Plan, check_names
+from benchmarks.real.testbed import MODELS, RealTestbed
+from benchmarks.world.testbed import WorldTestbed, own_task
+from folora.compare.comparison import Arm, Comparison, Score
+from folora.config import FoLoraConfig
+from folora.data.rows import text_examples
+from folora.errors import ConfigError
+from folora.pipeline.prepare import measure
+from folora.pipeline.run import SAMPLES, STATISTICS, Run
+from folora.runtime.storage import write_text
+
+
+class Testbed(Protocol):
+    """What methods are compared on: a model, the rows of its tasks, and how it is scored.
+
+    Attributes:
+        kind: The folder of its runs.
+        model: The folder of the model.
+        stage: The model's name in tables; it includes the seed if models differ by seed.
+    """
+
+    kind: str
+    model: Path
+    stage: str
+
+    def rows(self, task: str) -> Sequence[Mapping[str, str]]:
+        """The rows that train, of which some are held out."""
+
+    def options(self) -> dict[str, Any]:
+        """Options of the config that the seed sets, by dotted name."""
+
+    def score(self, run: Run, task: str) -> Score:
+        """Task and retention scores of a model."""
+
+    def texts(self, run: Run, source: str, count: int) -> list[list[int]]:
+        """Token ids to measure C_pre on, instead of the run's own samples."""
+
+
+TESTBEDS: Mapping[str, type[WorldTestbed] | type[RealTestbed]] = {
+    "world": WorldTestbed,
+    **dict.fromkeys(MODELS, RealTestbed),
+}
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a comparison reads and writes.
+
+    Attributes:
+        models: Folder of models.
+        runs: Folder for samples and statistics.
+        results: JSONL file of results.
+        command: The command line, for the record.
+    """
+
+    models: Path
+    runs: Path
+    results: Path
+    command: str
+
+
+def compare(plan: Plan, testbed: Testbed, seed: int, arms: Sequence[Arm], places: Places) -> None:
+    """Run the arms on every task of a plan, for one seed, and print a line for each.
+
+    Args:
+        plan: The plan.
+        testbed: Of that seed.
+        seed: See above.
+        arms: Those of the plan that are wanted.
+        places: Where to read and write.
+    """
+    base = FoLoraConfig().changed(plan.base)
+    folder = places.runs / testbed.kind / plan.runs / str(seed)
+    donor: Path | None = None
+    for task in plan.tasks:
+        run = task_run(base, testbed, folder / task, task, donor)
+        donor = folder / task
+        comparison = Comparison(
+            run,
+            places.results,
+            stage=testbed.stage,
+            task=task,
+            command=places.command,
+            score=testbed.score(run, task),
+            read_at=plan.read_at,
+            score_at=plan.score_at,
+        )
+        for calibration in plan.calibration:
+            one = calibrated(comparison, testbed, calibration) if calibration else comparison
+            for result in one.run_all(arms):
+                print(shown(result), flush=True)
+
+
+def task_run(
+    base: FoLoraConfig, testbed: Testbed, folder: Path, task: str, donor: Path | None
+) -> Run:
+    """A run on a task; what belongs to the base model is copied from the run of another task."""
+    rows = folder / "rows.jsonl"
+    write_text(rows, "".join(json.dumps(row) + "\n" for row in testbed.rows(task)))
+    for part in (SAMPLES, f"{STATISTICS}/pre"):
+        if donor and (donor / part).exists() and not (folder / part).exists():
+            shutil.copytree(donor / part, folder / part)
+    paths = {"model": str(testbed.model), "dataset": str(rows), "output": str(folder)}
+    return Run(base.changed({**paths, **testbed.options()}))
+
+
+def calibrated(
+    comparison: Comparison, testbed: Testbed, calibration: Mapping[str, Any]
+) -> Comparison:
+    """The comparison with C_pre measured on other texts than the run's own samples."""
+    run = comparison.run
+    run.sample()
+    chosen = text_examples(testbed.texts(run, **calibration))
+    pre = measure(run.model, run.groups, chosen, run.config.statistics, "C_pre").matrices
+    return comparison.calibrated(dict(calibration), pre)
+
+
+def shown(result: Mapping[str, Any]) -> str:
+    """One line on the result of an arm."""
+    last = result["readings"][-1]
+    kept = [value for value in last["kept"].values() if value is not None]
+    mean = f"{sum(kept) / len(kept):.4f}" if kept else "-"
+    task = "".join(f"{name} {value}, " for name, value in last["task"].items())
+    return (
+        f"{result['seed']} {result['task']} {result['name']}: {task}loss {last['task_loss']}, "
+        f"retained {mean}, KL {last['kl']}, {result['seconds']} s"
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The argument parser."""
+    found = argparse.ArgumentParser(
+        prog="python -m benchmarks.compare", description="Compare methods as a plan says."
+    )
+    found.add_argument("--plan", type=Path, required=True, metavar="FILE.yaml")
+    found.add_argument("--seeds", type=int, nargs="+", help="default: the plan's")
+    found.add_argument("--tasks", nargs="+", help="default: the plan's")
+    found.add_argument("--methods", nargs="+", help="of the plan's; default: all")
+    found.add_argument("--learning-rates", nargs="+", type=float, help="likewise")
+    found.add_argument("--threads", type=int, help="default: 1 for worlds, else all cores")
+    found.add_argument("--device", help="instead of the plan's")
+    found.add_argument("--dtype", help="instead of the plan's; bfloat16 is slow on many CPUs")
+    found.add_argument("--models", type=Path, default=Path("models"), help="default: models")
+    found.add_argument("--runs", type=Path, default=Path("runs"), help="default: runs")
+    found.add_argument("--output", type=Path, help="default: benchmarks/results/PLAN.jsonl")
+    found.add_argument("--train", type=Path, help="rows of your own task, for worlds")
+    found.add_argument("--test", type=Path, help="its test rows")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    options = parser().parse_args(given)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("folora").setLevel(logging.INFO)
+    plan = Plan.load(options.plan)
+    instead = {name: v for name in ("device", "dtype") if (v := getattr(options, name))}
+    plan = replace(plan, base={**plan.base, **instead}, tasks=options.tasks or plan.tasks)
+    check_names([plan.model], [*TESTBEDS])
+    testbed: Any = TESTBEDS[plan.model]
+    if options.train or options.test:
+        if plan.model != "world" or not (options.train and options.test):
+            raise ConfigError("--train and --test belong together, and to plans of worlds")
+        plan = replace(plan, tasks=[options.train.stem])
+        testbed = partial(WorldTestbed, own=own_task(options.train, options.test))
+    else:
+        testbed.check(plan)
+    arms = plan.arms(options.methods, options.learning_rates)
+    if threads := options.threads or (1 if plan.model == "world" else None):
+        torch.set_num_threads(threads)
+    places = Places(
+        options.models,
+        options.runs,
+        options.output or Path("benchmarks/results") / f"{options.plan.stem}.jsonl",
+        f"python -m benchmarks.compare {shlex.join(given)}",
+    )
+    for seed in options.seeds or plan.seeds:
+        compare(plan, testbed(plan, seed, places.models), seed, arms, places)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Blocks on all plans and methods: what was run, the catalogue of methods, spectra."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+
+from benchmarks.report.blocks import (
+    Block,
+    image,
+    paragraphs,
+    stated_range,
+)
+from benchmarks.report.charts import (
+    spectra_picture,
+)
+from benchmarks.report.source import NoResultsError, Source
+from folora.compare.methods import METHODS
+from folora.compare.tables import NONE, Table
+
+SEEDS = re.compile(r"\s+--seeds(?:[ =]\d+)+")
+
+
+def runs(source: Source) -> Block:
+    """What was run: how much of each plan, for how long, by which commands and versions."""
+    rows, commands, versions = [], dict[str, None](), dict[str, None]()
+    for plan in dict.fromkeys([*source.plans, *source.results]):
+        results, expected = source.results.get(plan, []), source.expected(plan)
+        arms = f"{len(results)} of {len(expected)}" if expected else str(len(results))
+        tasks = ", ".join(dict.fromkeys(r.task for r in results)) or NONE
+        seeds = ", ".join(map(str, sorted({r.seed for r in results}))) or NONE
+        hours = sum(r.seconds or 0.0 for r in results) / 3600
+        rows.append((plan, tasks, seeds, arms, f"{hours:.1f}"))
+        commands |= dict.fromkeys(SEEDS.sub("", r.command) for r in results)
+        versions |= dict.fromkeys(
+            ", ".join(f"{name} {number}" for name, number in r.versions.items()) for r in results
+        )
+    caption = "Arms: those with a result, of those planned. Hours: of one core, for these arms."
+    table = Table(("plan", "tasks", "seeds", "arms", "hours"), tuple(rows), caption)
+    typed = "\n".join(["```", *commands, "```"]) if commands else ""
+    made = f"Versions: {'; '.join(versions)}." if versions else ""
+    return Block(paragraphs(table.markdown(), typed, made))
+
+
+def catalogue(source: Source) -> Block:
+    """All methods: what each changes, and what it is."""
+    del source
+    rows = [
+        (name, m.title, ", ".join(f"{k} = {v}" for k, v in m.changes.items()) or "nothing", m.about)
+        for name, m in METHODS.items()
+    ]
+    caption = "Names are those of `folora compare --methods`; options those of `folora run`."
+    return Block(
+        Table(("name", "method", "changes", "what it is"), tuple(rows), caption).markdown()
+    )
+
+
+def spectra(source: Source) -> Block:
+    """How far C_task is from C_pre's eigenbasis, and how few directions carry the task."""
+    if not source.spectra:
+        raise NoResultsError("No results of `benchmarks.spectra` yet.")
+    header = (
+        "model", "task", "groups", "off-diagonal mass", "gate above its floor", "half of gamma",
+    )  # fmt: skip
+    rows = []
+    for found in source.spectra:
+        groups = found["groups"]
+        mass, gate, half = ([g[name] for g in groups] for name in ("off_diagonal", "open", "half"))
+        rows.append(
+            (
+                found["model"], found["task"], str(len(groups)), stated_range(mass, ".3f"),
+                stated_range(gate, ".0%"), stated_range(half, "g"),
+            )
+        )  # fmt: skip
+    caption = (
+        "Median (range) over the groups, that is the shared inputs. Off-diagonal mass: share of "
+        "||C_task||_F^2 off the diagonal in the eigenbasis of C_pre. Gate above its floor: share of "
+        "the directions. Half of gamma: directions that carry half of the sum. At the default tau, "
+        "lambda and s_min."
+    )
+    table = Table(header, tuple(rows), caption)
+    picture = image("spectra.png", "off-diagonal mass, gamma and gate")
+    text = paragraphs(table.markdown(), picture)
+    return Block(text, {"spectra.png": partial(spectra_picture, source.spectra)})
+
+
+BLOCKS: dict[str, Callable[..., Block]] = {
+    "runs": runs,
+    "catalogue": catalogue,
+    "spectra": spectra,
+}

@@ -1,0 +1,67 @@
+"""A page of docs: its template, with every line ``{{ block argument ... }}`` filled in."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.report import overview, real, reliability, speed, worlds
+from benchmarks.report.blocks import Block, Drawing
+from benchmarks.report.source import NoResultsError, Source, check_word
+from folora.errors import ConfigError, FoLoraError
+
+TEMPLATES = Path(__file__).parent / "templates"
+CALL = re.compile(r"\s*\{\{(.*)\}\}\s*")
+
+BLOCKS: dict[str, Callable[..., Block]] = {
+    **overview.BLOCKS,
+    **worlds.BLOCKS,
+    **real.BLOCKS,
+    **speed.BLOCKS,
+    **reliability.BLOCKS,
+}
+"""By name; each takes the source and the words that follow its name."""
+
+
+def pages(docs: Path) -> dict[Path, Path]:
+    """The page of each template: the same path below `docs`."""
+    return {path: docs / path.relative_to(TEMPLATES) for path in sorted(TEMPLATES.rglob("*.md"))}
+
+
+def render(template: str, source: Source, name: str = "the template") -> Block:
+    """The whole page: the template with its blocks filled in, and all pictures.
+
+    Raises:
+        ConfigError: A block is unknown, or its arguments or results are wrong; the line is named.
+    """
+    lines: list[str] = []
+    pictures: dict[str, Drawing] = {}
+    for number, line in enumerate(template.splitlines(), 1):
+        if "{{" not in line:
+            lines.append(line)
+            continue
+        try:
+            block = _called(line, source)
+        except NoResultsError as nothing:
+            block = Block(f"*{nothing}*")
+        except FoLoraError as error:
+            raise ConfigError(f"{name}, line {number}, {line.strip()!r}: {error}") from error
+        lines.append(block.text.strip())
+        pictures |= block.pictures
+    return Block("\n".join([*lines, ""]), pictures)
+
+
+def _called(line: str, source: Source) -> Block:
+    """The block that a line of the template calls for."""
+    call = CALL.fullmatch(line)
+    if not call:
+        raise ConfigError("a block {{ name argument ... }} needs a line of its own")
+    name, *arguments = call[1].split() or [""]
+    check_word(name, BLOCKS, "block")
+    try:
+        inspect.signature(BLOCKS[name]).bind(source, *arguments)
+    except TypeError as error:
+        raise ConfigError(f"wrong arguments, {error}") from error
+    return BLOCKS[name](source, *arguments)

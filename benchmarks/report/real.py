@@ -1,0 +1,132 @@
+"""Blocks on pretrained models: KL and scores relative to LoRA's at matched task loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from benchmarks.report.blocks import (
+    REFERENCE,
+    REFERENCES,
+    Block,
+    image,
+    knobs_of,
+    paragraphs,
+    relabelled,
+    setting,
+)
+from benchmarks.report.forgetting import answers_table, forgetting_table, without_scores
+from benchmarks.report.source import NoResultsError, Source, rate_of
+from folora.compare.plots import frontier_picture
+from folora.compare.results import Result
+from folora.compare.tables import Table, comparison_table
+
+DEMO = (
+    ("learned: task loss (nats a token)", "task_loss", "{:.3f}"),
+    ("learned: problems solved (of 40)", "task_accuracy", "{:.1%}"),
+    ("kept: facts known (of 400; base is the mark)", "facts_accuracy", "{:.1%}"),
+    ("kept: log-probability of a fact", "facts_log_probability", "{:.2f}"),
+    ("forgot: KL to the base (nats a token)", "kl", "{:.4f}"),
+)
+
+
+def real(source: Source, plan: str, task: str) -> Block:
+    """What each method forgot of a pretrained model, by what it was asked, and the frontier."""
+    results = source.chosen(plan, task)
+    picture = f"{plan}_{task}.png"
+    text = paragraphs(
+        forgetting_table(results).markdown(),
+        answers_table(results).markdown(),
+        source.missing(plan, task),
+        image(picture, f"KL against task loss, {task}"),
+    )
+    meter = [without_scores(r) for r in results]  # the KL tells more than few questions do
+    return Block(text, {picture: partial(frontier_picture, meter, task)})
+
+
+def real_seeds(source: Source, plan: str, task: str, baseline: str, *others: str) -> Block:
+    """The same of a pretrained model: what each method forgot, and what part that is of a baseline's."""
+    table = forgetting_table(source.pooled(plan, task, others), baseline)
+    return Block(paragraphs(table.markdown(), source.missing(plan, task)))
+
+
+def ingredients(source: Source, plan: str, task: str, other: str) -> Block:
+    """Methods and settings of a plan, beside another plan's references of the same seeds, by the KL alone."""
+    results = source.chosen(plan, task)
+    beside = _references(source, results, task, other)
+    named = [relabelled(r, f"folora, {setting(r)}") if knobs_of(r) else r for r in results]
+    together = [without_scores(r) for r in (*beside, *named)]
+    table = comparison_table(together, task, reference=REFERENCE)
+    return Block(paragraphs(table.markdown(), source.missing(plan, task)))
+
+
+def real_beside(source: Source, plan: str, task: str, other: str) -> Block:
+    """What each method of a plan forgot, beside another plan's references of the same seeds."""
+    return _beside(source, plan, task, other, lambda result: result)
+
+
+def real_rates(source: Source, plan: str, task: str, other: str) -> Block:
+    """The same with each learning rate as a row of its own."""
+    return _beside(
+        source, plan, task, other, lambda r: relabelled(r, f"{r.title} at {rate_of(r):g}")
+    )
+
+
+def compared(source: Source, plan: str, task: str) -> Block:
+    """What one ``folora compare`` found, by the meter alone."""
+    results = source.chosen(plan, task)
+    picture = f"{plan}_{task}.png"
+    text = paragraphs(
+        comparison_table(results, task, reference=REFERENCE).markdown(),
+        image(picture, f"KL against task loss, {plan}"),
+    )
+    return Block(text, {picture: partial(frontier_picture, results, task)})
+
+
+def demo(source: Source) -> Block:
+    """What ``make demo`` wrote: one seed of LoRA and folora at the same rate and steps."""
+    if not source.demo:
+        raise NoResultsError("No result of `make demo` yet.")
+    kinds = " and ".join(run["cpu"] for run in source.demo)
+    caption = f"One seed; `make demo` on CPUs with {kinds}; a range where they differ."
+    return Block(Table(*demo_cells(source.demo), caption).markdown())
+
+
+def _beside(
+    source: Source, plan: str, task: str, other: str, named: Callable[[Result], Result]
+) -> Block:
+    results = source.chosen(plan, task)
+    table = forgetting_table([*_references(source, results, task, other), *map(named, results)])
+    return Block(paragraphs(table.markdown(), source.missing(plan, task)))
+
+
+def _references(source: Source, results: Sequence[Result], task: str, other: str) -> list[Result]:
+    """Another plan's references, of the seeds that there are results of."""
+    there = {r.seed for r in results}
+    return [r for r in source.maybe(other, task) if r.method in REFERENCES and r.seed in there]
+
+
+def demo_cells(
+    runs: Sequence[Mapping[str, Any]],
+) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """Header and rows of the demo's table, from the results of ``make demo`` on several CPUs."""
+    arms = tuple(runs[0]["scores"])
+
+    def cell(arm: str, key: str, style: str) -> str:
+        values = sorted(run["scores"][arm][key] for run in runs)
+        return " to ".join(dict.fromkeys(style.format(v) for v in (values[0], values[-1])))
+
+    rows = tuple((title, *(cell(arm, key, style) for arm in arms)) for title, key, style in DEMO)
+    return ("", *arms), rows
+
+
+BLOCKS: dict[str, Callable[..., Block]] = {
+    "real": real,
+    "real_seeds": real_seeds,
+    "ingredients": ingredients,
+    "real_beside": real_beside,
+    "real_rates": real_rates,
+    "compared": compared,
+    "demo": demo,
+}
