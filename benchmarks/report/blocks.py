@@ -9,7 +9,9 @@ from statistics import median
 from typing import Any
 
 from benchmarks.plan import RATE
+from benchmarks.report.source import check_word
 from folora.compare.results import Result
+from folora.compare.tables import Table
 from folora.errors import DataError
 
 REFERENCE = "folora"
@@ -31,15 +33,34 @@ Drawing = Callable[[Path], None]
 
 @dataclass(frozen=True)
 class Block:
-    """Markdown text, and functions that draw its pictures, by file name."""
+    """Tables and Markdown text, and functions that draw its pictures, by file name."""
 
-    text: str
+    parts: Sequence[Table | str]
     pictures: Mapping[str, Drawing] = field(default_factory=dict)
 
+    @property
+    def text(self) -> str:
+        """All parts as Markdown, with a blank line between."""
+        texts = (part if isinstance(part, str) else part.markdown() for part in self.parts)
+        return "\n\n".join(text.strip() for text in texts)
 
-def paragraphs(*parts: str) -> str:
-    """Parts with a blank line between; empty ones are left out."""
-    return "\n\n".join(part.strip() for part in parts if part)
+    def columns(self, titles: Sequence[str]) -> Block:
+        """Some columns of the first table alone, without its caption.
+
+        Raises:
+            ConfigError: There is no such column.
+        """
+        table = next(part for part in self.parts if isinstance(part, Table))
+        for title in titles:
+            check_word(title, table.header, "column")
+        places = [table.header.index(title) for title in titles]
+        rows = tuple(tuple(row[i] for i in places) for row in table.rows)
+        return Block([Table(tuple(titles), rows, "")])
+
+
+def parts(*given: Table | str) -> list[Table | str]:
+    """Those that are not empty."""
+    return [part for part in given if part]
 
 
 def image(name: str, about: str) -> str:

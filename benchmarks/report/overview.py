@@ -9,7 +9,7 @@ from functools import partial
 from benchmarks.report.blocks import (
     Block,
     image,
-    paragraphs,
+    parts,
     stated_range,
 )
 from benchmarks.report.charts import (
@@ -40,7 +40,7 @@ def runs(source: Source) -> Block:
     table = Table(("plan", "tasks", "seeds", "arms", "hours"), tuple(rows), caption)
     typed = "\n".join(["```", *commands, "```"]) if commands else ""
     made = f"Versions: {'; '.join(versions)}." if versions else ""
-    return Block(paragraphs(table.markdown(), typed, made))
+    return Block(parts(table, typed, made))
 
 
 def catalogue(source: Source) -> Block:
@@ -51,9 +51,7 @@ def catalogue(source: Source) -> Block:
         for name, m in METHODS.items()
     ]
     caption = "Names are those of `folora compare --methods`; options those of `folora run`."
-    return Block(
-        Table(("name", "method", "changes", "what it is"), tuple(rows), caption).markdown()
-    )
+    return Block([Table(("name", "method", "changes", "what it is"), tuple(rows), caption)])
 
 
 def spectra(source: Source) -> Block:
@@ -81,8 +79,8 @@ def spectra(source: Source) -> Block:
     )
     table = Table(header, tuple(rows), caption)
     picture = image("spectra.png", "off-diagonal mass, gamma and gate")
-    text = paragraphs(table.markdown(), picture)
-    return Block(text, {"spectra.png": partial(spectra_picture, source.spectra)})
+    content = parts(table, picture)
+    return Block(content, {"spectra.png": partial(spectra_picture, source.spectra)})
 
 
 BLOCKS: dict[str, Callable[..., Block]] = {

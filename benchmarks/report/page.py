@@ -1,13 +1,17 @@
-"""A page of docs: its template, with every line ``{{ block argument ... }}`` filled in."""
+"""A page of docs: its template, with every line ``{{ block argument ... }}`` filled in.
+
+``{{ block argument ... | column; column }}`` stands for these columns of the block's first table alone.
+"""
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.report import overview, real, reliability, speed, worlds
+from benchmarks.report import overview, real, reliability, speed, summary, worlds
 from benchmarks.report.blocks import Block, Drawing
 from benchmarks.report.source import NoResultsError, Source, check_word
 from folora.errors import ConfigError, FoLoraError
@@ -17,6 +21,7 @@ CALL = re.compile(r"\s*\{\{(.*)\}\}\s*")
 
 BLOCKS: dict[str, Callable[..., Block]] = {
     **overview.BLOCKS,
+    **summary.BLOCKS,
     **worlds.BLOCKS,
     **real.BLOCKS,
     **speed.BLOCKS,
@@ -30,7 +35,15 @@ def pages(docs: Path) -> dict[Path, Path]:
     return {path: docs / path.relative_to(TEMPLATES) for path in sorted(TEMPLATES.rglob("*.md"))}
 
 
-def render(template: str, source: Source, name: str = "the template") -> Block:
+@dataclass(frozen=True)
+class Page:
+    """Markdown text, and functions that draw its pictures, by file name."""
+
+    text: str
+    pictures: Mapping[str, Drawing]
+
+
+def render(template: str, source: Source, name: str = "the template") -> Page:
     """The whole page: the template with its blocks filled in, and all pictures.
 
     Raises:
@@ -45,12 +58,12 @@ def render(template: str, source: Source, name: str = "the template") -> Block:
         try:
             block = _called(line, source)
         except NoResultsError as nothing:
-            block = Block(f"*{nothing}*")
+            block = Block([f"*{nothing}*"])
         except FoLoraError as error:
             raise ConfigError(f"{name}, line {number}, {line.strip()!r}: {error}") from error
-        lines.append(block.text.strip())
+        lines.append(block.text)
         pictures |= block.pictures
-    return Block("\n".join([*lines, ""]), pictures)
+    return Page("\n".join([*lines, ""]), pictures)
 
 
 def _called(line: str, source: Source) -> Block:
@@ -58,10 +71,12 @@ def _called(line: str, source: Source) -> Block:
     call = CALL.fullmatch(line)
     if not call:
         raise ConfigError("a block {{ name argument ... }} needs a line of its own")
-    name, *arguments = call[1].split() or [""]
+    words, _, columns = call[1].partition("|")
+    name, *arguments = words.split() or [""]
     check_word(name, BLOCKS, "block")
     try:
         inspect.signature(BLOCKS[name]).bind(source, *arguments)
     except TypeError as error:
         raise ConfigError(f"wrong arguments, {error}") from error
-    return BLOCKS[name](source, *arguments)
+    block = BLOCKS[name](source, *arguments)
+    return block.columns([title.strip() for title in columns.split(";")]) if columns else block

@@ -12,7 +12,7 @@ from benchmarks.report.blocks import (
     Block,
     image,
     knobs_of,
-    paragraphs,
+    parts,
     relabelled,
     setting,
 )
@@ -35,30 +35,31 @@ def real(source: Source, plan: str, task: str) -> Block:
     """What each method forgot of a pretrained model, by what it was asked, and the frontier."""
     results = source.chosen(plan, task)
     picture = f"{plan}_{task}.png"
-    text = paragraphs(
-        forgetting_table(results).markdown(),
-        answers_table(results).markdown(),
+    content = parts(
+        forgetting_table(results),
+        answers_table(results),
         source.missing(plan, task),
         image(picture, f"KL against task loss, {task}"),
     )
     meter = [without_scores(r) for r in results]  # the KL tells more than few questions do
-    return Block(text, {picture: partial(frontier_picture, meter, task)})
+    return Block(content, {picture: partial(frontier_picture, meter, task)})
 
 
 def real_seeds(source: Source, plan: str, task: str, baseline: str, *others: str) -> Block:
     """The same of a pretrained model: what each method forgot, and what part that is of a baseline's."""
     table = forgetting_table(source.pooled(plan, task, others), baseline)
-    return Block(paragraphs(table.markdown(), source.missing(plan, task)))
+    return Block(parts(table, source.missing(plan, task)))
 
 
 def ingredients(source: Source, plan: str, task: str, other: str) -> Block:
     """Methods and settings of a plan, beside another plan's references of the same seeds, by the KL alone."""
-    results = source.chosen(plan, task)
-    beside = _references(source, results, task, other)
-    named = [relabelled(r, f"folora, {setting(r)}") if knobs_of(r) else r for r in results]
-    together = [without_scores(r) for r in (*beside, *named)]
+
+    def named(result: Result) -> Result:
+        return relabelled(result, f"folora, {setting(result)}") if knobs_of(result) else result
+
+    together = map(without_scores, with_references(source, plan, task, other, named))
     table = comparison_table(together, task, reference=REFERENCE)
-    return Block(paragraphs(table.markdown(), source.missing(plan, task)))
+    return Block(parts(table, source.missing(plan, task)))
 
 
 def real_beside(source: Source, plan: str, task: str, other: str) -> Block:
@@ -77,11 +78,11 @@ def compared(source: Source, plan: str, task: str) -> Block:
     """What one ``folora compare`` found, by the meter alone."""
     results = source.chosen(plan, task)
     picture = f"{plan}_{task}.png"
-    text = paragraphs(
-        comparison_table(results, task, reference=REFERENCE).markdown(),
+    content = parts(
+        comparison_table(results, task, reference=REFERENCE),
         image(picture, f"KL against task loss, {plan}"),
     )
-    return Block(text, {picture: partial(frontier_picture, results, task)})
+    return Block(content, {picture: partial(frontier_picture, results, task)})
 
 
 def demo(source: Source) -> Block:
@@ -90,21 +91,30 @@ def demo(source: Source) -> Block:
         raise NoResultsError("No result of `make demo` yet.")
     kinds = " and ".join(run["cpu"] for run in source.demo)
     caption = f"One seed; `make demo` on CPUs with {kinds}; a range where they differ."
-    return Block(Table(*demo_cells(source.demo), caption).markdown())
+    return Block([Table(*demo_cells(source.demo), caption)])
 
 
 def _beside(
     source: Source, plan: str, task: str, other: str, named: Callable[[Result], Result]
 ) -> Block:
+    table = forgetting_table(with_references(source, plan, task, other, named))
+    return Block(parts(table, source.missing(plan, task)))
+
+
+def with_references(
+    source: Source,
+    plan: str,
+    task: str,
+    other: str,
+    named: Callable[[Result], Result] = lambda result: result,
+) -> list[Result]:
+    """A plan's results, after LoRA's and folora's of another plan at the same seeds."""
     results = source.chosen(plan, task)
-    table = forgetting_table([*_references(source, results, task, other), *map(named, results)])
-    return Block(paragraphs(table.markdown(), source.missing(plan, task)))
-
-
-def _references(source: Source, results: Sequence[Result], task: str, other: str) -> list[Result]:
-    """Another plan's references, of the seeds that there are results of."""
-    there = {r.seed for r in results}
-    return [r for r in source.maybe(other, task) if r.method in REFERENCES and r.seed in there]
+    seeds = {r.seed for r in results}
+    references = [
+        r for r in source.maybe(other, task) if r.method in REFERENCES and r.seed in seeds
+    ]
+    return [*references, *map(named, results)]
 
 
 def demo_cells(

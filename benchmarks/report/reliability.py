@@ -8,7 +8,7 @@ from benchmarks.reliability.fuzz import fuzz_table
 from benchmarks.reliability.table import distributed_table, disturbance_table, soak_table
 from benchmarks.report.blocks import (
     Block,
-    paragraphs,
+    parts,
 )
 from benchmarks.report.source import Source
 from benchmarks.scaling import bytes_table, time_table
@@ -16,27 +16,27 @@ from benchmarks.scaling import bytes_table, time_table
 
 def disturbed(source: Source) -> Block:
     """Runs that were killed, interrupted, starved and damaged, and what was lost."""
-    return Block(disturbance_table(source.tormented("chaos")).markdown())
+    return Block(parts(disturbance_table(source.tormented("chaos"))))
 
 
 def soaked(source: Source) -> Block:
     """What grew in a long training, and what many stops changed."""
-    return Block(soak_table(source.tormented("soak")).markdown())
+    return Block(parts(soak_table(source.tormented("soak"))))
 
 
 def fuzzed(source: Source) -> Block:
     """Mutated files by parser, and what was found."""
-    return Block(fuzz_table(source.tormented("fuzz")).markdown())
+    return Block(parts(fuzz_table(source.tormented("fuzz"))))
 
 
 def distributed(source: Source) -> Block:
     """Several processes against one."""
-    return Block(distributed_table(source.tormented("distributed")).markdown())
+    return Block(parts(distributed_table(source.tormented("distributed"))))
 
 
 def scaling(source: Source) -> Block:
     """Seconds, bytes and traffic on more GPUs, by counts of operations."""
-    return Block(paragraphs(time_table().markdown(), bytes_table().markdown()))
+    return Block(parts(time_table(), bytes_table()))
 
 
 BLOCKS: dict[str, Callable[..., Block]] = {

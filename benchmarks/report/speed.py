@@ -11,7 +11,7 @@ from benchmarks.report.blocks import (
     calibrated,
     count_of,
     only_task,
-    paragraphs,
+    parts,
     relabelled,
     setting,
 )
@@ -28,19 +28,19 @@ KEPT, BEYOND = "spectrum.directions", "spectrum.beyond"
 
 def steps(source: Source, device: str, shape: str) -> Block:
     """Time and memory of a step by mode on one shape."""
-    return Block(step_table(source.measured(device, shape)[0]).markdown())
+    return Block(parts(step_table(source.measured(device, shape)[0])))
 
 
 def preparation(source: Source, device: str) -> Block:
     """What comes before training: sampling, statistics and solve."""
     found = [result for result in source.measured(device) if "setup" in result]
     tables = (sampling_table(found), setup_table(found), solve_table(found))
-    return Block(paragraphs(*(table.markdown() for table in tables)))
+    return Block(parts(*tables))
 
 
 def scale(source: Source, device: str) -> Block:
     """Bytes and seconds by model, carried over from what was measured."""
-    return Block(scale_table(source.measured(device)).markdown())
+    return Block(parts(scale_table(source.measured(device))))
 
 
 def turned(source: Source, plan: str, task: str, *others: str) -> Block:
@@ -65,12 +65,12 @@ def enough_by_meter(source: Source, plan: str, count: str, task: str = "") -> Bl
 
 def amounts_of_text(source: Source, model: str) -> Block:
     """What directions are worth elsewhere, by length and number of the sequences."""
-    return Block(text_table(source.judged(model)).markdown())
+    return Block(parts(text_table(source.judged(model))))
 
 
 def amounts_of_rows(source: Source, model: str) -> Block:
     """The same by number of the task's rows."""
-    return Block(rows_table(source.judged(model)).markdown())
+    return Block(parts(rows_table(source.judged(model))))
 
 
 def _turned(
@@ -92,7 +92,7 @@ def _turned(
     ordered = sorted(results, key=lambda r: [str(r.changes.get(k, "")) for k in (BEYOND, KEPT)])
     together = [*whole, *(relabelled(r, setting(r)) for r in ordered)]
     table = comparison_table([seen(r) for r in together], task, reference=WHOLE)
-    return Block(paragraphs(table.markdown(), source.missing(plan, task)))
+    return Block(parts(table, source.missing(plan, task)))
 
 
 def _enough(
@@ -102,7 +102,7 @@ def _enough(
     rows = [relabelled(r, calibrated(r)) for r in results]
     reference = next((row.title for row in rows if str(count_of(row)) == count), rows[-1].title)
     table = comparison_table(rows, only_task(results), reference=reference)
-    return Block(paragraphs(table.markdown(), source.missing(plan, task)))
+    return Block(parts(table, source.missing(plan, task)))
 
 
 BLOCKS: dict[str, Callable[..., Block]] = {

@@ -20,7 +20,7 @@ from benchmarks.report.blocks import (
     knob_place,
     knobs_of,
     only_task,
-    paragraphs,
+    parts,
     present,
     relabelled,
     setting,
@@ -59,15 +59,15 @@ def methods(source: Source, task: str) -> Block:
     results = [*source.chosen(MAIN, task), *source.maybe(STRENGTH, task)]
     shown = present(results, PICTURED)
     frontier, norm = f"methods_{task}.png", f"norms_{task}.png"
-    text = paragraphs(
-        comparison_table(results, task, reference=REFERENCE).markdown(),
+    content = parts(
+        comparison_table(results, task, reference=REFERENCE),
         source.missing(MAIN, task),
         source.missing(STRENGTH, task),
         image(frontier, f"kept against task score, {task}"),
         image(norm, f"kept against the size of the update, {task}"),
     )
     return Block(
-        text,
+        content,
         {
             frontier: partial(frontier_picture, results, task, methods=shown),
             norm: partial(norm_picture, results, task, methods=shown),
@@ -78,8 +78,8 @@ def methods(source: Source, task: str) -> Block:
 def norms(source: Source, task: str) -> Block:
     """What methods keep at an equal size of the update: one table a norm."""
     results = [*source.chosen(MAIN, task), *source.maybe(STRENGTH, task)]
-    tables = [norm_table(results, which).markdown() for which in NORMS]
-    return Block(paragraphs(*tables, source.missing(MAIN, task)))
+    tables = [norm_table(results, which) for which in NORMS]
+    return Block(parts(*tables, source.missing(MAIN, task)))
 
 
 def variants(source: Source, plan: str, task: str) -> Block:
@@ -94,16 +94,14 @@ def variants(source: Source, plan: str, task: str) -> Block:
     there = ", ".join(present(beside, REFERENCES))
     same = f"From `{MAIN}`, at the same seeds and learning rates {used}: {there}."
     table = comparison_table([*beside, *results], task, reference=REFERENCE)
-    return Block(
-        paragraphs(table.markdown(), same if beside else "", lacking, source.missing(plan, task))
-    )
+    return Block(parts(table, same if beside else "", lacking, source.missing(plan, task)))
 
 
 def seeds(source: Source, plan: str, task: str) -> Block:
     """The arms of a plan at all seeds that there are, those of other plans included."""
     pooled = source.pooled(plan, task, (MAIN, *VARIANTS))
     table = comparison_table(pooled, task, reference=REFERENCE)
-    return Block(paragraphs(table.markdown(), source.missing(plan, task)))
+    return Block(parts(table, source.missing(plan, task)))
 
 
 def knobs(source: Source, method: str) -> Block:
@@ -116,13 +114,13 @@ def knobs(source: Source, method: str) -> Block:
     turned = sorted(results, key=lambda r: [(knob_place(k), r.changes[k]) for k in knobs_of(r)])
     together = [*defaults, *(relabelled(r, setting(r)) for r in turned)]
     picture = f"knobs_{method}.png"
-    text = paragraphs(
-        comparison_table(together, task, reference=DEFAULTS).markdown(),
+    content = parts(
+        comparison_table(together, task, reference=DEFAULTS),
         source.missing(KNOBS, method=method),
         image(picture, f"knobs of {method}"),
     )
     panels = knob_panels(turned, defaults, at_matched_task(together, task)[1])
-    return Block(text, {picture: partial(knob_picture, panels, f"{method}, {task}")})
+    return Block(content, {picture: partial(knob_picture, panels, f"{method}, {task}")})
 
 
 def calibration(source: Source) -> Block:
@@ -135,12 +133,12 @@ def calibration(source: Source) -> Block:
     for title in dict.fromkeys(r.title for r in ordered):
         rows = [relabelled(r, calibrated(r)) for r in ordered if r.title == title]
         reference = f"{title}, {SELF} {COUNT}"
-        tables.append(comparison_table(rows, task, level, reference=reference).markdown())
+        tables.append(comparison_table(rows, task, level, reference=reference))
     shared = "The tables share their level: 90 % of the way from the base to the best row of all."
     kept = {(r.title, source_of(r), count_of(r)): matched[calibrated(r)].kept for r in ordered}
     picture = image("calibration.png", "kept by source and number of sequences")
-    text = paragraphs(*tables, shared, source.missing(CALIBRATION), picture)
-    return Block(text, {"calibration.png": partial(calibration_picture, kept, COUNT)})
+    content = parts(*tables, shared, source.missing(CALIBRATION), picture)
+    return Block(content, {"calibration.png": partial(calibration_picture, kept, COUNT)})
 
 
 def norm_table(results: Sequence[Result], which: Norm) -> Table:

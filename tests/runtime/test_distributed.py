@@ -13,17 +13,9 @@ import torch
 from safetensors.torch import load_file
 from support.processes import in_processes
 
-from benchmarks.distributed import (
-    ROUNDING,
-    Bench,
-    breaches,
-    ended,
-    interrupted,
-    killed,
-    other_ways,
-    refused,
-    same_as_one,
-)
+from benchmarks.distributed.__main__ import breaches
+from benchmarks.distributed.runs import ROUNDING, Bench, ended
+from benchmarks.distributed.trials import interrupted, killed, other_ways, refused, same_as_one
 from benchmarks.tiny import make_llama
 from folora.cli.main import main
 from folora.errors import ConfigError, DataError, MismatchError, ProcessError

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.distributed import MeetingPoint
+from benchmarks.distributed.meeting import MeetingPoint
 from folora.runtime import distributed
 
 PATIENCE = 60  # seconds

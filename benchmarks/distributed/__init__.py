@@ -1,0 +1,1 @@
+"""One process against several, on gloo; see `benchmarks.distributed.__main__`."""
