@@ -18,7 +18,7 @@ import yaml
 from scipy import stats
 
 from benchmarks.report.__main__ import main
-from benchmarks.report.page import pages, render
+from benchmarks.report.page import TEMPLATES, pages, render
 from benchmarks.report.source import Source
 from benchmarks.spectra import main as spectra_main
 from folora.compare.methods import METHODS
@@ -524,13 +524,25 @@ def test_a_comparison_without_a_plan_and_the_demo_have_blocks_too(made: Path) ->
     assert there == main_table
 
 
-def test_numbers_in_the_answers_stand_in_the_tables() -> None:
-    """The answers are written by hand; what they quote must be on the page that the JSONs make."""
-    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
-    answers = text.split("## Answers")[1].split("## Methods\n")[0]
-    rest = text.replace(answers, "")
-    stated = set(re.findall(r"(?<![\w.])\d*\.\d{2,}(?![\w])", answers))
-    assert [number for number in sorted(stated) if number.lstrip("0") not in rest] == []
+def test_numbers_in_the_text_are_in_the_tables() -> None:
+    """The text of a template is written by hand; what it quotes must be in a table made from results."""
+    templates = {
+        template: output
+        for template, output in pages(ROOT / "docs").items()
+        if "results" in template.relative_to(TEMPLATES).as_posix()
+    }
+    text = "\n".join(template.read_text(encoding="utf-8") for template in templates)
+    by_hand = {line for line in text.splitlines() if "{{" not in line}
+    made = "\n".join(
+        line
+        for output in templates.values()
+        for line in output.read_text(encoding="utf-8").splitlines()
+        if line not in by_hand
+    )
+    pattern = r"(?<![\w.])\d*\.\d{2,}(?![\w%])|(?<![\w.])\d+\.\d%"
+    stated = {found for line in by_hand for found in re.findall(pattern, line)}
+    assert len(stated) > 100
+    assert [number for number in sorted(stated) if number.lstrip("0") not in made] == []
 
 
 @pytest.mark.parametrize(
