@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import torch
 from safetensors.torch import load_file
 from support.closeness import assert_near
 from support.references import gradients, moment, orthogonal_and_gate, params, reference
-from torch.utils.checkpoint import checkpoint
 
 from benchmarks.tiny import make_gpt2, make_llama, make_mistral, make_tokenizer, tiny_config
 from folora.calibration.engine import HuggingFaceEngine
@@ -25,6 +23,7 @@ from folora.calibration.moments import add_upper_gram, second_moments
 from folora.calibration.sampling import sample
 from folora.config import SamplingConfig
 from folora.data.rows import batches, text_examples
+from folora.optim.fused import FusedSAdam
 from folora.optim.sadam import SAdam
 from folora.pipeline.planning import plan
 from folora.pipeline.run import RESULT, TRAINING, Run
@@ -39,7 +38,7 @@ ROWS = [[1, *range(4, 4 + n)] for n in (3, 11, 7, 2, 19)]
 WIDTHS = (33, 8, 33, 64, 17)
 
 
-def stepped(device: str, storage: str = "float32", steps: int = 30) -> list[torch.Tensor]:
+def stepped(device: str, kind: type[SAdam] = FusedSAdam, steps: int = 30) -> list[torch.Tensor]:
     """Float32 parameters of several groups after some steps, on the CPU; the last group has no basis."""
     groups: list[dict[str, Any]] = []
     shapes = [(rows, d) for d in WIDTHS for rows in (4, 6)]
@@ -50,12 +49,8 @@ def stepped(device: str, storage: str = "float32", steps: int = 30) -> list[torc
         group: dict[str, Any] = {"params": ps[2 * number : 2 * number + 2]}
         if number < len(WIDTHS) - 1:
             group |= {"basis": basis, "gate": gate[: basis.shape[1]].float()}
-            if storage == "host":
-                group |= {"basis": basis.pin_memory(), "on_host": True}
-            elif storage == "bfloat16":
-                group["basis"] = basis.bfloat16()
         groups.append(group)
-    optimizer = SAdam(groups, lr=1e-2, weight_decay=0.1)
+    optimizer = kind(groups, lr=1e-2, weight_decay=0.1)
     for step in gradients(shapes, steps):
         for p, g in zip(ps, step, strict=True):
             p.grad = g.to(device, torch.float32)
@@ -67,98 +62,9 @@ def furthest(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("storage", ["float32", "bfloat16"])
-def test_steps_match_the_cpu(storage: str) -> None:
-    assert furthest(stepped("cuda", storage), stepped("cpu", storage)) < 2e-5
-
-
-def test_bases_on_the_host_match_bases_on_the_gpu() -> None:
-    """Within rounding: they are used one at a time, resident ones of a shape in one product."""
-    resident = stepped("cuda")
-    first = stepped("cuda", "host")
-    assert furthest(first, resident) < 2e-5
-    for _ in range(3):  # a race would show at some time
-        hosted = stepped("cuda", "host")
-        assert all(torch.equal(a, b) for a, b in zip(hosted, first, strict=True))
-
-
-def test_large_bases_from_the_host_arrive_before_they_are_used() -> None:
-    """Copies take longer here than the products that wait for them."""
-    generator = torch.Generator(GPU).manual_seed(0)
-    ps = [torch.nn.Parameter(torch.zeros(4, 2048, device=GPU)) for _ in range(12)]
-    twins = [torch.nn.Parameter(p.detach().clone()) for p in ps]
-    bases = [torch.randn(2048, 2048, generator=generator, device=GPU) for _ in ps]
-    hosted = SAdam(
-        {"params": [p], "basis": b.cpu().pin_memory(), "on_host": True}
-        for p, b in zip(ps, bases, strict=True)
-    )
-    resident = SAdam({"params": [p], "basis": b} for p, b in zip(twins, bases, strict=True))
-    for _ in range(5):
-        for p, twin in zip(ps, twins, strict=True):
-            p.grad = torch.randn(p.shape, generator=generator, device=GPU)
-            twin.grad = p.grad.clone()
-        hosted.step()
-        resident.step()
-    assert furthest([*ps], [*twins]) < 2e-5  # resident ones share a product
-
-
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_prefetching_bases_overlaps_the_backward_pass(checkpointed: bool) -> None:
-    """To the bit as those that come in the step, in no more memory, and no hook is left."""
-    generator = torch.Generator(GPU).manual_seed(0)
-    layers, d = 12, 1024
-    bases = [torch.randn(d, d, generator=generator, device=GPU).cpu() for _ in range(layers)]
-    bases = [b.pin_memory() for b in bases]
-    start = [torch.randn(8, d, generator=generator, device=GPU) / d for _ in range(layers)]
-    up = torch.randn(8, d, generator=generator, device=GPU)
-    x = torch.randn(8192, d, generator=generator, device=GPU)
-
-    def layer(x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-        return (x + (x @ p.T) @ up).sin().cos()
-
-    def train(ahead: bool) -> tuple[list[torch.Tensor], int, int]:
-        ps = [torch.nn.Parameter(a.clone()) for a in start]
-        groups = zip(ps, bases, strict=True)
-        optimizer = SAdam({"params": [p], "basis": b, "on_host": True} for p, b in groups)
-        sent = 0
-        torch.cuda.reset_peak_memory_stats()
-        for _ in range(4):
-            y = x
-            for p in ps:
-                y = checkpoint(layer, y, p, use_reentrant=False) if checkpointed else layer(y, p)
-            with optimizer.ahead() if ahead else nullcontext():
-                y.square().mean().backward()
-            sent += len(optimizer._transit.sent())
-            assert not any(p._post_accumulate_grad_hooks for p in ps)
-            optimizer.step()
-            assert not optimizer._transit.sent()
-            optimizer.zero_grad()
-        return [p.detach() for p in ps], sent, torch.cuda.max_memory_allocated()
-
-    train(ahead=False)  # what the libraries keep for themselves does not count
-    expected, nothing, peak = train(ahead=False)
-    found, sent, peak_ahead = train(ahead=True)
-    assert nothing == 0
-    assert sent > 4 * (layers - 3)
-    assert peak_ahead <= 1.001 * peak
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-def test_a_prefetch_for_a_skipped_step() -> None:
-    (p,), b = [torch.nn.Parameter(torch.ones(4, 64, device=GPU))], torch.eye(64).pin_memory()
-    optimizer = SAdam([{"params": [p], "basis": b, "on_host": True}])
-    torch.empty(2**24, device=GPU)  # a peak with room beneath it
-    for _ in range(3):
-        with optimizer.ahead():
-            p.square().sum().backward()
-        assert len(optimizer._transit.sent()) == 1
-    optimizer.step()
-    assert bool(p.isfinite().all())
-    with optimizer.ahead():
-        p.square().sum().backward()
-    optimizer.zero_grad()
-    optimizer.step()
-    assert not optimizer._transit.sent()
+@pytest.mark.parametrize("kind", [SAdam, FusedSAdam])
+def test_steps_match_the_reference_on_the_cpu(kind: type[SAdam]) -> None:
+    assert furthest(stepped("cuda", kind), stepped("cpu", SAdam)) < 2e-5
 
 
 def test_the_step_does_not_use_tf32() -> None:
@@ -178,7 +84,7 @@ def test_float64_follows_the_equations() -> None:
     (a,) = params([(4, 17)])
     expected = reference(a.detach(), [g[0] for g in gradients([(4, 17)], 20)], basis, gate, 1e-2)
     p = torch.nn.Parameter(a.detach().to(GPU))
-    optimizer = SAdam([{"params": [p], "basis": basis, "gate": gate}], lr=1e-2)
+    optimizer = FusedSAdam([{"params": [p], "basis": basis, "gate": gate}], lr=1e-2)
     for (g,) in gradients([(4, 17)], 20):
         p.grad = g.to(GPU)
         optimizer.step()
@@ -192,8 +98,9 @@ def test_a_state_resumes_on_the_other_device(there: str) -> None:
     steps = gradients([(4, 17)], 10)
 
     def optimizer_on(device: str, p: torch.Tensor) -> tuple[torch.nn.Parameter, SAdam]:
+        kind = FusedSAdam if device == "cuda" else SAdam
         own = torch.nn.Parameter(p.detach().to(device, copy=True))
-        return own, SAdam([{"params": [own], "basis": basis.float(), "gate": gate.float()}])
+        return own, kind([{"params": [own], "basis": basis.float(), "gate": gate.float()}])
 
     def drive(p: torch.nn.Parameter, optimizer: SAdam, some: list[list[torch.Tensor]]) -> None:
         for (g,) in some:
@@ -217,7 +124,7 @@ def test_a_compiled_step_matches_an_eager_one() -> None:
     found = []
     for compiled in (False, True):
         p = torch.nn.Parameter(a.detach().to(GPU))
-        optimizer = SAdam([{"params": [p], "basis": basis.float(), "gate": gate.float()}])
+        optimizer = FusedSAdam([{"params": [p], "basis": basis.float(), "gate": gate.float()}])
         step = torch.compile(optimizer.step) if compiled else optimizer.step
         for (g,) in gradients([(8, 64)], 5):
             p.grad = g.to(GPU, torch.float32)
@@ -323,9 +230,7 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
     [
         {},
         {"dtype": "bfloat16", "training": {"bf16": True}},
-        {"spectrum": {"directions": "all", "storage": "host"}},
-        {"spectrum": {"directions": "all", "storage": "bfloat16"}},
-        {"spectrum": {"beyond": "floor"}},
+        {"spectrum": {"directions": "all"}},
         {"training": {"gradient_checkpointing": True, "kl_weight": 0.1}},
         {"adapter": {"init": "null_space"}},
     ],

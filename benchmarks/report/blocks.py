@@ -23,7 +23,6 @@ NAMES = {
     "spectrum.lam": "lambda",
     "spectrum.s_min": "s_min",
     "spectrum.directions": "directions",
-    "spectrum.beyond": "beyond",
     "training.lr_b_ratio": "lr of B / lr of A",
     "adapter.r": "r",
 }

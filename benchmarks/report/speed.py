@@ -23,7 +23,7 @@ from folora.compare.tables import comparison_table
 
 WHOLE = "all directions"
 
-KEPT, BEYOND = "spectrum.directions", "spectrum.beyond"
+KEPT = "spectrum.directions"
 
 
 def steps(source: Source, device: str, shape: str) -> Block:
@@ -89,7 +89,7 @@ def _turned(
         for r in source.maybe(name, task)
         if r.method == REFERENCE and (r.seed, rate_of(r)) in wanted
     ]
-    ordered = sorted(results, key=lambda r: [str(r.changes.get(k, "")) for k in (BEYOND, KEPT)])
+    ordered = sorted(results, key=lambda r: str(r.changes.get(KEPT, "")))
     together = [*whole, *(relabelled(r, setting(r)) for r in ordered)]
     table = comparison_table([seen(r) for r in together], task, reference=WHOLE)
     return Block(parts(table, source.missing(plan, task)))

@@ -102,5 +102,5 @@ def random_bases(
         t = torch.randn(d, k, generator=generator, device=device) / d**0.5
         null = torch.linalg.qr(torch.randn(d, r, generator=generator, device=device)).Q
         gamma = torch.linspace(2, 0, k, device=device)
-        bases.append(GroupBasis(group, t, gamma, 0.0, 1.0, null))
+        bases.append(GroupBasis(group, t, gamma, 1.0, null))
     return bases

@@ -10,8 +10,8 @@ import gc
 import random
 import time
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from benchmarks.speed.shapes import VOCABULARY, Shape, random_bases, random_grou
 from folora.adapters.adapter import attach
 from folora.adapters.constraint import keep_off
 from folora.adapters.low_rank import narrow_inputs
-from folora.optim.sadam import SAdam
+from folora.optim.fused import FusedSAdam
 from folora.training.prepared import param_groups
 
 
@@ -37,7 +37,6 @@ class Mode:
         columns: Columns of the bases: ``"r"`` for the rank, or all.
         plain: Stepped by ``torch.optim.AdamW(fused=True)``.
         peft: The adapter is PEFT's own, not that of `attach`.
-        options: Of `param_groups`.
         protect: OPLoRA's k is r.
     """
 
@@ -46,7 +45,6 @@ class Mode:
     columns: str = "r"
     plain: bool = False
     peft: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
     protect: bool = False
 
 
@@ -54,15 +52,8 @@ MODES = {
     "lora": Mode("PEFT's LoRA, fused AdamW", "kaiming", plain=True, peft=True),
     "folora": Mode("folora, r directions"),
     "folora-4r": Mode("folora, 4 r directions", columns="4r"),
-    "folora-all": Mode("folora, all directions, fp32", columns="all"),
-    "folora-bf16": Mode(
-        "folora, all directions, bf16", columns="all", options={"storage": "bfloat16"}
-    ),
-    "folora-host": Mode(
-        "folora, all directions, on the host", columns="all", options={"storage": "host"}
-    ),
-    "folora-floor": Mode("folora, r directions and floor", options={"beyond": "floor"}),
-    "folora-null": Mode("folora, all, null-space start", "null_space", "all"),
+    "folora-all": Mode("folora, all directions", columns="all"),
+    "folora-null": Mode("folora, all directions, null-space start", "null_space", "all"),
     "oplora": Mode("OPLoRA, fused AdamW", "kaiming", plain=True, protect=True),
 }
 BASELINE = "lora"
@@ -88,9 +79,7 @@ class Contender:
         model = random_model(shape, blocks, dtype, device)
         groups = random_groups(model)
         columns = {"r": shape.r, "4r": 4 * shape.r, "all": None}[mode.columns]
-        floor = mode.options.get("beyond") == "floor"
-        # What lies beyond is found from the whole basis, and let go of afterwards.
-        bases = random_bases(groups, shape.r, None if floor else columns, device)
+        bases = random_bases(groups, shape.r, columns, device)
         protect = shape.r if mode.protect else 0
         self.model: PeftModel
         if mode.peft:
@@ -103,13 +92,14 @@ class Contender:
         self.model.train()
         self._as_in_training = ExitStack()
         self._as_in_training.enter_context(narrow_inputs(self.model))
-        options = {"directions": columns, **mode.options, "spectral": not mode.plain}
-        found = param_groups(self.model, bases, lr=1e-3, **options)
+        found = param_groups(
+            self.model, bases, lr=1e-3, directions=columns, spectral=not mode.plain
+        )
         self.optimizer: Optimizer
         if mode.plain:
             self.optimizer = AdamW([p for g in found for p in g["params"]], lr=1e-3, fused=True)
         else:
-            self.optimizer = SAdam(found)
+            self.optimizer = FusedSAdam(found)
         keep_off(self.optimizer, self.model)
         self.basis_bytes = sum(_basis_bytes(g) for g in found)
 
@@ -118,8 +108,7 @@ class Contender:
         began = self._now()
         self.optimizer.zero_grad()
         loss = self.model(input_ids=ids, labels=ids).loss
-        with self.optimizer.ahead() if isinstance(self.optimizer, SAdam) else nullcontext():
-            loss.backward()
+        loss.backward()
         before = self._now()
         self.optimizer.step()
         ended = self._now()
@@ -142,8 +131,6 @@ class Contender:
         held += [v for state in self.optimizer.state.values() for v in state.values()]
         for group in self.optimizer.param_groups:
             held += [v for v in group.values() if isinstance(v, Tensor)]
-            if group.get("complement") is not None:
-                held += [group["complement"].dual, group["complement"].weight]
         stores = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
         return sum(stores.values())
 
@@ -177,10 +164,7 @@ def random_batch(tokens: int, length: int, device: torch.device) -> Tensor:
 
 
 def _basis_bytes(group: dict[str, Any]) -> int:
-    parts = [group["basis"]] if "basis" in group else []
-    if group.get("complement") is not None:
-        parts += [group["complement"].dual, group["complement"].weight]
-    return sum(part.numel() * part.element_size() for part in parts)
+    return group["basis"].nbytes if "basis" in group else 0
 
 
 def peak_of(work: Callable[[], None]) -> int:

@@ -29,7 +29,6 @@ def step_table(result: Mapping[str, Any]) -> Table:
     steps, shape = result["steps"], SHAPES[result["shape"]]
     modes = steps["modes"]
     passes = {m: _passes(modes[m]) for m in modes}
-    same = "threads" in result["machine"]  # a CPU: the host is the device
     shared = median(t for m in modes if same_forward(m) for t in passes[m])
     rows = []
     for name, found in modes.items():
@@ -51,9 +50,7 @@ def step_table(result: Mapping[str, Any]) -> Table:
                 _spread([1000 * s for s in found["optimizer_seconds"]], ".1f"),
                 _spread([100 * (r - 1) for r in ratios], "+.1f"),
                 *(f"{100 * x:+.2f}" for x in at),
-                NONE
-                if same and MODES[name].options.get("storage") == "host"
-                else f"{100 * own_bytes:+.1f}",
+                f"{100 * own_bytes:+.1f}",
                 _size(found["basis_bytes"] * shape.blocks / steps["blocks"]),
             )
         )
@@ -148,21 +145,19 @@ def scale_table(results: Sequence[Mapping[str, Any]]) -> Table:
                 _size(shape.basis_bytes(4, RANK)),
                 _size(shape.basis_bytes(4, shape.r)),
                 _size(moments),
-                _size(moments // 2),
-                _size(2 * 4 * max(shape.hidden, shape.inner) ** 2),
                 _size(moments / 2),
                 f"{100 * GRAM_SHARE * moments / 4 / shape.parameters:.0f}",
                 *(_time(s) for s in seconds),
             )
         )
     header = (
-        "model", f"bases, r {RANK}", "bases, r 128 (SmolLM2: 16)", "all, fp32", "all, bf16",
-        "host: on the device", "base file", "statistics over forward, operations (%)",
+        "model", f"bases, r {RANK}", "bases, r 128 (SmolLM2: 16)", "all",
+        "base file", "statistics over forward, operations (%)",
         "solve, r", "solve, all",
     )  # fmt: skip
     caption = (
-        "Bytes of the whole model, one basis a shared input; C_pre and C_task take as much as all bases in "
-        "fp32, each. Solve: on one thread of the machine above, by the times of the widths, and for others by "
+        "Bytes of the whole model, one basis a shared input; C_pre and C_task take as much as all bases, "
+        "each. Solve: on one thread of the machine above, by the times of the widths, and for others by "
         "the cube of the width from the widest that was measured."
     )
     return Table(header, tuple(rows), caption)

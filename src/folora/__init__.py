@@ -12,7 +12,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    alias.name: node.module  # None: the name is a module
+    alias.asname or alias.name: (node.module, alias.name)  # None: the name is a module
     for node in ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")).body
     if isinstance(node, ast.ImportFrom)
     for alias in node.names
@@ -23,10 +23,10 @@ __all__ = sorted(_HOMES)
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = _HOMES[name]
+    home, own_name = _HOMES[name]
     if home is None:
-        return import_module(f"{__name__}.{name}")
-    return getattr(import_module(f"{__name__}.{home}"), name)
+        return import_module(f"{__name__}.{own_name}")
+    return getattr(import_module(f"{__name__}.{home}"), own_name)
 
 
 def __dir__() -> list[str]:

@@ -24,7 +24,7 @@ from .errors import (
     ServerError,
 )
 from .metrics.meter import Meter, Reading
-from .optim.sadam import SAdam
+from .optim.fused import FusedSAdam as SAdam
 from .pipeline.prepare import prepare
 from .spectral.eigenproblem import Spectrum, generalized_eigenbasis, spectral_gate, step_scale
 from .spectral.layers import GroupBasis, solve

@@ -29,7 +29,6 @@ S_MIN = 0.3  # floor of the gate
 
 StepScale = Literal["task", "paper"]
 Basis = Literal["generalized", "pretraining", "whitening"]
-Storage = Literal["float32", "bfloat16", "host", "sharded"]
 Init = Literal[
     "eigen",
     "null_space",
@@ -50,6 +49,13 @@ LARGEST_FILE = 2**20  # bytes of a config file; a data set given by mistake is n
 FIRST_LOOK = 60
 LARGEST_NUMBER = 64  # bits of an integer in a file
 SEEDS = 2**32  # numpy takes no larger ones
+REMOVED = {
+    "spectrum.beyond": "A moves along the first spectrum.directions eigenvectors alone; give more of them to "
+    "move it along more",
+    "spectrum.storage": "bases are float32 on the device of the model; give fewer spectrum.directions if they "
+    "do not fit",
+}
+"""Options of earlier versions, by dotted name: what holds now, and the remedy."""
 
 
 def _option(default: Any, help: str) -> Any:
@@ -243,15 +249,6 @@ class SpectrumConfig:
     directions: int | Literal["all"] | None = _option(
         None,
         "so many leading directions of each basis are kept, or 'all'; default: adapter.r, the least",
-    )
-    beyond: Literal["closed", "floor"] = _option(
-        "closed",
-        "directions that are not kept: 'closed' to A, or 'floor': stepped together at the gate's floor",
-    )
-    storage: Storage = _option(
-        "float32",
-        "bases in training: 'float32' or 'bfloat16' beside the model; or float32, brought over group by "
-        "group in every step: from 'host' memory, or 'sharded', a part in each process",
     )
     basis: Basis = _option(
         "generalized",
@@ -485,7 +482,7 @@ class FoLoraConfig:
             for section in sections:
                 target = target.setdefault(section, {})
                 if not isinstance(target, dict):  # an option that has no options
-                    raise ConfigError(f"unknown option {name!r}{nearest(name, option_names())}")
+                    raise ConfigError(unknown_option(name))
             target[last] = value
         return FoLoraConfig.from_dict(values)
 
@@ -587,6 +584,13 @@ def option_names(cls: Any = FoLoraConfig, prefix: str = "") -> dict[str, dict[st
     return names
 
 
+def unknown_option(name: str) -> str:
+    """The message for a name that is no option, with the nearest one, or the remedy if it was removed."""
+    if name in REMOVED:
+        return f"option {name!r} was removed; leave it out: {REMOVED[name]}"
+    return f"unknown option {name!r}{nearest(name, option_names())}"
+
+
 def _explain(error: Any, values: dict[str, Any]) -> str:
     """One sentence for one of pydantic's errors."""
     parts = [str(part) for part in error["loc"]]
@@ -597,7 +601,7 @@ def _explain(error: Any, values: dict[str, Any]) -> str:
         section, _, option = name.partition(".")
         return f"option {name!r} must be nested in a file: {option} under {section}"
     if error["type"] == "unexpected_keyword_argument":
-        return f"unknown option {name!r}{nearest(name, option_names())}"
+        return unknown_option(name)
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     remedy = "; put it in quotes" if error["type"] == "string_type" else ""

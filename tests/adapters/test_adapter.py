@@ -251,23 +251,16 @@ def test_h_norm_of_a_cut_basis_is_that_of_the_whole_or_not_known() -> None:
     assert math.isnan(total_norm(update_norms(adapted, cut)).h_norm)
 
 
-@pytest.mark.parametrize("beyond", ["closed", "floor"])
-def test_a_cut_and_the_whole_take_the_same_number_of_penalties(beyond: str) -> None:
-    """What a group of `SAdam` is told, from the whole basis and from its first columns."""
+def test_groups_hold_the_leading_columns_and_the_scale_of_their_gate() -> None:
     model = make_llama()
     bases = bases_for(model)
     for b in bases:
-        group = gated_basis(b, 1.0, 0.3, 6, 0.3 if beyond == "floor" else None, "task")
-        gate = spectral_gate(b.gamma, 1.0, 0.3).double()
-        open_ = (
-            gate.clone() if beyond == "floor" else torch.where(torch.arange(len(gate)) < 6, gate, 0)
-        )
-        if beyond == "floor":
-            open_[6:] = 0.3
-        moved = float((b.gamma.double() * open_**2).sum())
+        group = gated_basis(b, 1.0, 0.3, 6, "task")
+        gate = spectral_gate(b.gamma[:6], 1.0, 0.3)
+        moved = float((b.gamma[:6].double() * gate.double() ** 2).sum())
         assert group["scale"] == pytest.approx((b.task_trace / moved) ** 0.5, rel=1e-5)
         assert torch.equal(group["basis"], b.basis[:, :6])
-        assert (group["complement"] is None) == (beyond == "closed")
+        assert torch.equal(group["gate"], gate)
 
 
 def test_param_groups_share_a_basis_by_input() -> None:

@@ -281,11 +281,3 @@ def test_options_that_lose_rows_are_refused_first(
     assert main(words) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (bench.place / "flat").exists()
-
-
-def test_all_eigenvectors_can_be_sharded(bench: Bench) -> None:
-    """Each of two processes keeps half of every basis; the weights are the same to the bit."""
-    for storage in ("float32", "sharded"):
-        changes = {"spectrum.directions": "all", "spectrum.storage": storage}
-        assert [e.code for e in ended(bench.start(storage, 2, **changes))] == [0, 0]
-    assert bench.difference("float32", "sharded", RESULT) == 0

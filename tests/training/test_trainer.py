@@ -6,8 +6,6 @@ import logging
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,26 +76,6 @@ def test_the_first_loss_is_the_base_models_on_responses(tmp_path: Path) -> None:
             **{k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "labels")}
         )
     assert logged == pytest.approx(float(expected.loss), rel=1e-4)
-
-
-def test_bases_are_prefetched_before_the_last_backward_pass_of_a_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Memory that an earlier one lets go of is needed again by the next."""
-    run = prepared(training={"max_steps": 2, "gradient_accumulation_steps": 2})
-    seen: list[str] = []
-    first = run.optimizer.param_groups[0]["params"][0]
-    first.register_hook(lambda grad: seen.append("gradient"))
-
-    @contextmanager
-    def ahead() -> Iterator[None]:
-        seen.append("from here")
-        yield
-        seen.append("to here")
-
-    monkeypatch.setattr(run.optimizer, "ahead", ahead)
-    train(run, make_tokenizer(), tmp_path)
-    assert seen == 2 * ["gradient", "from here", "gradient", "to here"]
 
 
 def test_training_lowers_the_loss_and_logs_the_kl(tmp_path: Path) -> None:

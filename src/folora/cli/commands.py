@@ -175,15 +175,15 @@ def _print_plan(found: Plan) -> None:
     for stage in found.stages:
         stages.add_row(stage.name, _bytes(stage.memory), _bytes(stage.disk), _durations(stage))
     console.print(stages)
-    keeping = Table("bases in training", "on the device", "on the host", title="Where bases lie")
-    for way in found.storages:
-        keeping.add_row(way.title, _bytes(way.device), _bytes(way.host))
-    console.print(keeping)
+    sizes = Table("directions", "bases", "training", title="Memory by spectrum.directions")
+    for size in found.sizes:
+        sizes.add_row(str(size.directions or "all"), _bytes(size.bases), _bytes(size.training))
+    console.print(sizes)
     console.print(
         f"{found.layers} layers read {len(found.groups)} inputs; {found.trainable:,} of "
         f"{found.parameters:,} parameters are trained."
     )
-    own, advice = found.storages[0], found.advice
+    own, advice = found.sizes[0], found.advice
     free = f"of {_bytes(found.free)} that are free"
     rows, tokens = found.batch
     console.print(
@@ -198,8 +198,8 @@ def _print_plan(found: Plan) -> None:
         )
     elif advice is not own:
         console.print(
-            f"Training needs {_bytes(own.training)} {free}; with {advice.options} it needs "
-            f"{_bytes(advice.training)}."
+            f"Training needs {_bytes(own.training)} {free}; with --spectrum.directions "
+            f"{advice.directions or 'all'} it needs {_bytes(advice.training)}."
         )
     else:
         console.print(f"Training takes {_bytes(own.training)} {free}.")

@@ -25,7 +25,14 @@ from rich.markup import escape
 
 import folora
 from folora.compare.methods import METHODS
-from folora.config import FoLoraConfig, option_names, parse_yaml, read_yaml
+from folora.config import (
+    REMOVED,
+    FoLoraConfig,
+    option_names,
+    parse_yaml,
+    read_yaml,
+    unknown_option,
+)
 from folora.errors import ConfigError, FoLoraError, nearest
 from folora.runtime.signals import Interrupted, interruptible
 
@@ -106,6 +113,8 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, FoLoraConfig]:
     if unknown:
         known = [f"--{name}" for name in option_names()]
         word = next((u for u in unknown if u.startswith("-")), unknown[0]).split("=")[0]
+        if (name := word.removeprefix("--")) in REMOVED:
+            raise ConfigError(unknown_option(name))
         raise ConfigError(f"unknown option {word}{nearest(word, known)}")
     values: dict[str, Any] = FoLoraConfig.paper().to_dict() if options.preset else {}
     if options.config:

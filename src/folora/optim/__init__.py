@@ -1,4 +1,4 @@
-"""SAdam: Adam whose steps are taken and gated in an eigenbasis (Eq. 18-24).
+"""SAdam, Adam gated in an eigenbasis (Eq. 18-24): `sadam` to read and copy, `fused` to train with.
 
-May import `folora.runtime.tensors` alone.
+`folora.SAdam` is `fused.FusedSAdam`. May import torch and `folora.runtime.tensors` alone.
 """

@@ -66,21 +66,17 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Storage:
-    """One way to keep the bases in training.
+class BasisSize:
+    """What training takes with so many directions of each basis.
 
     Attributes:
-        title: What it is, in a few words.
-        options: Flags that choose it.
-        device: Bytes beside the model, in a step.
-        host: Bytes in host memory.
-        training: Bytes of training as a whole with it.
+        directions: Number of directions; None for all.
+        bases: Bytes of all bases.
+        training: Bytes of training as a whole.
     """
 
-    title: str
-    options: str
-    device: int
-    host: int
+    directions: int | None
+    bases: int
     training: int
 
 
@@ -95,7 +91,7 @@ class Plan:
         parameters: Of the model.
         trainable: Of the adapter.
         stages: What each needs.
-        storages: Ways to keep the bases: as configured, then others, less and less on the device.
+        sizes: Of the bases as configured, then with all directions and with r, where these differ.
         batch: Rows and tokens of a row that training's memory is counted for.
         activations: Bytes that a forward and backward pass over them takes, part of training's.
         free: Bytes that the device has free now.
@@ -107,16 +103,16 @@ class Plan:
     parameters: int
     trainable: int
     stages: list[Stage]
-    storages: list[Storage]
+    sizes: list[BasisSize]
     batch: tuple[int, int]
     activations: int
     free: int
 
     @property
-    def advice(self) -> Storage | None:
-        """The first way that fits into what is free: as configured, or else the next best; or None."""
-        most = self.storages[0].device
-        fitting = (s for s in self.storages if s.training < self.free and s.device <= most)
+    def advice(self) -> BasisSize | None:
+        """What fits into the free memory: the configured size, or else a smaller one; or None."""
+        most = self.sizes[0].bases
+        fitting = (s for s in self.sizes if s.training < self.free and s.bases <= most)
         return next(fitting, None)
 
 
@@ -149,7 +145,7 @@ def plan(
     activations = _activations(known, config, batch)
     factors = known.trainable * 4 * (2 if config.adapter.init in NONZERO else 1)
     without = known.weights + 3 * factors + activations  # two moments, of frozen halves too
-    storages = ways(config, known.groups, without, processes)
+    sizes = basis_sizes(config, known.groups, without)
     seconds = _training_seconds(known, config, task_tokens, rows)
     checkpoints = 2 * 4 * factors
     free = free_bytes(known.device) // (processes if known.device.type == "cpu" else 1)
@@ -162,10 +158,10 @@ def plan(
         stages=[
             *_text_stages(known, config),
             _solving(known, config),
-            Stage("train", storages[0].training, checkpoints, seconds, seconds),
+            Stage("train", sizes[0].training, checkpoints, seconds, seconds),
             Stage("export", factors, factors, None, None),
         ],
-        storages=storages,
+        sizes=sizes,
         batch=batch,
         activations=activations,
         free=free,
@@ -341,36 +337,21 @@ def _training_seconds(
     return 3 * 2 * known.parameters * tokens / known.rate / efficiency
 
 
-def ways(
-    config: FoLoraConfig, groups: Sequence[InputGroup], without: int, processes: int
-) -> list[Storage]:
-    """Ways to keep the bases; see `Plan.storages`.
+def basis_sizes(
+    config: FoLoraConfig, groups: Sequence[InputGroup], without: int
+) -> list[BasisSize]:
+    """Bytes of the bases by number of directions; see `Plan.sizes`.
 
     Args:
-        config: Says how many directions, and where.
+        config: Says how many directions.
         groups: Shared inputs.
         without: Bytes of training without bases.
-        processes: How many work together.
     """
-
-    def way(directions: int | None, storage: str) -> Storage:
-        sizes = [4 * g.d_in * min(directions or g.d_in, g.d_in) for g in groups]
-        device = {
-            "float32": sum(sizes),
-            "bfloat16": sum(sizes) // 2,
-            "host": 2 * max(sizes),  # one in use and one on its way
-            "sharded": sum(sizes) // processes + (2 * max(sizes) if processes > 1 else 0),
-        }[storage]
-        host = sum(sizes) if storage == "host" else 0
-        flags = f"--spectrum.directions {directions or 'all'} --spectrum.storage {storage}"
-        title = f"{directions or 'all'} directions, {storage}"
-        return Storage(title, flags, device, host, without + device)
-
-    own = way(config.directions, config.spectrum.storage)
-    every = [way(None, s) for s in ("float32", "bfloat16", "host")]
-    every += [way(None, "sharded")] if processes > 1 else []
-    every.append(way(config.adapter.r, "float32"))
-    return [own, *sorted((w for w in every if w != own), key=lambda w: -w.device)]
+    found = []
+    for directions in dict.fromkeys((config.directions, None, config.adapter.r)):
+        bases = sum(4 * g.d_in * min(directions or g.d_in, g.d_in) for g in groups)
+        found.append(BasisSize(directions, bases, without + bases))
+    return found
 
 
 def widths(groups: Sequence[InputGroup]) -> list[tuple[int, int, int]]:

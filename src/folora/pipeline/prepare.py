@@ -300,5 +300,4 @@ def null_rank(config: FoLoraConfig) -> int:
 
 def solved_directions(config: FoLoraConfig) -> int | None:
     """How many columns of each basis training reads; None for all."""
-    whole = config.adapter.init in NEED_WHOLE_BASIS or config.spectrum.beyond == "floor"
-    return None if whole else config.directions
+    return None if config.adapter.init in NEED_WHOLE_BASIS else config.directions

@@ -17,8 +17,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
 
 from folora.errors import ConfigError, FoLoraError, MismatchError, ProcessError
 
@@ -138,14 +136,6 @@ def add_(tensor: Tensor) -> Tensor:
         with talking():
             dist.all_reduce(tensor)
     return tensor
-
-
-def sharded(tensor: Tensor) -> Tensor:
-    """Keep this process's rows alone of a tensor that all have; with one process, the tensor itself."""
-    if count() == 1:
-        return tensor
-    mesh = init_device_mesh(tensor.device.type, (count(),))
-    return distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None)
 
 
 def largest(value: int) -> int:

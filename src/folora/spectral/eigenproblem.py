@@ -46,7 +46,6 @@ class Spectrum:
     Attributes:
         basis: T, shape (d, k), columns v_i in the order of `gamma`.
         gamma: Shape (k,), descending, >= 0.
-        rest: Sum of the gammas that are not among them.
         tau: The relative ridge that was used; larger than asked for if Cholesky needed it.
         task_trace: trace(C_task), which `step_scale` needs.
         orthogonality: max |T' H T - I|.
@@ -55,7 +54,6 @@ class Spectrum:
 
     basis: Float64[Tensor, "d k"]
     gamma: Float64[Tensor, " k"]
-    rest: float
     tau: float
     task_trace: float
     orthogonality: float
@@ -135,7 +133,6 @@ def generalized_eigenbasis(
     pre, task, mean_power = _checked_pair(c_pre, c_task, tau, name)
     h, lower, used = _factor(pre, tau, name)
     reduced = _congruent(lower, task)
-    total = float(reduced.diagonal().sum())
     gamma, rotation = _largest(reduced, directions, name)
     basis = torch.linalg.solve_triangular(lower.T, rotation, upper=True)
 
@@ -158,7 +155,6 @@ def generalized_eigenbasis(
     return Spectrum(
         basis=basis / mean_power**0.5,
         gamma=gamma.clamp(min=0.0),
-        rest=max(total - float(gamma.sum()), 0.0),
         tau=used,
         task_trace=float(task.diagonal().sum()) * mean_power,
         orthogonality=orthogonality,
@@ -235,51 +231,19 @@ def spectral_gate(
     return gate.clamp(min=s_min)
 
 
-def step_scale(
-    gamma: Float[Tensor, " k"], gate: Float[Tensor, " k"], task_trace: float, beyond: float = 0.0
-) -> float:
+def step_scale(gamma: Float[Tensor, " k"], gate: Float[Tensor, " k"], task_trace: float) -> float:
     """The number c by which T is multiplied so that learning rates carry over from Adam.
 
     A unit step of random signs moves the task response by trace(C_task) in plain Adam and by
-    c^2 (sum(gamma s^2) + beyond) here; c makes the two equal. Zero C_task leaves T alone.
+    c^2 sum(gamma s^2) here; c makes the two equal. Zero C_task leaves T alone.
 
     Args:
         gamma: Of the directions that are stepped, shape (k,).
         gate: Theirs, shape (k,).
         task_trace: trace(C_task).
-        beyond: gamma s^2 of directions that are stepped without being among them, summed.
     """
-    moved = float((gamma.double() * gate.double() ** 2).sum()) + beyond
+    moved = float((gamma.double() * gate.double() ** 2).sum())
     return (task_trace / moved) ** 0.5 if moved > 0 else 1.0
-
-
-def complement_frame(
-    basis: Float[Tensor, "d d"], directions: int
-) -> tuple[Float64[Tensor, "d k"], Float64[Tensor, " d"]]:
-    """What stands for the columns of T beyond the first k: H T_k, and the weights of a frame.
-
-    The frame is P diag(w) with P = I - T_k (H T_k)', the projection on the other columns' span. A
-    unit step along every column of T costs d penalties v'Hv of 1. The weights give every column of
-    the frame the same penalty, and all of them together the d - k of the columns they stand for:
-    w_j = sqrt((d - k) / d / (H - H T_k T_k' H)_jj). See `sadam.Complement`.
-
-    Args:
-        basis: The whole T; H is (T T')^(-1).
-        directions: k, in [1, d).
-
-    Returns:
-        H T_k, shape (d, k), and w, shape (d,), float64.
-
-    Raises:
-        NumericsError: k is outside of its interval.
-    """
-    d = len(basis)
-    if not 1 <= directions < d:
-        raise NumericsError(f"directions is {directions}, but must lie in [1, {d})")
-    dual = torch.linalg.inv(basis.double()).T  # T^(-T) = H T
-    penalty = (dual[:, directions:] ** 2).sum(1)
-    share = (d - directions) / d
-    return dual[:, :directions].contiguous(), (share / penalty).sqrt()
 
 
 @dataclass(frozen=True)
@@ -411,7 +375,6 @@ def _whitened(
     return Spectrum(
         basis=basis[:, :directions] / mean_power**0.5,
         gamma=gamma[:directions],
-        rest=float(gamma.sum() - gamma[:directions].sum()),
         tau=tau,
         task_trace=float(task.diagonal().sum()) * mean_power,
         orthogonality=_largest_entry(error),

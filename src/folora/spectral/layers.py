@@ -26,7 +26,6 @@ class GroupBasis:
         group: The layers that read this input.
         basis: T, shape (d_in, k).
         gamma: Shape (k,), descending.
-        rest: Sum of the gammas that are not among them.
         task_trace: trace(C_task).
         null_basis: U_perp, shape (d_in, r); None if it was not asked for.
     """
@@ -34,7 +33,6 @@ class GroupBasis:
     group: InputGroup
     basis: Float[Tensor, "d k"]
     gamma: Float[Tensor, " k"]
-    rest: float
     task_trace: float
     null_basis: Float[Tensor, "d r"] | None = None
 
@@ -90,7 +88,6 @@ def solve(
             group,
             spectrum.basis.float().contiguous().to(home),
             spectrum.gamma.float().to(home),
-            spectrum.rest,
             spectrum.task_trace,
             None if null is None else null.float().to(home),
         )
@@ -144,7 +141,6 @@ def bases_to_tensors(
             {
                 "layers": b.group.layers,
                 "d_in": b.group.d_in,
-                "rest": b.rest,
                 "task_trace": b.task_trace,
             }
         )
@@ -173,4 +169,4 @@ def _basis_of(tensors: Mapping[str, Tensor], fact: Any) -> GroupBasis:
         raise ValueError(f"the null basis of {group.name} has shape {tuple(null.shape)}")
     if not all(bool(t.isfinite().all()) for t in (basis, gamma)) or bool((gamma < 0).any()):
         raise ValueError(f"the spectrum of {group.name} is not finite, or negative")
-    return GroupBasis(group, basis, gamma, float(fact["rest"]), float(fact["task_trace"]), null)
+    return GroupBasis(group, basis, gamma, float(fact["task_trace"]), null)

@@ -9,11 +9,9 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from folora.adapters.adapter import attach
@@ -23,9 +21,9 @@ from folora.calibration.calibration_set import ProxySet
 from folora.config import FoLoraConfig
 from folora.data.rows import Example, TaskData, text_examples
 from folora.metrics.meter import Meter, warn_if_not_stepped
-from folora.optim.sadam import Complement, SAdam
-from folora.runtime import distributed
-from folora.spectral.eigenproblem import complement_frame, spectral_gate, step_scale
+from folora.optim.fused import FusedSAdam
+from folora.optim.sadam import SAdam
+from folora.spectral.eigenproblem import spectral_gate, step_scale
 from folora.spectral.layers import GroupBasis
 from folora.training.hyperparameters import adam_options
 
@@ -85,7 +83,7 @@ def assemble(
     """Adapter, optimizer and meter from what the first three stages found."""
     peft_model = attach_configured(model, bases, config)
     groups = param_groups(peft_model, bases, **group_options(config))
-    optimizer = SAdam(groups, **adam_options(config.training))
+    optimizer = FusedSAdam(groups, **adam_options(config.training))
     keep_off(optimizer, peft_model)
     check = partial(warn_if_not_stepped, optimizer, peft_model, bases)
     meter = Meter(samples.held_out, task.held_out, config.statistics.batch_size, check)
@@ -124,9 +122,7 @@ def param_groups(
     lam: float = 1.0,
     s_min: float = 0.3,
     directions: int | None = None,
-    beyond: str = "closed",
     step_scale: str = "task",
-    storage: str = "float32",
     spectral: bool = True,
     adapter_name: str = "default",
 ) -> list[dict[str, Any]]:
@@ -140,10 +136,8 @@ def param_groups(
         weight_decay: For both.
         lam: Gate's lambda.
         s_min: Gate's floor.
-        directions: Only so many leading directions are kept; None for all.
-        beyond: What happens along the others, ``"closed"`` or ``"floor"``.
+        directions: Number of leading directions that A moves along; None for all.
         step_scale: ``"task"`` or ``"paper"``.
-        storage: Of the bases: ``"float32"``, ``"bfloat16"``, ``"host"`` or ``"sharded"``.
         spectral: False leaves bases out, which makes it plain AdamW on LoRA.
         adapter_name: Which adapter.
     """
@@ -159,58 +153,28 @@ def param_groups(
             continue
         group: dict[str, Any] = {"params": a_params, "lr": lr, "weight_decay": weight_decay}
         if spectral:
-            floor = s_min if beyond == "floor" else None
-            group |= gated_basis(b, lam, s_min, directions, floor, step_scale)
-            group |= stored(group["basis"], storage, a_params[0].device)
+            group |= gated_basis(b, lam, s_min, directions, step_scale)
         groups.append(group)
     groups.append({"params": b_params, "lr": lr * lr_b_ratio, "weight_decay": weight_decay})
     return groups
 
 
 def gated_basis(
-    b: GroupBasis,
-    lam: float,
-    s_min: float,
-    directions: int | None,
-    floor: float | None,
-    step_scaling: str,
+    b: GroupBasis, lam: float, s_min: float, directions: int | None, step_scaling: str
 ) -> dict[str, Any]:
-    """What `SAdam` is told of a basis: its leading columns, their gate, scale, and what lies beyond.
+    """What a group of `SAdam` holds of a basis: its leading columns, their gate and the scale.
 
     Args:
-        b: The solved basis; all of it if a floor is given and some directions are not kept.
+        b: The solved basis.
         lam: Gate's lambda.
         s_min: Gate's floor.
-        directions: How many columns are kept; None for all.
-        floor: Gate of what lies beyond them, as one; None closes it.
+        directions: Number of columns; None for all.
         step_scaling: ``"task"`` or ``"paper"``.
     """
-    columns = b.basis[:, :directions].contiguous()
-    gamma, k = b.gamma[:directions], columns.shape[1]
+    gamma = b.gamma[:directions]
     gate = spectral_gate(gamma, lam, s_min)
-    complement, moved = None, 0.0
-    if floor is not None and k < b.group.d_in:
-        dual, weight = complement_frame(b.basis, k)
-        complement = Complement(dual.float(), weight.float(), floor)
-        moved = floor**2 * (b.rest + float(b.gamma[k:].sum()))
-    paper = step_scaling == "paper"
-    scale = 1.0 if paper else step_scale(gamma, gate, b.task_trace, moved)
-    return {"basis": columns, "gate": gate, "scale": scale, "complement": complement}
-
-
-def stored(basis: Tensor, storage: str, device: torch.device) -> dict[str, Any]:
-    """The keys of a group of `SAdam` on a device that keep its basis as asked for; see `param_groups`."""
-    if storage == "sharded":
-        return {"basis": distributed.sharded(basis.to(device))}
-    if storage == "bfloat16":
-        return {"basis": basis.to(torch.bfloat16)}
-    if storage == "host":
-        kept = basis.cpu()
-        return {
-            "basis": kept.pin_memory() if torch.cuda.is_available() else kept,
-            "on_host": True,
-        }
-    return {"basis": basis}
+    scale = 1.0 if step_scaling == "paper" else step_scale(gamma, gate, b.task_trace)
+    return {"basis": b.basis[:, :directions].contiguous(), "gate": gate, "scale": scale}
 
 
 def to_dataset(examples: Sequence[Example]) -> Dataset:
@@ -230,8 +194,6 @@ def group_options(config: FoLoraConfig) -> dict[str, Any]:
         "lam": spectrum.lam,
         "s_min": spectrum.s_min,
         "directions": config.directions,
-        "beyond": spectrum.beyond,
         "step_scale": spectrum.step_scale,
-        "storage": spectrum.storage,
         "spectral": training.optimizer == "sadam",
     }

@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from copy import copy
 from itertools import chain
 from pathlib import Path
@@ -223,10 +222,7 @@ class FoLoraTrainer(SFTTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
         """SFTTrainer's forward and backward pass, and a look at the gradients before they are used."""
-        # Memory that an earlier backward pass of the step lets go of is needed again.
-        last = self.accelerator.sync_gradients
-        with self.prepared.optimizer.ahead() if last else nullcontext():
-            loss = super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, inputs, num_items_in_batch)
         # fp16's scaler skips such steps itself, and looks for its scale by them.
         if self.accelerator.scaler is None:
             self._check_gradients(inputs)

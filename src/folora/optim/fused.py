@@ -1,0 +1,247 @@
+"""FusedSAdam: the steps of `sadam.SAdam` with few kernels, also for parameters sharded by rows.
+
+On a GPU an optimizer's time is the number of its kernels rather than their size. So products with the
+bases are made for all groups of one shape at once, and moments by torch's fused AdamW for all groups
+with the same hyperparameters. No operation of a step mixes rows: a process that holds some rows of a
+parameter (a DTensor, as FSDP2 makes them) steps these, and holds the moments of these alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import tensor as dtensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.optim.adamw import adamw
+
+from folora.optim.sadam import SAdam, move_basis
+from folora.runtime.tensors import full_fp32_matmul, own_part
+
+# Elements of the parameters of one bundle, and of the bases of one stack: more leave a CPU's cache.
+AT_ONCE = {"cpu": 2**22, "cuda": 2**24}
+
+Moments = tuple[list[Tensor], list[Tensor], list[Tensor]]
+"""``exp_avg``, ``exp_avg_sq`` and ``step`` of some parameters."""
+
+
+@dataclass(frozen=True)
+class Due:
+    """A parameter group and those of its parameters that have a gradient.
+
+    Attributes:
+        group: The parameter group.
+        params: The parameters.
+        own: Of each the rows that this process holds; all of them unless it is a DTensor.
+        grads: The gradients of these rows.
+    """
+
+    group: dict[str, Any]
+    params: list[Tensor]
+    own: list[Tensor]
+    grads: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The bases of groups of one shape in one tensor; those of the groups are views of it.
+
+    Attributes:
+        basis: (n, d, k).
+        gate: (n, 1, k).
+        scale: (n, 1, 1).
+        parts: Basis, gate and scale as each group holds them.
+    """
+
+    basis: Tensor
+    gate: Tensor
+    scale: Tensor
+    parts: list[tuple[Tensor, Tensor, float]]
+
+
+class FusedSAdam(SAdam):
+    """`SAdam` by fused kernels: the same arguments, groups and state, and the same steps to rounding.
+
+    Products are full float32 whatever torch's precision switches say. Parameters may be DTensors; those
+    of a group with a basis must be sharded by rows, and each process holds the whole basis.
+    """
+
+    basis_keys = (*SAdam.basis_keys, "stack")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take one step; `closure` may re-evaluate the model and return the loss."""
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        due = [one for group in self.param_groups if (one := _due(group)).params]
+        for one in due:
+            if "basis" not in one.group:
+                _adamw(one.group, one.own, one.grads, self._moments([one]))
+        for bundle in _bundles(one for one in due if "basis" in one.group):
+            self._step_in_bases(bundle)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As the reference's; the fused kernel counts steps on the parameters' device."""
+        super().load_state_dict(state_dict)
+        for p in (p for group in self.param_groups for p in group["params"] if p in self.state):
+            self.state[p]["step"] = self.state[p]["step"].to(p.device, torch.float32)
+
+    def _step_in_bases(self, bundle: list[list[Due]]) -> None:
+        """One step of groups with the same hyperparameters (Eq. 18-24), stacked where shapes agree."""
+        stacks = [_stack([one.group for one in stacked]) for stacked in bundle]
+        params = [[p for one in stacked for p in one.own] for stacked in bundle]
+        moments = self._moments([one for stacked in bundle for one in stacked])
+        group = bundle[0][0].group
+        with full_fp32_matmul():
+            gbars = []
+            for stack, stacked in zip(stacks, bundle, strict=True):
+                grads = [g for one in stacked for g in one.grads]
+                n, d, _ = stack.basis.shape
+                g = (grads[0] if len(grads) == 1 else torch.cat(grads)).view(n, -1, d)
+                gbars.append((g.to(stack.basis.dtype) @ stack.basis).mul_(stack.scale))
+            # AdamW on zeros leaves -lr * m_hat / (sqrt(v_hat) + eps) in them.
+            zeros = gbars[0].new_zeros(sum(g.numel() for g in gbars))
+            parts = zeros.split([g.numel() for g in gbars])
+            steps = [part.view_as(g) for part, g in zip(parts, gbars, strict=True)]
+            _adamw(group, _rows(steps, params), _rows(gbars, params), moments, decay=False)
+            del gbars, g
+            updates = [
+                (step.mul_(stack.scale) * stack.gate) @ stack.basis.mT
+                for step, stack in zip(steps, stacks, strict=True)
+            ]
+        shrink = 1.0 - group["lr"] * group["weight_decay"]
+        _move([p for ps in params for p in ps], _rows(updates, params), shrink)
+
+    def _moments(self, due: Iterable[Due]) -> Moments:
+        """The states of these parameters' rows, which are made on first use."""
+        states = []
+        for one in due:
+            basis = one.group.get("basis")
+            for p in one.params:
+                if not (state := self.state[p]):
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                    for name in ("exp_avg", "exp_avg_sq"):
+                        state[name] = torch.zeros_like(p) if basis is None else _zeros(p, basis)
+                states.append(state)
+        first, second, steps = (
+            [own_part(state[name]) for state in states]
+            for name in ("exp_avg", "exp_avg_sq", "step")
+        )
+        return first, second, steps
+
+
+def _due(group: dict[str, Any]) -> Due:
+    """What is to be stepped of a group, with its basis where the parameters are."""
+    params = [p for p in group["params"] if p.grad is not None]
+    if any(p.grad.is_sparse for p in params):
+        raise RuntimeError("SAdam does not support sparse gradients")
+    if params:
+        move_basis(group, params[0].device)
+    return Due(group, params, [*map(own_part, params)], [*map(_own_gradient, params)])
+
+
+def _own_gradient(p: Tensor) -> Tensor:
+    """The gradient of this process's rows of p; a sum over processes is completed first."""
+    grad = p.grad
+    assert grad is not None
+    if isinstance(p, DTensor) and isinstance(grad, DTensor):
+        grad = grad.redistribute(p.device_mesh, p.placements)
+    return own_part(grad)
+
+
+def _zeros(p: Tensor, basis: Tensor) -> Tensor:
+    """Zeros for a moment of p (rows, d) in a basis (d, k): (rows, k), sharded as p is."""
+    shape = (len(p), basis.shape[1])
+    if not isinstance(p, DTensor):
+        return torch.zeros(shape, dtype=basis.dtype, device=p.device)
+    if not all(x in (Shard(0), Replicate()) for x in p.placements):
+        raise ValueError(
+            f"a parameter of shape {tuple(p.shape)} with a basis is sharded as {p.placements}, but its rows "
+            "must stay whole: Shard(0), which is what FSDP2 does by default"
+        )
+    return dtensor.zeros(
+        shape, dtype=basis.dtype, device_mesh=p.device_mesh, placements=p.placements
+    )
+
+
+def _bundles(due: Iterable[Due]) -> list[list[list[Due]]]:
+    """Groups to step at once: bundles with the same hyperparameters, of stacks of one shape."""
+    stacks: dict[tuple[Any, ...], list[Due]] = {}
+    for one in due:
+        group, basis = one.group, one.group["basis"]
+        alike = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+        place = (basis.dtype, basis.device)
+        lengths = tuple([len(p) for p in one.params])
+        stacks.setdefault(((*alike, *place), basis.shape, lengths), []).append(one)
+    bundles: list[list[list[Due]]] = []
+    last, size = None, 0
+    for (alike, (d, k), _), found in stacks.items():
+        most = AT_ONCE.get(found[0].own[0].device.type, AT_ONCE["cpu"])
+        rows = sum(len(p) for p in found[0].own)
+        count = max(1, most // (d * max(rows, k)))
+        for stack in (found[start : start + count] for start in range(0, len(found), count)):
+            size += len(stack) * rows * d
+            if alike != last or size > most:
+                bundles.append([])
+                size = len(stack) * rows * d
+            bundles[-1].append(stack)
+            last = alike
+    return bundles
+
+
+def _stack(groups: list[dict[str, Any]]) -> Stack:
+    """The bases of groups in one tensor, made anew when a group holds another basis than before."""
+    held = [(group["basis"], group["gate"], group["scale"]) for group in groups]
+    found: Stack | None = groups[0].get("stack")
+    if found is not None and len(found.parts) == len(held):
+        pairs = zip(found.parts, held, strict=True)
+        if all(a is b for one, other in pairs for a, b in zip(one, other, strict=True)):
+            return found
+    bases, gates, scales = zip(*held, strict=True)
+    alone = len(groups) == 1
+    basis, gate = (p[0][None] if alone else torch.stack(p) for p in (bases, gates))
+    scale = gate.new_tensor(scales)[:, None, None]
+    found = Stack(basis, gate[:, None], scale, [*zip(basis, gate, scales, strict=True)])
+    for group, (own_basis, own_gate, _) in zip(groups, found.parts, strict=True):
+        group |= {"basis": own_basis, "gate": own_gate, "stack": found}
+    return found
+
+
+def _rows(stacked: list[Tensor], params: list[list[Tensor]]) -> list[Tensor]:
+    """The rows of each parameter out of those of each stack."""
+    pairs = zip(stacked, params, strict=True)
+    return [part for x, ps in pairs for part in x.flatten(0, 1).split([len(p) for p in ps])]
+
+
+def _adamw(
+    group: dict[str, Any],
+    params: list[Tensor],
+    grads: list[Tensor],
+    moments: Moments,
+    decay: bool = True,
+) -> None:
+    """Torch's fused AdamW on given tensors."""
+    first, second, steps = moments
+    beta1, beta2 = group["betas"]
+    adamw(
+        params, grads, first, second, [], steps,
+        lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"],
+        weight_decay=group["weight_decay"] if decay else 0.0,
+        amsgrad=False, maximize=False, fused=True,
+    )  # fmt: skip
+
+
+def _move(params: list[Tensor], deltas: list[Tensor], shrink: float) -> None:
+    """Shrink parameters and add to them, with one rounding at the end where they are narrower."""
+    pairs = [*zip(params, deltas, strict=True)]
+    if alike := [(p, delta) for p, delta in pairs if p.dtype == delta.dtype]:
+        if shrink != 1.0:
+            torch._foreach_mul_([p for p, _ in alike], shrink)
+        torch._foreach_add_([p for p, _ in alike], [delta for _, delta in alike])
+    for p, delta in pairs:
+        if p.dtype != delta.dtype:
+            p.copy_(p.to(delta.dtype).mul_(shrink).add_(delta))
