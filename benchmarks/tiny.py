@@ -1,4 +1,8 @@
-"""A tiny model, a tokenizer of single characters, rows of a made-up task, and a config that fits them."""
+"""A tiny model, a tokenizer of single characters, rows of a made-up task, and a config that fits them.
+
+Shared by the benchmarks that need no real model (reliability, several processes, versions) and by the
+tests; benchmarks import nothing from `tests`.
+"""
 
 from __future__ import annotations
 

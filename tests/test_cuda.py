@@ -32,7 +32,10 @@ from folora.runtime.tensors import full_fp32_matmul
 from folora.spectral.groups import InputGroup
 from folora.spectral.layers import solve
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.filterwarnings("default"),  # which ones there are depends on the driver too
+]
 GPU = torch.device("cuda")
 ROWS = [[1, *range(4, 4 + n)] for n in (3, 11, 7, 2, 19)]
 WIDTHS = (33, 8, 33, 64, 17)

@@ -122,7 +122,7 @@ def test_adapted_architectures_work(case: Case, tmp_path: Path) -> None:
         loss = adapted(input_ids=IDS, labels=IDS, use_cache=False).loss
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     trained = logits(adapted)
     assert losses[0] != losses[1]
     assert float((trained - before).abs().max()) > 1e-3 * float(before.abs().max())

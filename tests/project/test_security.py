@@ -212,6 +212,7 @@ PICKLES += ["adapter_model.bin", "pytorch_model.bin"]
 """What the Trainer or PEFT could unpickle; the last two if there is no adapter in safetensors."""
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # of the attacker's file
 @pytest.mark.parametrize(
     ("name", "form"), [*((n, "torch") for n in PICKLES), (PICKLES[0], "pickle")]
 )
