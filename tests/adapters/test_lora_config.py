@@ -356,10 +356,15 @@ def test_base_model_and_revision_are_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("init", INITS)
-def test_inference_mode_leaves_nothing_to_train(init: str) -> None:
-    config = LoraConfig(r=4, inference_mode=True, modules_to_save=["lm_head"])
-    model = adapted_by(config, init)
-    assert not [n for n, p in model.named_parameters() if p.requires_grad]
+def test_inference_mode_freezes_what_peft_freezes(init: str) -> None:
+    values: dict[str, Any] = {"r": 4, "inference_mode": True, "modules_to_save": ["lm_head"]}
+    own = adapted_by(LoraConfig(**values), init)
+    theirs = get_peft_model(make_llama(), LoraConfig(**values, target_modules=BLOCKS))
+    found, expected = (
+        {n for n, p in model.named_parameters() if p.requires_grad} for model in (own, theirs)
+    )
+    assert found == expected
+    assert not any("lora_" in name for name in found)
 
 
 def test_a_plain_module_takes_an_adapter(tmp_path: Path) -> None:
