@@ -24,7 +24,7 @@ from folora.adapters.adapter import attach
 from folora.adapters.constraint import keep_off
 from folora.adapters.low_rank import narrow_inputs
 from folora.optim.fused import FusedSAdam
-from folora.training.prepared import param_groups
+from folora.training.optimizer import param_groups
 
 
 @dataclass(frozen=True)

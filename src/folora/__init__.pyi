@@ -28,7 +28,8 @@ from .optim.fused import FusedSAdam as SAdam
 from .pipeline.prepare import prepare
 from .spectral.eigenproblem import Spectrum, generalized_eigenbasis, spectral_gate, step_scale
 from .spectral.layers import GroupBasis, solve
-from .training.prepared import Prepared, param_groups
+from .training.optimizer import optimizer, param_groups
+from .training.prepared import Prepared
 from .training.trainer import FoLoraTrainer, sft_config
 
 __version__: str
@@ -65,6 +66,7 @@ __all__ = [
     "generalized_eigenbasis",
     "lora_factors",
     "narrow_inputs",
+    "optimizer",
     "param_groups",
     "prepare",
     "sample",

@@ -24,7 +24,7 @@ from folora.errors import ConfigError, NumericsError
 from folora.metrics.meter import total_norm, update_norms
 from folora.optim.sadam import SAdam
 from folora.spectral.eigenproblem import spectral_gate
-from folora.training.prepared import gated_basis, param_groups
+from folora.training.optimizer import gated_basis, param_groups
 
 R4 = LoraConfig(r=4, lora_alpha=4)
 

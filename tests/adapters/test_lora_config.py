@@ -32,7 +32,7 @@ from folora.errors import ConfigError
 from folora.optim.sadam import SAdam
 from folora.spectral.groups import InputGroup
 from folora.spectral.layers import GroupBasis, solve
-from folora.training.prepared import param_groups
+from folora.training.optimizer import param_groups
 
 INITS = ["eigen", "null_space"]
 HEADED = {

@@ -30,7 +30,8 @@ from folora.metrics.kl import kl, masked_target_kl
 from folora.optim.sadam import SAdam
 from folora.spectral.eigenproblem import BASES, generalized_eigenbasis
 from folora.spectral.layers import GroupBasis, solve
-from folora.training.prepared import assemble, param_groups
+from folora.training.optimizer import param_groups
+from folora.training.prepared import assemble
 from folora.training.trainer import sft_config, train
 
 R, ALPHA = 4, 8  # kappa = 2, so that a forgotten factor shows

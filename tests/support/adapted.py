@@ -11,7 +11,7 @@ from folora.calibration.inputs import find_groups, target_layers
 from folora.calibration.moments import second_moments
 from folora.optim.sadam import SAdam
 from folora.spectral.layers import GroupBasis, solve
-from folora.training.prepared import param_groups
+from folora.training.optimizer import param_groups
 
 IDS = torch.randint(3, 50, (4, 12), generator=torch.Generator().manual_seed(5))
 

@@ -11,10 +11,10 @@ from transformers import TrainingArguments
 from folora.config import TrainingConfig
 from folora.errors import ConfigError
 from folora.optim.sadam import SAdam
+from folora.training.optimizer import BETAS, EPSILON
 
 logger = logging.getLogger(__name__)
 
-BETAS, EPSILON = (0.9, 0.999), 1e-8
 OWN_OPTIMIZER = ("optim", "optim_args", "optim_target_modules")
 
 
@@ -41,7 +41,7 @@ def follow_arguments(optimizer: SAdam, args: TrainingArguments, training: Traini
     """Step by a Trainer's learning rate, decay, betas and epsilon, and say which of them are others.
 
     Args:
-        optimizer: Of `param_groups`, whose last group is that of all B.
+        optimizer: From `optimizer`; its last group is that of all B.
         args: The Trainer's; B keeps its ratio to A.
         training: What the optimizer was prepared with.
     """
