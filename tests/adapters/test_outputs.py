@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from benchmarks.tiny import MAKERS, make_llama, make_tokenizer, tiny_config
 from folora.adapters.constraint import keep_off
 from folora.adapters.export import export_adapter, export_merged, write_adapter
-from folora.adapters.initialization import NONZERO, STARTS
+from folora.adapters.initialization import INITIALIZATIONS, NONZERO
 from folora.calibration.calibration_set import ProxySet
 from folora.calibration.inputs import find_groups, target_layers
 from folora.calibration.moments import second_moments
@@ -45,7 +45,7 @@ from folora.training.prepared import Prepared, assemble
 R, ALPHA = 4, 8
 IDS = torch.randint(3, 50, (4, 12), generator=torch.Generator().manual_seed(5))
 METHODS: dict[str, dict[str, Any]] = {
-    **{init: {"init": init} for init in STARTS},
+    **{init: {"init": init} for init in INITIALIZATIONS},
     "oplora": {"init": "kaiming", "constraint": "oplora"},
     "null_space, oplora": {"init": "null_space", "constraint": "oplora"},
     "lora_null, A frozen": {"init": "lora_null", "freeze_a": True},
@@ -279,7 +279,7 @@ def test_a_kernel_that_bypasses_the_variant_is_refused_at_the_first_step(
     layer = model.get_base_model().get_submodule("model.layers.1.mlp.down_proj")
     monkeypatch.setattr(layer, "forward", lambda x: bypassed(layer, x))
     assert_near(logits(model), logits(make_llama()), roundings=500)
-    wrong = method in NONZERO or method not in STARTS
+    wrong = method in NONZERO or method not in INITIALIZATIONS
     said = pytest.raises(ConfigError, match=r"model\.layers\.1\.mlp\.down_proj: .*fused")
     with said if wrong else nullcontext():
         model(IDS, labels=IDS).loss.backward()

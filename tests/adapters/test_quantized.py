@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from benchmarks.tiny import make_llama
 from folora.adapters.adapter import attach
 from folora.adapters.export import export_adapter, export_merged
-from folora.adapters.initialization import STARTS
+from folora.adapters.initialization import INITIALIZATIONS
 from folora.errors import ConfigError, NumericsError
 from folora.runtime.finiteness import check_finite_weights
 
@@ -46,7 +46,7 @@ def logits(model: PreTrainedModel | PeftModel) -> torch.Tensor:
     return model(IDS).logits
 
 
-@pytest.mark.parametrize("init", sorted(STARTS))
+@pytest.mark.parametrize("init", sorted(INITIALIZATIONS))
 def test_nothing_changes_before_the_first_step(
     load: Callable[[], PreTrainedModel], init: str
 ) -> None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 import folora
 from benchmarks.tiny import make_gpt2, make_llama, make_tokenizer, rows, tiny_config
 from folora.adapters.adapter import attach, lora_factors
-from folora.adapters.initialization import STARTS
+from folora.adapters.initialization import INITIALIZATIONS
 from folora.calibration.calibration_set import ProxySet
 from folora.calibration.inputs import find_groups, target_layers
 from folora.calibration.moments import second_moments
@@ -81,7 +81,7 @@ def started(
             yield name, a, b, ALPHA / R * b @ a
 
 
-@pytest.mark.parametrize("init", sorted(STARTS))
+@pytest.mark.parametrize("init", sorted(INITIALIZATIONS))
 def test_every_initialization_keeps_the_models_output(model: PreTrainedModel, init: str) -> None:
     before = model(IDS).logits
     adapted = attach(model, solved(model), LoraConfig(r=R, lora_alpha=ALPHA), init=init, protect=R)

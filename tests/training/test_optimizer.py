@@ -16,7 +16,7 @@ import folora
 from benchmarks.tiny import make_gpt2, make_llama
 from folora.adapters.adapter import attach, lora_factors
 from folora.adapters.export import export_adapter
-from folora.adapters.initialization import NONZERO, STARTS
+from folora.adapters.initialization import INITIALIZATIONS, NONZERO
 from folora.errors import ConfigError
 from folora.spectral.layers import GroupBasis, bases_from_tensors, bases_to_tensors
 
@@ -42,7 +42,7 @@ def factors(model: PeftModel) -> list[Tensor]:
     return [part.clone() for a, b, _ in lora_factors(model).values() for part in (a, b)]
 
 
-@pytest.mark.parametrize("init", sorted(STARTS))
+@pytest.mark.parametrize("init", sorted(INITIALIZATIONS))
 def test_training_resumes_from_a_folder_by_peft_and_a_saved_spectrum(
     init: str, tmp_path: Path
 ) -> None:
@@ -88,7 +88,7 @@ def test_a_frozen_half_is_recognized_in_an_export(
         assert layer.lora_variant["default"].trained == trained
 
 
-@pytest.mark.parametrize("init", sorted(set(STARTS) - NONZERO))
+@pytest.mark.parametrize("init", sorted(set(INITIALIZATIONS) - NONZERO))
 def test_an_adapter_without_a_frozen_half_is_trained_as_a_whole(init: str, tmp_path: Path) -> None:
     model = make_llama()
     bases = bases_for(model)

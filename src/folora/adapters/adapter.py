@@ -2,7 +2,7 @@
 
 No initialization changes the model before the first step, and the base is never changed. The adapter is an
 ordinary LoRA adapter at any time, so that saving, loading, copying, combining, disabling, merging and quantized
-bases are PEFT's; one that starts at B0 A0 /= 0 has rank 2r, [B, -B0] [A; A0] (`variants`).
+bases are PEFT's; one that is initialized with B0 A0 /= 0 has rank 2r, [B, -B0] [A; A0] (`variants`).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from transformers.pytorch_utils import Conv1D
 
 from folora.adapters.constraint import ProtectedSpaces, protect_layer, spaces_of
 from folora.adapters.initialization import (
+    INITIALIZATIONS,
     NONZERO,
-    STARTS,
+    Initialization,
     Site,
-    Start,
     image_of,
     leading_singular_spaces,
     takes_off_weight,
@@ -78,7 +78,7 @@ def attach(
             ``inference_mode`` mean what they mean in PEFT; ``target_modules`` is left out, or selects
             just the layers of `bases`; all else stays at its default. It is not changed. Default:
             ``LoraConfig(r=16, lora_alpha=16)``.
-        init: One of `initialization.STARTS`: ``"eigen"`` (A0 spans the leading eigenvectors,
+        init: One of `initialization.INITIALIZATIONS`: ``"eigen"`` (A0 spans the leading eigenvectors,
             B0 = 0), ``"null_space"`` (the paper's; needs `null_basis` of at least r columns),
             ``"kaiming"`` (LoRA's own), and those of other methods.
         protect: OPLoRA's k: number of leading singular directions of each weight that the update leaves
@@ -96,13 +96,13 @@ def attach(
     check_lora_config(config)
     r = config.r
     check_rank([b.group for b in bases], r)
-    if init not in STARTS:
-        raise ConfigError(f"init is {init!r}, but must be one of {', '.join(STARTS)}")
+    if init not in INITIALIZATIONS:
+        raise ConfigError(f"init is {init!r}, but must be one of {', '.join(INITIALIZATIONS)}")
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     # Everything that can fail comes before anything is touched.
     conv1d = _check_layers(base, bases)
     check_modules(base, config, [name for b in bases for name in b.group.layers], conv1d)
-    frozen = _frozen_parts(base, bases, r, STARTS[init], protect, seed)
+    frozen = _frozen_parts(base, bases, r, INITIALIZATIONS[init], protect, seed)
     trained = r if init in NONZERO else None
     own = _config_of(config, frozen, trained, conv1d)
     if isinstance(model, PeftModel):
@@ -112,9 +112,9 @@ def attach(
         peft_model = get_peft_model(model, own, adapter_name=adapter_name)  # type: ignore[arg-type,assignment]
     named = own.base_model_name_or_path or config.base_model_name_or_path
     own.base_model_name_or_path = resolvable(named)
-    for name, (start, protected) in frozen.items():
+    for name, (initial, protected) in frozen.items():
         layer = _lora_layer(peft_model, name)
-        _initialize(layer, adapter_name, start, protected, trained)
+        _initialize(layer, adapter_name, initial, protected, trained)
         with gathered(base, name):
             _check_unchanged(layer, adapter_name, name)
         if trained or protected:
@@ -245,20 +245,20 @@ def _frozen_parts(
     model: Any,
     bases: Sequence[GroupBasis],
     r: int,
-    start: Callable[[Site], Start],
+    initialize: Callable[[Site], Initialization],
     protect: int,
     seed: int,
-) -> dict[str, tuple[Start, Spaces | None]]:
+) -> dict[str, tuple[Initialization, Spaces | None]]:
     """Initialization and protected spaces of every adapted layer, by its name."""
     generator = torch.Generator().manual_seed(seed)
-    parts: dict[str, tuple[Start, Spaces | None]] = {}
+    parts: dict[str, tuple[Initialization, Spaces | None]] = {}
     for b in bases:
         for name in b.group.layers:
             with gathered(model, name):
                 site = Site(b, image_of(base_layer(model.get_submodule(name))), r, generator)
                 try:
                     spaces = leading_singular_spaces(site.weight(), protect) if protect else None
-                    parts[name] = (start(site), spaces)
+                    parts[name] = (initialize(site), spaces)
                 except NumericsError as error:
                     raise NumericsError(f"{name}: {error}") from error
     return parts
@@ -266,11 +266,11 @@ def _frozen_parts(
 
 @torch.no_grad()
 def _initialize(
-    layer: Any, adapter: str, start: Start, protected: Spaces | None, trained: int | None
+    layer: Any, adapter: str, initial: Initialization, protected: Spaces | None, trained: int | None
 ) -> None:
     """Set A and B of one layer, its frozen half and its protected spaces."""
     a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    a0, image = start
+    a0, image = initial
     a0 = a0.to(a)
     b0 = b.new_zeros(len(b), len(a0)) if image is None else image.to(b) / layer.scaling[adapter]
     if protected is not None:

@@ -1,8 +1,7 @@
-"""How LoRA's A and B start: pure functions of a weight and the statistics of its input.
+"""Initializations of LoRA's A and B: pure functions of a weight and the statistics of its input.
 
-Every start gives A0 (r, d_in) and the image Y0 (d_out, r) for which the adapter begins with the
-product Y0 A0 = kappa B0 A0, or no image where B starts at zero. Baselines differ in nothing but this
-choice, the optimizer and the constraint, so that an ablation is one word changed.
+Each gives A0 (r, d_in) and the image Y0 (d_out, r), whose product is the initial update, Y0 A0 = kappa B0 A0;
+no image where B0 = 0. Methods that are compared differ in the initialization, the optimizer and the constraint alone.
 """
 
 from __future__ import annotations
@@ -22,20 +21,20 @@ from folora.spectral.layers import GroupBasis
 
 LIKE = 1e-2  # share of a weight; rounding in bf16 leaves less
 
-Start = tuple[Tensor, Tensor | None]
+Initialization = tuple[Tensor, Tensor | None]
 """A0 (r, d_in), and Y0 (d_out, r) or None for B0 = 0."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """One layer, as a start sees it.
+    """One layer, as an initialization sees it.
 
     Attributes:
         spectrum: The solved spectrum of the layer's input.
         image: x (n, d_in) -> W0 x (n, d_out), by running the base layer, so that quantized and
             transposed layers need no special case.
         r: Rank.
-        generator: For random starts.
+        generator: For random initializations.
     """
 
     spectrum: GroupBasis
@@ -54,7 +53,7 @@ class Site:
         if found is None or found.shape[1] < self.r:
             have = 0 if found is None else found.shape[1]
             raise ConfigError(
-                f"{self.spectrum.group.name}: the null-space start needs {self.r} of C_pre's "
+                f"{self.spectrum.group.name}: the null-space initialization needs {self.r} of C_pre's "
                 f"smallest eigenvectors, the solved spectrum has {have}. Solve with "
                 f"null_rank={self.r}."
             )
@@ -80,7 +79,7 @@ def leading_eigenvectors(basis: Float[Tensor, "d k"], r: int) -> Float[Tensor, "
 
 
 def kaiming(r: int, d_in: int, generator: torch.Generator) -> Float[Tensor, "r d"]:
-    """LoRA's usual start of A: uniform in +-1/sqrt(d_in), float32 on the CPU."""
+    """LoRA's usual initialization of A: uniform in +-1/sqrt(d_in), float32 on the CPU."""
     bound = 1 / math.sqrt(d_in)
     return torch.empty(r, d_in).uniform_(-bound, bound, generator=generator)
 
@@ -182,14 +181,14 @@ def _smallest(u: Tensor, s: Tensor, vh: Tensor, r: int) -> tuple[Tensor, Tensor]
     return root[:, None] * vh[-r:], u[:, -r:] * root
 
 
-def _start_null_space(site: Site) -> Start:
+def _null_space_of(site: Site) -> Initialization:
     a0 = null_space(site.null_basis())
     return a0, site.image(a0).T
 
 
-STARTS: dict[str, Callable[[Site], Start]] = {
+INITIALIZATIONS: dict[str, Callable[[Site], Initialization]] = {
     "eigen": lambda site: (leading_eigenvectors(site.spectrum.basis, site.r), None),
-    "null_space": _start_null_space,
+    "null_space": _null_space_of,
     "null_space_zero": lambda site: (null_space(site.null_basis()), None),
     "kaiming": lambda site: (kaiming(site.r, site.spectrum.group.d_in, site.generator), None),
     "minor_singular": lambda site: minor_singular(site.weight(), site.r),
@@ -208,11 +207,11 @@ NEED_SINGULAR_VALUES = frozenset({"minor_singular", "corda", "lora_null"})
 def check_singular_values(
     layers: Mapping[str, tuple[int, int]], init: str, r: int, protect: int
 ) -> None:
-    """Raise ConfigError if a layer has fewer singular values than a start or OPLoRA asks for.
+    """Raise ConfigError if a layer has fewer singular values than an initialization or OPLoRA asks for.
 
     Args:
         layers: (d_in, d_out) by name.
-        init: One of `STARTS`.
+        init: One of `INITIALIZATIONS`.
         r: Rank.
         protect: OPLoRA's k, or 0.
     """
