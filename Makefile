@@ -1,4 +1,4 @@
-# `make demo`, `make test`, and `make results` for docs/results.md. All set up .venv by themselves.
+# `make demo`, `make test`, and `make results` for docs/results.md and docs/results/. All set up .venv by themselves.
 PYTHON ?= python3.11
 ifeq (,$(shell command -v $(PYTHON) 2>/dev/null))
 PYTHON := python3

@@ -2,7 +2,7 @@
 
 Directions that were found on some of it are tried on other text, or on other rows: what share of the
 utility per unit of forgetting do they hold that the best directions there would have? No training, so
-that many amounts can be tried; what an amount does to a trained adapter is `benchmarks.real.compare`'s.
+that many amounts can be tried; what an amount does to a trained adapter is `benchmarks.compare`'s.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where runs are tormented: a tiny run that takes seconds, started in a fork, and compared file by file.
+"""Runs under disturbance: a tiny run that takes seconds, started in a fork, and compared file by file.
 
 A fork of a process that has everything imported begins at once, so that hundreds of runs are affordable.
 What happens inside is folora's own command line. Python tells of every file that is opened for writing,
@@ -49,7 +49,7 @@ Event = Callable[[str], None]
 
 @dataclass
 class Stand:
-    """A place with a tiny model, its rows, and the run that is tormented.
+    """A place with a tiny model, its rows, and the run that is disturbed.
 
     Args:
         place: An empty folder.

@@ -16,22 +16,22 @@ from benchmarks.scaling import bytes_table, time_table
 
 def disturbed(source: Source) -> Block:
     """Runs that were killed, interrupted, starved and damaged, and what was lost."""
-    return Block(parts(disturbance_table(source.tormented("chaos"))))
+    return Block(parts(disturbance_table(source.disturbances("chaos"))))
 
 
 def soaked(source: Source) -> Block:
     """What grew in a long training, and what many stops changed."""
-    return Block(parts(soak_table(source.tormented("soak"))))
+    return Block(parts(soak_table(source.disturbances("soak"))))
 
 
 def fuzzed(source: Source) -> Block:
     """Mutated files by parser, and what was found."""
-    return Block(parts(fuzz_table(source.tormented("fuzz"))))
+    return Block(parts(fuzz_table(source.disturbances("fuzz"))))
 
 
 def distributed(source: Source) -> Block:
     """Several processes against one."""
-    return Block(parts(distributed_table(source.tormented("distributed"))))
+    return Block(parts(distributed_table(source.disturbances("distributed"))))
 
 
 def scaling(source: Source) -> Block:

@@ -73,14 +73,14 @@ class Source:
             )
         return [self.speed[name] for name in names]
 
-    def tormented(self, harness: str) -> Mapping[str, Any]:
+    def disturbances(self, harness: str) -> Mapping[str, Any]:
         """What a harness of `benchmarks.reliability` found. Raises NoResultsError if it has not run."""
         if harness not in self.reliability:
             raise NoResultsError(f"No figures of `make {harness}` yet.")
         return self.reliability[harness]
 
-    def judged(self, model: str) -> Mapping[str, Any]:
-        """What amounts of text and rows are worth to a model. Raises NoResultsError if nobody looked."""
+    def amounts_of(self, model: str) -> Mapping[str, Any]:
+        """What amounts of text and rows are worth to a model. Raises NoResultsError if it has not run."""
         if model not in self.amounts:
             raise NoResultsError(f"No figures of `python -m benchmarks.amounts` on `{model}` yet.")
         return self.amounts[model]

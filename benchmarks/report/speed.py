@@ -65,12 +65,12 @@ def enough_by_meter(source: Source, plan: str, count: str, task: str = "") -> Bl
 
 def amounts_of_text(source: Source, model: str) -> Block:
     """What directions are worth elsewhere, by length and number of the sequences."""
-    return Block(parts(text_table(source.judged(model))))
+    return Block(parts(text_table(source.amounts_of(model))))
 
 
 def amounts_of_rows(source: Source, model: str) -> Block:
     """The same by number of the task's rows."""
-    return Block(parts(rows_table(source.judged(model))))
+    return Block(parts(rows_table(source.amounts_of(model))))
 
 
 def _turned(

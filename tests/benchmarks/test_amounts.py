@@ -59,7 +59,7 @@ def test_tables_of_measurements(tmp_path: Path) -> None:
     (tmp_path / "amounts").mkdir()
     (tmp_path / "amounts" / "tiny.json").write_text(json.dumps(found))
     source = Source.load(tmp_path, tmp_path, tmp_path / "none.json")
-    table = text_table(source.judged("tiny"))
+    table = text_table(source.amounts_of("tiny"))
     assert table.header == ("tokens a sequence", "256 in all", "512 in all")
     assert table.rows == (
         ("64", "0.600 / 0.300", "–"),
