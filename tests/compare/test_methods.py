@@ -365,7 +365,8 @@ def test_a_kl_penalty_is_added_once_a_step_under_gradient_accumulation(tmp_path:
         trainer.prepared = replace(
             p, config=p.config.changed({"training.masked_kl_weight": weight})
         )
-        return float(trainer.compute_loss(p.model, dict(batch), num_items_in_batch=tokens))
+        found = trainer.compute_loss(p.model, dict(batch), num_items_in_batch=tokens)
+        return float(found.detach())
 
     p.model.train()
     plain = loss(1, 0.0)
@@ -373,9 +374,13 @@ def test_a_kl_penalty_is_added_once_a_step_under_gradient_accumulation(tmp_path:
     with p.model.disable_adapter():
         base = p.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     wanted = batch["labels"][:, 1:] != -100
-    divergence = masked_target_kl(
-        base[:, :-1][wanted], logits[:, :-1][wanted], batch["labels"][:, 1:][wanted]
-    ).mean()
+    divergence = (
+        masked_target_kl(
+            base[:, :-1][wanted], logits[:, :-1][wanted], batch["labels"][:, 1:][wanted]
+        )
+        .mean()
+        .detach()
+    )
     assert float(divergence) > 1e-3
     for steps in (1, 4):
         assert loss(steps, 0.7) - plain == pytest.approx(0.7 * float(divergence) / steps, rel=1e-3)

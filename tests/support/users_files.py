@@ -58,7 +58,12 @@ def fifo(name: str) -> Put:
 
 def socket_at(name: str) -> Put:
     """Neither a file nor a folder, as a device is not; HERE is the working directory."""
-    return lambda _: socket.socket(socket.AF_UNIX).bind(name)
+
+    def put(_: Path) -> None:
+        with socket.socket(socket.AF_UNIX) as opened:
+            opened.bind(name)
+
+    return put
 
 
 def appended(name: str, text: str) -> Put:
