@@ -197,11 +197,11 @@ def restore_forward(model: PeftModel, adapter_name: str = "default") -> None:
     if not found:
         return
     name, first = next(iter(found.items()))
-    a, b, scaling = layer_factors(first, adapter_name)
+    a, b, _ = layer_factors(first, adapter_name)
     half = len(a) // 2
     with gathered(base, name):
         image = image_of(base_layer(first))
-        frozen = len(a) % 2 == 0 and takes_off_weight(a[half:], scaling * b[:, half:], image)
+        frozen = len(a) % 2 == 0 and takes_off_weight(a[half:], b[:, half:], image)
     for layer in found.values():
         _take_variant(layer, adapter_name, half if frozen else None)
 

@@ -19,7 +19,7 @@ from folora.runtime.shapes import Float
 from folora.runtime.tensors import full_fp32_matmul
 from folora.spectral.layers import GroupBasis
 
-LIKE = 1e-2  # share of a weight; rounding in bf16 leaves less
+LIKE = 1e-2  # angle between a weight and another; rounding in bf16 leaves less
 
 Initialization = tuple[Tensor, Tensor | None]
 """A0 (r, d_in), and Y0 (d_out, r) or None for B0 = 0."""
@@ -156,22 +156,27 @@ def takes_off_weight(
 ) -> bool:
     """Whether B A is minus a part of W0, as the frozen half after an initialization in `NONZERO` is.
 
-    Such a part is W0 P with a projection P on A's rows, or Q W0 with one on B's columns.
+    Such a part is W0 P with a projection P on A's rows, or Q W0 with one on B's columns; times a number > 0,
+    since weight decay shrinks the frozen half, too.
 
     Args:
-        a: The factor that reads.
-        b: The factor that writes, times kappa.
+        a: The factor whose rows multiply the input.
+        b: The factor whose columns make up the output.
         image: x (n, d_in) -> W0 x (n, d_out).
     """
     if not bool(b.any()):
         return False
     a, b = a.double(), b.double()
-    seen = image(a.float()).double().T
-    if bool((seen + b @ (a @ a.T)).norm() < LIKE * seen.norm()):
+    if _same_direction(image(a.float()).double().T, -b @ (a @ a.T)):
         return True
     weight = image(torch.eye(a.shape[1], device=a.device)).double().T
-    rows = b.T @ weight
-    return bool((rows + (b.T @ b) @ a).norm() < LIKE * rows.norm())
+    return _same_direction(b.T @ weight, -(b.T @ b) @ a)
+
+
+def _same_direction(x: Tensor, y: Tensor) -> bool:
+    """Whether x is y times a number > 0, but for rounding."""
+    cosine = float((x * y).sum() / (x.norm() * y.norm()))
+    return x.numel() > 1 and cosine > 1 - LIKE**2 / 2
 
 
 def _smallest(u: Tensor, s: Tensor, vh: Tensor, r: int) -> tuple[Tensor, Tensor]:
