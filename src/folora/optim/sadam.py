@@ -79,7 +79,7 @@ class SAdam(Optimizer):
                 g = p.grad if T is None else c * (p.grad.to(T.dtype) @ T)
                 state = self.state[p]
                 if not state:
-                    state["step"] = torch.zeros(())
+                    state["step"] = torch.zeros((), dtype=torch.float32)
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(g), torch.zeros_like(g)
                 state["step"] += 1
                 t, m, v = float(state["step"]), state["exp_avg"], state["exp_avg_sq"]
