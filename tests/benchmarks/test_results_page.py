@@ -280,6 +280,28 @@ def test_norms(made: Path) -> None:
     assert f"H = {level / 100:g}" in h_norm["LoRA"]
 
 
+def test_columns_of_a_block_are_chosen_by_title(made: Path) -> None:
+    chosen = page(made, "methods shift | method; KL at matched task")
+    (table,), (whole,) = tables(chosen), tables(page(made, "methods shift"))
+    title = "KL at matched task"
+    assert table == {n: {"method": n, title: row[title]} for n, row in whole.items()}
+    assert "![" not in chosen and "mean ±" not in chosen  # neither pictures nor the caption
+
+
+def test_narrow_tables_have_a_column_per_task(made: Path) -> None:
+    (retained,) = tables(page(made, "retained shift"))
+    lora = np.mean([final("lora", seed, 1e-2) for seed in range(3)])
+    assert retained["LoRA"] == {"method": "LoRA", "shift": f"{lora:.3f} *"}
+    (relative,) = tables(page(made, "relative_kl world_methods shift"))
+    (whole,) = tables(page(made, "real_seeds world_methods shift lora"))
+    assert relative["folora"]["shift"] == whole["folora"]["of LoRA's"]
+    assert relative["LoRA"]["shift"] == f"KL {whole['LoRA']['KL']}"
+    write_arm(made / "results", "mixed", "lora-kl", 1, RATES[0])
+    (beside,) = tables(page(made, "relative_kl_beside mixed world_methods shift"))
+    (whole,) = tables(page(made, "real_beside mixed shift world_methods"))
+    assert beside["LoRA + KL"]["shift"] == whole["LoRA + KL"]["of LoRA's"]
+
+
 @pytest.mark.parametrize(
     ("plan", "method"), [("world_ablation", "gate-off"), ("world_complements", "lora-kl")]
 )
@@ -469,6 +491,7 @@ def test_a_page_has_its_text_and_small_pictures(made: Path) -> None:
         ("{{ variants world_knobs shift }}", "unknown plan of variants 'world_knobs'"),
         ("{{ knobs loar }}", "unknown method 'loar' (did you mean 'lora'?)"),
         ("{{ }}", "unknown block ''"),
+        ("{{ methods shift | methd }}", "unknown column 'methd' (did you mean 'method'?)"),
         ("see {{ runs }}", "a line of its own"),
     ],
 )
