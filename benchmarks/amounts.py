@@ -22,19 +22,21 @@ import torch
 from torch import Tensor
 
 from benchmarks.real.targets import TARGETS, data_folder, target_rows
-from folora.calibration.calibration_set import load_proxy_set
-from folora.calibration.moments import Moments, second_moments
+from folora.calibration.calibration_set import CalibrationSet
+from folora.calibration.moments import second_moments
 from folora.calibration.stopping import watched
 from folora.compare.tables import NONE, Table
 from folora.config import TAU, DataConfig, FoLoraConfig
 from folora.data.rows import Example, batches, load_rows, prepare_task, text_examples
 from folora.errors import DataError
-from folora.pipeline.prepare import groups_of
+from folora.pipeline.context import coverage_of
+from folora.pipeline.stages import Samples
 from folora.runtime.artifacts import software_versions
 from folora.runtime.loading import load_model, load_tokenizer
 from folora.runtime.progress import progress
 from folora.runtime.storage import write_text
 from folora.spectral.eigenproblem import agreement, generalized_eigenbasis
+from folora.spectral.moments import Moments
 
 FORMAT = "amounts/1"
 LENGTHS = (64, 128, 256, 512)  # tokens
@@ -90,18 +92,18 @@ def measured(run: Path, model_folder: Path, targets: Sequence[str], r: int) -> d
     config = FoLoraConfig(device="cpu", data=DataConfig(chat_template=False, max_length=256))
     model = load_model(config, str(model_folder))
     tokenizer = load_tokenizer(config, str(model_folder))
-    proxies = load_proxy_set(run / "1-samples")
+    samples = CalibrationSet.load(run / Samples.path)
     examples = {
         target: prepare_task(load_rows(target_rows(target)), tokenizer, config.data).train
         for target in targets
     }
     few = [target for target, rows in examples.items() if len(rows) < 2 * ROWS[-1]]
-    if few or len(proxies.calibration) < SEQUENCES[-1]:
+    if few or len(samples.calibration) < SEQUENCES[-1]:
         raise DataError(
-            f"{run} has {len(proxies.calibration)} samples for C_pre and must have {SEQUENCES[-1]}; "
+            f"{run} has {len(samples.calibration)} samples for C_pre and must have {SEQUENCES[-1]}; "
             f"targets of less than {2 * ROWS[-1]} rows: {', '.join(few) or 'none'}"
         )
-    groups = watched(groups_of(model, config.adapter, proxies.calibration[0][0]))
+    groups = watched(coverage_of(model, config.adapter, samples.calibration[0][0]).groups)
     looks = len(LENGTHS) * len(SEQUENCES)
     with progress("amounts", looks + 2 + len(targets) * (len(ROWS) + 1 + looks)) as tick:
 
@@ -117,12 +119,12 @@ def measured(run: Path, model_folder: Path, targets: Sequence[str], r: int) -> d
             for length in LENGTHS
             for sequences, found in zip(
                 SEQUENCES,
-                grown(text_examples([row[:length] for row in proxies.calibration]), SEQUENCES),
+                grown(text_examples([row[:length] for row in samples.calibration]), SEQUENCES),
                 strict=True,
             )
         }
         others = {
-            "own": moments(text_examples(proxies.held_out)).matrices,
+            "own": moments(text_examples(samples.held_out)).matrices,
             "wikitext2": moments(text_examples(foreign_text(tokenizer))).matrices,
         }
         whole = own[SEQUENCES[-1], LENGTHS[-1]].matrices

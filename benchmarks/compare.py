@@ -24,12 +24,13 @@ import torch
 from benchmarks.plan import Plan, check_names
 from benchmarks.real.testbed import MODELS, RealTestbed
 from benchmarks.world.testbed import WorldTestbed, own_task
+from folora.calibration.measuring import measure
 from folora.compare.comparison import Arm, Comparison, Score
 from folora.config import FoLoraConfig
 from folora.data.rows import text_examples
 from folora.errors import ConfigError
-from folora.pipeline.prepare import measure
-from folora.pipeline.run import SAMPLES, STATISTICS, Run
+from folora.pipeline.run import Run
+from folora.pipeline.stages import KeepMoments
 from folora.runtime.storage import write_text
 
 
@@ -120,7 +121,7 @@ def task_run(
     """A run on a task; what belongs to the base model is copied from the run of another task."""
     rows = folder / "rows.jsonl"
     write_text(rows, "".join(json.dumps(row) + "\n" for row in testbed.rows(task)))
-    for part in (SAMPLES, f"{STATISTICS}/pre"):
+    for part in ("1-samples", KeepMoments.path):
         if donor and (donor / part).exists() and not (folder / part).exists():
             shutil.copytree(donor / part, folder / part)
     paths = {"model": str(testbed.model), "dataset": str(rows), "output": str(folder)}
@@ -134,7 +135,8 @@ def calibrated(
     run = comparison.run
     run.sample()
     chosen = text_examples(testbed.texts(run, **calibration))
-    pre = measure(run.model, run.groups, chosen, run.config.statistics, "C_pre").matrices
+    context, config = run.context, run.config.statistics
+    pre = measure(context.model, context.groups, chosen, config, "C_pre")
     return comparison.calibrated(dict(calibration), pre)
 
 

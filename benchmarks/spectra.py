@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from folora.config import LAMBDA, S_MIN, TAU
-from folora.pipeline.run import STATISTICS
 from folora.runtime.artifacts import read_artifact, software_versions
 from folora.runtime.storage import write_text
 from folora.spectral.eigenproblem import generalized_eigenbasis, off_diagonal_mass, spectral_gate
@@ -51,7 +50,7 @@ def group_spectrum(name: str, c_pre: Tensor, c_task: Tensor) -> dict[str, Any]:
 def run_spectra(folder: Path, model: str, task: str, command: str) -> dict[str, Any]:
     """What the file of a run holds. Raises ArtifactError if its statistics are not there."""
     pre, on_task = (
-        read_artifact(folder / STATISTICS / part, f"statistics_{part}").tensors
+        read_artifact(folder / "2-statistics" / part, f"statistics_{part}").tensors
         for part in ("pre", "task")
     )
     return {

@@ -189,11 +189,11 @@ def main() -> None:
     folora = Run(config(model_folder, rows, output))
     folora.check(needs_data=True)
     folora.write_config()
-    say("the model writes the text that it shall not forget how to write")
-    proxies = folora.sample()
-    say("measuring what the layers read, there and on the task")
-    folora.measure()
-    say(f"solving {len(folora.groups)} eigenproblems")
+    say(
+        "the model generates its calibration set; inputs of layers are measured on it and on the task"
+    )
+    samples = folora.share().samples.load()
+    say(f"solving {len(folora.context.groups)} eigenproblems")
     folora.solve()
     say("training folora")
     folora.train()
@@ -205,9 +205,9 @@ def main() -> None:
     lora.train(source=folora)
     lora.export()
 
-    settings, tokenizer = folora.config, folora.tokenizer
+    settings, tokenizer = folora.config, folora.context.tokenizer
     held_out = prepare_task(test, tokenizer, DataConfig(eval_rows=0)).train
-    meter = Meter(proxies.held_out, held_out, batch_size=16)
+    meter = Meter(samples.held_out, held_out, batch_size=16)
     scores: dict[str, Scores] = {}
     arms = {"base": None, "LoRA": lora.folder / "5-adapter", "folora": folora.folder / "5-adapter"}
     del folora, lora

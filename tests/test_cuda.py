@@ -20,17 +20,19 @@ from benchmarks.tiny import make_gpt2, make_llama, make_mistral, make_tokenizer,
 from folora.calibration.engine import HuggingFaceEngine
 from folora.calibration.inputs import find_groups, target_layers
 from folora.calibration.moments import add_upper_gram, second_moments
-from folora.calibration.sampling import sample
+from folora.calibration.sampling import sample_sequences
 from folora.config import SamplingConfig
 from folora.data.rows import batches, text_examples
 from folora.optim.fused import FusedSAdam
 from folora.optim.sadam import SAdam
 from folora.pipeline.planning import plan
-from folora.pipeline.run import RESULT, TRAINING, Run
+from folora.pipeline.run import Run
+from folora.pipeline.training import Training
 from folora.runtime.artifacts import TENSORS
 from folora.runtime.tensors import full_fp32_matmul
 from folora.spectral.groups import InputGroup
 from folora.spectral.layers import solve
+from folora.spectral.moments import Moments
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -168,10 +170,12 @@ def test_half_precision_inputs_accumulate_in_float32(dtype: torch.dtype, d: int)
 def test_spectra_match_the_cpu(directions: int | None) -> None:
     groups = [InputGroup((f"layer{d}",), d) for d in WIDTHS]
     groups = list({g.name: g for g in groups}.values())
-    pre = {g.name: moment(g.d_in, seed=g.d_in) for g in groups}
-    task = {g.name: moment(g.d_in, seed=50 + g.d_in) for g in groups}
-    here = solve(groups, pre, task, tau=1e-3, null_rank=2, directions=directions)
-    there = solve(groups, pre, task, tau=1e-3, null_rank=2, directions=directions, device=GPU)
+    pre, task = (
+        Moments({g.name: moment(g.d_in, seed=at + g.d_in) for g in groups}, 1, tuple(groups))
+        for at in (0, 50)
+    )
+    here = solve(pre, task, tau=1e-3, null_rank=2, directions=directions)
+    there = solve(pre, task, tau=1e-3, null_rank=2, directions=directions, device=GPU)
     for a, b in zip(here, there, strict=True):
         assert b.basis.device.type == "cpu"  # where C_pre lies
         assert_near(a.gamma, b.gamma)
@@ -183,10 +187,12 @@ CONFIG = SamplingConfig(num_sequences=40, min_new_tokens=32, max_new_tokens=40, 
 
 def test_the_set_matches_the_cpus_at_any_batch_size() -> None:
     """In float32; a draw may fall between the roundings of two devices, but not of these seeds."""
-    expected = sample(HuggingFaceEngine(make_llama(), 1, [2], CONFIG), 1, [2], CONFIG)
+    expected = sample_sequences(HuggingFaceEngine(make_llama(), 1, [2], CONFIG), 1, [2], CONFIG)
     for size in (5, 64):
         config = replace(CONFIG, batch_size=size)
-        found = sample(HuggingFaceEngine(make_llama().to(GPU), 1, [2], config), 1, [2], config)
+        found = sample_sequences(
+            HuggingFaceEngine(make_llama().to(GPU), 1, [2], config), 1, [2], config
+        )
         assert found == expected
 
 
@@ -209,13 +215,13 @@ def test_sampling_with_too_little_memory(caplog: pytest.LogCaptureFixture) -> No
     """The memory really runs out, and the same set comes out, but for rounding in some sequence."""
     config = replace(CONFIG, num_sequences=1024, batch_size=1024)
     model = make_llama(vocab=20000).to(GPU)
-    expected = sample(HuggingFaceEngine(model, 1, [2], config), 1, [2], config)
+    expected = sample_sequences(HuggingFaceEngine(model, 1, [2], config), 1, [2], config)
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(GPU).total_memory
     room = torch.cuda.memory_reserved(GPU) + 400 * 2**20
     torch.cuda.set_per_process_memory_fraction(room / total, 0)
     try:
-        found = sample(HuggingFaceEngine(model, 1, [2], config), 1, [2], config)
+        found = sample_sequences(HuggingFaceEngine(model, 1, [2], config), 1, [2], config)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, 0)
         torch.cuda.empty_cache()
@@ -225,7 +231,7 @@ def test_sampling_with_too_little_memory(caplog: pytest.LogCaptureFixture) -> No
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
-    return load_file(output / RESULT / TENSORS)
+    return load_file(output / Training.path / TENSORS)
 
 
 @pytest.mark.parametrize(
@@ -251,8 +257,8 @@ def test_a_whole_run(
 
     again = tmp_path / "again"
     shutil.copytree(tmp_path / "gpu", again)
-    shutil.rmtree(again / RESULT)
-    shutil.rmtree(again / TRAINING / "checkpoint-6")
+    shutil.rmtree(again / Training.path)
+    shutil.rmtree(again / "4-training" / "checkpoint-6")
     Run(config.changed({"output": str(again)})).run()
     resumed = weights(again)
     assert all(torch.equal(resumed[name], found[name]) for name in found)
@@ -261,7 +267,7 @@ def test_a_whole_run(
     if config.dtype == "float32" and config.adapter.init == "eigen":
         cpu = config.changed({"device": "cpu", "output": str(tmp_path / "cpu")})
         Run(cpu).run()
-        assert Run(config).proxies() == Run(cpu).proxies()
+        assert Run(config).samples() == Run(cpu).samples()
         expected = weights(tmp_path / "cpu")
         assert furthest([found[n] for n in expected], [*expected.values()]) < 5e-2
 

@@ -22,7 +22,7 @@ from benchmarks.distributed.launchers import launched
 from benchmarks.distributed.runs import ROUNDING, Bench
 from benchmarks.distributed.trials import interrupted, killed, other_ways, refused, same_as_one
 from benchmarks.tiny import make_llama
-from folora.pipeline.run import RESULT
+from folora.pipeline.training import Training
 from folora.runtime.artifacts import software_versions
 from folora.runtime.storage import write_json
 
@@ -72,7 +72,7 @@ def breaches(found: Mapping[str, Any]) -> list[str]:
         f"weights of {n} processes by {way} differ by {d:g}"
         for way, counts in found["ways"].items()
         for n, d in counts.items()
-        if d > ROUNDING[RESULT]
+        if d > ROUNDING[Training.path]
     ]
     for one in [*found["killed"], *found["interrupted"]]:
         if any(one["codes_then"]) or one["difference"] > one["allowed"]:

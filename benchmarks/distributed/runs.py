@@ -18,12 +18,19 @@ from transformers import Trainer
 from benchmarks.distributed.meeting import MeetingPoint
 from benchmarks.forks import Ended, Fork
 from benchmarks.tiny import rows, tiny_config, write_model
-from folora.pipeline.run import PRE, RESULT, SET, SPECTRUM, TASK
+from folora.pipeline.stages import KeepMoments, Samples, Solved, TaskMoments
+from folora.pipeline.training import Training
 from folora.runtime.artifacts import TENSORS
 
 ROWS_A_STEP = 12  # by 1, 2, 3, 4 or 6 processes
 STEPS = 6
-ROUNDING = {SET: 0.0, PRE: 1e-5, TASK: 1e-5, SPECTRUM: 1e-3, RESULT: 1e-3}
+ROUNDING = {
+    Samples.path: 0.0,
+    KeepMoments.path: 1e-5,
+    TaskMoments.path: 1e-5,
+    Solved.path: 1e-3,
+    Training.path: 1e-3,
+}
 """Largest difference that is allowed, over the largest value of a tensor."""
 
 
@@ -148,13 +155,13 @@ class Bench:
             way: One of `WAYS`.
         """
         other = self.undisturbed(count, way) if exact else self.undisturbed(1)
-        allowed = 0.0 if exact else ROUNDING[RESULT]
-        return {"difference": self.difference(other, name, RESULT), "allowed": allowed}
+        allowed = 0.0 if exact else ROUNDING[Training.path]
+        return {"difference": self.difference(other, name, Training.path), "allowed": allowed}
 
     def undisturbed(self, count: int, way: str = "DDP") -> str:
         """The run of so many processes that nothing disturbs, made when it is first asked for."""
         name = f"{way}-{count}"
-        if not (self.place / name / RESULT).exists():
+        if not (self.place / name / Training.path).exists():
             prepare, changes = WAYS[way]
             forks = self.start(name, count, prepare=prepare, **changes)
             if any(codes := [e.code for e in ended(forks)]):

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.distributed.runs import ROUNDING, WAYS, Bench, ended
 from benchmarks.forks import PATIENCE, Fork
 from benchmarks.tiny import make_llama, write_model
-from folora.pipeline.run import RESULT, TRAINING
+from folora.pipeline.training import Training
 from folora.runtime.checkpoints import latest_checkpoint
 
 
@@ -32,7 +32,7 @@ def other_ways(bench: Bench, counts: Sequence[int]) -> dict[str, dict[str, float
     """Largest differences of the weights from those of as many processes by DDP, by way and their number."""
     return {
         way: {
-            str(n): bench.difference(bench.undisturbed(n), bench.undisturbed(n, way), RESULT)
+            str(n): bench.difference(bench.undisturbed(n), bench.undisturbed(n, way), Training.path)
             for n in counts
         }
         for way in ("FSDP2", "--shard")
@@ -140,7 +140,7 @@ def after_checkpoint(
 
 def latest(bench: Bench, name: str) -> int | None:
     """The number of the latest checkpoint of a run."""
-    found = latest_checkpoint(bench.place / name / TRAINING)
+    found = latest_checkpoint(bench.place / name / "4-training")
     return None if found is None else int(found.name.rpartition("-")[2])
 
 

@@ -119,7 +119,7 @@ def run(recipe: Recipe, output: Path, command: str, *, allow_code: bool, trial: 
         command=command,
         score=scorer(
             recipe,
-            stages.tokenizer,
+            stages.context.tokenizer,
             allow_code=allow_code,
             max_new_tokens=NEW_TOKENS if trial else None,
         ),

@@ -71,7 +71,7 @@ class RealTestbed:
             asked = self.asked
             evaluation = Evaluation(
                 asked["documents"],
-                run.tokenizer,
+                run.context.tokenizer,
                 folder=asked.get("folder"),
                 batch_size=asked.get("batch_size", 8),
             )
@@ -81,7 +81,7 @@ class RealTestbed:
     def texts(self, run: Run, source: str, count: int) -> list[list[int]]:
         """The first of the model's own samples."""
         assert source == "self"  # see `check`
-        return run.proxies().calibration[:count]
+        return run.samples().calibration[:count]
 
 
 def scorer(evaluation: Evaluation, kept: Mapping[str, str], other: Mapping[str, str]) -> Score:

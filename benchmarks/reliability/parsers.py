@@ -21,21 +21,21 @@ from benchmarks.plan import Plan
 from benchmarks.reliability.mutations import parts_of, tensors_of, with_metadata
 from benchmarks.tiny import make_tokenizer, rows
 from folora.calibration.base_file import HEADER, read_base_file, tensors_sha256, write_base_file
-from folora.calibration.calibration_set import load_proxy_set
-from folora.calibration.engine import Engine
-from folora.calibration.sampling import sample_to_folder
+from folora.calibration.calibration_set import CalibrationSet
+from folora.calibration.sampling import sample_sequences
 from folora.compare.comparison import checked_arm
 from folora.compare.methods import configured
 from folora.compare.results import ResultFile, load_results, point_sets
 from folora.config import FoLoraConfig
 from folora.data.rows import load_rows, prepare_task
 from folora.errors import ConfigError
-from folora.pipeline.run import PRE, RESULT, SAMPLES, SPECTRUM, TASK, TRAINING
-from folora.runtime.artifacts import read_artifact
+from folora.pipeline.stages import KeepMoments, Samples, Solved, TaskMoments
+from folora.pipeline.training import Training, load_trained
+from folora.runtime.artifacts import read_manifest
 from folora.runtime.checkpoints import SEAL, latest_checkpoint
-from folora.runtime.storage import CHECKSUM, sealed
-from folora.spectral.groups import InputGroup
-from folora.spectral.layers import bases_from_tensors, solve
+from folora.runtime.storage import CHECKSUM, read_sealed, sealed
+from folora.spectral.layers import Spectrum, solve
+from folora.spectral.moments import Moments
 
 HERE = Path(__file__).parents[1]
 PLAN, RECIPE = "plans/world_seeds.yaml", "paper/recipes/qwen3-1.7b-math.yaml"
@@ -159,43 +159,31 @@ def _read(folder: Path, *names: str) -> Files:
 
 def _artifacts(run: Path) -> dict[str, Parser]:
     """The artifact of every stage, manifest and tensors, and what the next stage makes of it."""
-    groups = _groups(run)
-    known = {group.name for group in groups}
+    groups = Spectrum.load(run / Solved.path).groups
 
     def statistics(folder: Path) -> object:
-        found = {
-            part: read_artifact(folder / part, f"statistics_{part}").tensors
-            for part in ("pre", "task")
-        }
-        if any({*tensors} != known for tensors in found.values()):
+        found = [Moments.load(folder / part) for part in ("pre", "task")]
+        if any(moments.groups != groups for moments in found):
             return found  # as in the pipeline, which then refuses it
-        return found, solve(groups[:1], found["pre"], found["task"], tau=1e-3)
-
-    def spectrum(folder: Path) -> object:
-        found = read_artifact(folder, "spectrum")
-        return found, bases_from_tensors(found.tensors, found.manifest["groups"])
+        first = (Moments(m.matrices, m.tokens, groups[:1]) for m in found)
+        return found, solve(*first, tau=1e-3)
 
     both = ("manifest.json", "tensors.safetensors")
     parts = {
         f"{part}/{file}": (run / place / file).read_bytes()
-        for part, place in (("pre", PRE), ("task", TASK))
+        for part, place in (("pre", KeepMoments.path), ("task", TaskMoments.path))
         for file in both
     }
-    one = {place: _read(run / place, *both) for place in (SPECTRUM, RESULT)}
-    samples = _read(run / SAMPLES, *(f"set/{file}" for file in both))
+    one = {place: _read(run / place, *both) for place in (Solved.path, Training.path)}
+    samples = _read(run / "1-samples", *(f"set/{file}" for file in both))
     return {
-        "samples": Parser(samples, [*samples], load_proxy_set, resealed),
-        "statistics": Parser(parts, [*parts], statistics, resealed),
-        "spectrum": Parser(one[SPECTRUM], both, spectrum, resealed),
-        "training result": Parser(
-            one[RESULT], both, lambda folder: read_artifact(folder, "training"), resealed
+        "samples": Parser(
+            samples, [*samples], lambda folder: CalibrationSet.load(folder / "set"), resealed
         ),
+        "statistics": Parser(parts, [*parts], statistics, resealed),
+        "spectrum": Parser(one[Solved.path], both, Spectrum.load, resealed),
+        "training result": Parser(one[Training.path], both, load_trained, resealed),
     }
-
-
-def _groups(run: Path) -> list[InputGroup]:
-    facts = read_artifact(run / SPECTRUM, "spectrum").manifest["groups"]
-    return [InputGroup(tuple(fact["layers"]), fact["d_in"]) for fact in facts]
 
 
 def _drawn(numbers: Sequence[int]) -> list[list[int]]:
@@ -204,28 +192,25 @@ def _drawn(numbers: Sequence[int]) -> list[list[int]]:
 
 
 def _sampling(run: Path) -> dict[str, Parser]:
-    """A sampling that was interrupted, and goes on."""
-    folder = run / SAMPLES
+    """A sampling that was interrupted, and is resumed."""
+    folder = run / "1-samples"
     files = _read(folder, *(p.name for p in sorted(folder.glob("*.json"))))
-    request = json.loads(files["request.json"])
-    facts = {name: request[name] for name in MODEL_FACTS}
     config = FoLoraConfig.from_yaml(run / "config.yaml").sampling
 
-    def engine() -> Engine:
-        return _drawn
-
     def parse(found: Path) -> object:
-        return sample_to_folder(engine, 1, [2], config, facts, found)
+        return sample_sequences(_drawn, 1, [2], config, found)
 
     shards = [name for name in files if name.startswith("shard")]
     return {
-        "request": Parser(files, ["request.json"], parse, resealed),
+        "request": Parser(
+            files, ["request.json"], lambda found: read_sealed(found / "request.json"), resealed
+        ),
         "shard": Parser(files, shards, parse, resealed),
     }
 
 
 def _checkpoint(run: Path) -> Parser:
-    latest = latest_checkpoint(run / TRAINING)
+    latest = latest_checkpoint(run / "4-training")
     if latest is None:
         raise ConfigError(f"{run} has no checkpoint to change")
     files = {f"{latest.name}/{name}": content for name, content in _read(latest).items()}
@@ -240,17 +225,18 @@ def _checkpoint(run: Path) -> Parser:
 
 
 def _base_file(run: Path) -> Parser:
-    groups, pre = _groups(run), read_artifact(run / PRE, "statistics_pre")
-    facts = {name: pre.manifest[name] for name in (*MODEL_FACTS, "tokens")}
+    pre = Moments.load(run / KeepMoments.path)
+    manifest = read_manifest(run / KeepMoments.path, KeepMoments.kind)
+    facts = {name: manifest[name] for name in MODEL_FACTS}
     name = "base.safetensors"
     with TemporaryDirectory() as folder:
         path = Path(folder) / name
-        write_base_file(path, load_proxy_set(run / SAMPLES), groups, pre.tensors, facts)
+        write_base_file(path, CalibrationSet.load(run / Samples.path), pre, facts)
         content = path.read_bytes()
 
     def parse(folder: Path) -> object:
         found = read_base_file(folder / name)
-        return found.proxies, found.groups, found.manifest, found.moments(groups)
+        return found.samples, found.groups, found.manifest, found.moments(pre.groups)
 
     return Parser({name: content}, [name], parse, _base_resealed)
 

@@ -21,22 +21,24 @@ from transformers.trainer import TRAINER_STATE_NAME
 from benchmarks.forks import Fork
 from benchmarks.tiny import tiny_task
 from folora.errors import ArtifactError
-from folora.pipeline.run import ADAPTER, PRE, RESULT, SET, SPECTRUM, TASK
+from folora.pipeline.run import ADAPTER
+from folora.pipeline.stages import KeepMoments, Samples, Solved, TaskMoments
+from folora.pipeline.training import Training
 from folora.runtime.checkpoints import SEAL
 from folora.runtime.storage import LOCK, file_sha256, json_fingerprint, read_json
 
 STAGES = {
-    "sample": SET,
-    "measure": TASK,
-    "solve": SPECTRUM,
-    "train": RESULT,
+    "sample": Samples.path,
+    "measure": TaskMoments.path,
+    "solve": Solved.path,
+    "train": Training.path,
     "export": f"{ADAPTER}/adapter_model.safetensors",
 }
 """What is there when a stage is done, in order."""
 FOLDERS = {
     "sample": "1-samples",
     "measure": "2-statistics",
-    "solve": SPECTRUM,
+    "solve": Solved.path,
     "train": "4-training",
     "export": ADAPTER,
 }
@@ -134,7 +136,16 @@ class Stand:
 
     def done(self) -> dict[str, int]:
         """What is finished by now, shards and checkpoints included, with when it was written."""
-        parts = [self.run / part for part in (SET, PRE, TASK, SPECTRUM, RESULT)]
+        parts = [
+            self.run / part
+            for part in (
+                Samples.path,
+                KeepMoments.path,
+                TaskMoments.path,
+                Solved.path,
+                Training.path,
+            )
+        ]
         parts += (self.run / FOLDERS["sample"]).glob("shard-*")
         parts += (p.parent for p in (self.run / FOLDERS["train"]).glob(f"checkpoint-*/{SEAL}"))
         return {str(p): p.stat().st_mtime_ns for p in parts if p.exists()}

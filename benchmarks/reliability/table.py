@@ -8,7 +8,8 @@ from typing import Any
 
 from benchmarks.reliability.chaos import KINDS
 from folora.compare.tables import Table
-from folora.pipeline.run import PRE, RESULT
+from folora.pipeline.stages import KeepMoments
+from folora.pipeline.training import Training
 
 ENDS = {0: "done", 2: "refused", 130: "Ctrl-C", 143: "SIGTERM", -9: "killed"}
 
@@ -83,7 +84,13 @@ def soak_table(found: Mapping[str, Any]) -> Table:
 def distributed_table(found: Mapping[str, Any]) -> Table:
     """Several processes against one, and what they do when one is killed or told to stop."""
     rows = [
-        (f"{n} processes against one", "", f"{parts[PRE]:.1g}", f"{parts[RESULT]:.1g}", "")
+        (
+            f"{n} processes against one",
+            "",
+            f"{parts[KeepMoments.path]:.1g}",
+            f"{parts[Training.path]:.1g}",
+            "",
+        )
         for n, parts in found["same"].items()
     ]
     rows += [

@@ -19,6 +19,7 @@ from folora.calibration.moments import second_moments
 from folora.config import SamplingConfig
 from folora.spectral.groups import InputGroup
 from folora.spectral.layers import solve
+from folora.spectral.moments import Moments
 
 # Before it wraps the layers CorDA looks for their names, and finds none in "all-linear".
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -64,17 +65,17 @@ def statistics_times(model: PreTrainedModel, tokens: int, rounds: int) -> Times:
 def solve_times(d: int, r: int, device: torch.device, rounds: int, whole: bool = True) -> Times:
     """One input of a width: the first r columns of its basis, and all if asked for; one thread."""
     generator = torch.Generator(device).manual_seed(0)
-    group = InputGroup(("layer",), d)
+    groups = (InputGroup(("layer",), d),)
 
-    def moment() -> dict[str, torch.Tensor]:
+    def moment() -> Moments:
         x = torch.randn(2 * d, d, generator=generator, device=device)
         x *= torch.logspace(0, -2, d, device=device)[
             torch.randperm(d, generator=generator, device=device)
         ]
-        return {"layer": x.T @ x / len(x)}
+        return Moments({"layer": x.T @ x / len(x)}, len(x), groups)
 
     pre, task = moment(), moment()
-    found = partial(solve, [group], pre, task, tau=1e-3)
+    found = partial(solve, pre, task, tau=1e-3)
     kinds = {"r": r, "all": None} if whole else {"r": r}
     for directions in kinds.values() if d <= WARM_UP else ():
         found(directions=directions)

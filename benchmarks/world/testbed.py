@@ -74,8 +74,8 @@ class WorldTestbed:
 
         def score(model: PeftModel) -> Scores:
             return {
-                "task": {"accuracy": score_rows(model, run.tokenizer, test)[0]},
-                "kept": score_skills(model, run.tokenizer, self.world, EVERY),
+                "task": {"accuracy": score_rows(model, run.context.tokenizer, test)[0]},
+                "kept": score_skills(model, run.context.tokenizer, self.world, EVERY),
             }
 
         return score
@@ -89,17 +89,17 @@ class WorldTestbed:
             count: Sequences; those that are no self-samples are packed to a similar length.
         """
         if source == "self":
-            return run.proxies().calibration[:count]
+            return run.samples().calibration[:count]
         documents = pretraining_documents(self.world, self.world.rng(f"calibration {source}"))
         length = run.config.sampling.max_new_tokens
-        bos, eos = run.tokenizer.bos_token, run.tokenizer.eos_token
+        bos, eos = run.context.tokenizer.bos_token, run.context.tokenizer.eos_token
         texts: list[list[int]] = []
         while len(texts) < count:
             ids: list[int] = []
             while len(ids) < length:
                 text = next(documents)
                 if source == "pretraining" or text.startswith(NARROW):
-                    ids += run.tokenizer(f"{bos}{text}{eos}")["input_ids"]
+                    ids += run.context.tokenizer(f"{bos}{text}{eos}")["input_ids"]
             texts.append(ids[:length])
         return texts
 

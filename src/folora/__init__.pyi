@@ -1,8 +1,9 @@
 from .adapters.adapter import attach, lora_factors
 from .adapters.export import ExportReport, export_adapter, export_merged
 from .adapters.low_rank import narrow_inputs
-from .calibration.calibration_set import ProxySet
+from .calibration.calibration_set import CalibrationSet
 from .calibration.engine import HuggingFaceEngine
+from .calibration.moments import calibrate
 from .calibration.sampling import sample
 from .calibration.vllm import VllmEngine, served
 from .config import (
@@ -26,10 +27,11 @@ from .errors import (
 from .metrics.meter import Meter, Reading
 from .optim.fused import FusedSAdam as SAdam
 from .pipeline.prepare import prepare
-from .spectral.eigenproblem import Spectrum, generalized_eigenbasis, spectral_gate, step_scale
-from .spectral.layers import GroupBasis, solve
 from .training.optimizer import optimizer, param_groups
 from .training.prepared import Prepared
+from .spectral.eigenproblem import generalized_eigenbasis, spectral_gate, step_scale
+from .spectral.layers import GroupBasis, Spectrum, solve
+from .spectral.moments import Moments
 from .training.trainer import FoLoraTrainer, sft_config
 
 __version__: str
@@ -37,6 +39,7 @@ __version__: str
 __all__ = [
     "AdapterConfig",
     "ArtifactError",
+    "CalibrationSet",
     "ConfigError",
     "DataConfig",
     "DataError",
@@ -48,9 +51,9 @@ __all__ = [
     "HuggingFaceEngine",
     "Meter",
     "MismatchError",
+    "Moments",
     "NumericsError",
     "Prepared",
-    "ProxySet",
     "Reading",
     "SAdam",
     "SamplingConfig",
@@ -61,6 +64,7 @@ __all__ = [
     "TrainingConfig",
     "VllmEngine",
     "attach",
+    "calibrate",
     "export_adapter",
     "export_merged",
     "generalized_eigenbasis",

@@ -25,12 +25,14 @@ from folora.config import AdapterConfig, FoLoraConfig
 from folora.data.rows import batches, text_examples
 from folora.errors import ConfigError
 from folora.optim.sadam import SAdam
+from folora.pipeline.context import coverage_of
 from folora.pipeline.planning import plan
-from folora.pipeline.prepare import coverage_of, prepare
+from folora.pipeline.prepare import prepare
 from folora.pipeline.run import Run
 from folora.runtime.architecture import check_config
 from folora.spectral.layers import solve
 from folora.training.optimizer import param_groups
+from folora.spectral.moments import Moments
 
 ADAPTER = AdapterConfig(r=2)
 IDS = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(3))
@@ -86,10 +88,10 @@ def logits(model: Any) -> Tensor:
         return model(input_ids=IDS, attention_mask=mask, use_cache=False).logits
 
 
-def moments(model: PreTrainedModel, found: Coverage, seed: int) -> dict[str, Tensor]:
+def moments(model: PreTrainedModel, found: Coverage, seed: int) -> Moments:
     generator = torch.Generator().manual_seed(seed)
     texts = [torch.randint(3, 60, (n,), generator=generator).tolist() for n in (9, 4, 6, 8)]
-    return second_moments(model, found.groups, batches(text_examples(texts), 2)).matrices
+    return second_moments(model, found.groups, batches(text_examples(texts), 2))
 
 
 def close(found: Tensor, wanted: Tensor) -> None:
@@ -112,7 +114,7 @@ def test_adapted_architectures_work(case: Case, tmp_path: Path) -> None:
         assert (outline.weights, outline.embeddings) == (found.weights, found.embeddings)
 
     before = logits(model)
-    bases = solve(found.groups, moments(model, found, 1), moments(model, found, 2), tau=1e-3)
+    bases = solve(moments(model, found, 1), moments(model, found, 2), tau=1e-3)
     adapted = attach(model, bases, LoraConfig(r=2, lora_alpha=4))
     assert torch.equal(logits(adapted), before)
     optimizer = SAdam(param_groups(adapted, bases, lr=1e-2))

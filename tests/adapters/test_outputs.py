@@ -34,12 +34,12 @@ from benchmarks.tiny import MAKERS, make_llama, make_tokenizer, tiny_config
 from folora.adapters.constraint import keep_off
 from folora.adapters.export import export_adapter, export_merged, write_adapter
 from folora.adapters.initialization import INITIALIZATIONS, NONZERO
-from folora.calibration.calibration_set import ProxySet
+from folora.calibration.calibration_set import CalibrationSet
 from folora.calibration.inputs import find_groups, target_layers
 from folora.calibration.moments import second_moments
 from folora.data.rows import Example, TaskData
 from folora.errors import ConfigError
-from folora.spectral.layers import GroupBasis, solve
+from folora.spectral.layers import Spectrum, solve
 from folora.training.prepared import Prepared, assemble
 
 R, ALPHA = 4, 8
@@ -68,18 +68,18 @@ class Trained:
         return folder / "saved"
 
 
-def solved(model: Any) -> list[GroupBasis]:
+def solved(model: Any) -> Spectrum:
     def batch(seed: int) -> dict[str, Tensor]:
         ids = torch.randint(3, 50, (6, 20), generator=torch.Generator().manual_seed(seed))
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     groups = find_groups(model, target_layers(model, "all-linear"), batch(0))
-    pre, task = (second_moments(model, groups, [batch(s)]).matrices for s in (1, 2))
-    return solve(groups, pre, task, tau=1e-2, null_rank=R)
+    pre, task = (second_moments(model, groups, [batch(s)]) for s in (1, 2))
+    return solve(pre, task, tau=1e-2, null_rank=R)
 
 
 @cache
-def bases() -> list[GroupBasis]:
+def bases() -> Spectrum:
     return solved(make_llama())
 
 
@@ -87,7 +87,7 @@ def untrained(method: str, model: Any = None) -> Prepared:
     config = tiny_config(adapter={"r": R, "alpha": ALPHA, **METHODS[method]})
     task = TaskData([Example([1, 3, 4], [-100, 3, 4])], [])
     base = model or make_llama()
-    return assemble(base, bases(), task, ProxySet([[1, 3, 4]], [[1, 5, 6]]), config)
+    return assemble(base, bases(), task, CalibrationSet([[1, 3, 4]], [[1, 5, 6]]), config)
 
 
 @pytest.fixture(scope="module")

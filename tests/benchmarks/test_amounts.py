@@ -15,9 +15,9 @@ from support.references import moment
 from benchmarks import amounts
 from benchmarks.amounts import growing, held, rows_table, text_table
 from benchmarks.report.source import Source
-from folora.calibration.calibration_set import ProxySet, write_proxy_set
-from folora.calibration.moments import Moments
+from folora.calibration.calibration_set import CalibrationSet
 from folora.errors import DataError
+from folora.spectral.moments import Moments
 
 
 def test_directions_are_scored_by_their_trace_quotient() -> None:
@@ -86,7 +86,7 @@ def test_from_samples_and_rows_to_a_file(
         with gzip.open(tmp_path / f"{file}.jsonl.gz", "wt") as stream:
             stream.write("".join(json.dumps(line) + "\n" for line in lines))
     written = torch.randint(3, 40, (16, 8), generator=torch.Generator().manual_seed(0)).tolist()
-    write_proxy_set(tmp_path / "run" / "1-samples", ProxySet(written[:8], written[8:]), {})
+    CalibrationSet(written[:8], written[8:]).save(tmp_path / "run" / "1-samples" / "set")
     words = [
         "--run",
         tmp_path / "run",

@@ -88,7 +88,7 @@ def test_a_subset_of_layers_is_accepted_and_others_refused(
         found["model.layers.0.self_attn.v_proj"], every["model.layers.0.self_attn.q_proj"]
     )
     small = tmp_path / "small.safetensors"
-    Run(few).share(small)
+    Run(few).base(small)
     more = config.changed({"base": str(small), "output": str(tmp_path / "more")})
     with pytest.raises(
         ConfigError, match=r"small.safetensors has no statistics of what .*q_proj reads"
@@ -165,7 +165,7 @@ def test_wrong_contents_with_valid_checksums_are_refused(
 ) -> None:
     file = tmp_path / "other.safetensors"
     resealed(base, file, {})
-    assert read_base_file(file).proxies == read_base_file(base).proxies
+    assert read_base_file(file).samples == read_base_file(base).samples
     resealed(base, file, tensors, **facts)
     with pytest.raises(ArtifactError, match=rf"other\.safetensors .*{message}"):
         read_base_file(file)
@@ -177,11 +177,11 @@ def test_a_file_of_another_dtype_is_refused_or_reported(
     """These weights are rounded in bfloat16, and are others then; weights that are not are the same."""
     given = {"base": str(base), "output": str(tmp_path / "run"), "dtype": "bfloat16"}
     with pytest.raises(MismatchError, match=r"another dtype: it was made for float32, .*bfloat16"):
-        Run(finished.changed(given)).check_stage("run")
+        Run(finished.changed(given)).check_command("run")
 
     make_llama().bfloat16().save_pretrained(tmp_path / "exact")
     make_tokenizer().save_pretrained(tmp_path / "exact")
     exact = {"model": str(tmp_path / "exact"), "output": str(tmp_path / "first")}
-    file = Run(finished.changed({**exact, "dtype": "bfloat16"})).share()
-    Run(finished.changed({**exact, "base": str(file)})).check_stage("run")
+    file = Run(finished.changed({**exact, "dtype": "bfloat16"})).base()
+    Run(finished.changed({**exact, "base": str(file)})).check_command("run")
     assert "was made in bfloat16, but the model is loaded in float32" in caplog.text

@@ -14,14 +14,14 @@ import torch
 from transformers import LlamaConfig, TopKLogitsWarper, TopPLogitsWarper
 
 from benchmarks.tiny import make_gpt2, make_llama, make_mistral, make_tokenizer, tiny_config
-from folora.calibration.calibration_set import ProxySet, load_proxy_set
+from folora.calibration.calibration_set import KIND, CalibrationSet
 from folora.calibration.decoding import LOOK_EVERY, CannotReplay, Forward, decode
 from folora.calibration.engine import HuggingFaceEngine, batch_size_for
 from folora.calibration.logits import MIXTURE, Decoding, decoding_of, invert, restrict
-from folora.calibration.sampling import sample, sample_to_folder
+from folora.calibration.sampling import request_of, sample_sequences
 from folora.config import SamplingConfig
 from folora.data.special_tokens import check_same_tokenizer, ending_ids, start_token_id
-from folora.errors import ArtifactError, DataError, MismatchError, NumericsError
+from folora.errors import ArtifactError, DataError, NumericsError
 from folora.runtime.artifacts import write_artifact
 from folora.runtime.memory import cache_bytes
 from folora.runtime.storage import write_sealed
@@ -35,11 +35,11 @@ def engine(config: SamplingConfig = CONFIG, seed: int = 0) -> HuggingFaceEngine:
 
 @pytest.mark.parametrize("batch_size", [1, 5, 40, 64])
 def test_batch_size_does_not_change_the_set(batch_size: int) -> None:
-    expected = sample(engine(), 1, [2], CONFIG)
+    expected = sample_sequences(engine(), 1, [2], CONFIG)
     config = SamplingConfig(
         num_sequences=40, min_new_tokens=32, max_new_tokens=40, batch_size=batch_size
     )
-    found = sample(engine(config), 1, [2], config)
+    found = sample_sequences(engine(config), 1, [2], config)
     assert found == expected
     assert found.fingerprint == expected.fingerprint
 
@@ -101,7 +101,7 @@ def test_out_of_memory_halves_the_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whatever fits, the set is the same; what does not fit with so few rows is an error."""
-    expected = sample(engine(), 1, [2], CONFIG)
+    expected = sample_sequences(engine(), 1, [2], CONFIG)
     config = replace(CONFIG, batch_size=64)
     decoder, seen = engine(config), []
     decoder.steps = False
@@ -117,11 +117,11 @@ def test_out_of_memory_halves_the_batch(
         monkeypatch.setattr(decoder.model, "generate", limited)
 
     with_room_for(20)
-    assert sample(decoder, 1, [2], config) == expected
+    assert sample_sequences(decoder, 1, [2], config) == expected
     assert seen == [64, 32, 16, 16, 32, 16, 16]
     with_room_for(4)
     with pytest.raises(torch.OutOfMemoryError):
-        sample(decoder, 1, [2], config)
+        sample_sequences(decoder, 1, [2], config)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_batch_size_fits_the_free_memory(
 
 
 def test_counts_lengths_and_the_held_out_split() -> None:
-    found = sample(engine(), 1, [2], CONFIG)
+    found = sample_sequences(engine(), 1, [2], CONFIG)
     assert len(found.calibration) == 24
     assert len(found.held_out) == 16
     for row in [*found.calibration, *found.held_out]:
@@ -162,7 +162,9 @@ def test_the_seed_changes_the_set() -> None:
     other = SamplingConfig(
         num_sequences=40, min_new_tokens=32, max_new_tokens=40, batch_size=16, seed=1
     )
-    assert sample(engine(other), 1, [2], other) != sample(engine(), 1, [2], CONFIG)
+    assert sample_sequences(engine(other), 1, [2], other) != sample_sequences(
+        engine(), 1, [2], CONFIG
+    )
 
 
 def test_decoding_settings_are_mixed_70_20_10() -> None:
@@ -240,54 +242,42 @@ class FailingEngine:
 
 
 def test_sampling_resumes_and_loses_at_most_a_batch(tmp_path: Path) -> None:
-    facts = {"model": "m"}
-    expected = sample(engine(), 1, [2], CONFIG)
+    expected = sample_sequences(engine(), 1, [2], CONFIG)
     with pytest.raises(Interrupted):
-        sample_to_folder(lambda: FailingEngine(2), 1, [2], CONFIG, facts, tmp_path)
+        sample_sequences(FailingEngine(2), 1, [2], CONFIG, tmp_path)
     assert len(list(tmp_path.glob("shard-*.json"))) == 2
     again = FailingEngine(5)
-    found = sample_to_folder(lambda: again, 1, [2], CONFIG, facts, tmp_path)
-    assert found == expected
+    assert sample_sequences(again, 1, [2], CONFIG, tmp_path) == expected
     assert again.calls == 1
-
-    def never() -> FailingEngine:
-        raise AssertionError("a finished set needs no engine")
-
-    assert sample_to_folder(never, 1, [2], CONFIG, facts, tmp_path) == expected
-    assert load_proxy_set(tmp_path) == expected
+    assert sample_sequences(FailingEngine(0), 1, [2], CONFIG, tmp_path) == expected
 
 
 def test_more_sequences_reuse_existing_shards(tmp_path: Path) -> None:
-    sample_to_folder(engine, 1, [2], CONFIG, {}, tmp_path)
+    sample_sequences(engine(), 1, [2], CONFIG, tmp_path)
     more = SamplingConfig(num_sequences=60, min_new_tokens=32, max_new_tokens=40, batch_size=16)
     extra = FailingEngine(9)
-    found = sample_to_folder(lambda: extra, 1, [2], more, {}, tmp_path)
+    found = sample_sequences(extra, 1, [2], more, tmp_path)
     assert len(found.calibration) == 44
     assert extra.calls == 1
-    assert found == sample(engine(more), 1, [2], more)
+    assert found == sample_sequences(engine(more), 1, [2], more)
 
 
-@pytest.mark.parametrize("change", [{"seed": 3}, {"max_new_tokens": 39}])
-def test_a_folder_of_another_request_is_refused(tmp_path: Path, change: dict[str, int]) -> None:
-    sample_to_folder(engine, 1, [2], CONFIG, {"model": "a"}, tmp_path)
-    with pytest.raises(MismatchError):
-        sample_to_folder(engine, 1, [2], CONFIG, {"model": "b"}, tmp_path)
-    other = SamplingConfig(
-        **{"num_sequences": 40, "min_new_tokens": 32, "max_new_tokens": 40, **change}
-    )
-    with pytest.raises(MismatchError, match="another"):
-        sample_to_folder(engine, 1, [2], other, {"model": "a"}, tmp_path)
+@pytest.mark.parametrize("change", [{"seed": 3}, {"max_new_tokens": 39}, {"min_new_tokens": 31}])
+def test_settings_that_change_sequences_change_the_request(change: dict[str, int]) -> None:
+    other = replace(CONFIG, **change)
+    assert request_of(1, [2], other) != request_of(1, [2], CONFIG)
+    assert request_of(1, [2], replace(CONFIG, num_sequences=9)) == request_of(1, [2], CONFIG)
 
 
 @pytest.mark.parametrize("damage", ["[[1, 2", "[]", "{}", '[["a"]]'])
 def test_a_damaged_shard_is_named(tmp_path: Path, damage: str) -> None:
     with pytest.raises(Interrupted):
-        sample_to_folder(lambda: FailingEngine(1), 1, [2], CONFIG, {}, tmp_path)
+        sample_sequences(FailingEngine(1), 1, [2], CONFIG, tmp_path)
     shard = tmp_path / "shard-000000.json"
     json.loads(shard.read_text())
     shard.write_text(damage)
     with pytest.raises(ArtifactError, match="shard-000000"):
-        sample_to_folder(engine, 1, [2], CONFIG, {}, tmp_path)
+        sample_sequences(engine(), 1, [2], CONFIG, tmp_path)
 
 
 def test_a_model_whose_samples_are_rejected_raises_with_reasons() -> None:
@@ -295,7 +285,7 @@ def test_a_model_whose_samples_are_rejected_raises_with_reasons() -> None:
         return [[5] * 40 for _ in numbers]
 
     with pytest.raises(DataError, match="token_run"):
-        sample(stuck, 1, [2], CONFIG)
+        sample_sequences(stuck, 1, [2], CONFIG)
 
 
 def test_text_can_continue_past_the_end_of_a_document() -> None:
@@ -304,7 +294,7 @@ def test_text_can_continue_past_the_end_of_a_document() -> None:
     config = tiny_config(sampling={"ignore_eos": True}).sampling
     assert ending_ids(model, tokenizer, config) == []
     assert ending_ids(model, tokenizer, tiny_config().sampling) == [2]
-    found = sample(HuggingFaceEngine(model, 1, [], config), 1, [], config)
+    found = sample_sequences(HuggingFaceEngine(model, 1, [], config), 1, [], config)
     rows = [row[1:] for row in [*found.calibration, *found.held_out]]
     assert {len(row) for row in rows} == {config.max_new_tokens}
     assert any(2 in row[: config.min_new_tokens - 1] for row in rows)
@@ -318,7 +308,7 @@ def test_rejections_are_counted() -> None:
             [5] * 40 if n % 4 == 0 else row for n, row in zip(numbers, inner(numbers), strict=True)
         ]
 
-    found = sample(sometimes, 1, [2], CONFIG)
+    found = sample_sequences(sometimes, 1, [2], CONFIG)
     assert found.rejected["token_run"] >= 13
     assert len(found.calibration) + len(found.held_out) == 40
 
@@ -414,10 +404,10 @@ def test_a_sealed_shard_with_wrong_contents_is_named(tmp_path: Path, batch: Any)
     """Its checksum is right; an empty one would be read for ever."""
     write_sealed(tmp_path / "shard-000000.json", {"sequences": batch})
     with pytest.raises(ArtifactError, match=r"shard-000000\.json does not hold what it should"):
-        sample(engine(), 1, [2], CONFIG, tmp_path)
+        sample_sequences(engine(), 1, [2], CONFIG, tmp_path)
     write_sealed(tmp_path / "shard-000000.json", {"sequence": [[4]]})
     with pytest.raises(ArtifactError, match=r"shard-000000\.json does not say 'sequences'"):
-        sample(engine(), 1, [2], CONFIG, tmp_path)
+        sample_sequences(engine(), 1, [2], CONFIG, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -446,9 +436,9 @@ def test_a_sealed_set_with_wrong_contents_is_named(
 ) -> None:
     good = {"tokens": torch.arange(6), "lengths": torch.tensor([3, 3])}
     said = {"sequences": [2, 1], "rejected": {}}
-    write_artifact(tmp_path / "set", "samples", good, said)
-    assert load_proxy_set(tmp_path) == ProxySet([[0, 1, 2]], [[3, 4, 5]], {})
+    write_artifact(tmp_path / "set", KIND, good, said)
+    assert CalibrationSet.load(tmp_path / "set") == CalibrationSet([[0, 1, 2]], [[3, 4, 5]], {})
     bad = {name: t for name, t in {**good, **tensors}.items() if t is not None}
-    write_artifact(tmp_path / "set", "samples", bad, {**said, **facts})
+    write_artifact(tmp_path / "set", KIND, bad, {**said, **facts})
     with pytest.raises(ArtifactError, match="set does not hold what it should"):
-        load_proxy_set(tmp_path)
+        CalibrationSet.load(tmp_path / "set")

@@ -13,15 +13,16 @@ from support.references import moment
 
 import folora
 from benchmarks.tiny import make_llama, make_tokenizer, rows, tiny_config
-from folora.calibration.moments import Moments
-from folora.calibration.sampling import sample
-from folora.calibration.stopping import Convergence, watched
+from folora.calibration.sampling import sample_sequences
+from folora.calibration.stopping import EarlyStopping, watched
 from folora.cli.main import main
 from folora.config import FIRST_LOOK, FoLoraConfig
 from folora.pipeline.run import Run
+from folora.pipeline.stages import Shared
 from folora.runtime.storage import read_json
 from folora.spectral.eigenproblem import agreement, generalized_eigenbasis, spectral_gate
 from folora.spectral.groups import InputGroup
+from folora.spectral.moments import Moments
 
 LOOKS = (FIRST_LOOK, 2 * FIRST_LOOK, 4 * FIRST_LOOK)
 
@@ -59,16 +60,16 @@ def test_more_text_lowers_the_cost_until_convergence() -> None:
         return replace(moments(sequences), halves=halves)
 
     task = {n: moment(24, seed=i).float() for i, n in enumerate(names)}
-    convergence = Convergence(measure, task, 1e-3, 1.0, 0.3, 6, 0.1)
+    stopping = EarlyStopping(measure, task, 1e-3, 1.0, 0.3, 6, 0.1)
     sequences = [list(range(20 * i, 20 * i + 20)) for i in range(1000)]
     said, costs = [], []
     for count in (8, 16, 64, 256, 1000):
-        said.append(convergence(sequences[:count]))
-        costs.append(convergence.agreement().penalty)
+        said.append(stopping(sequences[:count]))
+        costs.append(stopping.agreement().penalty)
     assert costs == sorted(costs, reverse=True)
     assert (said[0], said[-1]) == (False, True)
     assert [c <= 1.1 for c in costs] == said
-    at_once = Convergence(measure, task, 1e-3, 1.0, 0.3, 6, 0.1)
+    at_once = EarlyStopping(measure, task, 1e-3, 1.0, 0.3, 6, 0.1)
     at_once(sequences)
     assert at_once.agreement().penalty == pytest.approx(costs[-1], rel=1e-3)
 
@@ -81,41 +82,46 @@ def test_moments_of_a_converged_first_check_are_reused(keeps: bool, enough_at: i
         asked.append((len(sequences), all_of_them))
         half = Moments({"one": moment(8, seed=len(asked)).float()}, 1)
         other = half if len(asked) >= enough_at else Moments({"one": 1e-6 * torch.eye(8)}, 1)
-        return Moments({}, 2, (half, other))
+        return Moments({}, 2, (), (half, other))
 
     task = {"one": moment(8, seed=9).float()}
-    convergence = Convergence(measure, task, 1e-3, 1.0, 0.3, 3, 0.1, keeps)
+    stopping = EarlyStopping(measure, task, 1e-3, 1.0, 0.3, 3, 0.1, keeps)
     for look, count in enumerate((4, 10)[:enough_at], start=1):
-        said = convergence([[1]] * count)
+        said = stopping([[1]] * count)
         assert look > 1 or said == (enough_at == 1)
-        assert (convergence.pre is not None) == (keeps and look == enough_at == 1)
+        assert (stopping.moments_of([[1]] * count) is not None) == (
+            keeps and look == enough_at == 1
+        )
     assert asked == [(4, keeps), (6, False)][:enough_at]
 
 
 @pytest.mark.parametrize("memory_gb", [None, 1e-5])
 def test_c_pre_is_bitwise_the_same_with_and_without_early_stopping_checks(
-    early: FoLoraConfig, tmp_path: Path, memory_gb: float | None
+    early: FoLoraConfig,
+    tmp_path: Path,
+    memory_gb: float | None,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """With no memory for all inputs at once, and when the run goes on in another process."""
+    """With no memory for all inputs at once, and when the run is resumed by another process."""
+    caplog.set_level("INFO", "folora")
     config = replace(early, output=str(tmp_path / "run")).changed(
         {"sampling.tolerance": 1e6, "statistics.memory_gb": memory_gb}
     )
-    first = Run(config)
-    assert len(first.sample().calibration) == LOOKS[0] - 16
-    assert (first._looked is not None) == (memory_gb is None)
-    first.measure()
-    found = first.statistics("pre")
-    assert first._looked is None
+
+    def shared() -> tuple[Shared, bool]:
+        """The first stages, and whether C_pre is that of the last check."""
+        caplog.clear()
+        return Run(config).share(), "measured by the last check" in caplog.text
+
+    first, measured_by_check = shared()
+    assert len(first.samples.load().calibration) == LOOKS[0] - 16
+    assert measured_by_check == (memory_gb is None)
     shutil.rmtree(tmp_path / "run" / "2-statistics")
-    again = Run(config)
-    again.sample()
-    assert again._looked is None
-    again.measure()
-    assert again.statistics("pre").manifest["sha256"] == found.manifest["sha256"]
-    shutil.rmtree(tmp_path / "run" / "1-samples" / "set")
-    again.sample()  # asks anew
-    again.measure()  # which is done
-    assert again._looked is None
+    again, measured_by_check = shared()
+    assert not measured_by_check
+    assert again.keep.manifest["sha256"] == first.keep.manifest["sha256"]
+    shutil.rmtree(tmp_path / "run" / "1-samples" / "set")  # so that it is checked anew
+    assert not shared()[1]  # C_pre is done
 
 
 def test_early_stopping_checks_watch_a_few_inputs_across_the_model() -> None:
@@ -150,8 +156,8 @@ def test_checks_run_at_doublings_and_convergence_ends_sampling(yes_at: int | Non
         asked.append(len(sequences))
         return len(sequences) + 16 == yes_at
 
-    found = sample(FakeEngine(), 1, [2], config, enough=enough)
-    all_of_them = sample(FakeEngine(), 1, [2], config)
+    found = sample_sequences(FakeEngine(), 1, [2], config, enough=enough)
+    all_of_them = sample_sequences(FakeEngine(), 1, [2], config)
     looks = [look - 16 for look in LOOKS]
     assert asked == looks[: looks.index(yes_at - 16) + 1 if yes_at else 3]
     total, held_out = (yes_at, 16) if yes_at else (500, config.num_held_out)
@@ -180,7 +186,7 @@ def test_early_stopping_checks_run_only_if_they_can_save_half(ceiling: int, asks
         num_sequences=ceiling, min_new_tokens=32, max_new_tokens=40, batch_size=50
     )
     assert config.may_end_early == asks
-    found = sample(FakeEngine(), 1, [2], config, enough=lambda sequences: True)
+    found = sample_sequences(FakeEngine(), 1, [2], config, enough=lambda sequences: True)
     assert len(found.calibration) + 16 == (LOOKS[0] if asks else ceiling)
 
 
@@ -194,7 +200,7 @@ def test_convergence_prevents_the_next_batch(too_short: int) -> None:
     def write(numbers: Sequence[int]) -> list[list[int]]:
         return [row[:10] if i < too_short else row for i, row in enumerate(engine(numbers))]
 
-    found = sample(write, 1, [2], config, enough=lambda sequences: True)
+    found = sample_sequences(write, 1, [2], config, enough=lambda sequences: True)
     assert engine.written == 64
     assert sum(found.rejected.values()) == too_short
 
@@ -244,5 +250,5 @@ def test_prepare_stops_sampling_early(caplog: pytest.LogCaptureFixture) -> None:
     prepared = folora.prepare(make_llama(), make_tokenizer(), rows(), config)
     assert len(prepared.samples.calibration) + 16 in LOOKS
     said = [record.getMessage() for record in caplog.records]
-    looks = [line for line in said if line.startswith("looking (tokens): took")]
+    looks = [line for line in said if line.startswith("checking (tokens): took")]
     assert looks and all(line.endswith("tokens/s") for line in looks)

@@ -31,7 +31,8 @@ from folora.calibration.vllm import PROBED, VllmEngine, engine_of, served
 from folora.config import SamplingConfig
 from folora.errors import ConfigError, MismatchError, ServerError
 from folora.pipeline.prepare import prepare
-from folora.pipeline.run import SET, Run
+from folora.pipeline.run import Run
+from folora.pipeline.stages import Samples
 
 START, EOS = 1, 2
 CONFIG = SamplingConfig(num_sequences=32, min_new_tokens=32, max_new_tokens=36, batch_size=12)
@@ -251,7 +252,7 @@ def test_an_unreachable_server_is_refused_before_the_model_is_loaded(
     config = tiny_config(model=str(model_folder), output=str(tmp_path), sampling={"server": url})
     run = Run(config)
     with pytest.raises(ServerError, match=r"does not answer.*vllm serve"):
-        run.check_stage("sample")
+        run.check_command("sample")
     assert "model" not in vars(run)
     with pytest.raises(ConfigError, match="begin with http"):
         SamplingConfig(server="localhost:8000")
@@ -284,14 +285,14 @@ def test_a_run_resumes_after_a_server_failure(
         }
     # Nobody serves any more. What is there is enough for the stages that follow.
     again = Run(config)
-    again.check_stage("run")
+    again.check_command("run")
     assert again.sample() == found
     # Another engine has other draws: its shards and these are kept apart.
     own = Run(replace(config, sampling=replace(config.sampling, server=None)))
     assert own.sample() != found
     with pytest.raises(ServerError):  # before those are moved away for nothing
-        again.check_stage("run")
-    assert (tmp_path / "a" / SET).exists() and (tmp_path / "a" / "old").exists()
+        again.check_command("run")
+    assert (tmp_path / "a" / Samples.path).exists() and (tmp_path / "a" / "old").exists()
 
 
 def test_prepare_samples_from_a_server(model_folder: Path, rows_file: Path) -> None:

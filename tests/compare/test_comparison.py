@@ -17,6 +17,7 @@ from folora.compare.results import Line, ResultFile, load_results
 from folora.config import FoLoraConfig
 from folora.errors import ArtifactError, ConfigError, DataError, MismatchError
 from folora.pipeline.run import Run
+from folora.spectral.moments import Moments
 
 ROW = '{"prompt": "say", "completion": "hello"}\n'
 IDS = torch.randint(3, 50, (4, 12), generator=torch.Generator().manual_seed(5))
@@ -51,7 +52,7 @@ def test_arms_leave_the_base_alone_and_add_their_results(
     measured: Path, model_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     run = make_run(model_folder, rows_file, measured)
-    before = run.model(IDS).logits
+    before = run.context.model(IDS).logits
     names = ["folora", "lora", "lora-null", "oplora", "lora-null-v2", "folora-kl"]
     chosen = arms(names, [1e-2])
     seen: list[str] = []
@@ -61,9 +62,9 @@ def test_arms_leave_the_base_alone_and_add_their_results(
         return {"task": {"a": 0.5}, "kept": {"b": 1.0, "c": 0.0}}
 
     results = list(compare(run, tmp_path / "arms.jsonl", score=score).run_all(chosen))
-    assert torch.equal(run.model(IDS).logits, before)
-    assert not any("lora" in name for name, _ in run.model.named_parameters())
-    assert "forward" not in vars(run.model)  # TRL puts one there for every trainer
+    assert torch.equal(run.context.model(IDS).logits, before)
+    assert not any("lora" in name for name, _ in run.context.model.named_parameters())
+    assert "forward" not in vars(run.context.model)  # TRL puts one there for every trainer
     assert [r["method"] for r in results] == names
     for result in results:
         assert [r["step"] for r in result["readings"]] == [2, 3, 4, 6]
@@ -137,7 +138,8 @@ def test_another_calibration_is_another_arm(
 ) -> None:
     run = make_run(model_folder, rows_file, measured)
     own = compare(run, tmp_path / "arms.jsonl")
-    flat = {g.name: torch.eye(g.d_in) for g in run.groups}
+    groups = tuple(run.context.groups)
+    flat = Moments({g.name: torch.eye(g.d_in) for g in groups}, 1, groups)
     other = own.calibrated({"source": "white", "count": 1}, flat)
     chosen = arms(["folora"], [1e-2])
     (a,), (b,) = own.run_all(chosen), other.run_all(chosen)

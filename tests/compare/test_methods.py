@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ import folora
 from benchmarks.tiny import make_gpt2, make_llama, make_tokenizer, rows, tiny_config
 from folora.adapters.adapter import attach, lora_factors
 from folora.adapters.initialization import INITIALIZATIONS
-from folora.calibration.calibration_set import ProxySet
+from folora.calibration.calibration_set import CalibrationSet
 from folora.calibration.inputs import find_groups, target_layers
 from folora.calibration.moments import second_moments
 from folora.compare.methods import METHODS, configured
@@ -29,8 +29,10 @@ from folora.errors import ConfigError, NumericsError
 from folora.metrics.kl import kl, masked_target_kl
 from folora.optim.sadam import SAdam
 from folora.spectral.eigenproblem import BASES, generalized_eigenbasis
-from folora.spectral.layers import GroupBasis, solve
 from folora.training.optimizer import param_groups
+from folora.training.prepared import assemble
+from folora.spectral.layers import GroupBasis, Spectrum, solve
+from folora.spectral.moments import Moments
 from folora.training.prepared import assemble
 from folora.training.trainer import sft_config, train
 
@@ -43,19 +45,17 @@ def batch(seed: int, rows: int = 6) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def measured(
-    model: PreTrainedModel,
-) -> tuple[Any, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def measured(model: PreTrainedModel) -> tuple[Moments, Moments]:
     groups = find_groups(model, target_layers(model, "all-linear"), batch(0))
-    pre, task = (second_moments(model, groups, [batch(s)]).matrices for s in (1, 2))
-    return groups, pre, task
+    pre, task = (second_moments(model, groups, [batch(s)]) for s in (1, 2))
+    return pre, task
 
 
-def solved(model: PreTrainedModel, tau: float = 1e-2) -> list[GroupBasis]:
+def solved(model: PreTrainedModel, tau: float = 1e-2) -> Spectrum:
     return solve(*measured(model), tau=tau, null_rank=R)
 
 
-def weights(model: PreTrainedModel, bases: list[GroupBasis]) -> dict[str, torch.Tensor]:
+def weights(model: PreTrainedModel, bases: Sequence[GroupBasis]) -> dict[str, torch.Tensor]:
     """W0 (d_out, d_in) in float64 by layer, whatever its layout."""
     found = {}
     for b in bases:
@@ -70,7 +70,7 @@ def _is_conv(model: PreTrainedModel, name: str) -> bool:
 
 
 def started(
-    model: PreTrainedModel, bases: list[GroupBasis], init: str
+    model: PreTrainedModel, bases: Sequence[GroupBasis], init: str
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Layer, A0, B0 and kappa B0 A0 of a fresh adapter, in float64."""
     adapted = attach(model, bases, LoraConfig(r=R, lora_alpha=ALPHA), init=init)
@@ -102,11 +102,11 @@ def test_milora_initializes_from_the_smallest_singular_triples(model: PreTrained
 
 def test_corda_matches_peft(model: PreTrainedModel) -> None:
     """PEFT's preprocessing on one sequence, whose scale drops out of the product."""
-    groups, _, task = measured(model)
+    _, task = measured(model)
     ids = torch.randint(3, 50, (1, 200), generator=torch.Generator().manual_seed(1))
     one = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    pre = second_moments(model, groups, [one]).matrices
-    bases = solve(groups, pre, task, tau=0.01)  # PEFT's damping
+    pre = second_moments(model, task.groups, [one])
+    bases = solve(pre, task, tau=0.01)  # PEFT's damping
     before = model(IDS).logits
     ours = {name: product for name, _, _, product in started(_copy(model), bases, "corda")}
     config = LoraConfig(
@@ -153,11 +153,11 @@ def test_zero_initializations_have_b_zero_and_orthonormal_a(model: PreTrainedMod
 
 
 def stepped(
-    model: PreTrainedModel, bases: list[GroupBasis], config: FoLoraConfig, steps: int
+    model: PreTrainedModel, bases: Sequence[GroupBasis], config: FoLoraConfig, steps: int
 ) -> Any:
     """A prepared model after AdamW or SAdam steps on a fixed batch."""
     task = folora.data.rows.TaskData([folora.data.rows.Example([1, 3, 4], [-100, 3, 4])], [])
-    prepared = assemble(model, bases, task, ProxySet([[1, 3, 4, 5]], [[1, 5, 6, 7]]), config)
+    prepared = assemble(model, bases, task, CalibrationSet([[1, 3, 4, 5]], [[1, 5, 6, 7]]), config)
     prepared.model.train()
     for _ in range(steps):
         prepared.optimizer.zero_grad()

@@ -34,6 +34,7 @@ from folora.runtime import distributed
 from folora.runtime.finiteness import unsound_gradients
 from folora.runtime.tensors import whole
 from folora.spectral.layers import solve
+from folora.spectral.moments import Moments
 
 Array = np.ndarray[Any, Any]
 
@@ -224,8 +225,8 @@ def test_a_constraint_holds_for_sharded_parameters() -> None:
         model = make_llama(num_hidden_layers=1)
         probe = {"input_ids": torch.tensor([[1, 1]])}
         groups = find_groups(model, target_layers(model, "all-linear"), probe)
-        moments = {g.name: torch.eye(g.d_in) for g in groups}
-        bases = solve(groups, moments, moments, tau=1e-3)
+        moments = Moments({g.name: torch.eye(g.d_in) for g in groups}, 1, tuple(groups))
+        bases = solve(moments, moments, tau=1e-3)
         adapted = attach(
             model, bases, LoraConfig(r=2, lora_alpha=2), init="minor_singular", protect=2
         )

@@ -14,8 +14,9 @@ from folora.adapters.low_rank import narrow_inputs
 from folora.calibration.inputs import target_layers
 from folora.config import AdapterConfig
 from folora.pipeline.activation_memory import Alive, loss_bytes, step_bytes
-from folora.pipeline.prepare import groups_of
+from folora.pipeline.context import coverage_of
 from folora.spectral.layers import solve
+from folora.spectral.moments import Moments
 
 ROWS, TOKENS, RANK = 4, 64, 2
 
@@ -33,10 +34,10 @@ def counted(real: PreTrainedModel, checkpointing: bool) -> int:
 
 
 def profiled(real: PreTrainedModel, checkpointing: bool) -> int:
-    groups = groups_of(real, AdapterConfig(r=RANK), 1)
-    c = {g.name: torch.eye(g.d_in) for g in groups}
+    groups = coverage_of(real, AdapterConfig(r=RANK), 1).groups
+    c = Moments({g.name: torch.eye(g.d_in) for g in groups}, 1, tuple(groups))
     model = attach(
-        real, solve(groups, c, c, tau=1e-3, directions=RANK), LoraConfig(r=RANK, lora_alpha=RANK)
+        real, solve(c, c, tau=1e-3, directions=RANK), LoraConfig(r=RANK, lora_alpha=RANK)
     ).train()
     if checkpointing:
         real.gradient_checkpointing_enable({"use_reentrant": False})

@@ -64,7 +64,7 @@ def base_file(name: str) -> Put:
 
     def put(here: Path) -> None:
         config = FoLoraConfig.from_yaml(here / "run" / "config.yaml")
-        Run(config.changed({"output": str(here / "run")})).share(here / name)
+        Run(config.changed({"output": str(here / "run")})).base(here / name)
 
     return put
 

@@ -27,9 +27,13 @@ from benchmarks.tiny import tiny_config
 from folora.calibration.base_file import HEADER, read_base_file, write_base_file
 from folora.cli.main import main
 from folora.config import FoLoraConfig
-from folora.pipeline.run import MADE, PRE, RESULT, SPECTRUM, TASK, Run
+from folora.pipeline.checks import STAGES
+from folora.pipeline.run import Run
+from folora.pipeline.stages import KeepMoments, Solved, TaskMoments
+from folora.pipeline.training import Training
 from folora.runtime.artifacts import read_artifact, write_artifact
 from folora.runtime.checkpoints import seal_checkpoint
+from folora.spectral.moments import Moments
 
 ROOT = Path(__file__).parents[2]
 
@@ -277,7 +281,7 @@ def renamed(value: Any, prefix: str) -> Any:
 
 
 @pytest.mark.parametrize("prefix", ["../../x", "HERE/x"], ids=["relative", "absolute"])
-@pytest.mark.parametrize("part", [PRE, TASK, SPECTRUM, RESULT])
+@pytest.mark.parametrize("part", [KeepMoments.path, TaskMoments.path, Solved.path, Training.path])
 def test_names_in_a_run_folder_cannot_escape_it(
     part: str, prefix: str, finished: FoLoraConfig, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -285,18 +289,20 @@ def test_names_in_a_run_folder_cannot_escape_it(
     output = tmp_path / "here" / "run"
     config = copied(finished, output)
     monkeypatch.chdir(tmp_path / "here")
-    kind = MADE[part][0]
+    kind = next(stage.kind for stage in STAGES if stage.path == part)
     found = read_artifact(output / part, kind)
     own = ("kind", "sha256", "versions")
     facts = {k: v for k, v in found.manifest.items() if k not in own}
     prefix = prefix.replace("HERE", str(tmp_path))
     write_artifact(output / part, kind, renamed(found.tensors, prefix), renamed(facts, prefix))
-    if part != RESULT:  # else what was made from the part would only be found to be another's
-        shutil.rmtree(output / RESULT)
-    if part in (PRE, TASK):
-        shutil.rmtree(output / SPECTRUM)
+    if (
+        part != Training.path
+    ):  # else what was made from the part would only be found to be another's
+        shutil.rmtree(output / Training.path)
+    if part in (KeepMoments.path, TaskMoments.path):
+        shutil.rmtree(output / Solved.path)
     before = outside(tmp_path, output)
-    assert main(["run", *flags(config)]) == (0 if part == RESULT else 2)
+    assert main(["run", *flags(config)]) == (0 if part == Training.path else 2)
     assert outside(tmp_path, output) == before
 
 
@@ -308,13 +314,13 @@ def test_names_in_a_base_file_cannot_escape_the_folder(
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     base, output = tmp_path / "base.safetensors", tmp_path / "here" / "run"
-    Run(copied(finished, tmp_path / "maker")).share(base)
+    Run(copied(finished, tmp_path / "maker")).base(base)
     found = read_base_file(base)
     prefix = prefix.replace("HERE", str(tmp_path))
-    groups = [type(g)(**renamed(asdict(g), prefix)) for g in found.groups]
-    facts = {name: found.manifest[name] for name in ("model", "tokenizer", "tokens")}
-    moments = {new.name: torch.eye(old.d_in) for new, old in zip(groups, found.groups, strict=True)}
-    write_base_file(base, found.proxies, groups, moments, facts)
+    groups = tuple(type(g)(**renamed(asdict(g), prefix)) for g in found.groups)
+    facts = {name: found.manifest[name] for name in ("model", "tokenizer")}
+    moments = Moments({g.name: torch.eye(g.d_in) for g in groups}, 1, groups)
+    write_base_file(base, found.samples, moments, facts)
     before = outside(tmp_path, output)
     config = finished.changed({"output": str(output), "base": str(base)})
     assert main(["run", *flags(config)]) == 2

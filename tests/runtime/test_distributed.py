@@ -19,7 +19,7 @@ from benchmarks.distributed.trials import interrupted, killed, other_ways, refus
 from benchmarks.tiny import make_llama
 from folora.cli.main import main
 from folora.errors import ConfigError, DataError, MismatchError, ProcessError
-from folora.pipeline.run import RESULT, TRAINING
+from folora.pipeline.training import Training
 from folora.runtime import distributed
 from folora.runtime.checkpoints import latest_checkpoint
 
@@ -46,7 +46,7 @@ def test_padding_rows_of_the_last_step_do_not_count(bench: Bench) -> None:
     for name, count, size in (("short", 1, 8), ("filled", 2, 4)):
         changes = {"training.batch_size": size, "training.max_steps": 5, **masked}
         assert not any(e.code for e in ended(bench.start(name, count, **changes)))
-    assert 0 < bench.difference("short", "filled", RESULT) < 5 * ROUNDING[RESULT]
+    assert 0 < bench.difference("short", "filled", Training.path) < 5 * ROUNDING[Training.path]
 
 
 def test_a_killed_process_ends_the_others_and_the_run_resumes(bench: Bench) -> None:
@@ -194,13 +194,13 @@ def test_other_strategies_match_ddp(bench: Bench) -> None:
 def test_a_fsdp2_run_resumes_with_one_process(bench: Bench) -> None:
     stopped = [killed(bench, 2, 1, 1, "FSDP2")]
     assert breaches({**NOTHING, "killed": stopped}) == []
-    folder = latest_checkpoint(bench.place / "FSDP2-2" / TRAINING)
+    folder = latest_checkpoint(bench.place / "FSDP2-2" / "4-training")
     assert folder is not None
     parts = {p.name for p in (folder / "optimizer_0").iterdir()}
     assert parts == {".metadata", "__0_0.distcp", "__1_0.distcp"}
     # A checkpoint is an adapter that PEFT reads, also where each process has a part of it.
     last = load_file(folder / "adapter_model.safetensors")
-    result = bench.tensors("FSDP2-2", RESULT)
+    result = bench.tensors("FSDP2-2", Training.path)
     a = f"{next(iter(result)).removesuffix('/A').removesuffix('/B')}"
     assert torch.equal(last[f"base_model.model.{a}.lora_A.weight"], result[f"{a}/A"])
 
@@ -211,7 +211,7 @@ def test_a_run_with_a_sharded_base_resumes_without_sharding(bench: Bench) -> Non
     assert breaches({**NOTHING, "killed": stopped}) == []
     names = bench.undisturbed(1), bench.undisturbed(2, "--shard")
     one, other = (bench.place / name for name in names)
-    requests = [json.loads((p / TRAINING / "request.json").read_text()) for p in (one, other)]
+    requests = [json.loads((p / "4-training" / "request.json").read_text()) for p in (one, other)]
     assert requests[0]["model"] == requests[1]["model"]
 
 
@@ -219,7 +219,7 @@ def test_initialization_from_weights_works_with_sharded_weights(bench: Bench) ->
     changes = {"adapter.init": "null_space", "adapter.constraint": "oplora", "dtype": "bfloat16"}
     for name, shard in (("whole", False), ("parts", True)):
         assert [e.code for e in ended(bench.start(name, 2, shard=shard, **changes))] == [0, 0]
-    assert bench.difference("whole", "parts", RESULT) == 0
+    assert bench.difference("whole", "parts", Training.path) == 0
 
 
 def test_non_finite_sharded_weights_are_reported_by_all_processes(

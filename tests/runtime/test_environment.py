@@ -171,10 +171,10 @@ def test_prepare_uses_samples_and_moments_of_a_base_file(
     finished: FoLoraConfig, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(str(finished.output), tmp_path / "run")
-    file = Run(finished.changed({"output": str(folder)})).share(tmp_path / "base.safetensors")
+    file = Run(finished.changed({"output": str(folder)})).base(tmp_path / "base.safetensors")
     found = prepare(make_llama(), base=str(file))
     run = Run(finished)
-    assert found.samples.fingerprint == run.proxies().fingerprint
+    assert found.samples.fingerprint == run.samples().fingerprint
     with pytest.raises(MismatchError, match="another model"):
         prepare(make_llama(seed=1), base=str(file))
 
@@ -192,10 +192,10 @@ def test_a_model_that_cannot_generate_needs_a_base_file(
     mute.register_forward_pre_hook(no_cache, with_kwargs=True)
     folder = shutil.copytree(str(finished.output), tmp_path / "run")
     run = Run(finished.changed({"output": str(folder)}))
-    file = run.share(tmp_path / "base.safetensors")
+    file = run.base(tmp_path / "base.safetensors")
     with pytest.raises(ConfigError, match="cannot generate text here"):
         prepare(mute)
-    assert prepare(mute, base=str(file)).samples.fingerprint == run.proxies().fingerprint
+    assert prepare(mute, base=str(file)).samples.fingerprint == run.samples().fingerprint
 
 
 def test_prepare_samples_from_another_model(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def test_a_changed_config_is_refused_for_a_single_stage(
     setting(hidden_act="gelu")(tmp_path / "model")
     config = copied(finished, tmp_path / "run", model=str(tmp_path / "model"))
     with pytest.raises(MismatchError, match="another model config"):
-        Run(config).check_stage("train")
+        Run(config).check_command("train")
 
 
 def test_config_fingerprints_ignore_options_without_effect() -> None:

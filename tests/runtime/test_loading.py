@@ -111,7 +111,7 @@ def test_a_merged_export_has_the_checkpoints_dtype(
     named = {"model": str(narrow), "dataset": str(rows_file), "output": str(tmp_path / "run")}
     run = Run(tiny_config(**named, dtype="auto"))
     run.run()
-    assert run.model.dtype == torch.float32
+    assert run.context.model.dtype == torch.float32
     run.export(tmp_path / "merged", kind="merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert merged.dtype == torch.bfloat16

@@ -16,7 +16,7 @@ from folora.spectral import eigenproblem as spectrum
 from folora.spectral.eigenproblem import (
     BASES,
     Eigenbasis,
-    Spectrum,
+    Eigenpairs,
     checked_moment,
     generalized_eigenbasis,
     smallest_eigenvectors,
@@ -309,7 +309,7 @@ def test_any_pair_agrees_with_scipy(drawn: tuple[int, int, float, float]) -> Non
 
 
 def assert_same_operator(
-    one: Spectrum, basis: torch.Tensor, factor: float, other: Spectrum
+    one: Eigenpairs, basis: torch.Tensor, factor: float, other: Eigenpairs
 ) -> None:
     """T diag(gamma) T' and T T': equal when bases are, up to signs and rotations at equal gammas."""
     for a, b in ((factor * one.gamma, other.gamma), (one.gamma**0, other.gamma**0)):

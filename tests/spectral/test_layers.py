@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,14 +11,20 @@ import torch
 from support.closeness import assert_near
 from support.references import moment
 
-from folora.errors import ArtifactError, ConfigError, NumericsError
+from folora.errors import ArtifactError, ConfigError, MismatchError, NumericsError
+from folora.runtime.artifacts import read_artifact, write_artifact
 from folora.spectral.eigenproblem import generalized_eigenbasis
 from folora.spectral.groups import InputGroup
-from folora.spectral.layers import bases_from_tensors, bases_to_tensors, solve
+from folora.spectral.layers import KIND, Spectrum, solve
+from folora.spectral.moments import Moments
 
-GROUPS = [InputGroup((f"layer{i}", f"twin{i}"), d) for i, d in enumerate((8, 33, 5, 16, 8, 21))]
-PRE = {g.name: moment(g.d_in, seed=i) for i, g in enumerate(GROUPS)}
-TASK = {g.name: moment(g.d_in, seed=50 + i) for i, g in enumerate(GROUPS)}
+GROUPS = tuple(
+    InputGroup((f"layer{i}", f"twin{i}"), d) for i, d in enumerate((8, 33, 5, 16, 8, 21))
+)
+PRE, TASK = (
+    Moments({g.name: moment(g.d_in, seed=at + i) for i, g in enumerate(GROUPS)}, 1, GROUPS)
+    for at in (0, 50)
+)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -26,40 +33,64 @@ def test_solving_together_matches_solving_one_at_a_time(threads: int) -> None:
     torch.set_num_threads(threads)
     try:
         ticks: list[int] = []
-        found = solve(GROUPS, PRE, TASK, tau=1e-3, null_rank=2, on_group=lambda: ticks.append(1))
+        found = solve(PRE, TASK, tau=1e-3, null_rank=2, on_group=lambda: ticks.append(1))
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
-    assert [b.group for b in found] == GROUPS
+    assert found.groups == GROUPS
     assert len(ticks) == len(GROUPS)
     for b in found:
-        alone = generalized_eigenbasis(PRE[b.group.name], TASK[b.group.name], tau=1e-3)
+        alone = generalized_eigenbasis(
+            PRE.matrices[b.group.name], TASK.matrices[b.group.name], tau=1e-3
+        )
         assert_near(b.basis.abs(), alone.basis.abs())
         assert b.null_basis is not None
         assert b.null_basis.shape == (b.group.d_in, 2)
 
 
 def test_an_error_in_one_group_is_raised_and_named() -> None:
-    bad = {**TASK, "layer3": torch.full((16, 16), float("nan"))}
+    bad = Moments({**TASK.matrices, "layer3": torch.full((16, 16), float("nan"))}, 1, GROUPS)
     with pytest.raises(NumericsError, match="layer3"):
-        solve(GROUPS, PRE, bad, tau=1e-3)
+        solve(PRE, bad, tau=1e-3)
     with pytest.raises(ConfigError, match="layer2 has d_in = 5"):
-        solve(GROUPS, PRE, TASK, tau=1e-3, null_rank=6)
+        solve(PRE, TASK, tau=1e-3, null_rank=6)
 
 
-def test_tensors_round_trip() -> None:
-    bases = solve(GROUPS, PRE, TASK, tau=1e-3, null_rank=2)
-    again = bases_from_tensors(*bases_to_tensors(bases))
-    for a, b in zip(bases, again, strict=True):
-        assert a.group == b.group
+def test_a_spectrum_round_trips(tmp_path: Path) -> None:
+    spectrum = solve(PRE, TASK, tau=1e-3, null_rank=2)
+    spectrum.save(tmp_path / "spectrum", {"model": "m"})
+    again = Spectrum.load(tmp_path / "spectrum", {"model": "m"})
+    assert again.groups == spectrum.groups == GROUPS
+    for a, b in zip(spectrum, again, strict=True):
         assert a.task_trace == b.task_trace
         assert torch.equal(a.basis, b.basis)
         assert torch.equal(a.gamma, b.gamma)
+        assert a.null_basis is not None and b.null_basis is not None
+        assert torch.equal(a.null_basis, b.null_basis)
+    with pytest.raises(MismatchError, match="another model"):
+        Spectrum.load(tmp_path / "spectrum", {"model": "n"})
 
 
-def spoiled(kind: str) -> tuple[dict[str, torch.Tensor], Any]:
+def test_moments_round_trip(tmp_path: Path) -> None:
+    narrow = Moments({n: m.float() for n, m in PRE.matrices.items()}, 7, GROUPS)
+    narrow.save(tmp_path / "moments")
+    again = Moments.load(tmp_path / "moments")
+    assert (again.tokens, again.groups) == (7, GROUPS)
+    assert all(torch.equal(m, again.matrices[n]) for n, m in narrow.matrices.items())
+
+
+def test_moments_of_other_layers_are_refused() -> None:
+    with pytest.raises(MismatchError, match="measure both with the same layers"):
+        solve(PRE, Moments(TASK.matrices, 1, GROUPS[:3]))
+
+
+def spoiled(kind: str, folder: Path) -> Path:
     """A spectrum whose parts do not fit each other, as a file of the right checksum may have it."""
-    tensors, facts = bases_to_tensors(solve(GROUPS[:2], PRE, TASK, tau=1e-3, null_rank=2))
+    solve(*(Moments(m.matrices, 1, GROUPS[:2]) for m in (PRE, TASK)), tau=1e-3, null_rank=2).save(
+        folder / "good"
+    )
+    good = read_artifact(folder / "good", KIND)
+    tensors, facts = dict(good.tensors), [dict(fact) for fact in good.manifest["groups"]]
     first: Any = facts[0]
     changes: dict[str, Callable[[], object]] = {
         "no tensor": lambda: tensors.pop("layer0/basis"),
@@ -83,7 +114,9 @@ def spoiled(kind: str) -> tuple[dict[str, torch.Tensor], Any]:
         "a huge trace": lambda: first.update(task_trace=10**400),
     }
     changes[kind]() if kind in changes else None
-    return tensors, {"no list": 3, "no facts": [3], "a mapping": {"layers": []}}.get(kind, facts)
+    groups = {"no list": 3, "no facts": [3], "a mapping": {"layers": []}}.get(kind, facts)
+    write_artifact(folder / "spectrum", KIND, tensors, {"groups": groups})
+    return folder / "spectrum"
 
 
 @pytest.mark.parametrize(
@@ -92,6 +125,6 @@ def spoiled(kind: str) -> tuple[dict[str, torch.Tensor], Any]:
      "no layers", "a word for layers", "numbers for layers", "another width", "a huge width", "no width",
      "no trace", "a huge trace", "no list", "no facts", "a mapping"],
 )  # fmt: skip
-def test_mismatched_tensors_are_refused(kind: str) -> None:
-    with pytest.raises(ArtifactError, match="the spectrum does not hold what it should"):
-        bases_from_tensors(*spoiled(kind))
+def test_mismatched_tensors_are_refused(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="spectrum does not hold what it should"):
+        Spectrum.load(spoiled(kind, tmp_path))

@@ -10,6 +10,7 @@ from folora.adapters.adapter import attach
 from folora.adapters.export import export_adapter
 from folora.calibration.inputs import find_groups, target_layers
 from folora.spectral.layers import solve
+from folora.spectral.moments import Moments
 
 
 def write(folder: str) -> None:
@@ -17,10 +18,10 @@ def write(folder: str) -> None:
     model = make_llama()
     batch = {"input_ids": torch.tensor([[1, 1]])}
     groups = find_groups(model, target_layers(model, "all-linear"), batch)
-    moments = {g.name: torch.eye(g.d_in) for g in groups}
+    moments = Moments({g.name: torch.eye(g.d_in) for g in groups}, 1, tuple(groups))
     adapted = attach(
         model,
-        solve(groups, moments, moments, tau=1e-3),
+        solve(moments, moments, tau=1e-3),
         LoraConfig(r=2, lora_alpha=2),
         init="minor_singular",
     )

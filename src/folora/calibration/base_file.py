@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from folora.calibration.calibration_set import ProxySet, proxies_from_tensors, proxies_to_tensors
+from folora.calibration.calibration_set import CalibrationSet
 from folora.errors import ArtifactError, ConfigError
 from folora.runtime.artifacts import check_manifest, read_tensors, software_versions
 from folora.runtime.ownership import check_target
@@ -34,6 +34,7 @@ from folora.runtime.storage import (
     write_atomically,
 )
 from folora.spectral.groups import InputGroup, group_of
+from folora.spectral.moments import Moments
 
 logger = logging.getLogger(__name__)
 
@@ -46,21 +47,21 @@ class BaseFile:
     """A file's contents.
 
     Attributes:
-        proxies: The sampled text.
+        samples: The sampled text.
         groups: Shared inputs that were measured.
         triangles: By group name, the upper triangle of C_pre, row by row, (d (d + 1) / 2,) float32.
         manifest: Fingerprints and counts.
         path: Where it lies.
     """
 
-    proxies: ProxySet
+    samples: CalibrationSet
     groups: list[InputGroup]
     triangles: dict[str, Tensor]
     manifest: Facts
     path: Path
 
-    def moments(self, groups: Sequence[InputGroup]) -> dict[str, Float[Tensor, "_d _d"]]:
-        """C_pre of each group, by its name; a group may hold fewer layers than the file's.
+    def moments(self, groups: Sequence[InputGroup]) -> Moments:
+        """C_pre of the groups; a group may hold fewer layers than the file's.
 
         Raises:
             ConfigError: A group's input was not measured.
@@ -74,7 +75,7 @@ class BaseFile:
                     "target modules. Make one for these, or for all: folora base"
                 )
             found[group.name] = unpacked(self.triangles[home.name], group.d_in)
-        return found
+        return Moments(found, int(self.manifest["tokens"]), tuple(groups))
 
 
 def packed(matrix: Float[Tensor, "d d"]) -> Float[Tensor, " n"]:
@@ -91,33 +92,32 @@ def unpacked(triangle: Float[Tensor, " n"], d: int) -> Float[Tensor, "d d"]:
 
 def write_base_file(
     path: Path,
-    proxies: ProxySet,
-    groups: Sequence[InputGroup],
-    moments: Mapping[str, Tensor],
+    samples: CalibrationSet,
+    moments: Moments,
     facts: Mapping[str, Any],
 ) -> None:
     """Write a base file atomically.
 
     Args:
         path: The file to make or replace; see `check_base_target`.
-        proxies: The samples.
-        groups: Shared inputs.
-        moments: C_pre by group name.
-        facts: Fingerprints of model and tokenizer, and the tokens that were measured.
+        samples: The sampled text.
+        moments: C_pre.
+        facts: Fingerprints of model and tokenizer.
 
     Raises:
         ArtifactError: It cannot be written.
     """
-    tensors = proxies_to_tensors(proxies)
-    tensors |= {f"{g.name}/c_pre": packed(moments[g.name].cpu().float()) for g in groups}
+    tensors = samples.to_tensors()
+    tensors |= {f"{n}/c_pre": packed(m.cpu().float()) for n, m in moments.matrices.items()}
     manifest = {
         "kind": KIND,
         "sha256": tensors_sha256(tensors),
         "versions": software_versions(),
-        "samples": proxies.fingerprint,
-        "held_out": len(proxies.held_out),
-        "rejected": proxies.rejected,
-        "groups": [{"layers": g.layers, "d_in": g.d_in} for g in groups],
+        "samples": samples.fingerprint,
+        "held_out": len(samples.held_out),
+        "rejected": samples.rejected,
+        "tokens": moments.tokens,
+        "groups": [group.fact for group in moments.groups],
         **facts,
     }
     header = {HEADER: json.dumps(sealed(manifest))}
@@ -197,7 +197,7 @@ def read_base_file(path: Path, expected: Mapping[str, Any] | None = None) -> Bas
         )
     with fitting(path):
         groups = [group_of(fact) for fact in manifest["groups"]]
-        proxies = proxies_from_tensors(tensors, manifest["held_out"], manifest["rejected"])
+        samples = CalibrationSet.from_tensors(tensors, manifest["held_out"], manifest["rejected"])
         triangles = {g.name: tensors[f"{g.name}/c_pre"] for g in groups}
         for g in groups:
             triangle = triangles[g.name]
@@ -206,7 +206,7 @@ def read_base_file(path: Path, expected: Mapping[str, Any] | None = None) -> Bas
                     f"the triangle of {g.name} has {tuple(triangle.shape)} values of "
                     f"{triangle.dtype}, but must have {_size(g.d_in)} of float32"
                 )
-    return BaseFile(proxies, groups, triangles, manifest, path)
+    return BaseFile(samples, groups, triangles, manifest, path)
 
 
 def _size(d: int) -> int:

@@ -37,7 +37,7 @@ def linear_dims(module: nn.Module) -> tuple[int, int] | None:
 
 
 def target_layers(
-    model: PreTrainedModel, target_modules: str | Sequence[str]
+    model: nn.Module, target_modules: str | Sequence[str]
 ) -> dict[str, tuple[int, int]]:
     """Names of the linear layers to adapt, with (d_in, d_out), in the order of the model.
 
@@ -54,7 +54,7 @@ def target_layers(
     linear = {n: dims for n, m in model.named_modules() if (dims := linear_dims(m)) is not None}
     if not linear:
         raise ConfigError(f"{type(model).__name__} has no linear layers to adapt")
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     if target_modules == "all-linear":
         names = [n for n in linear if model.get_submodule(n) is not head]
     elif isinstance(target_modules, str):
@@ -116,7 +116,7 @@ def visits(model: nn.Module, names: Iterable[str], batch: Batch) -> dict[str, li
         found[name][-1] = replace(found[name][-1], gave=_shape(output))
 
     with watching(model, names, before, after), evaluating(model), torch.no_grad():
-        model(**batch, **without_logits(model), use_cache=False)
+        model(**batch, **lean_options(model))
     return found
 
 
@@ -137,7 +137,7 @@ def grouped(
 
 
 def find_groups(
-    model: PreTrainedModel, layers: dict[str, tuple[int, int]], batch: Batch
+    model: nn.Module, layers: dict[str, tuple[int, int]], batch: Batch
 ) -> list[InputGroup]:
     """Watch one forward pass and put together the layers that are handed the same tensor.
 
@@ -192,10 +192,15 @@ def watching(
             handle.remove()
 
 
-def without_logits(model: nn.Module) -> dict[str, int]:
-    """Keyword arguments that spare the logits: with a large vocabulary a good part of the pass."""
+def lean_options(model: nn.Module) -> dict[str, Any]:
+    """Keyword arguments of a forward pass that reads layers' inputs alone: no cache, and no logits.
+
+    With a large vocabulary logits are a good part of the pass.
+    """
     known = inspect.signature(model.forward).parameters
-    return {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    generates = isinstance(model, PreTrainedModel) and model.can_generate()
+    found: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    return found | ({"use_cache": False} if generates or "use_cache" in known else {})
 
 
 def _shape(value: Any) -> tuple[int, ...]:

@@ -8,15 +8,21 @@ object, unchanged in between. Padding never counts.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count, islice
+from itertools import chain, count, islice
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
-from folora.calibration.inputs import Batch, watching, without_logits
+from folora.calibration.inputs import (
+    Batch,
+    find_groups,
+    lean_options,
+    target_layers,
+    watching,
+)
 from folora.errors import DataError, NumericsError
 from folora.runtime import distributed
 from folora.runtime.contexts import evaluating, is_shared_out
@@ -24,6 +30,7 @@ from folora.runtime.memory import free_bytes
 from folora.runtime.shapes import Float
 from folora.runtime.tensors import full_fp32_matmul
 from folora.spectral.groups import InputGroup
+from folora.spectral.moments import Moments
 
 logger = logging.getLogger(__name__)
 
@@ -34,18 +41,6 @@ GRAM_SHARE = (GRAM_BLOCKS + 1) / (2 * GRAM_BLOCKS)  # of the products that are l
 NARROW_ROWS = 1024
 LOOK_EVERY = 16  # batches
 SHARE_OF_FREE = 0.5  # of an accelerator's memory; the rest is for the forward pass
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Second moments by group name, each (d_in, d_in) float32, and the tokens they average.
-
-    Of some groups also those of every other sequence alone, in `halves`, if that was asked for.
-    """
-
-    matrices: dict[str, Float[Tensor, "_d _d"]]
-    tokens: int
-    halves: tuple[Moments, ...] = ()
 
 
 def passes(groups: Sequence[InputGroup], room: float) -> list[list[InputGroup]]:
@@ -85,8 +80,32 @@ def room_for_moments(
     return min(distributed.gather(SHARE_OF_FREE * (free_bytes(device) - taken)))
 
 
+def calibrate(
+    model: nn.Module, batches: Iterable[Batch], layers: str | Sequence[str] = "all-linear"
+) -> Moments:
+    """Second moments of the inputs of a model's linear layers on any batches (B.2).
+
+    Args:
+        model: Any module; it runs in evaluation mode, without gradients.
+        batches: Keyword arguments of its forward pass, tensors with the batch first. Tokens whose
+            ``attention_mask`` is 0 do not count; ``labels`` are ignored.
+        layers: Which layers, as PEFT's ``target_modules``.
+
+    Raises:
+        ConfigError: No layer matches, or one takes no part in the forward pass.
+        NumericsError: An input is not finite; the layer is named.
+        DataError: There are no batches, or a layer's input does not have the shape of the batch.
+    """
+    remaining = iter(batches)
+    if (first := next(remaining, None)) is None:
+        raise DataError("no batches to measure")
+    inputs = _inputs(first, _device(model))
+    groups = find_groups(model, target_layers(model, layers), inputs)
+    return second_moments(model, groups, chain([first], remaining))
+
+
 def second_moments(
-    model: PreTrainedModel,
+    model: nn.Module,
     groups: Sequence[InputGroup],
     batches: Iterable[Batch],
     on_batch: Callable[[int], None] = lambda tokens: None,
@@ -99,8 +118,8 @@ def second_moments(
     Args:
         model: The base model, any dtype or quantization; products are full float32.
         groups: From `find_groups`.
-        batches: Model inputs. Tokens whose ``attention_mask`` is 0 do not count; without a mask
-            (packed rows, with ``position_ids``) all count. ``labels`` are ignored.
+        batches: Model inputs, tensors with the batch first. Tokens whose ``attention_mask`` is 0 do not
+            count; without a mask (packed rows, with ``position_ids``) all count. ``labels`` are ignored.
         on_batch: Called with the tokens of each batch, for progress.
         apart: Which of the groups are averaged over the even rows of all batches and over the odd ones, too.
 
@@ -136,7 +155,7 @@ def second_moments(
 
     shared_out = is_shared_out(model)
     counts = True
-    spared = without_logits(model)
+    options, device = lean_options(model), _device(model)
 
     def own_share() -> None:
         nonlocal mask, even, counts
@@ -148,24 +167,18 @@ def second_moments(
                 break
             counts = distributed.rank() < len(together)
             own = distributed.rank() if counts else 0
-            sizes = [len(batch["input_ids"]) for batch in together]
+            sizes = [len(next(iter(batch.values()))) for batch in together]
             if counts or shared_out:  # the others need this process's part of the weights
-                inputs = {k: v.to(model.device) for k, v in together[own].items() if k != "labels"}
+                inputs = _inputs(together[own], device)
                 given = inputs.get("attention_mask")
                 mask = None if given is None else given.bool()
                 if halved:
                     if mask is None:
-                        mask = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+                        mask = torch.ones_like(_ids(inputs), dtype=torch.bool)
                     even = _even_rows(mask, row + sum(sizes[:own]))[mask]
-                model(**inputs, **spared, use_cache=False)
+                model(**inputs, **options)
             if counts:
-                read = int(inputs["input_ids"].numel() if mask is None else mask.sum())
-                whole.tokens += read
-                if halved:
-                    in_even = int(even.sum())
-                    halves[0].tokens += in_even
-                    halves[1].tokens += read - in_even
-                on_batch(read)
+                on_batch(int(_ids(inputs).numel() if mask is None else mask.sum()))
             row += sum(sizes)
             if number % LOOK_EVERY == 0:  # hours may be left
                 distributed.agree(lambda: _check_finite(whole.matrices))
@@ -178,38 +191,55 @@ def second_moments(
         full_fp32_matmul(),
     ):
         distributed.agree(own_share)
-    found = whole.averaged(leaders, model.device)
+    found = whole.averaged(leaders, device)
     if not halved:
         return found
-    return replace(found, halves=tuple(half.averaged(halved, model.device) for half in halves))
+    return replace(found, halves=tuple(half.averaged(halved, device) for half in halves))
 
 
 @dataclass
 class _Sums:
-    """Sums of x x' in the making, of which the upper triangles count, and of how many tokens."""
+    """Sums of x x' so far, of which the upper triangles count, and their numbers of rows."""
 
     matrices: dict[str, Tensor] = field(default_factory=dict)
-    tokens: int = 0
+    rows: Counter[str] = field(default_factory=Counter)
 
     def add(self, name: str, rows: Tensor) -> None:
         if name not in self.matrices:
             d = rows.shape[1]
             self.matrices[name] = torch.zeros(d, d, dtype=torch.float32, device=rows.device)
         add_upper_gram(self.matrices[name], rows)
+        self.rows[name] += len(rows)
 
     def averaged(self, groups: Mapping[str, InputGroup], device: torch.device) -> Moments:
-        """Over the tokens of all processes. Raises DataError."""
-        tokens = int(distributed.add_(torch.tensor(self.tokens, device=device)))
+        """Over the rows of all processes. Raises DataError."""
+        own = torch.tensor([self.rows[name] for name in groups], device=device)
+        rows = dict(zip(groups, distributed.add_(own).tolist(), strict=True))
+        tokens = max(rows.values(), default=0)
         if tokens == 0:
             raise DataError("no tokens to measure: every batch is empty or fully masked")
         for name, group in groups.items():
-            if not distributed.largest(name in self.matrices):
+            if rows[name] == 0:
                 raise DataError(f"{name} saw no input in {tokens} tokens")
             if name not in self.matrices:  # fewer batches than processes
                 self.matrices[name] = torch.zeros(group.d_in, group.d_in, device=device)
             whole = distributed.add_(self.matrices[name].triu_())
-            whole.add_(whole.triu(1).T).div_(tokens)
-        return Moments(self.matrices, tokens)
+            whole.add_(whole.triu(1).T).div_(rows[name])
+        return Moments(self.matrices, tokens, tuple(groups.values()))
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _inputs(batch: Batch, device: torch.device) -> Batch:
+    """A batch without its labels, on a device."""
+    return {name: value.to(device) for name, value in batch.items() if name != "labels"}
+
+
+def _ids(inputs: Batch) -> Tensor:
+    """What has an entry for every token: ``input_ids``, or the first tensor of another modality."""
+    return inputs.get("input_ids", next(iter(inputs.values())))
 
 
 def _even_rows(mask: Tensor, first: int) -> Tensor:

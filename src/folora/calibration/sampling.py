@@ -1,9 +1,8 @@
-"""Sampling the proxy set: text that the pretrained model writes itself (paper 3.4, B.4).
+"""Sampling the calibration set: text that the pretrained model generates itself (paper 3.4, B.4).
 
 Every sequence has a number. Its decoding setting and its random draws are functions of that number
 and the seed alone, so the set is the same whatever the batch size (but for a draw that falls between
-the roundings of two sizes, one sequence in some dozens), and an interrupted run goes on where it
-stopped. Sequences are judged in the order of their numbers until enough have passed.
+the roundings of two sizes, one sequence in some dozens), and an interrupted run is resumed. Sequences are judged in the order of their numbers until enough have passed.
 """
 
 from __future__ import annotations
@@ -16,12 +15,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from folora.calibration.calibration_set import ProxySet, load_proxy_set, write_proxy_set
-from folora.calibration.engine import BATCH_SIZES, Engine
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from folora.calibration.calibration_set import CalibrationSet
+from folora.calibration.engine import BATCH_SIZES, Engine, sized
 from folora.calibration.filters import REASONS, rejection
 from folora.calibration.logits import MIXTURE
+from folora.calibration.vllm import engine_of
 from folora.config import FIRST_LOOK, SamplingConfig
-from folora.errors import DataError, MismatchError
+from folora.data.special_tokens import ending_ids, start_token_id
+from folora.errors import DataError
 from folora.runtime import distributed
 from folora.runtime.progress import progress
 from folora.runtime.storage import fitting, json_fingerprint, read_sealed, write_sealed
@@ -34,13 +37,36 @@ HOPELESS_AFTER = 256
 
 
 def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: SamplingConfig | None = None,
+) -> CalibrationSet:
+    """Text that a model generates itself, from its start token on (paper 3.4, B.4).
+
+    Args:
+        model: A causal LM on its device.
+        tokenizer: Of the model.
+        config: Counts and lengths. Early stopping needs the task and is not used here.
+
+    Raises:
+        FoLoraError: The model cannot generate, has no start token, or most sequences are rejected.
+    """
+    config = sized(config or SamplingConfig(), model)
+    generation = getattr(model, "generation_config", None)
+    start_id = start_token_id(tokenizer, config.start_token, model.config, generation)
+    eos_ids = ending_ids(model, tokenizer, config)
+    engine = engine_of(model, start_id, eos_ids, config)
+    return sample_sequences(engine, start_id, eos_ids, config)
+
+
+def sample_sequences(
     engine: Engine,
     start_id: int,
     eos_ids: Sequence[int],
     config: SamplingConfig,
     shards: Path | None = None,
     enough: Callable[[Sequence[list[int]]], bool] | None = None,
-) -> ProxySet:
+) -> CalibrationSet:
     """Sample until enough sequences have passed the filter.
 
     Args:
@@ -94,11 +120,13 @@ def sample(
     return _split(accepted, config, rejected)
 
 
-def _split(accepted: list[list[int]], config: SamplingConfig, rejected: Counter[str]) -> ProxySet:
+def _split(
+    accepted: list[list[int]], config: SamplingConfig, rejected: Counter[str]
+) -> CalibrationSet:
     """What there is so far: the first for C_pre, the last for the meter."""
     cut = len(accepted) - replace(config, num_sequences=len(accepted)).num_held_out
     counted = {reason: rejected[reason] for reason in REASONS}
-    return ProxySet(accepted[:cut], accepted[cut:], counted)
+    return CalibrationSet(accepted[:cut], accepted[cut:], counted)
 
 
 def _looks(ceiling: int) -> Iterator[int]:
@@ -109,74 +137,18 @@ def _looks(ceiling: int) -> Iterator[int]:
         count *= 2
 
 
-def sample_to_folder(
-    engine: Callable[[], Engine],
-    start_id: int,
-    eos_ids: Sequence[int],
-    config: SamplingConfig,
-    facts: dict[str, Any],
-    folder: Path,
-    enough: Callable[[Sequence[list[int]]], bool] | None = None,
-    decision: dict[str, Any] | None = None,
-) -> ProxySet:
-    """Sample into a folder, going on where an earlier call stopped.
-
-    Args:
-        engine: Makes the engine; called only if something is left to sample.
-        start_id: As in `sample`.
-        eos_ids: As in `sample`.
-        config: As in `sample`.
-        facts: Fingerprints of what the set belongs to; a folder with other facts is refused.
-        folder: Receives ``request.json``, one shard a batch, and at the end ``set/``.
-        enough: As in `sample`.
-        decision: What `enough` depends on beside the sequences; another one is decided anew.
-
-    Raises:
-        MismatchError: The folder holds the work of another request.
-        ArtifactError: Something in it is damaged.
-    """
-    request = {
-        **facts,
-        "sampling": json_fingerprint(
-            {
-                "settings": [vars(setting) for setting in MIXTURE],
-                "start_id": start_id,
-                "eos_ids": list(eos_ids),
-                **{
-                    name: getattr(config, name)
-                    for name in ("min_new_tokens", "max_new_tokens", "seed")
-                },
-            }
-        ),
+def request_of(start_id: int, eos_ids: Sequence[int], config: SamplingConfig) -> dict[str, Any]:
+    """What each sequence depends on besides the model and its number, as a fingerprint."""
+    settings = {
+        "settings": [vars(setting) for setting in MIXTURE],
+        "start_id": start_id,
+        "eos_ids": list(eos_ids),
+        **{name: getattr(config, name) for name in ("min_new_tokens", "max_new_tokens", "seed")},
     }
-    complete = {**request, "asked": [config.num_sequences, config.num_held_out, decision]}
-    found = distributed.first(lambda: _begun(folder, request, complete))
-    if found is None:
-        found = sample(_Lazy(engine), start_id, eos_ids, config, folder, enough)
-        distributed.first(lambda: write_proxy_set(folder, found, complete))
-    return found
+    return {"sampling": json_fingerprint(settings)}
 
 
-def _begun(folder: Path, request: dict[str, Any], complete: dict[str, Any]) -> ProxySet | None:
-    """The finished set of a folder, or None if it is to be made or to go on; see `sample_to_folder`."""
-    request_file = folder / "request.json"
-    if request_file.exists():
-        if read_sealed(request_file) != request:
-            raise MismatchError(
-                f"{folder} holds samples of another model, start token, length or seed. Choose "
-                "another output folder, or move that one away."
-            )
-    else:
-        write_sealed(request_file, request)
-    if (folder / "set").exists():
-        try:
-            return load_proxy_set(folder, complete)
-        except MismatchError as error:  # another number of sequences: the shards still serve
-            logger.info("sampling goes on: %s", error)
-    return None
-
-
-class _Lazy:
+class LazyEngine:
     """An engine that is made on first use: finished shards need no model."""
 
     def __init__(self, make: Callable[[], Engine]) -> None:
@@ -184,6 +156,7 @@ class _Lazy:
         self.engine: Engine | None = None
 
     def __call__(self, numbers: Sequence[int]) -> list[list[int]]:
+        """See `Engine`."""
         if self.engine is None:
             self.engine = self.make()
         return self.engine(numbers)

@@ -1,10 +1,11 @@
-"""When is it enough text? When directions found on one half of it cost no more on the other.
+"""Early stopping of sampling: it has converged when the leading eigenvectors of one half hold on the other.
 
-On the text that C_pre was measured on every column v of T costs v'Hv = 1, by construction. On text that
-it was not chosen on it costs more, and the more so the fewer tokens there were: among many directions
-some look unused by chance. Half against half shows how much, long before the ceiling is reached.
+On the text that C_pre was measured on every column v of T has v'Hv = 1, by construction. On other text it
+has more, and the more so the fewer tokens there were: among many directions some look unused by chance. The
+two halves of the text show how much, long before the largest number of sequences is reached.
 
-The pass over the text that the first look takes measures C_pre as well: if that much is enough, it is done.
+The pass over the text that the first check takes measures C_pre as well: if that much text is enough, C_pre
+is done.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from typing import Any
 
 from torch import Tensor
 
-from folora.calibration.moments import Moments
 from folora.spectral.eigenproblem import Agreement, agreement
 from folora.spectral.groups import InputGroup
+from folora.spectral.moments import Moments
 
 logger = logging.getLogger(__name__)
 
@@ -26,22 +27,19 @@ WATCHED = 8  # shared inputs, evenly over the model; all of them would say the s
 
 
 @dataclass
-class Convergence:
-    """Called with more and more sequences; says whether they are enough.
+class EarlyStopping:
+    """Called with more and more sequences; returns whether they are enough.
 
     Args:
         measure: Second moments on sequences, with `Moments.halves` of the watched inputs. Also asked for
             those of all inputs if its second argument is true, otherwise for no more than it needs.
         c_task: C_task of the watched inputs, by group name.
         tau: Ridge.
-        lam: Gate's lambda, for what is said of the gate.
+        lam: Gate's lambda, for the log.
         s_min: Gate's floor, likewise.
-        directions: How many leading directions must hold.
-        tolerance: What they may cost on the other half beyond 1. Their gate settles long before.
+        directions: Number of leading eigenvectors that must hold.
+        tolerance: Largest excess of v'Hv over 1 on the other half. The gate converges long before.
         keeps: Whether the matrices of all inputs fit the memory.
-
-    Attributes:
-        pre: What `measure` found of all inputs, if the sequences of the first call were enough and `keeps`.
     """
 
     measure: Callable[[Sequence[list[int]], bool], Moments]
@@ -52,7 +50,7 @@ class Convergence:
     directions: int
     tolerance: float
     keeps: bool = False
-    pre: Moments | None = None
+    _kept: tuple[Sequence[list[int]], Moments] | None = None
     _seen: int = 0
     _halves: tuple[dict[str, Tensor], dict[str, Tensor]] = field(default_factory=lambda: ({}, {}))
     _tokens: list[int] = field(default_factory=lambda: [0, 0])
@@ -70,13 +68,17 @@ class Convergence:
                 sums[name] = sums[name] + total if name in sums else total
         found = self.agreement()
         logger.info(
-            "after %d sequences: on the other half the leading directions cost %.2f times as much "
-            "(enough: %.2f), their gate moves by %.2f",
+            "after %d sequences: v'Hv of the leading eigenvectors is %.2f on the other half (converged: "
+            "%.2f), their gate moves by %.2f",
             len(sequences), found.penalty, 1 + self.tolerance, found.gate,
         )  # fmt: skip
         is_enough = found.penalty <= 1 + self.tolerance
-        self.pre = moments if keeps and is_enough else None
+        self._kept = (list(sequences), moments) if keeps and is_enough else None
         return is_enough
+
+    def moments_of(self, sequences: Sequence[list[int]]) -> Moments | None:
+        """C_pre on just these sequences, if the check that ended the sampling measured it."""
+        return self._kept[1] if self._kept and self._kept[0] == list(sequences) else None
 
     def agreement(self) -> Agreement:
         """The mean over the watched inputs, and over which half is which."""

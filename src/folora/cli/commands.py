@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from folora.config import FoLoraConfig
 from folora.errors import ConfigError
 from folora.metrics.summary import summary
+from folora.pipeline.context import Context
 from folora.pipeline.planning import Plan, Stage, plan, widths
 from folora.pipeline.run import ADAPTER, COMPARISON, Run
 from folora.runtime import distributed
@@ -79,11 +80,11 @@ def _work(options: argparse.Namespace, config: FoLoraConfig) -> None:
     if command == "base":
         run.base_target(_target(options.to))
     run.check(needs_data=reads_task, trains=command == "train")
-    run.check_stage(command)
+    run.check_command(command)
     with run.alone():
         run.write_config()
         if command == "base":
-            _say(f"wrote {run.share(_target(options.to))}")
+            _say(f"wrote {run.base(_target(options.to))}")
             return
         getattr(run, command)()
         if command == "train":
@@ -126,7 +127,7 @@ def _compare(run: Run, options: argparse.Namespace) -> None:
     if results_file.exists():
         load_results(results_file)  # a line that cannot be read would end the comparison at its end
     run.check(needs_data=True)
-    run.check_stage("compare")
+    run.check_command("compare")
     comparison.check(chosen)
     with run.alone():
         run.write_config()
@@ -155,13 +156,9 @@ def _numbers(text: str, flag: str, kind: type) -> list[Any]:
 def _plan(config: FoLoraConfig, processes: int) -> Plan:
     if not config.dataset:
         return plan(config, processes=processes)
-    task = Run(_with_output(config)).task
+    task = Context(config).task
     lengths = [len(e.input_ids) for e in task.train]
     return plan(config, sum(lengths), len(lengths), max(lengths), processes)
-
-
-def _with_output(config: FoLoraConfig) -> FoLoraConfig:
-    return config if config.output else FoLoraConfig.from_dict({**config.to_dict(), "output": "."})
 
 
 def _print_plan(found: Plan) -> None:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from torch import Tensor
 from transformers import TrainerControl, TrainerState
 
 from folora.adapters.coverage import check_adapter
@@ -28,13 +27,13 @@ from folora.compare.results import FORMAT, REMEDY, Key, Line, ResultFile
 from folora.config import FoLoraConfig
 from folora.errors import ArtifactError, ConfigError, DataError, MismatchError
 from folora.metrics.meter import total_norm
-from folora.pipeline.prepare import null_rank
 from folora.pipeline.run import Run
+from folora.pipeline.stages import Shared, solve_all, solve_options
 from folora.runtime.artifacts import software_versions
 from folora.runtime.progress import progress
 from folora.runtime.storage import obstacle
-from folora.spectral.eigenproblem import BASES
-from folora.spectral.layers import GroupBasis, solve
+from folora.spectral.layers import Spectrum
+from folora.spectral.moments import Moments
 from folora.training.prepared import Prepared, assemble
 from folora.training.trainer import AfterStep, FoLoraTrainer, sft_config
 
@@ -110,20 +109,21 @@ class Comparison:
         self.command, self.score, self.read_at = command, score, tuple(read_at)
         self.score_at = self.read_at if score_at is None else tuple(score_at)
         self.calibration: dict[str, Any] = {}
-        self._pre: Mapping[str, Tensor] | None = None
+        self._shared: Shared | None = None
+        self._pre: Moments | None = None
         self._base: dict[str, Any] = {}
-        self._solved: tuple[Any, list[GroupBasis]] = (None, [])
+        self._solved: tuple[Any, Spectrum] = (None, Spectrum(()))
         self._null_rank = 0
 
-    def calibrated(self, calibration: dict[str, Any], pre: Mapping[str, Tensor]) -> Comparison:
+    def calibrated(self, calibration: dict[str, Any], pre: Moments) -> Comparison:
         """The same comparison with another C_pre.
 
         Args:
             calibration: What it was measured on, for the arms' names and tables.
-            pre: C_pre by group name, (d_in, d_in).
+            pre: C_pre.
         """
         other = copy(self)
-        other.calibration, other._pre, other._solved = calibration, pre, (None, [])
+        other.calibration, other._pre, other._solved = calibration, pre, (None, Spectrum(()))
         return other
 
     def run_all(self, chosen: Sequence[Arm]) -> Iterator[dict[str, Any]]:
@@ -133,13 +133,9 @@ class Comparison:
             ConfigError: Some arm is not possible; found before the first one starts.
         """
         configs = self.check(chosen)
-        self._null_rank = max(null_rank(config) for config in configs)
-        self.run.sample()
-        self.run.measure()
-        made_from = self.run.made_from()
-        if self._pre is not None:
-            own = {name: matrix.cpu() for name, matrix in self._pre.items()}
-            made_from["statistics"][0] = tensors_sha256(own)
+        self._null_rank = max(solve_options(config)["null_rank"] for config in configs)
+        self._shared = self.run.share()
+        made_from = self._made_from(self._shared)
         with progress("arms", len(chosen)) as tick:
             for arm, config in zip(chosen, configs, strict=True):
                 key = self.key(arm, config)
@@ -160,23 +156,27 @@ class Comparison:
         """The arm's name, with the calibration if it is not the run's own."""
         return "--".join([arm.name, *(f"{k}={v}" for k, v in self.calibration.items())])
 
-    def bases(self, config: FoLoraConfig) -> list[GroupBasis]:
-        """The spectrum of a config, solved from the shared statistics; the last one is kept."""
-        # One solve serves arms of all starts: more null directions than an arm needs do no harm.
-        null = max(self._null_rank, null_rank(config))
-        key = (config.spectrum.tau, config.spectrum.basis, null)
-        if self._solved[0] != key:
-            solved = solve(
-                self.run.groups,
-                self._pre or self.run.statistics("pre").tensors,
-                self.run.statistics("task").tensors,
-                tau=config.spectrum.tau,
-                null_rank=null,
-                eigenbasis=BASES[config.spectrum.basis],
-                device=self.run.model.device,
-            )
-            self._solved = (key, solved)
+    def spectrum(self, config: FoLoraConfig, shared: Shared) -> Spectrum:
+        """The spectrum of a config, solved from the shared moments; the last one is kept."""
+        # One solve serves arms of all initializations: more null directions than an arm needs do no harm.
+        null = max(self._null_rank, solve_options(config)["null_rank"])
+        options = {**solve_options(config), "null_rank": null, "directions": None}
+        if self._solved[0] != options:
+            keep, task = self._pre or shared.keep.load(), shared.task.load()
+            self._solved = (options, solve_all(self.run.context, keep, task, **options))
         return self._solved[1]
+
+    def _made_from(self, shared: Shared) -> dict[str, Any]:
+        """Fingerprints of all that an arm reads: model, data, samples and moments."""
+        keep = shared.keep.manifest["sha256"]
+        if self._pre is not None:
+            keep = tensors_sha256({name: m.cpu() for name, m in self._pre.matrices.items()})
+        return {
+            **self.run.context.facts,
+            "data": self.run.context.task.fingerprint,
+            "samples": shared.samples.manifest["fingerprint"],
+            "statistics": [keep, shared.task.manifest["sha256"]],
+        }
 
     def check(self, chosen: Sequence[Arm]) -> list[FoLoraConfig]:
         """The arms' configs, if all of them are possible.
@@ -186,21 +186,21 @@ class Comparison:
         """
         configs = [self.config(arm) for arm in chosen]
         done = self.results.read()
-        on_cpu = self.run.model.device.type == "cpu"
+        on_cpu = self.run.context.model.device.type == "cpu"
         for config in configs:
             if config.adapter.target_modules != self.run.config.adapter.target_modules:
                 raise ConfigError("arms share statistics, so adapter.target_modules cannot differ")
             sft_config(config.training, self.results.path.parent, evaluates=False, on_cpu=on_cpu)
-            check_adapter(self.run.model, self.run.groups, config.adapter)
+            check_adapter(self.run.context.model, self.run.context.groups, config.adapter)
         # What was made from another model or other rows is found before these are sampled for.
-        known = {**self.run.model_facts, "data": self.run.task.fingerprint}
+        known = {**self.run.context.facts, "data": self.run.context.task.fingerprint}
         for arm, config in zip(chosen, configs, strict=True):
             if line := done.get(self.key(arm, config)):
                 checked_arm(line, config, known)
-        if not self.run.task.held_out:
+        if not self.run.context.task.held_out:
             raise DataError(
                 "a comparison needs held-out rows for the task loss, and a tenth of the rows is "
-                f"none: {len(self.run.task.train)} rows. Give at least 10, and data.eval_rows > 0."
+                f"none: {len(self.run.context.task.train)} rows. Give at least 10, and data.eval_rows > 0."
             )
         return configs
 
@@ -220,14 +220,15 @@ class Comparison:
 
     def _result(self, arm: Arm, config: FoLoraConfig) -> dict[str, Any]:
         began = time.monotonic()
-        prepared = assemble(
-            self.run.model, self.bases(config), self.run.task, self.run.proxies(), config
-        )
+        context, shared = self.run.context, self._shared
+        assert shared is not None
+        spectrum = self.spectrum(config, shared)
+        prepared = assemble(context.model, spectrum, context.task, shared.samples.load(), config)
         try:
             readings, diverged = self._trained(prepared, config)
         finally:
-            self.run.model = prepared.model.unload()  # type: ignore[assignment]
-            vars(self.run.model).pop("forward", None)  # TRL replaces it, once more for every arm
+            prepared.model.unload()
+            vars(context.model).pop("forward", None)  # TRL replaces it, once more for every arm
         return {
             "format": FORMAT,
             "stage": self.stage,
@@ -256,7 +257,7 @@ class Comparison:
         training = config.changed({"training.extra": extra}).training
         args = sft_config(training, self.results.path.parent, evaluates=False, on_cpu=on_cpu)
         readings: list[dict[str, Any]] = []
-        trainer = FoLoraTrainer(prepared, args, self.run.tokenizer)
+        trainer = FoLoraTrainer(prepared, args, self.run.context.tokenizer)
 
         def read(step: int) -> dict[str, Any]:
             reading, norms = trainer.read()
@@ -294,7 +295,7 @@ def checked_arm(
     Args:
         line: Of a file of results.
         config: The arm's.
-        made_from: Fingerprints that it must have been made from; see `Run.made_from`.
+        made_from: Fingerprints that it must have been made from; see `Comparison.run_all`.
 
     Raises:
         ArtifactError: It is that of other settings.

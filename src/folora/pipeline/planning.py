@@ -26,7 +26,7 @@ from folora.calibration.moments import GRAM_SHARE, passes, room_for_moments
 from folora.config import FIRST_LOOK, FoLoraConfig
 from folora.errors import ConfigError
 from folora.pipeline.activation_memory import step_bytes
-from folora.pipeline.prepare import solved_directions
+from folora.pipeline.stages import solve_options
 from folora.runtime.loading import device_of, dtype_for, load_config, required
 from folora.runtime.memory import cache_bytes, free_bytes, held_bytes
 from folora.spectral.eigenproblem import are_few
@@ -313,7 +313,7 @@ def _text_stages(known: _Known, config: FoLoraConfig) -> tuple[Stage, Stage]:
 
 
 def _solving(known: _Known, config: FoLoraConfig) -> Stage:
-    kept = solved_directions(config)
+    kept = solve_options(config)["directions"]
     bases = sum(4 * g.d_in * min(kept or g.d_in, g.d_in) for g in known.groups)
     widest = max(g.d_in for g in known.groups)
     count = len(known.groups)

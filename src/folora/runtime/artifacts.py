@@ -52,7 +52,7 @@ def software_versions() -> dict[str, str]:
 
 
 def write_artifact(
-    path: Path, kind: str, tensors: dict[str, Tensor], facts: dict[str, Any]
+    path: Path, kind: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
 ) -> None:
     """Write an artifact folder atomically.
 
@@ -79,7 +79,7 @@ def write_artifact(
     write_atomically(Path(path), write)
 
 
-def read_manifest(path: Path, kind: str, expected: dict[str, Any] | None = None) -> Facts:
+def read_manifest(path: Path, kind: str, expected: Mapping[str, Any] | None = None) -> Facts:
     """Read and check an artifact's manifest alone.
 
     Args:
@@ -119,7 +119,7 @@ def check_manifest(
     return facts
 
 
-def read_artifact(path: Path, kind: str, expected: dict[str, Any] | None = None) -> Artifact:
+def read_artifact(path: Path, kind: str, expected: Mapping[str, Any] | None = None) -> Artifact:
     """Read an artifact after checking manifest and checksum; see `read_manifest`."""
     manifest = read_manifest(path, kind, expected)
     file = Path(path) / TENSORS

@@ -40,7 +40,7 @@ GROWTH = 1e12
 
 
 @dataclass(frozen=True)
-class Spectrum:
+class Eigenpairs:
     """Generalized eigenbasis of one pair (C_task, H), or its first k columns; everything float64.
 
     Attributes:
@@ -107,12 +107,12 @@ def generalized_eigenbasis(
     tau: float = TAU,
     name: str = "layer",
     directions: int | None = None,
-) -> Spectrum:
+) -> Eigenpairs:
     """Solve C_task v = gamma H v with H = C_pre + tau mean(diag C_pre) I (Eq. 10-15).
 
     float64 throughout: Cholesky of H, two triangular solves, one symmetric eigenproblem. If H is
     not positive definite in float64 the ridge is raised tenfold, at most `RIDGE_RETRIES` times,
-    with a warning; `Spectrum.tau` tells what was used.
+    with a warning; `Eigenpairs.tau` tells what was used.
 
     Args:
         c_pre: Second moment of the inputs on the model's own text, shape (d, d).
@@ -152,7 +152,7 @@ def generalized_eigenbasis(
             "diag(gamma)| = %.3g; a larger tau (now %g) improves it",
             name, orthogonality, diagonality, used,
         )  # fmt: skip
-    return Spectrum(
+    return Eigenpairs(
         basis=basis / mean_power**0.5,
         gamma=gamma.clamp(min=0.0),
         tau=used,
@@ -169,11 +169,11 @@ def pretraining_eigenbasis(
     tau: float = TAU,
     name: str = "layer",
     directions: int | None = None,
-) -> Spectrum:
+) -> Eigenpairs:
     """Ablation: T = V Lambda^(-1/2) with H = V Lambda V', a basis that knows C_pre alone.
 
     Every column is scored by its own quotient, gamma_i = t_i' C_task t_i, so that only the basis
-    differs from `generalized_eigenbasis`; `Spectrum.diagonality` tells how far it is from
+    differs from `generalized_eigenbasis`; `Eigenpairs.diagonality` tells how far it is from
     diagonalizing C_task. Arguments and errors as there.
     """
     return _whitened(c_pre, c_task, tau, name, directions, symmetric=False)
@@ -186,7 +186,7 @@ def symmetric_whitening(
     tau: float = TAU,
     name: str = "layer",
     directions: int | None = None,
-) -> Spectrum:
+) -> Eigenpairs:
     """Ablation: T = H^(-1/2), the metric of the penalty without a rotation towards the task.
 
     Columns are scored as in `pretraining_eigenbasis`. Arguments and errors as there.
@@ -194,7 +194,7 @@ def symmetric_whitening(
     return _whitened(c_pre, c_task, tau, name, directions, symmetric=True)
 
 
-Eigenbasis = Callable[..., Spectrum]
+Eigenbasis = Callable[..., Eigenpairs]
 
 BASES: dict[str, Eigenbasis] = {
     "generalized": generalized_eigenbasis,
@@ -353,7 +353,7 @@ def _whitened(
     directions: int | None,
     *,
     symmetric: bool,
-) -> Spectrum:
+) -> Eigenpairs:
     """H's own eigenvectors over the roots of its eigenvalues, turned back by V' if symmetric."""
     pre, task, mean_power = _checked_pair(c_pre, c_task, tau, name)
     values, vectors = _eigh(pre, name)
@@ -372,7 +372,7 @@ def _whitened(
     basis, image = basis[:, order], image[order][:, order]
     error = _ridged(basis.T @ _ridged(pre, tau) @ basis, -1.0)
     scale = max(float(gamma[0]), torch.finfo(torch.float64).tiny)
-    return Spectrum(
+    return Eigenpairs(
         basis=basis[:, :directions] / mean_power**0.5,
         gamma=gamma[:directions],
         tau=tau,

@@ -15,6 +15,11 @@ class InputGroup:
     d_in: int
 
     @property
+    def fact(self) -> dict[str, Any]:
+        """A JSON value for manifests; see `group_of`."""
+        return {"layers": list(self.layers), "d_in": self.d_in}
+
+    @property
     def name(self) -> str:
         """Name of the first layer, in the order of the forward pass."""
         return self.layers[0]

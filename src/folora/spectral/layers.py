@@ -1,26 +1,32 @@
-"""From the statistics of all groups to their bases: what the adapter and the optimizer read."""
+"""The eigenproblem of every adapted layer: from second moments to the spectrum, in memory and as a folder."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from folora.errors import ConfigError
+from folora.config import TAU
+from folora.errors import ConfigError, MismatchError
 from folora.runtime import distributed
+from folora.runtime.artifacts import read_artifact, write_artifact
 from folora.runtime.shapes import Float
 from folora.runtime.storage import fitting
 from folora.spectral.eigenproblem import Eigenbasis, generalized_eigenbasis, smallest_eigenvectors
 from folora.spectral.groups import InputGroup, group_of
+from folora.spectral.moments import Moments
+
+KIND = "spectrum"  # in manifests
 
 
 @dataclass(frozen=True)
 class GroupBasis:
-    """The solved spectrum of one shared input, or its k leading directions, in float32.
+    """The eigenbasis of one shared input, or its k leading columns, in float32.
 
     Attributes:
         group: The layers that read this input.
@@ -37,7 +43,7 @@ class GroupBasis:
     null_basis: Float[Tensor, "d r"] | None = None
 
 
-def check_rank(groups: Sequence[InputGroup], r: int) -> None:
+def check_rank(groups: Iterable[InputGroup], r: int) -> None:
     """Raise ConfigError if r exceeds the width of some layer's input."""
     for group in groups:
         if r > group.d_in:
@@ -47,52 +53,116 @@ def check_rank(groups: Sequence[InputGroup], r: int) -> None:
             )
 
 
+@dataclass(frozen=True)
+class Spectrum(Sequence[GroupBasis]):
+    """The eigenbases of all adapted layers, one for each shared input.
+
+    Attributes:
+        bases: In the order of the forward pass.
+    """
+
+    bases: tuple[GroupBasis, ...]
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.bases[index]
+
+    def __len__(self) -> int:
+        return len(self.bases)
+
+    @property
+    def groups(self) -> tuple[InputGroup, ...]:
+        """The layers that share each input."""
+        return tuple(basis.group for basis in self.bases)
+
+    def save(self, folder: str | Path, facts: Mapping[str, Any] | None = None) -> None:
+        """Write a folder that `load` reads.
+
+        Args:
+            folder: The folder to make.
+            facts: JSON values for the manifest, such as fingerprints of the model.
+
+        Raises:
+            ArtifactError: It cannot be written.
+        """
+        tensors: dict[str, Tensor] = {}
+        for b in self.bases:
+            tensors |= {f"{b.group.name}/basis": b.basis, f"{b.group.name}/gamma": b.gamma}
+            if b.null_basis is not None:
+                tensors[f"{b.group.name}/null_basis"] = b.null_basis
+        groups = [{**b.group.fact, "task_trace": b.task_trace} for b in self.bases]
+        write_artifact(Path(folder), KIND, tensors, {**(facts or {}), "groups": groups})
+
+    @classmethod
+    def load(cls, folder: str | Path, expected: Mapping[str, Any] | None = None) -> Spectrum:
+        """Read what `save` wrote.
+
+        Args:
+            folder: The folder.
+            expected: Facts that the manifest must hold with equal values.
+
+        Raises:
+            ArtifactError: Missing, damaged, or something else.
+            MismatchError: The manifest holds other values than `expected`.
+        """
+        artifact = read_artifact(Path(folder), KIND, expected)
+        with fitting(folder):
+            facts = artifact.manifest["groups"]
+            return cls(tuple(_basis_of(artifact.tensors, fact) for fact in facts))
+
+
 def solve(
-    groups: Sequence[InputGroup],
-    c_pre: Mapping[str, Tensor],
-    c_task: Mapping[str, Tensor],
+    keep: Moments,
+    task: Moments,
     *,
-    tau: float,
+    tau: float = TAU,
     null_rank: int = 0,
     directions: int | None = None,
     eigenbasis: Eigenbasis = generalized_eigenbasis,
     device: torch.device | None = None,
     on_group: Callable[[], None] = lambda: None,
-) -> list[GroupBasis]:
-    """Solve every group (Eq. 10-15), each of several processes its share; all get the same bases.
+) -> Spectrum:
+    """Solve the generalized eigenproblem of every group (Eq. 10-15).
+
+    Several processes solve a share each; all get the same bases.
 
     Args:
-        groups: Which layers share an input.
-        c_pre: By group name, (d_in, d_in).
-        c_task: By group name, (d_in, d_in).
+        keep: C_pre, measured on what the model must keep.
+        task: C_task, measured on the task, of the same layers.
         tau: Relative ridge.
-        null_rank: How many of C_pre's smallest eigenvectors are wanted; 0 for none.
-        directions: How many leading columns of each basis are wanted; None for all.
-        eigenbasis: Which basis; see `spectrum.BASES`.
+        null_rank: Number of eigenvectors of C_pre with the smallest eigenvalues; 0 for none.
+        directions: Number of leading columns of each basis; None for all.
+        eigenbasis: Which basis; see `eigenproblem.BASES`.
         device: Where to compute; default is where each C_pre lies. Results lie with C_pre.
         on_group: Called after each group, for progress.
 
     Raises:
         NumericsError: See `generalized_eigenbasis`; the layer is named.
         ConfigError: `null_rank` exceeds a width.
+        MismatchError: `keep` and `task` are of different layers.
     """
+    groups = keep.groups
+    if groups != task.groups:
+        raise MismatchError(
+            f"C_pre was measured on the inputs of {len(groups)} groups of layers, C_task on "
+            f"{len(task.groups)}, and they differ; measure both with the same layers"
+        )
     check_rank(groups, null_rank)
 
     def one(group: InputGroup) -> GroupBasis:
-        home = c_pre[group.name].device
-        pre = c_pre[group.name].to(device or home)
-        task = c_task[group.name].to(device or home)
-        spectrum = eigenbasis(pre, task, tau=tau, name=group.name, directions=directions)
+        home = keep.matrices[group.name].device
+        pre = keep.matrices[group.name].to(device or home)
+        wanted = task.matrices[group.name].to(device or home)
+        found = eigenbasis(pre, wanted, tau=tau, name=group.name, directions=directions)
         null = smallest_eigenvectors(pre, null_rank, group.name) if null_rank else None
         return GroupBasis(
             group,
-            spectrum.basis.float().contiguous().to(home),
-            spectrum.gamma.float().to(home),
-            spectrum.task_trace,
+            found.basis.float().contiguous().to(home),
+            found.gamma.float().to(home),
+            found.task_trace,
             None if null is None else null.float().to(home),
         )
 
-    places = {(device or c_pre[group.name].device).type for group in groups}
+    places = {(device or keep.matrices[group.name].device).type for group in groups}
     # On an accelerator one fills it, and several would fill its memory.
     at_once = torch.get_num_threads() if places == {"cpu"} else 1
 
@@ -106,7 +176,8 @@ def solve(
     own = iter(distributed.agree(own_share))
     owners = (number % distributed.count() for number in range(len(groups)))
     # The owner's own bytes: another process might find other signs.
-    return [distributed.sent(next(own) if o == distributed.rank() else None, o) for o in owners]  # type: ignore[misc]
+    sent = [distributed.sent(next(own) if o == distributed.rank() else None, o) for o in owners]
+    return Spectrum(tuple(sent))  # type: ignore[arg-type]
 
 
 def _one_thread_each(
@@ -124,37 +195,6 @@ def _one_thread_each(
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # interrupted, it does not wait for LAPACK
         torch.set_num_threads(threads)  # part of the setting is shared by all threads
-
-
-def bases_to_tensors(
-    bases: Sequence[GroupBasis],
-) -> tuple[dict[str, Tensor], list[dict[str, object]]]:
-    """Tensors and JSON facts of solved groups, for an artifact."""
-    tensors: dict[str, Tensor] = {}
-    facts: list[dict[str, object]] = []
-    for b in bases:
-        tensors[f"{b.group.name}/basis"] = b.basis
-        tensors[f"{b.group.name}/gamma"] = b.gamma
-        if b.null_basis is not None:
-            tensors[f"{b.group.name}/null_basis"] = b.null_basis
-        facts.append(
-            {
-                "layers": b.group.layers,
-                "d_in": b.group.d_in,
-                "task_trace": b.task_trace,
-            }
-        )
-    return tensors, facts
-
-
-def bases_from_tensors(tensors: Mapping[str, Tensor], facts: Any) -> list[GroupBasis]:
-    """Inverse of `bases_to_tensors`; `facts` are whatever a manifest holds.
-
-    Raises:
-        ArtifactError: They are no facts of groups, or do not fit the tensors.
-    """
-    with fitting("the spectrum"):
-        return [_basis_of(tensors, fact) for fact in facts]
 
 
 def _basis_of(tensors: Mapping[str, Tensor], fact: Any) -> GroupBasis:

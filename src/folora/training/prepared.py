@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from folora.adapters.adapter import attach
 from folora.adapters.export import ExportReport, export_adapter
-from folora.calibration.calibration_set import ProxySet
+from folora.calibration.calibration_set import CalibrationSet
 from folora.config import FoLoraConfig
 from folora.data.rows import Example, TaskData, text_examples
 from folora.metrics.meter import Meter, warn_if_not_stepped
@@ -41,9 +41,9 @@ class Prepared:
 
     model: PeftModel
     optimizer: SAdam
-    bases: list[GroupBasis]
+    bases: Sequence[GroupBasis]
     task: TaskData
-    samples: ProxySet
+    samples: CalibrationSet
     meter: Meter
     config: FoLoraConfig
 
@@ -72,9 +72,9 @@ class Prepared:
 
 def assemble(
     model: PreTrainedModel,
-    bases: list[GroupBasis],
+    bases: Sequence[GroupBasis],
     task: TaskData,
-    samples: ProxySet,
+    samples: CalibrationSet,
     config: FoLoraConfig,
 ) -> Prepared:
     """Adapter, optimizer and meter from what the first three stages found."""

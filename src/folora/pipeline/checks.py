@@ -1,0 +1,166 @@
+"""What can be found out before a long job starts: options, data, folder, model, and what lies there already."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from folora.adapters.coverage import report
+from folora.calibration.base_file import read_base_manifest, warn_of_dtype
+from folora.calibration.engine import HuggingFaceEngine
+from folora.calibration.vllm import ENGINE, served
+from folora.config import FoLoraConfig, TrainingConfig
+from folora.data.rows import TaskData, check_dataset, check_fits
+from folora.data.special_tokens import check_same_tokenizer
+from folora.errors import ConfigError
+from folora.pipeline.context import Context
+from folora.pipeline.stages import KeepMoments, Samples, Solved, TaskMoments
+from folora.pipeline.store import Folder, Stage
+from folora.pipeline.training import Training
+from folora.runtime import distributed
+from folora.runtime.artifacts import software_versions
+from folora.runtime.loading import check_quantizer, device_of, load_tokenizer, required
+
+STAGES: tuple[type[Stage[Any]], ...] = (Samples, KeepMoments, TaskMoments, Solved, Training)
+WRITES: dict[str, tuple[type[Stage[Any]], ...]] = {
+    "run": STAGES,
+    "sample": (Samples,),
+    "measure": (KeepMoments, TaskMoments),
+    "solve": (Solved,),
+    "train": (Training,),
+    "base": (Samples, KeepMoments),
+    "compare": (Samples, KeepMoments, TaskMoments),
+}
+"""The stages that a command makes, or finds done already."""
+READS: dict[str, tuple[type[Stage[Any]], ...]] = {
+    "measure": (Samples,),
+    "solve": (KeepMoments, TaskMoments),
+    "train": (Samples, Solved),
+}
+"""The stages that a command finds in the folder."""
+
+
+def check_options(context: Context, training: Path, *, needs_data: bool, trains: bool) -> None:
+    """Everything that can be found out without loading the model.
+
+    Args:
+        context: Of the run.
+        training: Folder for checkpoints.
+        needs_data: Whether the rows of the task are read.
+        trains: Whether training follows; if not, TRL may be missing.
+
+    Raises:
+        FoLoraError: With what failed and the remedy.
+    """
+    config = context.config
+    check_quantizer(config)
+    arguments = _arguments(config, training) if trains or find_spec("trl") is not None else None
+    if config.shard and distributed.asks_for_fsdp(config.training.extra.get("fsdp")):
+        raise ConfigError(
+            "--shard shares the weights out already; start the processes without FSDP"
+        )
+    if needs_data:
+        check_dataset(required(config.dataset, "dataset"))
+    if config.base is not None:
+        read_base_manifest(Path(config.base))
+    limits, start_id = context.limits, context.start_id
+    if name := config.sampling.sampler_model:
+        other = load_tokenizer(replace(config, revision=None), name)
+        check_same_tokenizer(context.tokenizer, other, name)
+    task = context.task if needs_data else TaskData([], [])
+    check_fits(task, context.tokenizer, start_id, **limits)
+    if arguments is not None:
+        _check_trainer(context, arguments, task)
+    if needs_data and trains and config.training.eval_steps and not task.held_out:
+        raise ConfigError(
+            f"training.eval_steps is {config.training.eval_steps}, but no rows are held out of "
+            f"{len(task.train)}: give at least 10 rows and data.eval_rows > 0, or eval_steps 0"
+        )
+    report(context.outline)
+
+
+def check_command(context: Context, store: Folder, command: str) -> None:
+    """Everything else that can be found out before a command's stages begin.
+
+    Samples fit the context; what it reads of the stages before it is there, and of this model;
+    the weights are sound; the adapter fits the layers; the model can generate.
+
+    Args:
+        context: Of the run.
+        store: Its folder.
+        command: The subcommand of ``folora``.
+
+    Raises:
+        FoLoraError: With what failed and the remedy.
+    """
+    config, sampling = context.config, context.config.sampling
+    samples = Samples in WRITES.get(command, ()) and config.base is None
+    if samples:
+        _check_sampling(context, store)
+    for stage in READS.get(command, ()):
+        store.manifest(stage)
+    for stage in WRITES.get(command, ()):
+        store.check(stage)
+    _ = context.groups  # the rank must fit the layers before hours of sampling
+    if samples and sampling.server is None and sampling.sampler_model is None:
+        own = HuggingFaceEngine(context.model, context.start_id, context.eos_ids, sampling)
+        own.check_decodes()
+    if config.base is not None:
+        found = read_base_manifest(Path(config.base), context.facts)
+        warn_of_dtype(found, context.facts["dtype"])
+    for stage in READS.get(command, ()):
+        store.manifest(stage, context.facts)
+    distributed.check_same("set of options", config)
+    distributed.check_same("model", context.facts)
+    distributed.check_same("set of versions", software_versions())
+    if context.task_is_read:
+        distributed.check_same("data set", context.task.fingerprint)
+
+
+def check_is_no_model(folder: Path, name: str) -> None:
+    """Refuse an output folder that is the model's own. Raises ConfigError."""
+    if os.path.isdir(name) and os.path.realpath(name) == os.path.realpath(folder):
+        raise ConfigError(f"output {folder} is the folder of the model; give another one")
+
+
+def _arguments(config: FoLoraConfig, folder: Path) -> Any:
+    """TRL's arguments. Raises ConfigError for what it refuses, also if TRL is missing."""
+    from folora.training.trainer import sft_config
+
+    on_cpu = device_of(config).type == "cpu"
+    return sft_config(config.training, folder, evaluates=True, on_cpu=on_cpu)
+
+
+def _check_trainer(context: Context, arguments: Any, task: TaskData) -> None:
+    """What TRL refuses only with rows and a tokenizer. Raises ConfigError."""
+    from folora.training.trainer_check import check_trainer
+
+    training = context.config.training
+    if training.extra or training.lr_scheduler_type != TrainingConfig().lr_scheduler_type:
+        check_trainer(arguments, context.tokenizer, task.train, context.model_config)
+
+
+def _check_sampling(context: Context, store: Folder) -> None:
+    """Samples fit the model's context, and a server that is to generate them is there."""
+    sampling = context.config.sampling
+    if sampling.server is not None:
+        distributed.agree(partial(_check_server, context, store))
+    longest = context.limits["context"]
+    asked = sampling.max_new_tokens
+    if longest is not None and asked >= longest:  # the start token comes in front
+        raise ConfigError(
+            f"sampling.max_new_tokens is {asked}, but {context.name} reads at most {longest} tokens; "
+            f"it must be < {longest}"
+        )
+
+
+def _check_server(context: Context, store: Folder) -> None:
+    sampling = context.config.sampling
+    assert sampling.server is not None
+    done = (store.folder / Samples.path).exists()
+    if not (done and store.manifest(Samples).get("engine") == ENGINE):  # else it may be stopped
+        served(sampling.server, sampling)

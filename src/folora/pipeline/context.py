@@ -1,0 +1,197 @@
+"""What all stages read: options, model, tokenizer, rows and the layers to adapt.
+
+Each is loaded or found when it is first asked for, and depends on the config and on what was given alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from folora.adapters.coverage import Coverage, check_causal, cover, cover_config, probe, report
+from folora.calibration.engine import Engine
+from folora.calibration.vllm import engine_of
+from folora.config import AdapterConfig, FoLoraConfig
+from folora.data.formats import Row
+from folora.data.rows import TaskData, load_rows, prepare_task
+from folora.data.special_tokens import check_same_tokenizer, ending_ids, start_token_id
+from folora.runtime import distributed
+from folora.runtime.architecture import check_model
+from folora.runtime.fingerprints import model_facts
+from folora.runtime.finiteness import check_finite_weights
+from folora.runtime.loading import (
+    load_config,
+    load_generation_config,
+    load_model,
+    load_tokenizer,
+    required,
+)
+from folora.spectral.groups import InputGroup
+
+
+class Context:
+    """Model, tokenizer, rows and layers of one run.
+
+    Args:
+        config: Options.
+        model: The base model; loaded by ``config.model`` if not given.
+        tokenizer: Of the model; loaded likewise.
+        dataset: Rows, a `datasets.Dataset`, a file or a Hub name; ``config.dataset`` if not given.
+    """
+
+    def __init__(
+        self,
+        config: FoLoraConfig,
+        *,
+        model: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        dataset: str | Dataset | Sequence[Row] | None = None,
+    ) -> None:
+        self.config = config
+        self._model, self._tokenizer = model, tokenizer
+        self._dataset = config.dataset if dataset is None else dataset
+
+    @property
+    def name(self) -> str:
+        """Hub name or folder of the model. Raises ConfigError if it is not given."""
+        return required(self.config.model, "model")
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The base model, frozen; its weights are checked once.
+
+        Raises:
+            FoLoraError: It cannot be loaded, or a weight is not finite; the weight is named.
+        """
+        model = self._model if self._model is not None else load_model(self.config, self.name)
+        model.requires_grad_(False)  # before it runs; see load_model
+        distributed.agree(lambda: check_finite_weights(model))
+        return model
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the model."""
+        if self._tokenizer is not None:
+            return self._tokenizer
+        return load_tokenizer(self.config, self.name)
+
+    @cached_property
+    def model_config(self) -> Any:
+        """The transformers config of the model, which needs no weights."""
+        if self._model is not None:
+            return self._model.config
+        return load_config(self.config, self.name)
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """Fingerprints of model and tokenizer, for manifests."""
+        return model_facts(self.model, self.tokenizer)
+
+    @cached_property
+    def limits(self) -> dict[str, int | None]:
+        """The keyword arguments of `check_fits`, None where the model's config does not say."""
+        text = self.model_config.get_text_config()
+        found = {
+            "vocabulary": getattr(text, "vocab_size", None),
+            "context": getattr(text, "max_position_embeddings", None),
+        }
+        return {k: v if isinstance(v, int) and v > 0 else None for k, v in found.items()}
+
+    @cached_property
+    def start_id(self) -> int:
+        """The token that sampling starts from."""
+        if self._model is not None:
+            generation = getattr(self._model, "generation_config", None)
+        else:
+            generation = load_generation_config(self.config, self.name)
+        chosen = self.config.sampling.start_token
+        return start_token_id(self.tokenizer, chosen, self.model_config, generation)
+
+    @cached_property
+    def eos_ids(self) -> list[int]:
+        """The tokens that end a sampled sequence."""
+        return ending_ids(self.model, self.tokenizer, self.config.sampling)
+
+    @cached_property
+    def task(self) -> TaskData:
+        """The tokenized rows.
+
+        Raises:
+            ConfigError: No data set is given.
+            DataError: It cannot be read, or its rows cannot be used.
+        """
+        dataset = self._dataset
+        if dataset is None:
+            dataset = required(None, "dataset")
+        rows = load_rows(dataset, self.config.data.split)
+        return prepare_task(rows, self.tokenizer, self.config.data)
+
+    @property
+    def ends_early(self) -> bool:
+        """Whether sampling may end early, for which it reads the task."""
+        wanted = self.config.sampling.may_end_early and self.config.base is None
+        return wanted and self._dataset is not None
+
+    @property
+    def task_is_read(self) -> bool:
+        """Whether the rows have been read already."""
+        return "task" in vars(self)
+
+    @cached_property
+    def outline(self) -> Coverage:
+        """Which layers are adapted, by the model's config alone."""
+        return cover_config(self.config, self.model_config)[1]
+
+    @cached_property
+    def groups(self) -> list[InputGroup]:
+        """The shared inputs of the layers to adapt, found on the model itself.
+
+        Logged if that was not done before, or if quantized layers differ from the config's.
+        """
+        found = coverage_of(self.model, self.config.adapter, self.start_id)
+        if "outline" not in vars(self) or found.groups != self.outline.groups:
+            report(found)
+        return found.groups
+
+    def engine(self) -> Engine:
+        """What generates the calibration set: the model, ``sampling.sampler_model``, or a server.
+
+        Raises:
+            FoLoraError: It cannot be loaded or reached, or has another tokenizer.
+        """
+        return engine_of(self._sampler(), self.start_id, self.eos_ids, self.config.sampling)
+
+    def _sampler(self) -> PreTrainedModel:
+        """The model that generates; of a server, the one that it must serve."""
+        name = self.config.sampling.sampler_model
+        if name is None:
+            return self.model
+        own = replace(self.config, revision=None, device=str(self.model.device))
+        check_same_tokenizer(self.tokenizer, load_tokenizer(own, name), name)
+        if self.config.sampling.server is not None:
+            return self.model
+        sampler = load_model(own, name)
+        distributed.agree(lambda: check_finite_weights(sampler))
+        return sampler
+
+
+def coverage_of(model: PreTrainedModel, adapter: AdapterConfig, start_id: int) -> Coverage:
+    """Which layers of a model in memory are adapted, found on two rows of a few tokens.
+
+    Args:
+        model: The base model.
+        adapter: Says which layers, which rank, which initialization.
+        start_id: The token that rows start with.
+
+    Raises:
+        ConfigError: The model is no causal LM, or has an adapter already; nothing is there to adapt,
+            or the adapter does not fit.
+    """
+    check_model(model)
+    check_causal(model, start_id)
+    return cover(model, adapter, probe(model, start_id))

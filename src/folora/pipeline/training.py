@@ -1,0 +1,156 @@
+"""The training stage: from a spectrum and rows to trained factors and readings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from folora.adapters.adapter import Factors, lora_factors
+from folora.calibration.calibration_set import CalibrationSet
+from folora.config import FoLoraConfig
+from folora.errors import NumericsError
+from folora.metrics.meter import Reading, total_norm
+from folora.pipeline.context import Context
+from folora.pipeline.store import Made, Stage
+from folora.runtime import distributed
+from folora.runtime.artifacts import read_artifact, write_artifact
+from folora.runtime.checkpoints import check_checkpoints
+from folora.runtime.contexts import without_adapter
+from folora.runtime.storage import fitting, json_fingerprint
+from folora.spectral.layers import Spectrum
+from folora.training.prepared import Prepared, assemble
+from folora.training.sft_options import effective
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training leaves.
+
+    Attributes:
+        factors: A, B and kappa of every adapted layer.
+        facts: Readings and counts, for the report.
+    """
+
+    factors: Factors
+    facts: Mapping[str, Any]
+
+
+class Training(Stage[Trained]):
+    """Training with SAdam, from the latest checkpoint if there is one.
+
+    Args:
+        context: Of the run.
+        samples: Held-out text for the meter.
+        spectrum: The eigenbases.
+    """
+
+    path, kind, command = "4-training/result", "training", "train"
+
+    def __init__(
+        self, context: Context, samples: Made[CalibrationSet], spectrum: Made[Spectrum]
+    ) -> None:
+        super().__init__(context)
+        self.samples, self.spectrum = samples, spectrum
+
+    def request(self) -> dict[str, Any]:
+        """What the checkpoints depend on: all that the result does."""
+        return self.facts()
+
+    def facts(self) -> dict[str, Any]:
+        """Of the model, of the spectrum, of the rows and of the options."""
+        config = self.context.config
+        training = config.training
+        options = [effective(asdict(training)), asdict(config.adapter), asdict(config.spectrum)]
+        found = {
+            **self.context.facts,
+            "spectrum": self.spectrum.manifest["sha256"],
+            "data": self.context.task.fingerprint,
+            "held_out": self.samples.manifest["fingerprint"],
+            "options": json_fingerprint(options),
+            "rows_a_step": distributed.count()
+            * training.batch_size
+            * training.gradient_accumulation_steps,
+        }
+        if distributed.asks_for_fsdp(training.extra.get("fsdp")):
+            found["checkpoints"] = "FSDP"  # of another form
+        return found
+
+    def check_folder(self, folder: Path, request: str) -> None:
+        """Refuse checkpoints that folora did not write."""
+        check_checkpoints(folder, request)
+
+    def compute(self, folder: Path | None) -> Trained:
+        """Train to the end."""
+        from folora.training.trainer import train
+
+        assert folder is not None
+        context = self.context
+        prepared = assemble(
+            context.model, self.spectrum.load(), context.task, self.samples.load(), context.config
+        )
+        trainer = train(prepared, context.tokenizer, folder)
+        factors, steps = lora_factors(prepared.model), trainer.state.global_step
+        check_finite_factors(factors, steps, context.config)
+        reading, norms = trainer.read()
+        with without_adapter(prepared.model):
+            before = Reading(0.0, 0.0, prepared.meter.task_loss(prepared.model))
+        facts = {
+            "fan_in_fan_out": _all_conv1d(prepared, factors),
+            "steps": steps,
+            "base": _without_nan(asdict(before)),
+            "adapted": _without_nan(asdict(reading)),
+            "total_norm": asdict(total_norm(norms)),
+            "norms": {name: asdict(norm) for name, norm in norms.items()},
+        }
+        return Trained(factors, facts)
+
+    def save(self, value: Trained, path: Path, facts: Mapping[str, Any]) -> None:
+        """Write factors and readings."""
+        tensors = {f"{name}/A": a for name, (a, _, _) in value.factors.items()}
+        tensors |= {f"{name}/B": b for name, (_, b, _) in value.factors.items()}
+        scaling = {name: scaling for name, (_, _, scaling) in value.factors.items()}
+        write_artifact(path, self.kind, tensors, {**facts, **value.facts, "scaling": scaling})
+
+    @classmethod
+    def load(cls, context: Context, path: Path, expected: Mapping[str, Any]) -> Trained:
+        """Read factors and readings."""
+        return load_trained(path, expected)
+
+
+def load_trained(path: Path, expected: Mapping[str, Any] | None = None) -> Trained:
+    """The result of a training, which needs no model. Raises ArtifactError, MismatchError."""
+    found = read_artifact(path, Training.kind, expected)
+    with fitting(path):
+        factors = {
+            name: (found.tensors[f"{name}/A"], found.tensors[f"{name}/B"], float(scaling))
+            for name, scaling in found.manifest["scaling"].items()
+        }
+    return Trained(factors, found.manifest)
+
+
+def check_finite_factors(factors: Factors, steps: int, config: FoLoraConfig) -> None:
+    """Refuse factors after a training that diverged. Raises NumericsError naming the layer."""
+    for name, (a, b, _) in factors.items():
+        if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
+            raise NumericsError(
+                f"training diverged: after {steps} steps the adapter of {name} holds NaN or Inf. "
+                f"Lower training.learning_rate (now {config.training.learning_rate:g})."
+            )
+
+
+def _all_conv1d(prepared: Prepared, factors: Mapping[str, Any]) -> bool:
+    base: Any = prepared.model.get_base_model()
+    return all(isinstance(base.get_submodule(n).get_base_layer(), Conv1D) for n in factors)
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN; a reading that could not be taken is null."""
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,76 @@
+"""Second moments of what layers read, in memory and as a folder (B.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from folora.runtime.artifacts import read_artifact, write_artifact
+from folora.runtime.shapes import Float
+from folora.runtime.storage import fitting
+from folora.spectral.groups import InputGroup, group_of
+
+KIND = "moments"
+"""What manifests call them."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of layers' inputs: C = X'X / tokens of every shared input.
+
+    Attributes:
+        matrices: By group name, (d_in, d_in) float32.
+        tokens: Number of tokens that they average.
+        groups: The layers that share each input.
+        halves: The moments of the even and of the odd sequences alone, of the groups for which that was
+            asked.
+    """
+
+    matrices: dict[str, Float[Tensor, "_d _d"]]
+    tokens: int
+    groups: tuple[InputGroup, ...] = ()
+    halves: tuple[Moments, ...] = ()
+
+    def save(self, folder: str | Path, facts: Mapping[str, Any] | None = None) -> None:
+        """Write a folder that `load` reads; `halves` are left out.
+
+        Args:
+            folder: The folder to make.
+            facts: JSON values for the manifest, such as fingerprints of the model.
+
+        Raises:
+            ArtifactError: It cannot be written.
+        """
+        own = {"tokens": self.tokens, "groups": [group.fact for group in self.groups]}
+        write_artifact(Path(folder), KIND, self.matrices, {**(facts or {}), **own})
+
+    @classmethod
+    def load(cls, folder: str | Path, expected: Mapping[str, Any] | None = None) -> Moments:
+        """Read what `save` wrote.
+
+        Args:
+            folder: The folder.
+            expected: Facts that the manifest must hold with equal values.
+
+        Raises:
+            ArtifactError: Missing, damaged, or something else.
+            MismatchError: The manifest holds other values than `expected`.
+        """
+        artifact = read_artifact(Path(folder), KIND, expected)
+        with fitting(folder):
+            groups = tuple(group_of(fact) for fact in artifact.manifest["groups"])
+            for group in groups:
+                matrix = artifact.tensors[group.name]
+                if matrix.shape != (group.d_in, group.d_in) or matrix.dtype != torch.float32:
+                    raise ValueError(
+                        f"the matrix of {group.name} is {tuple(matrix.shape)} {matrix.dtype}"
+                    )
+            tokens = artifact.manifest["tokens"]
+            if type(tokens) is not int or tokens < 1:
+                raise ValueError(f"{tokens!r:.80} is no number of tokens")
+        return cls({g.name: artifact.tensors[g.name] for g in groups}, tokens, groups)
