@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks.real.targets import TARGETS, data_folder, target_rows
 from folora.calibration.calibration_set import CalibrationSet
 from folora.calibration.moments import second_moments
-from folora.calibration.stopping import watched
+from folora.calibration.stopping import agreement, watched
 from folora.compare.tables import NONE, Table
 from folora.config import TAU, DataConfig, FoLoraConfig
 from folora.data.rows import Example, batches, load_rows, prepare_task, text_examples
@@ -35,7 +35,7 @@ from folora.runtime.artifacts import software_versions
 from folora.runtime.loading import load_model, load_tokenizer
 from folora.runtime.progress import progress
 from folora.runtime.storage import write_text
-from folora.spectral.eigenproblem import agreement, generalized_eigenbasis
+from folora.spectral.eigenproblem import generalized_eigenbasis
 from folora.spectral.moments import Moments
 
 FORMAT = "amounts/1"

@@ -27,11 +27,11 @@ from .errors import (
 from .metrics.meter import Meter, Reading
 from .optim.fused import FusedSAdam as SAdam
 from .pipeline.prepare import prepare
-from .training.optimizer import optimizer, param_groups
-from .training.prepared import Prepared
 from .spectral.eigenproblem import generalized_eigenbasis, spectral_gate, step_scale
 from .spectral.layers import GroupBasis, Spectrum, solve
 from .spectral.moments import Moments
+from .training.optimizer import optimizer, param_groups
+from .training.prepared import Prepared
 from .training.trainer import FoLoraTrainer, sft_config
 
 __version__: str

@@ -31,8 +31,8 @@ from folora.pipeline.prepare import prepare
 from folora.pipeline.run import Run
 from folora.runtime.architecture import check_config
 from folora.spectral.layers import solve
-from folora.training.optimizer import param_groups
 from folora.spectral.moments import Moments
+from folora.training.optimizer import param_groups
 
 ADAPTER = AdapterConfig(r=2)
 IDS = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(3))

@@ -14,13 +14,13 @@ from support.references import moment
 import folora
 from benchmarks.tiny import make_llama, make_tokenizer, rows, tiny_config
 from folora.calibration.sampling import sample_sequences
-from folora.calibration.stopping import EarlyStopping, watched
+from folora.calibration.stopping import EarlyStopping, agreement, watched
 from folora.cli.main import main
 from folora.config import FIRST_LOOK, FoLoraConfig
 from folora.pipeline.run import Run
 from folora.pipeline.stages import Shared
 from folora.runtime.storage import read_json
-from folora.spectral.eigenproblem import agreement, generalized_eigenbasis, spectral_gate
+from folora.spectral.eigenproblem import generalized_eigenbasis, spectral_gate
 from folora.spectral.groups import InputGroup
 from folora.spectral.moments import Moments
 

@@ -29,10 +29,9 @@ from folora.errors import ConfigError, NumericsError
 from folora.metrics.kl import kl, masked_target_kl
 from folora.optim.sadam import SAdam
 from folora.spectral.eigenproblem import BASES, generalized_eigenbasis
-from folora.training.optimizer import param_groups
-from folora.training.prepared import assemble
 from folora.spectral.layers import GroupBasis, Spectrum, solve
 from folora.spectral.moments import Moments
+from folora.training.optimizer import param_groups
 from folora.training.prepared import assemble
 from folora.training.trainer import sft_config, train
 

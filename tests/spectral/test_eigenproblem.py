@@ -12,7 +12,7 @@ from support.closeness import assert_near
 from support.references import moment
 
 from folora.errors import NumericsError
-from folora.spectral import eigenproblem as spectrum
+from folora.spectral import leading
 from folora.spectral.eigenproblem import (
     BASES,
     Eigenbasis,
@@ -63,7 +63,7 @@ def test_leading_eigenpairs_match_the_full_solve_for_any_spectrum(name: str, cou
     generator = torch.Generator().manual_seed(1)
     q = torch.linalg.qr(torch.randn(200, 200, generator=generator, dtype=torch.float64)).Q
     matrix = (q * SPECTRA[name]) @ q.T
-    found = spectrum._leading((matrix + matrix.T) / 2, count)
+    found = leading._leading((matrix + matrix.T) / 2, count)
     assert found is not None
     values, vectors = found
     expected = SPECTRA[name].sort(descending=True).values[:count]
@@ -89,7 +89,7 @@ def test_eigenvector_signs_are_fixed(count: int | None) -> None:
 def test_slow_convergence_falls_back_to_the_full_solve(monkeypatch: pytest.MonkeyPatch) -> None:
     pre, task = moment(40, seed=1), moment(40, seed=2)
     expected = generalized_eigenbasis(pre, task, directions=3)
-    monkeypatch.setattr(spectrum, "MOST_LOOKS", 1)
+    monkeypatch.setattr(leading, "MOST_LOOKS", 1)
     found = generalized_eigenbasis(pre, task, directions=3)
     assert_near(found.gamma, expected.gamma, roundings=1e3, rtol=1e-9)
 

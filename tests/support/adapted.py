@@ -10,8 +10,8 @@ from folora.adapters.adapter import attach
 from folora.calibration.inputs import find_groups, target_layers
 from folora.calibration.moments import second_moments
 from folora.optim.sadam import SAdam
-from folora.training.optimizer import param_groups
 from folora.spectral.layers import Spectrum, solve
+from folora.training.optimizer import param_groups
 
 IDS = torch.randint(3, 50, (4, 12), generator=torch.Generator().manual_seed(5))
 

@@ -17,13 +17,62 @@ from typing import Any
 
 from torch import Tensor
 
-from folora.spectral.eigenproblem import Agreement, agreement
+from folora.config import LAMBDA, S_MIN, TAU
+from folora.spectral.eigenproblem import checked_moment, generalized_eigenbasis, spectral_gate
 from folora.spectral.groups import InputGroup
 from folora.spectral.moments import Moments
 
 logger = logging.getLogger(__name__)
 
 WATCHED = 8  # shared inputs, evenly over the model; all of them would say the same
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well directions chosen on one text hold on another.
+
+    Attributes:
+        penalty: Mean of v'Hv over the directions, with H of the other text; 1 on their own.
+        gate: Mean change of their gate when gamma is taken with that penalty.
+    """
+
+    penalty: float
+    gate: float
+
+
+def agreement(
+    chosen_on: Tensor,
+    c_pre: Tensor,
+    c_task: Tensor,
+    *,
+    tau: float = TAU,
+    lam: float = LAMBDA,
+    s_min: float = S_MIN,
+    directions: int,
+    name: str = "layer",
+) -> Agreement:
+    """Solve on one C_pre, and see what the leading directions cost on another.
+
+    Args:
+        chosen_on: C_pre of the text that the directions are chosen on, (d, d).
+        c_pre: C_pre of the text that they are tried on, (d, d).
+        c_task: C_task, (d, d).
+        tau: Ridge, in both.
+        lam: Gate's lambda.
+        s_min: Gate's floor.
+        directions: How many leading directions; all if there are not so many.
+        name: Layer to name in messages.
+
+    Raises:
+        NumericsError: See `generalized_eigenbasis`.
+    """
+    found = generalized_eigenbasis(chosen_on, c_task, tau=tau, name=name, directions=directions)
+    tried, v = checked_moment(c_pre, f"C_pre of {name}"), found.basis
+    ridge = tau * tried.diagonal().mean()
+    penalties = (v * (tried @ v)).sum(0) + ridge * (v * v).sum(0)
+    there = spectral_gate(found.gamma / penalties, lam, s_min)
+    moved = (there - spectral_gate(found.gamma, lam, s_min)).abs().mean()
+    return Agreement(float(penalties.mean()), float(moved))
 
 
 @dataclass

@@ -29,8 +29,8 @@ from folora.pipeline.activation_memory import step_bytes
 from folora.pipeline.stages import solve_options
 from folora.runtime.loading import device_of, dtype_for, load_config, required
 from folora.runtime.memory import cache_bytes, free_bytes, held_bytes
-from folora.spectral.eigenproblem import are_few
 from folora.spectral.groups import InputGroup
+from folora.spectral.leading import are_few
 
 logger = logging.getLogger(__name__)
 

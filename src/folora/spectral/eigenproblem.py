@@ -23,6 +23,7 @@ from torch import Tensor
 from folora.config import LAMBDA, S_MIN, TAU
 from folora.errors import NumericsError
 from folora.runtime.shapes import Float, Float64
+from folora.spectral.leading import eigh, largest_eigenpairs
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +33,6 @@ RESIDUAL = 1e-6
 RIDGE_RETRIES = 6
 SMALLEST_RIDGE = 1e-10
 SOLVE_BLOCKS = 4  # of rows
-
-FEW = 4  # times as many directions as are wanted, from which they are looked for alone
-LEADING_RESIDUAL = 1e-6  # |M v - gamma v| / gamma
-MOST_LOOKS = 40
-GROWTH = 1e12
 
 
 @dataclass(frozen=True)
@@ -133,7 +129,7 @@ def generalized_eigenbasis(
     pre, task, mean_power = _checked_pair(c_pre, c_task, tau, name)
     h, lower, used = _factor(pre, tau, name)
     reduced = _congruent(lower, task)
-    gamma, rotation = _largest(reduced, directions, name)
+    gamma, rotation = largest_eigenpairs(reduced, directions, name)
     basis = torch.linalg.solve_triangular(lower.T, rotation, upper=True)
 
     identity = torch.eye(len(gamma), dtype=gamma.dtype, device=gamma.device)
@@ -246,54 +242,6 @@ def step_scale(gamma: Float[Tensor, " k"], gate: Float[Tensor, " k"], task_trace
     return (task_trace / moved) ** 0.5 if moved > 0 else 1.0
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """How well directions chosen on one text hold on another.
-
-    Attributes:
-        penalty: Mean of v'Hv over the directions, with H of the other text; 1 on their own.
-        gate: Mean change of their gate when gamma is taken with that penalty.
-    """
-
-    penalty: float
-    gate: float
-
-
-def agreement(
-    chosen_on: Tensor,
-    c_pre: Tensor,
-    c_task: Tensor,
-    *,
-    tau: float = TAU,
-    lam: float = LAMBDA,
-    s_min: float = S_MIN,
-    directions: int,
-    name: str = "layer",
-) -> Agreement:
-    """Solve on one C_pre, and see what the leading directions cost on another.
-
-    Args:
-        chosen_on: C_pre of the text that the directions are chosen on, (d, d).
-        c_pre: C_pre of the text that they are tried on, (d, d).
-        c_task: C_task, (d, d).
-        tau: Ridge, in both.
-        lam: Gate's lambda.
-        s_min: Gate's floor.
-        directions: How many leading directions; all if there are not so many.
-        name: Layer to name in messages.
-
-    Raises:
-        NumericsError: See `generalized_eigenbasis`.
-    """
-    found = generalized_eigenbasis(chosen_on, c_task, tau=tau, name=name, directions=directions)
-    tried, v = checked_moment(c_pre, f"C_pre of {name}"), found.basis
-    ridge = tau * tried.diagonal().mean()
-    penalties = (v * (tried @ v)).sum(0) + ridge * (v * v).sum(0)
-    there = spectral_gate(found.gamma / penalties, lam, s_min)
-    moved = (there - spectral_gate(found.gamma, lam, s_min)).abs().mean()
-    return Agreement(float(penalties.mean()), float(moved))
-
-
 def smallest_eigenvectors(c_pre: Tensor, r: int, name: str = "layer") -> Float64[Tensor, "d r"]:
     """U_perp: the `r` eigenvectors of C_pre with the smallest eigenvalues, smallest first (B.3).
 
@@ -303,7 +251,7 @@ def smallest_eigenvectors(c_pre: Tensor, r: int, name: str = "layer") -> Float64
     pre = checked_moment(c_pre, f"C_pre of {name}")
     if not 1 <= r <= len(pre):
         raise NumericsError(f"{name}: r is {r}, but must lie in [1, {len(pre)}] (its d_in)")
-    return _eigh(pre, name)[1][:, :r].contiguous()
+    return eigh(pre, name)[1][:, :r].contiguous()
 
 
 def off_diagonal_mass(c_pre: Tensor, c_task: Tensor, name: str = "layer") -> float:
@@ -317,7 +265,7 @@ def off_diagonal_mass(c_pre: Tensor, c_task: Tensor, name: str = "layer") -> flo
         NumericsError: See `checked_moment`; also unequal shapes or a zero C_pre.
     """
     pre, task, _ = _checked_pair(c_pre, c_task, 0.0, name)
-    vectors = _eigh(pre, name)[1]
+    vectors = eigh(pre, name)[1]
     squares = (vectors.T @ task @ vectors) ** 2
     total = float(squares.sum())
     return float((squares - torch.diag(squares.diagonal())).sum()) / total if total > 0 else 0.0
@@ -356,7 +304,7 @@ def _whitened(
 ) -> Eigenpairs:
     """H's own eigenvectors over the roots of its eigenvalues, turned back by V' if symmetric."""
     pre, task, mean_power = _checked_pair(c_pre, c_task, tau, name)
-    values, vectors = _eigh(pre, name)
+    values, vectors = eigh(pre, name)
     values = values + tau
     rounding = len(values) * torch.finfo(values.dtype).eps * float(values[-1])
     if float(values[0]) <= rounding:
@@ -425,70 +373,3 @@ def _congruent(lower: Tensor, symmetric: Tensor) -> Tensor:
         left = half[rows, start:] - lower[rows, :start] @ found[:start, start:]
         found[rows, start:] = torch.linalg.solve_triangular(lower[rows, rows], left, upper=False)
     return found.triu() + found.triu(1).T
-
-
-def are_few(count: int, d: int) -> bool:
-    """Whether so many leading directions of d are looked for alone."""
-    return FEW * count <= d
-
-
-def _largest(matrix: Tensor, count: int | None, name: str) -> tuple[Tensor, Tensor]:
-    """The largest eigenvalues of a symmetric matrix, descending, and their vectors; None for all."""
-    if count is not None and are_few(count, len(matrix)):
-        if found := _leading(matrix, count):
-            return found
-        logger.info("%s: %d directions are not found alone; all are solved for", name, count)
-    values, vectors = _eigh(matrix, name)
-    return values.flip(0)[:count], vectors.flip(1)[:, :count]
-
-
-def _leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
-    """A few leading eigenpairs of a positive semidefinite matrix, by products with it; None if they tarry.
-
-    Subspace iteration with Rayleigh-Ritz. Between two looks a Chebyshev polynomial that stays within
-    [-1, 1] on what lies below the subspace, and grows beyond, drives the subspace towards what is wanted.
-    Vectors are orthonormal however far it has come, and their values are their own Rayleigh quotients.
-    """
-    d = len(matrix)
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(d, min(d, count + max(8, count // 2)), generator=generator).to(matrix)
-    subspace = torch.linalg.qr(matrix @ start).Q
-    for _ in range(MOST_LOOKS):
-        image = matrix @ subspace
-        values, rotation = _eigh(subspace.T @ image, "a subspace")
-        values, rotation = values.flip(0), rotation.flip(1)
-        subspace, image = subspace @ rotation, image @ rotation
-        residuals = (image - subspace * values)[:, :count].norm(dim=0)
-        rounding = 10 * d * torch.finfo(values.dtype).eps * values[0].abs()
-        if bool((residuals <= LEADING_RESIDUAL * values[:count].abs() + rounding).all()):
-            return values[:count], _signed(subspace[:, :count])
-        # Of degree 4, or less where it would grow so much that rounding hides the trailing vectors.
-        half = max(float(values[-1]), 1e-12 * float(values[0])) / 2
-        degree = int(math.log(GROWTH) / math.log(4 * float(values[0]) / half))
-        before, now = subspace, image / half - subspace
-        for _ in range(min(max(degree, 1), 4) - 1):
-            before, now = now, 2 * ((matrix @ now) / half - now) - before
-        subspace = torch.linalg.qr(now / now.norm(dim=0)).Q
-    return None
-
-
-def _eigh(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Symmetric eigenproblem on the matrix's device, else on the CPU."""
-    safe = matrix.cpu()  # a failed cuSOLVER call can leave the device's copy unreadable
-    try:
-        values, vectors = torch.linalg.eigh(matrix)
-        if bool(torch.isfinite(values).all()) and bool(torch.isfinite(vectors).all()):
-            return values, _signed(vectors)
-    except RuntimeError as error:  # torch.linalg.LinAlgError is one
-        logger.warning("%s: eigh failed on %s (%s)", name, matrix.device, error)
-    if matrix.device.type != "cpu":
-        values, vectors = torch.linalg.eigh(safe)
-        if bool(torch.isfinite(values).all()) and bool(torch.isfinite(vectors).all()):
-            return values.to(matrix.device), _signed(vectors.to(matrix.device))
-    raise NumericsError(f"{name}: the eigenvalue problem did not converge. Raise tau.")
-
-
-def _signed(vectors: Tensor) -> Tensor:
-    """Columns with the sign at which their largest entry is positive, whatever found them."""
-    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    return torch.where(largest < 0, -vectors, vectors)
