@@ -27,7 +27,8 @@ from folora.calibration.moments import second_moments
 from folora.calibration.stopping import agreement, watched
 from folora.compare.tables import NONE, Table
 from folora.config import TAU, DataConfig, FoLoraConfig
-from folora.data.rows import Example, batches, load_rows, prepare_task, text_examples
+from folora.data.files import load_rows
+from folora.data.rows import Example, batches, prepare_task, text_examples
 from folora.errors import DataError
 from folora.pipeline.context import coverage_of
 from folora.pipeline.stages import Samples

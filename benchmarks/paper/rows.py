@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.paper.recipe import Rows
-from folora.data.rows import load_rows
+from folora.data.files import load_rows
 from folora.errors import DataError
 from folora.runtime.storage import write_text
 

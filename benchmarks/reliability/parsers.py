@@ -27,7 +27,8 @@ from folora.compare.comparison import checked_arm
 from folora.compare.methods import configured
 from folora.compare.results import ResultFile, load_results, point_sets
 from folora.config import FoLoraConfig
-from folora.data.rows import load_rows, prepare_task
+from folora.data.files import load_rows
+from folora.data.rows import prepare_task
 from folora.errors import ConfigError
 from folora.pipeline.stages import KeepMoments, Samples, Solved, TaskMoments
 from folora.pipeline.training import Training, load_trained

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-import folora.pipeline.run
+import folora.pipeline.store
 import folora.runtime.artifacts
 from benchmarks.reliability.chaos import KINDS, Trial, at_write, disturb, finish, kill_self
 from benchmarks.reliability.stand import Stand
@@ -51,11 +51,11 @@ class BeforeWrites(random.Random):
 
 def test_repeated_work_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(random, "Random", BeforeWrites)
-    read = folora.pipeline.run.read_manifest
+    read = folora.pipeline.store.read_manifest
 
     def forgetful(path: Path, kind: str, *more: Any) -> dict[str, Any]:
         return {} if kind == "spectrum" and not more else read(path, kind, *more)
 
-    monkeypatch.setattr(folora.pipeline.run, "read_manifest", forgetful)
+    monkeypatch.setattr(folora.pipeline.store, "read_manifest", forgetful)
     found = disturb(tmp_path, seed=0, counts={"kill": 1})
     assert any("made again" in line for trial in found["trials"] for line in trial["lost"])

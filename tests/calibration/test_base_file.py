@@ -26,9 +26,10 @@ from folora.calibration.base_file import (
 from folora.cli.main import main
 from folora.config import FoLoraConfig
 from folora.errors import ArtifactError, ConfigError, MismatchError
+from folora.pipeline.context import Context
 from folora.pipeline.run import Run
-from folora.runtime.artifacts import read_artifact
 from folora.runtime.storage import sealed
+from folora.spectral.moments import Moments
 
 
 @given(st.integers(1, 20), st.integers(0, 99))
@@ -57,7 +58,7 @@ def test_a_run_from_a_base_file_matches_a_full_run(
     def never(*_: object) -> None:
         raise AssertionError("sampled again")
 
-    monkeypatch.setattr(Run, "_engine", never)
+    monkeypatch.setattr(Context, "engine", never)
     config = replace(finished, base=str(base), output=str(tmp_path / "second"))
     report = Run(config).run()
     first, second = Path(str(finished.output)), tmp_path / "second"
@@ -79,10 +80,10 @@ def test_a_subset_of_layers_is_accepted_and_others_refused(
     config = replace(finished, base=str(base), output=str(tmp_path / "few"))
     few = config.changed({"adapter.target_modules": ["v_proj", "down_proj"]})
     Run(few).run()
-    found = read_artifact(tmp_path / "few" / "2-statistics" / "pre", "statistics_pre").tensors
-    every = read_artifact(
-        Path(str(finished.output)) / "2-statistics" / "pre", "statistics_pre"
-    ).tensors
+    found, every = (
+        Moments.load(folder / "2-statistics" / "pre").matrices
+        for folder in (tmp_path / "few", Path(str(finished.output)))
+    )
     assert len(found) == 4
     assert torch.equal(
         found["model.layers.0.self_attn.v_proj"], every["model.layers.0.self_attn.q_proj"]

@@ -266,7 +266,7 @@ def test_more_sequences_reuse_existing_shards(tmp_path: Path) -> None:
 def test_settings_that_change_sequences_change_the_request(change: dict[str, int]) -> None:
     other = replace(CONFIG, **change)
     assert request_of(1, [2], other) != request_of(1, [2], CONFIG)
-    assert request_of(1, [2], replace(CONFIG, num_sequences=9)) == request_of(1, [2], CONFIG)
+    assert request_of(1, [2], replace(CONFIG, num_sequences=90)) == request_of(1, [2], CONFIG)
 
 
 @pytest.mark.parametrize("damage", ["[[1, 2", "[]", "{}", '[["a"]]'])

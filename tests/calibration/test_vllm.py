@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from benchmarks.tiny import make_llama, make_tokenizer, tiny_config
 from folora.calibration.engine import Engine
 from folora.calibration.logits import MIXTURE, Decoding, decoding_of, restrict, stream_seed
-from folora.calibration.sampling import sample
+from folora.calibration.sampling import sample_sequences
 from folora.calibration.vllm import PROBED, VllmEngine, engine_of, served
 from folora.config import SamplingConfig
 from folora.errors import ConfigError, MismatchError, ServerError
@@ -162,7 +162,7 @@ def test_every_sequence_is_requested_with_its_own_seed(server: StandIn) -> None:
 
 
 def test_a_calibration_set_from_a_server(server: StandIn) -> None:
-    found = sample(engine(server), START, [EOS], CONFIG)
+    found = sample_sequences(engine(server), START, [EOS], CONFIG)
     rows = [*found.calibration, *found.held_out]
     assert len(rows) == 32 and len({tuple(row) for row in rows}) == 32
     assert all(row[0] == START and 33 <= len(row) <= 37 for row in rows)
@@ -301,7 +301,7 @@ def test_prepare_samples_from_a_server(model_folder: Path, rows_file: Path) -> N
         config = tiny_config(sampling={"server": server.url, "batch_size": 20})
         prepared = prepare(model, make_tokenizer(), str(rows_file), config)
         assert len(server.requests) > 32
-        expected = sample(engine(server, config.sampling), START, [EOS], config.sampling)
+        expected = sample_sequences(engine(server, config.sampling), START, [EOS], config.sampling)
     assert prepared.samples == expected
 
 

@@ -20,8 +20,9 @@ from support.wrong_inputs import KINDS, Found, Wrong
 import folora.adapters.coverage
 import folora.calibration.sampling
 import folora.compare.comparison
+import folora.pipeline.context
 import folora.pipeline.planning
-import folora.pipeline.run
+import folora.pipeline.stages
 import folora.training.trainer
 from benchmarks.tiny import tiny_config
 from folora.calibration.engine import HuggingFaceEngine
@@ -33,18 +34,17 @@ PATIENCE = 30  # seconds, on a machine with much else to do
 
 # Where a command turns to something, and how far it has come by then.
 DOORS: list[tuple[Any, str, Found]] = [
-    (folora.pipeline.run, "load_config", "files"),
-    (folora.pipeline.run, "load_tokenizer", "files"),
-    (folora.pipeline.run, "load_rows", "files"),
+    (folora.pipeline.context, "load_config", "files"),
+    (folora.pipeline.context, "load_tokenizer", "files"),
+    (folora.pipeline.context, "load_rows", "files"),
     (folora.pipeline.planning, "load_config", "files"),
     (folora.adapters.coverage, "load_skeleton", "files"),
-    (folora.pipeline.run, "load_model", "model"),
+    (folora.pipeline.context, "load_model", "model"),
     (folora.calibration.sampling, "write_sealed", "work"),
     (HuggingFaceEngine, "__call__", "work"),
-    (folora.pipeline.run, "measure", "work"),
-    (folora.pipeline.run, "solve", "work"),
+    (folora.pipeline.stages, "measure", "work"),
+    (folora.pipeline.stages, "solve", "work"),
     (folora.training.trainer, "train", "work"),
-    (folora.compare.comparison, "solve", "work"),
 ]
 
 

@@ -17,8 +17,9 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from support import chat_templates
 
 from folora.config import DataConfig
+from folora.data.files import load_rows
 from folora.data.formats import FORMATS
-from folora.data.rows import IGNORE, load_rows, prepare_task
+from folora.data.rows import IGNORE, prepare_task
 from folora.errors import DataError
 
 Row = dict[str, Any]

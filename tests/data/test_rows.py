@@ -14,17 +14,9 @@ from datasets import Dataset
 
 from benchmarks.tiny import make_tokenizer
 from folora.config import DataConfig
+from folora.data.files import load_rows, local_format
 from folora.data.formats import IGNORE, choose_format
-from folora.data.rows import (
-    ALPACA,
-    Example,
-    Formatter,
-    batches,
-    load_rows,
-    local_format,
-    pad_batch,
-    prepare_task,
-)
+from folora.data.rows import ALPACA, Example, Formatter, batches, pad_batch, prepare_task
 from folora.errors import DataError
 
 
@@ -130,7 +122,7 @@ def test_a_compressed_file_larger_than_memory_is_refused(
         path.write_bytes(gzip.compress(lines) if name.endswith("gz") else lines)
     assert len(load_rows(str(path))) == 1000
     free = SimpleNamespace(available=4_000_000)
-    monkeypatch.setattr("folora.data.rows.psutil.virtual_memory", lambda: free)
+    monkeypatch.setattr("folora.data.files.psutil.virtual_memory", lambda: free)
     with pytest.raises(DataError, match=rf"{name} cannot be read .*more than 0\.001 GB"):
         load_rows(str(path))
 
@@ -216,7 +208,7 @@ def test_reading_requests_no_more_memory_than_a_file_needs(
 ) -> None:
     """However much is free: reading up to a limit by one call asks for as much as the limit."""
     free = SimpleNamespace(available=2**60)
-    monkeypatch.setattr("folora.data.rows.psutil.virtual_memory", lambda: free)
+    monkeypatch.setattr("folora.data.files.psutil.virtual_memory", lambda: free)
     content = (json.dumps(ROWS[0]) + "\n").encode()
     (tmp_path / "rows.jsonl").write_bytes(content)
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(content))

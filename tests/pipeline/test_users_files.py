@@ -35,7 +35,7 @@ from support.users_files import (
 )
 from transformers import AutoModelForCausalLM
 
-import folora.pipeline.run
+import folora.pipeline.context
 from benchmarks.paper.__main__ import main as paper
 from benchmarks.tiny import make_llama
 from folora.cli.main import main
@@ -255,7 +255,9 @@ def test_overwriting_a_users_file_is_refused(
 ) -> None:
     command, here, _ = words(case)
     before, loaded = snapshot(here), []
-    monkeypatch.setattr(folora.pipeline.run, "load_model", lambda *args, **_: loaded.append(args))
+    monkeypatch.setattr(
+        folora.pipeline.context, "load_model", lambda *args, **_: loaded.append(args)
+    )
     assert main(command) == 2
     said = " ".join(capsys.readouterr().err.split())
     message = said[said.rindex("folora: ") :]

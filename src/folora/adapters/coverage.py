@@ -16,7 +16,6 @@ the CPU.
 from __future__ import annotations
 
 import logging
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -25,13 +24,12 @@ from math import prod
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedModel
 
 from folora.adapters.initialization import check_singular_values
+from folora.adapters.lora_refusals import lora_refusals, short, starred
 from folora.calibration.inputs import Batch, Visit, grouped, linear_dims, target_layers, visits
 from folora.config import AdapterConfig, FoLoraConfig
 from folora.data.special_tokens import known_tokens
@@ -48,7 +46,6 @@ NOT_CAUSAL = 1e-2  # of the largest logit; rounding in bf16 stays below
 NOT_CALLED = "the forward pass over text does not call it"
 ROWS, TOKENS = 2, 8  # of the probe; unequal, so that (tokens, rows) is told from (rows, tokens)
 PADDED = 3  # of the second row
-LONGEST_REASON = 200
 FEW = 0.001  # of the weights: what is smaller is left out of the report's list of parts
 
 
@@ -195,7 +192,7 @@ def check_causal(model: PreTrainedModel, start_id: int) -> None:
             found = model(input_ids=rows.to(model.device), use_cache=False).logits
     except Exception as error:  # whatever the model's code raises
         raise ConfigError(
-            f"{type(model).__name__} does not run on text alone: {_short(error)}"
+            f"{type(model).__name__} does not run on text alone: {short(error)}"
         ) from error
     first = found[:, 0].float()
     if float((first - first[0]).abs().max()) > NOT_CAUSAL * float(first.abs().max()):
@@ -220,30 +217,6 @@ def probe(model: PreTrainedModel, start_id: int) -> Batch:
     mask = torch.ones_like(ids)
     mask[1, TOKENS - PADDED :] = 0
     return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
-
-
-def lora_refusals(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
-    """The layers that PEFT's LoRA does not take, with the reason.
-
-    PEFT refuses some layers by their names (``out_proj`` of Mamba), and turns others into the fused
-    weights of experts (``gate_proj`` beside Qwen3-MoE's), also when an adapter is loaded.
-
-    Raises:
-        ConfigError: It takes every kind of layer, but not all of them together.
-    """
-    if not names or _lora_refusal(model, names) is None:
-        return {}
-    kinds: dict[str, list[str]] = {}
-    for name in names:
-        kinds.setdefault(_starred(name), []).append(name)
-    refused: dict[str, str] = {}
-    for same in kinds.values():
-        if reason := _lora_refusal(model, same):
-            refused |= dict.fromkeys(same, reason)
-    taken = [name for name in names if name not in refused]
-    if taken and (reason := _lora_refusal(model, taken)):
-        raise ConfigError(f"PEFT's LoRA cannot be put on {type(model).__name__}: {reason}")
-    return refused
 
 
 def stand_in(model: nn.Module) -> None:
@@ -300,7 +273,7 @@ def _unfit(
         if not calls:
             refused[name] = NOT_CALLED
         elif _rows(read) not in (shape, (prod(shape),)) or read[-1:] != dims[:1]:
-            refused[name] = routed[_starred(name)] = (
+            refused[name] = routed[starred(name)] = (
                 f"it reads {list(read)} of {list(shape)} tokens, not one row for every token"
             )
         elif len(calls) > 1:
@@ -311,7 +284,7 @@ def _unfit(
         elif of_weight[id(getattr(model.get_submodule(name), "weight", None))] > 1:
             refused[name] = "another layer has the same weight"
     # An expert that has been given no token, or all of them, is one like the others.
-    return refused | {n: routed[_starred(n)] for n in layers if _starred(n) in routed}
+    return refused | {n: routed[starred(n)] for n in layers if starred(n) in routed}
 
 
 def _rows(read: tuple[int, ...]) -> tuple[int, ...]:
@@ -333,43 +306,6 @@ def _not_causal(model: PreTrainedModel) -> ConfigError:
         f"{type(model).__name__} looks at the tokens that come after the one it predicts (an "
         "encoder such as BERT does), but must be a causal LM"
     )
-
-
-def _lora_refusal(model: nn.Module, names: Sequence[str]) -> str | None:
-    """Why PEFT does not put LoRA on just these layers, or does not load it; None if it does both."""
-    shell = _shell(model, {})
-    trained = [(p, p.requires_grad) for p in model.parameters()]
-    sizes = {n: linear_dims(model.get_submodule(n)) or (1, 1) for n in names}
-    try:
-        config = LoraConfig(r=1, target_modules=list(names))
-        inject_adapter_in_model(config, shell, low_cpu_mem_usage=True)
-        wrapped = {name for name, m in shell.named_modules() if isinstance(m, BaseTunerLayer)}
-        if wrapped != set(names):
-            return "PEFT takes its name for the fused weights of experts"
-        exported = {
-            f"{name}.lora_{part}.weight": torch.empty(shape, device="meta")
-            for name, (d_in, d_out) in sizes.items()
-            for part, shape in (("A", (1, d_in)), ("B", (d_out, 1)))
-        }
-        loaded: Any = set_peft_model_state_dict(shell, exported)
-    except Exception as error:  # of PEFT, by the kind of layer
-        return f"PEFT: {_short(error)}"
-    finally:
-        for p, requires_grad in trained:
-            p.requires_grad_(requires_grad)
-    if loaded.unexpected_keys:
-        return "PEFT renames it when an adapter is loaded, so that its weights would be lost"
-    return None
-
-
-def _shell(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
-    """A copy of a module and of all in it that shares everything but the links to parts."""
-    if id(module) not in made:
-        made[id(module)] = shell = object.__new__(type(module))
-        shell.__dict__ |= module.__dict__ | {"_parameters": {**module._parameters}, "_modules": {}}
-        for name, part in module._modules.items():
-            shell._modules[name] = None if part is None else _shell(part, made)
-    return made[id(module)]
 
 
 def _rest(
@@ -398,19 +334,17 @@ def _rest(
             elif name in layers and leaf != "bias":
                 continue
             elif top := next((t for t in idle if f"{name}.".startswith(f"{t}.")), None):
-                sizes[_starred(top), NOT_CALLED] += size
+                sizes[starred(top), NOT_CALLED] += size
             elif name in refused:
-                sizes[_starred(name), refused[name]] += size
+                sizes[starred(name), refused[name]] += size
             elif p.ndim < 2:
                 sizes["norms and biases", "vectors"] += size
             elif dims:
-                sizes[_starred(name), "not in adapter.target_modules"] += size
+                sizes[starred(name), "not in adapter.target_modules"] += size
             else:
-                sizes[_starred(name), f"{type(module).__name__} is no linear layer"] += size
+                sizes[starred(name), f"{type(module).__name__} is no linear layer"] += size
     parts = [(name, size, reason) for (name, reason), size in sizes.most_common()]
-    large = [
-        part for part in parts if part[1] >= FEW * weights or part[0] in map(_starred, refused)
-    ]
+    large = [part for part in parts if part[1] >= FEW * weights or part[0] in map(starred, refused)]
     if small := sum(size for name, size, _ in parts if (name, size, _) not in large):
         large.append(("other modules", small, f"each less than {FEW:.1%}"))
     return weights, embeddings, large
@@ -430,16 +364,6 @@ def _idle(refused: Mapping[str, str], seen: Iterable[str]) -> list[str]:
 def _ends(name: str) -> list[int]:
     """Where the names of a module's parents end in its own, and that itself."""
     return [at for at, letter in enumerate(name) if letter == "."] + [len(name)]
-
-
-def _starred(name: str) -> str:
-    """A name with ``*`` for numbers, the same for the same layer of all blocks."""
-    return re.sub(r"(^|(?<=\.))\d+(?=\.|$)", "*", name)
-
-
-def _short(error: Exception) -> str:
-    said = " ".join(str(error).split()) or type(error).__name__
-    return said if len(said) <= LONGEST_REASON else f"{said[:LONGEST_REASON]} ..."
 
 
 def _count(number: int) -> str:

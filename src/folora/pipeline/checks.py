@@ -14,7 +14,8 @@ from folora.calibration.base_file import read_base_manifest, warn_of_dtype
 from folora.calibration.engine import HuggingFaceEngine
 from folora.calibration.vllm import ENGINE, served
 from folora.config import FoLoraConfig, TrainingConfig
-from folora.data.rows import TaskData, check_dataset, check_fits
+from folora.data.files import check_dataset
+from folora.data.rows import TaskData, check_fits
 from folora.data.special_tokens import check_same_tokenizer
 from folora.errors import ConfigError
 from folora.pipeline.context import Context

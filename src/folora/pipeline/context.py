@@ -17,8 +17,9 @@ from folora.adapters.coverage import Coverage, check_causal, cover, cover_config
 from folora.calibration.engine import Engine
 from folora.calibration.vllm import engine_of
 from folora.config import AdapterConfig, FoLoraConfig
+from folora.data.files import load_rows
 from folora.data.formats import Row
-from folora.data.rows import TaskData, load_rows, prepare_task
+from folora.data.rows import TaskData, prepare_task
 from folora.data.special_tokens import check_same_tokenizer, ending_ids, start_token_id
 from folora.runtime import distributed
 from folora.runtime.architecture import check_model

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from folora.calibration.base_file import read_base_manifest, warn_of_dtype
 from folora.config import FoLoraConfig
+from folora.data.files import check_dataset
 from folora.data.formats import Row
-from folora.data.rows import check_dataset, check_fits
+from folora.data.rows import check_fits
 from folora.errors import ConfigError
 from folora.pipeline.context import Context
 from folora.pipeline.stages import Solved, share

@@ -16,7 +16,7 @@ from support.paper_hub import HUB, NAMES
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-import folora.data.rows
+import folora.data.files
 from benchmarks.paper.recipe import TASKS
 
 
@@ -40,7 +40,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> None:
         return found[split] if split else DatasetDict(found)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(folora.data.rows, "load_dataset", load)
+    monkeypatch.setattr(folora.data.files, "load_dataset", load)
     monkeypatch.setattr(nltk, "download", lambda *_, **__: False)
     for name in ("langdetect", "immutabledict"):
         if importlib.util.find_spec(name) is None:

@@ -1,0 +1,90 @@
+"""Layers that PEFT's LoRA does not take, with the reason."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from folora.calibration.inputs import linear_dims
+from folora.errors import ConfigError
+
+LONGEST_REASON = 200
+
+
+def lora_refusals(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
+    """The layers that PEFT's LoRA does not take, with the reason.
+
+    PEFT refuses some layers by their names (``out_proj`` of Mamba), and turns others into the fused
+    weights of experts (``gate_proj`` beside Qwen3-MoE's), also when an adapter is loaded.
+
+    Raises:
+        ConfigError: It takes every kind of layer, but not all of them together.
+    """
+    if not names or _lora_refusal(model, names) is None:
+        return {}
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(starred(name), []).append(name)
+    refused: dict[str, str] = {}
+    for same in kinds.values():
+        if reason := _lora_refusal(model, same):
+            refused |= dict.fromkeys(same, reason)
+    taken = [name for name in names if name not in refused]
+    if taken and (reason := _lora_refusal(model, taken)):
+        raise ConfigError(f"PEFT's LoRA cannot be put on {type(model).__name__}: {reason}")
+    return refused
+
+
+def _lora_refusal(model: nn.Module, names: Sequence[str]) -> str | None:
+    """Why PEFT does not put LoRA on just these layers, or does not load it; None if it does both."""
+    shell = _shell(model, {})
+    trained = [(p, p.requires_grad) for p in model.parameters()]
+    sizes = {n: linear_dims(model.get_submodule(n)) or (1, 1) for n in names}
+    try:
+        config = LoraConfig(r=1, target_modules=list(names))
+        inject_adapter_in_model(config, shell, low_cpu_mem_usage=True)
+        wrapped = {name for name, m in shell.named_modules() if isinstance(m, BaseTunerLayer)}
+        if wrapped != set(names):
+            return "PEFT takes its name for the fused weights of experts"
+        exported = {
+            f"{name}.lora_{part}.weight": torch.empty(shape, device="meta")
+            for name, (d_in, d_out) in sizes.items()
+            for part, shape in (("A", (1, d_in)), ("B", (d_out, 1)))
+        }
+        loaded: Any = set_peft_model_state_dict(shell, exported)
+    except Exception as error:  # of PEFT, by the kind of layer
+        return f"PEFT: {short(error)}"
+    finally:
+        for p, requires_grad in trained:
+            p.requires_grad_(requires_grad)
+    if loaded.unexpected_keys:
+        return "PEFT renames it when an adapter is loaded, so that its weights would be lost"
+    return None
+
+
+def _shell(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
+    """A copy of a module and of all in it that shares everything but the links to parts."""
+    if id(module) not in made:
+        made[id(module)] = shell = object.__new__(type(module))
+        shell.__dict__ |= module.__dict__ | {"_parameters": {**module._parameters}, "_modules": {}}
+        for name, part in module._modules.items():
+            shell._modules[name] = None if part is None else _shell(part, made)
+    return made[id(module)]
+
+
+def starred(name: str) -> str:
+    """A module's name with ``*`` for each number: equal for modules of the same kind."""
+    """A name with ``*`` for numbers, the same for the same layer of all blocks."""
+    return re.sub(r"(^|(?<=\.))\d+(?=\.|$)", "*", name)
+
+
+def short(error: Exception) -> str:
+    """An error's text on one line, cut to `LONGEST_REASON` characters."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said if len(said) <= LONGEST_REASON else f"{said[:LONGEST_REASON]} ..."

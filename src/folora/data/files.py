@@ -1,0 +1,173 @@
+"""Rows from files, from the Hub and from memory."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+from datasets import Dataset, DatasetDict, load_dataset
+from pyarrow.parquet import ParquetFile
+
+from folora.data.formats import Row
+from folora.errors import DataError
+
+CHUNK = 2**20  # bytes
+SPACE = re.compile(r"\s*")
+LOCAL_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def local_format(name: str) -> str | None:
+    """``"json"`` or ``"parquet"`` for a local data file's name, None for a Hub name."""
+    suffixes = [s for s in Path(name).suffixes if s != ".gz"]
+    return LOCAL_FORMATS.get(suffixes[-1]) if suffixes else None
+
+
+def load_rows(
+    dataset: str | Dataset | DatasetDict | Sequence[Row], split: str = "train"
+) -> list[Row]:
+    """Rows of a local file, of a Hub data set, or of what is already in memory.
+
+    Raises:
+        DataError: The file is missing, empty, or cannot be parsed; no such split; or what is in
+            memory has no length (IterableDataset) or no rows with named columns.
+    """
+    if isinstance(dataset, str):
+        kind = local_format(dataset)
+        if kind is not None or os.path.exists(dataset):
+            rows = _read_local(Path(dataset), kind)
+        else:
+            try:
+                rows = list(load_dataset(dataset, split=split))
+            except Exception as error:  # the Hub's client raises many kinds
+                raise DataError(
+                    f"data set {dataset!r} is neither a local .json, .jsonl or .parquet file nor "
+                    f"to be had from the Hub (split {split!r}): {error}"
+                ) from error
+    else:
+        rows = _rows_in_memory(dataset, split)
+    if not rows:
+        raise DataError(f"data set {dataset if isinstance(dataset, str) else ''!r} has no rows")
+    return rows
+
+
+def _rows_in_memory(dataset: Any, split: str) -> list[Row]:
+    if isinstance(dataset, Mapping):  # DatasetDict: one data set for each split
+        if split not in dataset:
+            raise DataError(
+                f"the data set has no split {split!r}, but {sorted(map(str, dataset))}; give one with "
+                "data.split"
+            )
+        dataset = dataset[split]
+    if not hasattr(dataset, "__len__"):
+        raise DataError(
+            f"a {type(dataset).__name__} does not say how many rows it has; give a list, for example "
+            "list(dataset.take(10000))"
+        )
+    rows = list(dataset)
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping) or not all(isinstance(name, str) for name in row):
+            raise DataError(
+                f"row {number} of the data set is {type(row).__name__}, but must be a dict of named columns "
+                "(of a pandas DataFrame: frame.to_dict('records'))"
+            )
+    return rows
+
+
+def check_dataset(name: str) -> None:
+    """Refuse, before anything is loaded, a local file that cannot be read. Raises DataError."""
+    kind = local_format(name)
+    if kind is None and not os.path.exists(name):  # which a name too long does not either
+        if name.startswith((".", "/", "~")):
+            raise DataError(f"data file {name} does not exist")
+        return  # a Hub name
+    if os.path.isdir(name):
+        raise DataError(f"data file {name} is a folder, but must be a file")
+    if not os.path.isfile(name):
+        there = os.path.exists(name)
+        what = "is a named pipe or a device, but must be a file" if there else "does not exist"
+        raise DataError(f"data file {name} {what}")
+    if kind is None:
+        raise DataError(f"data file {name} must end in .json, .jsonl or .parquet (.gz allowed)")
+    if os.path.getsize(name) == 0:
+        raise DataError(f"data file {name} is empty")
+
+
+def _read_local(path: Path, kind: str | None) -> list[Row]:
+    check_dataset(str(path))
+    if kind == "json":
+        return _read_json(path)
+    try:
+        with ParquetFile(path) as file:
+            groups = (file.metadata.row_group(i) for i in range(file.num_row_groups))
+            size = sum(group.total_byte_size for group in groups)
+            if size > (most := _most_bytes()):
+                raise ValueError(_too_large(most))
+            return file.read().to_pylist()
+    except Exception as error:  # pyarrow raises many kinds
+        raise DataError(f"data file {path} cannot be read as {kind}: {error}") from error
+
+
+def _read_json(path: Path) -> list[Row]:
+    """Rows of a JSON list, or of JSON objects one after another.
+
+    By Python's own reader: Arrow's takes texts that look like dates for dates, and ends the process
+    on a line that holds null.
+    """
+    try:
+        content = _read_bytes(path)
+        values = list(_json_values(content.decode("utf-8-sig")))
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        raise DataError(f"data file {path} cannot be read as json: {error}") from error
+    rows = values[0] if len(values) == 1 and isinstance(values[0], list) else values
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise DataError(
+                f"data file {path}, row {number} is {json.dumps(row)[:40]}, but must be an object "
+                "with named columns"
+            )
+    return rows
+
+
+def _read_bytes(path: Path) -> bytes:
+    """The file's bytes, unpacked, if there is room for them and for what is made of them."""
+    most = _most_bytes()
+    content = bytearray()
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        while part := file.read(CHUNK):  # read(most) would ask for that much memory at once
+            content += part
+            if len(content) > most:
+                raise ValueError(_too_large(most))
+    return bytes(content)
+
+
+def _most_bytes() -> int:
+    """How large a data file may be, so that there is room for what is made of it."""
+    return psutil.virtual_memory().available // 4
+
+
+def _too_large(most: int) -> str:
+    return f"it holds more than {most / 1e9:.3g} GB, a quarter of the memory that is free"
+
+
+def _json_values(text: str) -> Iterator[Any]:
+    decoder = json.JSONDecoder(object_pairs_hook=_without_doubles)
+    end = 0
+    while (start := SPACE.match(text, end).end()) < len(text):  # type: ignore[union-attr]
+        value, end = decoder.raw_decode(text, start)
+        yield value
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"column {twice!r} is given twice in one row")
+    return row
