@@ -22,6 +22,7 @@ import folora.calibration.sampling
 import folora.compare.comparison
 import folora.pipeline.context
 import folora.pipeline.planning
+import folora.pipeline.run
 import folora.pipeline.stages
 import folora.training.trainer
 from benchmarks.tiny import tiny_config
@@ -40,6 +41,7 @@ DOORS: list[tuple[Any, str, Found]] = [
     (folora.pipeline.planning, "load_config", "files"),
     (folora.adapters.coverage, "load_skeleton", "files"),
     (folora.pipeline.context, "load_model", "model"),
+    (folora.pipeline.run, "load_model", "model"),
     (folora.calibration.sampling, "write_sealed", "work"),
     (HuggingFaceEngine, "__call__", "work"),
     (folora.pipeline.stages, "measure", "work"),

@@ -230,9 +230,6 @@ def test_damaged_files_are_named(
     file.write_bytes(content if damage == "flip" else content[: len(content) // 2])
     run = Run(config)
     stages = {"1": run.measure, "2": run.solve, "3": run.train, "4": run.export}
-    made = {"1": "2-statistics/pre", "2": "3-spectrum", "3": "4-training/result"}
-    if part[0] in made:  # so that the part is read
-        shutil.rmtree(tmp_path / "run" / made[part[0]])
     with pytest.raises(ArtifactError) as error:
         stages[part[0]]()
     assert str(file) in str(error.value)

@@ -714,7 +714,7 @@ MODELS = [
     model("NaN in a sampler", weights(lambda t: t[UP].fill_(torch.nan)), f"parameter {UP}", "work",
           arguments="--sampling.sampler_model HERE/model --model GOOD"),
     model("activations beyond fp32 in sampling", weights(lambda t: t[DOWN].fill_(1e37)),
-          "logits are not finite", "work"),
+          "logits are not finite", "work", command="sample"),
     model("activations whose squares are beyond fp32",
           weights(lambda t: (t[UP].mul_(1e25), t[DOWN].mul_(1e-25))),
           r"inputs of model\.layers\.0\.mlp\.down_proj are not finite or overflow", "work"),
@@ -773,7 +773,7 @@ OUTPUTS = [
                  "no name that a folder can have"),
     *(
         Wrong(f"{command} before its turn", "--output HERE/new",
-              rf"{part} is missing; give the command: folora {before}", "files", command=command)
+              rf"{part} is missing; make it first: folora {before}", "files", command=command)
         for command, part, before in (
             ("measure", "1-samples/set", "sample"),
             ("solve", "2-statistics/pre", "measure"),
@@ -781,7 +781,7 @@ OUTPUTS = [
         )
     ),
     Wrong("export before its turn", "--output HERE/new",
-          "4-training/result is missing; give the command: folora train", command="export"),
+          "4-training/result is missing; make it first: folora train", command="export"),
 ]  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from folora.errors import ArtifactError
 from folora.pipeline.context import Context
 from folora.runtime import distributed
-from folora.runtime.artifacts import read_manifest
+from folora.runtime.artifacts import check_tensors, read_manifest
 from folora.runtime.storage import read_sealed, write_sealed
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ class Folder:
         if not distributed.first(lambda: self._is_done(stage, facts)):
             value = stage.compute(None if stage.request() is None else path.parent)
             distributed.first(lambda: stage.save(value, path, facts))
-            del value
+            return self._made(type(stage), stage.context, facts)
         return self.read(type(stage), stage.context, facts)
 
     def read(
@@ -136,12 +136,17 @@ class Folder:
             expected: Facts that its manifest must hold; by default those of the model.
 
         Raises:
-            ArtifactError: It is missing or damaged.
+            ArtifactError: It is missing, or damaged; its checksum is compared.
             MismatchError: It is of another model.
         """
-        expected = context.facts if expected is None else expected
-        manifest = self.manifest(stage, expected)
-        path = self.folder / stage.path
+        found = self._made(stage, context, context.facts if expected is None else expected)
+        distributed.first(lambda: check_tensors(self.folder / stage.path, found.manifest))
+        return found
+
+    def _made(
+        self, stage: type[Stage[T]], context: Context, expected: Mapping[str, Any]
+    ) -> Made[T]:
+        path, manifest = self.folder / stage.path, self.manifest(stage, expected)
         return Made(lambda: stage.load(context, path, expected), manifest)
 
     def manifest(

@@ -122,6 +122,12 @@ def check_manifest(
 def read_artifact(path: Path, kind: str, expected: Mapping[str, Any] | None = None) -> Artifact:
     """Read an artifact after checking manifest and checksum; see `read_manifest`."""
     manifest = read_manifest(path, kind, expected)
+    check_tensors(path, manifest)
+    return Artifact(read_tensors(Path(path) / TENSORS), manifest)
+
+
+def check_tensors(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Compare an artifact's tensors with the checksum in its manifest. Raises ArtifactError."""
     file = Path(path) / TENSORS
     try:
         check_fits_memory(file)  # before it is hashed for hours
@@ -133,7 +139,6 @@ def read_artifact(path: Path, kind: str, expected: Mapping[str, Any] | None = No
             f"{file} is damaged: its checksum is {checksum[:12]}, its manifest says "
             f"{str(manifest.get('sha256'))[:12]}. Delete the folder {path} and make it again."
         )
-    return Artifact(read_tensors(file), manifest)
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
