@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from folora.errors import ConfigError
 from folora.optim.sadam import SAdam
 from folora.spectral.groups import InputGroup
 from folora.spectral.layers import GroupBasis, solve
+from folora.spectral.moments import Moments
 from folora.training.optimizer import param_groups
 
 INITS = ["eigen", "null_space"]
@@ -58,7 +60,7 @@ def make_headed(task: str) -> PreTrainedModel:
     return made
 
 
-def step(model: PeftModel, bases: list[GroupBasis], loss: Tensor) -> None:
+def step(model: PeftModel, bases: Sequence[GroupBasis], loss: Tensor) -> None:
     optimizer = SAdam(param_groups(model, bases, lr=0.05))
     loss.backward()
     optimizer.step()
@@ -371,11 +373,12 @@ def test_a_plain_module_takes_an_adapter(tmp_path: Path) -> None:
     """No PreTrainedModel, no forward pass over tokens."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5), nn.Linear(5, 2))
-    groups = [InputGroup(("0",), 6), InputGroup(("2",), 8)]
+    groups = (InputGroup(("0",), 6), InputGroup(("2",), 8))
     rows = {g.name: torch.randn(40, g.d_in, dtype=torch.float64) for g in groups}
-    pre = {name: x.T @ x / 40 for name, x in rows.items()}
-    task = {name: x[:9].T @ x[:9] / 9 for name, x in rows.items()}
-    bases = solve(groups, pre, task, tau=1e-3, null_rank=2)
+    pre, task = (
+        Moments({name: x[:n].T @ x[:n] / n for name, x in rows.items()}, n, groups) for n in (40, 9)
+    )
+    bases = solve(pre, task, tau=1e-3, null_rank=2)
     x = torch.randn(3, 6)
     before = model(x)
     adapted = attach(model, bases, LoraConfig(r=2, modules_to_save=["3"]), init="null_space")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from folora.adapters.adapter import attach, lora_factors
 from folora.adapters.export import export_adapter
 from folora.adapters.initialization import INITIALIZATIONS, NONZERO
 from folora.errors import ConfigError
-from folora.spectral.layers import GroupBasis, bases_from_tensors, bases_to_tensors
+from folora.spectral.layers import GroupBasis, Spectrum
 
 R = 4
 CONFIG = LoraConfig(r=R, lora_alpha=6, task_type="CAUSAL_LM", modules_to_save=["embed_tokens"])
@@ -55,9 +56,8 @@ def test_training_resumes_from_a_folder_by_peft_and_a_saved_spectrum(
     state = copy.deepcopy(optimizer.state_dict())
 
     again = loaded(tmp_path)
-    other = folora.optimizer(
-        again, bases_from_tensors(*bases_to_tensors(bases)), 1e-2, directions=6
-    )
+    bases.save(tmp_path / "spectrum")
+    other = folora.optimizer(again, Spectrum.load(tmp_path / "spectrum"), 1e-2, directions=6)
     other.load_state_dict(state)
     frozen = factors(again)
     for one, made in ((adapted, optimizer), (again, other)):
@@ -150,7 +150,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
     bases = bases_for(model)
     adapted = attach(model, bases, LoraConfig(r=R))
 
-    def refuses(message: str, model: PeftModel, bases: list[GroupBasis], **values: Any) -> None:
+    def refuses(message: str, model: PeftModel, bases: Sequence[GroupBasis], **values: Any) -> None:
         with pytest.raises(ConfigError, match=message):
             folora.optimizer(model, bases, 1e-3, **values)
 

@@ -7,7 +7,7 @@ that saved both.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -34,7 +34,7 @@ def optimizer(
     weight_decay: float = 0.0,
     lam: float = 1.0,
     s_min: float = 0.3,
-    directions: int | None = None,
+    directions: int | Literal["all"] | None = None,
     step_scale: str = "task",
     spectral: bool = True,
     betas: tuple[float, float] = BETAS,
@@ -57,7 +57,8 @@ def optimizer(
         weight_decay: Decoupled weight decay, of all parameters.
         lam: Gate's lambda, >= 0.
         s_min: Gate's floor, in [0, 1].
-        directions: Number of leading directions that A moves along; None for all that `bases` have.
+        directions: Number of leading directions that A moves along, ``"all"`` for all that `bases` have;
+            default is the adapter's rank.
         step_scale: ``"task"``, or ``"paper"`` for none.
         spectral: False for plain AdamW.
         betas: Decay of the two moments.
@@ -73,9 +74,11 @@ def optimizer(
     bases = list(bases)
     _check_adapter(model, bases, adapter_name)
     restore_forward(model, adapter_name)
+    if directions is None:
+        directions = _rank(model, bases[0], adapter_name)
     groups = param_groups(
         model, bases, lr=lr, lr_b_ratio=lr_b_ratio, weight_decay=weight_decay, lam=lam, s_min=s_min,
-        directions=directions, step_scale=step_scale, spectral=spectral, adapter_name=adapter_name,
+        directions=None if directions == "all" else directions, step_scale=step_scale, spectral=spectral, adapter_name=adapter_name,
     )  # fmt: skip
     kind = FusedSAdam if fused else SAdam
     made = kind(groups, betas=betas, eps=eps)
@@ -136,6 +139,13 @@ def gated_basis(
     gate = spectral_gate(gamma, lam, s_min)
     scale = 1.0 if step_scaling == "paper" else step_scale(gamma, gate, b.task_trace)
     return {"basis": b.basis[:, :directions].contiguous(), "gate": gate, "scale": scale}
+
+
+def _rank(model: PeftModel, basis: GroupBasis, adapter_name: str) -> int:
+    """Number of A's rows that are trained."""
+    layer: Any = model.get_base_model().get_submodule(basis.group.name)
+    variant = layer.lora_variant.get(adapter_name)
+    return getattr(variant, "trained", None) or len(layer.lora_A[adapter_name].weight)
 
 
 def _saved_parameters(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:

@@ -79,7 +79,8 @@ def assemble(
 ) -> Prepared:
     """Adapter, optimizer and meter from what the first three stages found."""
     peft_model = attach_configured(model, bases, config)
-    made = optimizer(peft_model, bases, **group_options(config), **adam_options(config.training))
+    options = group_options(config) | {"directions": config.directions or "all"}
+    made = optimizer(peft_model, bases, **options, **adam_options(config.training))
     check = partial(warn_if_not_stepped, made, peft_model, bases)
     meter = Meter(samples.held_out, task.held_out, config.statistics.batch_size, check)
     return Prepared(peft_model, made, bases, task, samples, meter, config)
