@@ -6,15 +6,8 @@ import re
 from collections.abc import Callable
 from functools import partial
 
-from benchmarks.report.blocks import (
-    Block,
-    image,
-    parts,
-    stated_range,
-)
-from benchmarks.report.charts import (
-    spectra_picture,
-)
+from benchmarks.report.blocks import Block, image, parts, stated_range
+from benchmarks.report.charts import spectra_picture
 from benchmarks.report.source import NoResultsError, Source
 from folora.compare.methods import METHODS
 from folora.compare.tables import NONE, Table

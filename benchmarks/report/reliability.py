@@ -6,10 +6,7 @@ from collections.abc import Callable
 
 from benchmarks.reliability.fuzz import fuzz_table
 from benchmarks.reliability.table import distributed_table, disturbance_table, soak_table
-from benchmarks.report.blocks import (
-    Block,
-    parts,
-)
+from benchmarks.report.blocks import Block, parts
 from benchmarks.report.source import Source
 from benchmarks.scaling import bytes_table, time_table
 

@@ -1,0 +1,22 @@
+"""A folder with made-up plans, results and a template of every block."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.made_results import TEMPLATE, moments, write_plans, write_results
+
+from benchmarks.spectra import main as spectra_main
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    """Plans, results and a template with every block."""
+    write_plans(tmp_path / "plans")
+    write_results(tmp_path / "results")
+    moments(tmp_path / "run")
+    output = tmp_path / "results" / "spectra" / "tiny.json"
+    spectra_main(["--run", str(tmp_path / "run"), "--model", "tiny", "--task", "shift", "--output", str(output)])  # fmt: skip
+    (tmp_path / "template.md").write_text(TEMPLATE)
+    return tmp_path
