@@ -104,7 +104,7 @@ def measured(run: Path, model_folder: Path, targets: Sequence[str], r: int) -> d
             f"{run} has {len(samples.calibration)} samples for C_pre and must have {SEQUENCES[-1]}; "
             f"targets of less than {2 * ROWS[-1]} rows: {', '.join(few) or 'none'}"
         )
-    groups = watched(coverage_of(model, config.adapter, samples.calibration[0][0]).groups)
+    groups = watched(coverage_of(model, config, samples.calibration[0][0]).groups)
     looks = len(LENGTHS) * len(SEQUENCES)
     with progress("amounts", looks + 2 + len(targets) * (len(ROWS) + 1 + looks)) as tick:
 

@@ -14,7 +14,7 @@ import json
 import logging
 import time
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,19 +73,14 @@ def config(model: Path, rows: Path, output: Path) -> FoLoraConfig:
         statistics=StatisticsConfig(task_examples=96, batch_size=16),
         adapter=AdapterConfig(r=16),
         training=TrainingConfig(
-            learning_rate=1e-3, max_steps=16, batch_size=8, logging_steps=4, save_steps=100
+            learning_rate=1e-3, max_steps=16, per_device_train_batch_size=8, logging_steps=4, save_steps=100
         ),
     )
 
 
 def plain_lora(folora: FoLoraConfig, output: Path) -> FoLoraConfig:
     """The same run with LoRA's start and AdamW."""
-    return replace(
-        folora,
-        output=str(output / "lora"),
-        adapter=replace(folora.adapter, init="kaiming"),
-        training=replace(folora.training, optimizer="adamw"),
-    )
+    return folora.changed({"method": "lora", "output": str(output / "lora")})
 
 
 @torch.inference_mode()

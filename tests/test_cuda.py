@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +188,7 @@ def test_the_set_matches_the_cpus_at_any_batch_size() -> None:
     """In float32; a draw may fall between the roundings of two devices, but not of these seeds."""
     expected = sample_sequences(HuggingFaceEngine(make_llama(), 1, [2], CONFIG), 1, [2], CONFIG)
     for size in (5, 64):
-        config = replace(CONFIG, batch_size=size)
+        config = CONFIG.replace(batch_size=size)
         found = sample_sequences(
             HuggingFaceEngine(make_llama().to(GPU), 1, [2], config), 1, [2], config
         )
@@ -213,7 +212,7 @@ def test_cuda_graph_decoding_matches_generate(make: Any) -> None:
 
 def test_sampling_with_too_little_memory(caplog: pytest.LogCaptureFixture) -> None:
     """The memory really runs out, and the same set comes out, but for rounding in some sequence."""
-    config = replace(CONFIG, num_sequences=1024, batch_size=1024)
+    config = CONFIG.replace(num_sequences=1024, batch_size=1024)
     model = make_llama(vocab=20000).to(GPU)
     expected = sample_sequences(HuggingFaceEngine(model, 1, [2], config), 1, [2], config)
     torch.cuda.empty_cache()
@@ -240,8 +239,8 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
         {},
         {"dtype": "bfloat16", "training": {"bf16": True}},
         {"spectrum": {"directions": "all"}},
-        {"training": {"gradient_checkpointing": True, "kl_weight": 0.1}},
-        {"adapter": {"init": "null_space"}},
+        {"training": {"gradient_checkpointing": True}, "method": "folora-kl"},
+        {"method": {"name": "folora", "init": "null_space"}},
     ],
     ids=str,
 )
@@ -264,7 +263,7 @@ def test_a_whole_run(
     assert all(torch.equal(resumed[name], found[name]) for name in found)
 
     # Signs of eigenvectors are as they come, and a start by them is another one.
-    if config.dtype == "float32" and config.adapter.init == "eigen":
+    if config.dtype == "float32" and config.method.init == "eigen":
         cpu = config.changed({"device": "cpu", "output": str(tmp_path / "cpu")})
         Run(cpu).run()
         assert Run(config).samples() == Run(cpu).samples()

@@ -40,7 +40,7 @@ IDS = torch.randint(3, 50, (4, 12), generator=torch.Generator().manual_seed(5))
 
 def prepared(kind: str, init: str) -> Any:
     """A tiny prepared model."""
-    config = tiny_config(adapter={"init": init})
+    config = tiny_config(method={"name": "folora", "init": init})
     return folora.prepare(MAKERS[kind](), make_tokenizer(), rows(), config)
 
 

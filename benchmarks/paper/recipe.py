@@ -14,7 +14,6 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from benchmarks.includes import read_included
 from folora.compare.comparison import Arm, arms
-from folora.compare.methods import configured
 from folora.config import FoLoraConfig
 from folora.errors import ConfigError, nearest
 
@@ -141,7 +140,7 @@ class Recipe:
         base = self.config
         for method, rates in self.methods.items():
             for rate in rates:
-                configured(base, method, {"training.learning_rate": rate})
+                base.changed({"method": method, "training.learning_rate": rate})
 
     @property
     def config(self) -> FoLoraConfig:

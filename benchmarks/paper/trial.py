@@ -31,7 +31,7 @@ CHANGES = {
     "data.eval_rows": 2,
     "adapter.r": RANK,
     "training.max_steps": 2,
-    "training.batch_size": 2,
+    "training.per_device_train_batch_size": 2,
     "training.gradient_accumulation_steps": 1,
     "training.gradient_checkpointing": False,
     "training.bf16": False,

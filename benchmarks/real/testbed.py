@@ -62,8 +62,8 @@ class RealTestbed:
         return target_rows(task)
 
     def options(self) -> dict[str, Any]:
-        """The seeds of training, samples and held-out rows."""
-        return dict.fromkeys(("training.seed", "sampling.seed", "data.seed"), self.seed)
+        """The seed of training, samples and held-out rows."""
+        return {"seed": self.seed}
 
     def score(self, run: Run, task: str) -> Score:
         """The answers to all questions; the same whatever the model learns."""

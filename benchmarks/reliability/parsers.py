@@ -24,7 +24,6 @@ from folora.calibration.base_file import HEADER, read_base_file, tensors_sha256,
 from folora.calibration.calibration_set import CalibrationSet
 from folora.calibration.sampling import sample_sequences
 from folora.compare.comparison import checked_arm
-from folora.compare.methods import configured
 from folora.compare.results import ResultFile, load_results, point_sets
 from folora.config import FoLoraConfig
 from folora.data.files import load_rows
@@ -277,7 +276,7 @@ def _plan() -> Parser:
     def parse(folder: Path) -> object:
         plan = Plan.load(folder / PLAN)
         base = FoLoraConfig().changed(plan.base)
-        return plan, [configured(base, arm.method, arm.changes) for arm in plan.arms()]
+        return plan, [base.changed({"method": arm.method, **arm.changes}) for arm in plan.arms()]
 
     return Parser(files, [*files], parse)
 

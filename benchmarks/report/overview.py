@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from benchmarks.report.blocks import Block, image, parts, stated_range
 from benchmarks.report.charts import spectra_picture
 from benchmarks.report.source import NoResultsError, Source
-from folora.compare.methods import METHODS
 from folora.compare.tables import NONE, Table
+from folora.methods import METHODS, Method
 
 SEEDS = re.compile(r"\s+--seeds(?:[ =]\d+)+")
 
@@ -40,11 +41,19 @@ def catalogue(source: Source) -> Block:
     """All methods: what each changes, and what it is."""
     del source
     rows = [
-        (name, m.title, ", ".join(f"{k} = {v}" for k, v in m.changes.items()) or "nothing", m.about)
+        (name, m.title, ", ".join(f"{k} = {v}" for k, v in _changes(m).items()) or "nothing", m.about)
         for name, m in METHODS.items()
     ]
     caption = "Names are those of `folora compare --methods`; options those of `folora run`."
     return Block([Table(("name", "method", "changes", "what it is"), tuple(rows), caption)])
+
+
+def _changes(method: Method) -> dict[str, Any]:
+    """The ingredients that are not folora's, and the defaults of options that a method changes."""
+    folora = METHODS["folora"]
+    names = [n for n in Method.model_fields if n not in ("name", "title", "about", "settings")]
+    own = {n: getattr(method, n) for n in names if getattr(method, n) != getattr(folora, n)}
+    return {f"method.{name}": value for name, value in own.items()} | method.settings
 
 
 def spectra(source: Source) -> Block:

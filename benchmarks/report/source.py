@@ -11,9 +11,9 @@ from typing import Any
 from benchmarks.plan import RATE, Plan
 from benchmarks.spectra import FORMAT as SPECTRA
 from benchmarks.speed.shapes import SHAPES
-from folora.compare.methods import METHODS
 from folora.compare.results import Result, load_results
 from folora.errors import ConfigError, DataError, nearest
+from folora.methods import METHODS
 from folora.runtime.storage import read_json
 
 MAIN = "world_methods"

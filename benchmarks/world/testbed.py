@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from transformers import GenerationConfig
 
 from benchmarks.plan import Plan, check_names
 from benchmarks.world.language import Row, Task, World, pretraining_documents, tasks
@@ -47,6 +48,7 @@ class WorldTestbed:
         self.tasks = own or tasks(self.world)
         if not self.model.exists():
             pretrain(self.model, seed, STEPS)
+        run_through_documents(self.model)
 
     @staticmethod
     def check(plan: Plan) -> None:
@@ -102,6 +104,14 @@ class WorldTestbed:
                     ids += run.context.tokenizer(f"{bos}{text}{eos}")["input_ids"]
             texts.append(ids[:length])
         return texts
+
+
+def run_through_documents(model: Path) -> None:
+    """Have sampled text go on after a document's end, as the sequences of pretraining do."""
+    settings = GenerationConfig.from_pretrained(model)
+    if settings.eos_token_id != []:
+        settings.eos_token_id = []
+        settings.save_pretrained(model)
 
 
 def own_task(train: Path, test: Path) -> dict[str, Task]:

@@ -34,7 +34,7 @@ from folora.spectral.layers import solve
 from folora.spectral.moments import Moments
 from folora.training.optimizer import param_groups
 
-ADAPTER = AdapterConfig(r=2)
+CONFIG = FoLoraConfig(adapter=AdapterConfig(r=2))
 IDS = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(3))
 ALL = bool(os.environ.get("FOLORA_TEST_ARCHITECTURES"))  # make architectures
 ALIKE = frozenset(
@@ -78,7 +78,7 @@ def named(cases: list[Case]) -> Any:
 
 def outlined(case: Case) -> Coverage:
     """By the config alone, as `plan` and `run` do."""
-    config = FoLoraConfig(model="tiny", adapter=ADAPTER)
+    config = FoLoraConfig(model="tiny", adapter=CONFIG)
     return cover_config(config, tiny_config(case.kind, **case.changes))[1]
 
 
@@ -102,7 +102,7 @@ def close(found: Tensor, wanted: Tensor) -> None:
 @named([c for c in WORKING if ALL or c.kind not in ALIKE])
 def test_adapted_architectures_work(case: Case, tmp_path: Path) -> None:
     model = build(case)
-    found = coverage_of(model, ADAPTER, 1)
+    found = coverage_of(model, CONFIG, 1)
     assert {name.rsplit(".", 1)[-1] for name in found.layers} == set(case.adapted.split())
     patterns = case.left.split()
     assert all(any(fnmatch(name, p) for p in patterns) for name in found.left_out)
@@ -140,7 +140,7 @@ def test_adapted_architectures_work(case: Case, tmp_path: Path) -> None:
 @named(REFUSED)
 def test_refused_architectures_are_refused_early(case: Case) -> None:
     with pytest.raises(ConfigError, match=case.refused):
-        coverage_of(build(case), ADAPTER, 1)
+        coverage_of(build(case), CONFIG, 1)
     config = tiny_config(case.kind, **case.changes)
     if case.head:
         config.architectures = [case.head]
@@ -174,7 +174,7 @@ def test_a_model_with_an_adapter_is_refused_and_left_as_it_is() -> None:
             prepare(given, make_tokenizer(), rows())  # type: ignore[arg-type]
     assert any(p.requires_grad for p in adapted.parameters())
     with pytest.raises(ConfigError, match=r"before torch\.compile"):
-        coverage_of(torch.nn.Linear(2, 2), ADAPTER, 1)  # type: ignore[arg-type]
+        coverage_of(torch.nn.Linear(2, 2), CONFIG, 1)  # type: ignore[arg-type]
 
 
 CAN_SAMPLE = [c for c in WORKING if not c.cannot_sample]
@@ -214,7 +214,7 @@ def test_prepare(case: Case) -> None:
 def test_the_model_is_unchanged() -> None:
     model = build(CASES[0]).requires_grad_(True)
     before = {name: type(module) for name, module in model.named_modules()}
-    coverage_of(model, ADAPTER, 1)
+    coverage_of(model, CONFIG, 1)
     assert {name: type(module) for name, module in model.named_modules()} == before
     assert all(p.requires_grad for p in model.parameters())
     assert not hasattr(model, "peft_config")
@@ -224,7 +224,7 @@ def test_the_model_is_unchanged() -> None:
 def test_named_layers_that_cannot_be_adapted_are_refused() -> None:
     model = build(next(c for c in CASES if c.kind == "mamba"))
     with pytest.raises(ConfigError, match=r"takes in backbone\.layers\.0\.mixer\.out_proj.*PEFT"):
-        coverage_of(model, AdapterConfig(r=2, target_modules=["in_proj", "out_proj"]), 1)
+        coverage_of(model, FoLoraConfig(adapter={"r": 2, "target_modules": ["in_proj", "out_proj"]}), 1)
 
 
 def test_experts_of_linear_layers_are_left_out() -> None:
@@ -245,7 +245,7 @@ def test_experts_of_linear_layers_are_left_out() -> None:
             return out.reshape(x.shape)
 
     model.model.layers[1].mlp = Experts()
-    found = coverage_of(model, ADAPTER, 1)
+    found = coverage_of(model, CONFIG, 1)
     assert {n for n, r in found.left_out.items() if "not one row for every token" in r} == {
         f"model.layers.1.mlp.experts.{number}" for number in range(4)
     }
@@ -256,7 +256,7 @@ def test_adapting_less_than_half_of_the_weights_warns(
 ) -> None:
     case = next(c for c in CASES if c.kind == "mixtral")
     build(case).save_pretrained(tmp_path)
-    found = plan(FoLoraConfig(model=str(tmp_path), device="cpu", adapter=ADAPTER))
+    found = plan(FoLoraConfig(model=str(tmp_path), device="cpu", adapter=CONFIG))
     assert found.layers == 8 and found.activations > 0
     assert "LoRA adapts 19.7 % of the weights outside embeddings" in caplog.text
     said = found.coverage.lines()
@@ -281,4 +281,4 @@ def test_a_run_reports_what_is_adapted(
 def test_a_plan_covers_what_a_run_adapts(kind: str, tmp_path: Path) -> None:
     case = next(c for c in CASES if c.kind == kind)
     tiny_config(kind, **case.changes).save_pretrained(tmp_path)
-    assert plan(FoLoraConfig(model=str(tmp_path), device="cpu", adapter=ADAPTER)).activations > 0
+    assert plan(FoLoraConfig(model=str(tmp_path), device="cpu", adapter=CONFIG)).activations > 0

@@ -203,7 +203,7 @@ def test_the_trainer_keeps_inputs_narrow_and_restores_the_model(tmp_path: Path) 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             seen.append(casts(p.model))
 
-    args = folora.sft_config(config.training, tmp_path, evaluates=False, on_cpu=True)
+    args = folora.sft_config(config, tmp_path, evaluates=False, on_cpu=True)
     folora.FoLoraTrainer(p, args, make_tokenizer(), callbacks=[Look()]).train()
     assert seen == [{False}] * 2
     assert casts(p.model) == {True}

@@ -84,7 +84,9 @@ def bases() -> Spectrum:
 
 
 def untrained(method: str, model: Any = None) -> Prepared:
-    config = tiny_config(adapter={"r": R, "alpha": ALPHA, **METHODS[method]})
+    config = tiny_config(
+        adapter={"r": R, "alpha": ALPHA}, method={"name": "folora", **METHODS[method]}
+    )
     task = TaskData([Example([1, 3, 4], [-100, 3, 4])], [])
     base = model or make_llama()
     return assemble(base, bases(), task, CalibrationSet([[1, 3, 4]], [[1, 5, 6]]), config)

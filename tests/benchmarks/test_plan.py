@@ -11,7 +11,6 @@ from benchmarks.compare import TESTBEDS
 from benchmarks.includes import read_included
 from benchmarks.plan import Plan
 from folora.compare.comparison import Arm
-from folora.compare.methods import configured
 from folora.config import FoLoraConfig
 from folora.errors import ConfigError
 
@@ -37,7 +36,7 @@ def test_committed_plans_are_valid_and_name_every_arm_once(path: Path, data: Non
     assert len({arm.name for arm in arms}) == len(arms) > 0
     base = FoLoraConfig().changed(plan.base)
     for arm in arms:
-        configured(base, arm.method, arm.changes)
+        base.changed({"method": arm.method, **arm.changes})
 
 
 def test_arms_are_chosen_by_method_and_learning_rate() -> None:

@@ -91,7 +91,8 @@ def test_a_plan_from_rows_to_results(
         for method in ("folora", "null-frozen")
     }
     for result in results:
-        assert result.config["sampling.seed"] == result.config["data.seed"] == 3
+        assert result.config["seed"] == 3
+        assert "training.seed" not in result.config
         assert [r["step"] for r in result.readings] == [2, 4]
         for reading in (result.base, *result.readings):
             assert set(reading["kept"]) == {"known_facts", "piqa"}

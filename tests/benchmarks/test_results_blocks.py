@@ -25,10 +25,10 @@ from support.made_results import (
 )
 
 from benchmarks.report.page import render
-from folora.compare.methods import METHODS
 from folora.compare.results import ResultFile
 from folora.config import S_MIN, TAU
 from folora.errors import NumericsError
+from folora.methods import METHODS
 from folora.spectral.eigenproblem import off_diagonal_mass
 
 

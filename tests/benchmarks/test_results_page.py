@@ -14,8 +14,8 @@ from support.made_results import PLANS, RATES, TEMPLATE, final, page, source, ta
 from benchmarks.report.__main__ import main
 from benchmarks.report.page import TEMPLATES, pages, render
 from benchmarks.report.source import Source
-from folora.compare.methods import METHODS
 from folora.errors import ConfigError
+from folora.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
 

@@ -44,7 +44,7 @@ def plan_file(folder: Path, **changes: object) -> Path:
         "tasks": ["difference", "instrument"],
         "seeds": [7],
         "read_at": [0.5, 1.0],
-        "base": {**TINY_PLAN_BASE, "sampling.ignore_eos": True},
+        "base": TINY_PLAN_BASE,
         "sweeps": [{"methods": ["folora", "null-frozen"], "learning_rates": [1e-3]}],
         **changes,
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ def base(finished: FoLoraConfig, tmp_path_factory: pytest.TempPathFactory) -> Pa
     place = tmp_path_factory.mktemp("shared")
     file, config = place / "llama.safetensors", place / "base.yaml"
     shutil.copytree(str(finished.output), place / "run")
-    config.write_text(replace(finished, dataset=None, output=str(place / "run")).to_yaml())
+    config.write_text(finished.replace(dataset=None, output=str(place / "run")).to_yaml())
     assert main(["base", "--config", str(config), "--to", str(file)]) == 0
     return file
 
@@ -59,7 +58,7 @@ def test_a_run_from_a_base_file_matches_a_full_run(
         raise AssertionError("sampled again")
 
     monkeypatch.setattr(Context, "engine", never)
-    config = replace(finished, base=str(base), output=str(tmp_path / "second"))
+    config = finished.replace(base=str(base), output=str(tmp_path / "second"))
     report = Run(config).run()
     first, second = Path(str(finished.output)), tmp_path / "second"
     for part in ("2-statistics/pre", "2-statistics/task", "3-spectrum", "4-training/result"):
@@ -77,7 +76,7 @@ def test_a_run_from_a_base_file_matches_a_full_run(
 def test_a_subset_of_layers_is_accepted_and_others_refused(
     finished: FoLoraConfig, base: Path, tmp_path: Path
 ) -> None:
-    config = replace(finished, base=str(base), output=str(tmp_path / "few"))
+    config = finished.replace(base=str(base), output=str(tmp_path / "few"))
     few = config.changed({"adapter.target_modules": ["v_proj", "down_proj"]})
     Run(few).run()
     found, every = (
@@ -109,9 +108,9 @@ def test_another_model_and_damage_are_refused_before_the_run_starts(
     other = tmp_path / "other"
     make_llama(seed=1).save_pretrained(other)
     make_tokenizer().save_pretrained(other)
-    config = replace(finished, base=str(base), output=str(tmp_path / "run"))
+    config = finished.replace(base=str(base), output=str(tmp_path / "run"))
     with pytest.raises(MismatchError, match="belongs to another model"):
-        Run(replace(config, model=str(other))).run()
+        Run(config.replace(model=str(other))).run()
 
     tensors = load_file(base)
     name = next(n for n in tensors if n.endswith("c_pre"))
@@ -130,7 +129,7 @@ def test_another_model_and_damage_are_refused_before_the_run_starts(
     }.items():  # fmt: skip
         path = tmp_path / f"{file}.safetensors"
         with pytest.raises(ArtifactError, match=message):
-            Run(replace(config, base=str(path))).run()
+            Run(config.replace(base=str(path))).run()
     assert not (tmp_path / "run").exists()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,7 @@ def test_batch_size_does_not_change_the_set(batch_size: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_stepwise_decoding_matches_generate(make: Any, attention: str, dtype: torch.dtype) -> None:
     """Also rows that end in other steps; the graph itself needs a GPU, see test_cuda.py."""
-    config = replace(CONFIG, num_sequences=64, min_new_tokens=2)
+    config = CONFIG.replace(num_sequences=64, min_new_tokens=2)
     model = make().to(dtype)
     model.set_attn_implementation(attention)
     generates, loops = (HuggingFaceEngine(model, 1, [2], config) for _ in range(2))
@@ -102,7 +101,7 @@ def test_out_of_memory_halves_the_batch(
 ) -> None:
     """Whatever fits, the set is the same; what does not fit with so few rows is an error."""
     expected = sample_sequences(engine(), 1, [2], CONFIG)
-    config = replace(CONFIG, batch_size=64)
+    config = CONFIG.replace(batch_size=64)
     decoder, seen = engine(config), []
     decoder.steps = False
     generate = decoder.model.generate
@@ -138,9 +137,9 @@ def test_batch_size_fits_the_free_memory(
     model, cuda = make_llama().config, torch.device("cuda")
     assert cache_bytes(model, 4) == 2 * 2 * 2 * 8 * 4
     assert batch_size_for(cuda, model, 8, config, processes, taken=1000) == size
-    assert batch_size_for(cuda, model, 8, replace(config, batch_size=5), processes) == 5
+    assert batch_size_for(cuda, model, 8, config.replace(batch_size=5), processes) == 5
     assert batch_size_for(torch.device("cpu"), model, 8, config, processes) == 64
-    early = replace(config, tolerance=3.0)
+    early = config.replace(tolerance=3.0)
     assert batch_size_for(cuda, model, 8, early, processes, taken=1000) == min(size, 256)
 
 
@@ -159,12 +158,8 @@ def test_counts_lengths_and_the_held_out_split() -> None:
 
 
 def test_the_seed_changes_the_set() -> None:
-    other = SamplingConfig(
-        num_sequences=40, min_new_tokens=32, max_new_tokens=40, batch_size=16, seed=1
-    )
-    assert sample_sequences(engine(other), 1, [2], other) != sample_sequences(
-        engine(), 1, [2], CONFIG
-    )
+    other = HuggingFaceEngine(make_llama(), 1, [2], CONFIG, seed=1)
+    assert sample_sequences(other, 1, [2], CONFIG) != sample_sequences(engine(), 1, [2], CONFIG)
 
 
 def test_decoding_settings_are_mixed_70_20_10() -> None:
@@ -262,11 +257,12 @@ def test_more_sequences_reuse_existing_shards(tmp_path: Path) -> None:
     assert found == sample_sequences(engine(more), 1, [2], more)
 
 
-@pytest.mark.parametrize("change", [{"seed": 3}, {"max_new_tokens": 39}, {"min_new_tokens": 31}])
+@pytest.mark.parametrize("change", [{"max_new_tokens": 39}, {"min_new_tokens": 31}])
 def test_settings_that_change_sequences_change_the_request(change: dict[str, int]) -> None:
-    other = replace(CONFIG, **change)
+    other = CONFIG.replace(**change)
     assert request_of(1, [2], other) != request_of(1, [2], CONFIG)
-    assert request_of(1, [2], replace(CONFIG, num_sequences=90)) == request_of(1, [2], CONFIG)
+    assert request_of(1, [2], CONFIG, seed=3) != request_of(1, [2], CONFIG)
+    assert request_of(1, [2], CONFIG.replace(num_sequences=90)) == request_of(1, [2], CONFIG)
 
 
 @pytest.mark.parametrize("damage", ["[[1, 2", "[]", "{}", '[["a"]]'])
@@ -291,9 +287,10 @@ def test_a_model_whose_samples_are_rejected_raises_with_reasons() -> None:
 def test_text_can_continue_past_the_end_of_a_document() -> None:
     """Without endings EOS is a token like any other: it occurs, also before the minimum length."""
     model, tokenizer = make_llama(), make_tokenizer()
-    config = tiny_config(sampling={"ignore_eos": True}).sampling
-    assert ending_ids(model, tokenizer, config) == []
-    assert ending_ids(model, tokenizer, tiny_config().sampling) == [2]
+    config = tiny_config().sampling
+    assert ending_ids(model, tokenizer) == [2]
+    model.generation_config.eos_token_id = []
+    assert ending_ids(model, tokenizer) == []
     found = sample_sequences(HuggingFaceEngine(model, 1, [], config), 1, [], config)
     rows = [row[1:] for row in [*found.calibration, *found.held_out]]
     assert {len(row) for row in rows} == {config.max_new_tokens}

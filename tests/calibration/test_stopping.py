@@ -104,7 +104,7 @@ def test_c_pre_is_bitwise_the_same_with_and_without_early_stopping_checks(
 ) -> None:
     """With no memory for all inputs at once, and when the run is resumed by another process."""
     caplog.set_level("INFO", "folora")
-    config = replace(early, output=str(tmp_path / "run")).changed(
+    config = early.replace(output=str(tmp_path / "run")).changed(
         {"sampling.tolerance": 1e6, "statistics.memory_gb": memory_gb}
     )
 
@@ -214,9 +214,7 @@ def test_a_run_stops_sampling_early(early: FoLoraConfig) -> None:
     before = (folder / "1-samples" / "set" / "manifest.json").stat().st_mtime_ns
     Run(early).run()  # nothing is decided again
     assert (folder / "1-samples" / "set" / "manifest.json").stat().st_mtime_ns == before
-    never = replace(early, output=str(folder.parent / "never")).changed(
-        {"sampling.tolerance": None}
-    )
+    never = early.replace(output=str(folder.parent / "never")).changed({"sampling.tolerance": None})
     never = never.changed({"sampling.num_sequences": total})
     Run(never).sample()
     same = read_json(folder.parent / "never" / "1-samples" / "set" / "manifest.json")

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Event, Thread
@@ -169,12 +168,12 @@ def test_a_calibration_set_from_a_server(server: StandIn) -> None:
 
 
 def test_a_server_with_another_model_is_refused(server: StandIn) -> None:
-    config = replace(CONFIG, server=server.url + "/v1/")
+    config = CONFIG.replace(server=server.url + "/v1/")
     engine_of(make_llama(), START, [EOS], config)
     assert server.requests[-1]["max_tokens"] == PROBED
     with pytest.raises(MismatchError, match="nats a token"):
         engine_of(make_llama(seed=1), START, [EOS], config)
-    another = replace(config, sampler_model="another")  # which is then taken at its word
+    another = config.replace(sampler_model="another")  # which is then taken at its word
     engine_of(make_llama(seed=1), START, [EOS], another)
 
 
@@ -270,7 +269,7 @@ def test_a_run_resumes_after_a_server_failure(
             output=str(tmp_path / "a"),
             sampling=small,
         )
-        server.drops = stream_seed(config.sampling.seed, 23)  # of the third batch
+        server.drops = stream_seed(config.seed, 23)  # of the third batch
         with pytest.raises(ServerError, match="Samples that were written before are kept"):
             Run(config).sample()
         kept = sorted(p.name for p in (tmp_path / "a" / "1-samples").glob("shard-*"))
@@ -280,15 +279,14 @@ def test_a_run_resumes_after_a_server_failure(
         # Requests of the third batch may still arrive here; the probe has a sequence's seed.
         asked = {r["seed"] for r in server.requests[before:] if "logprobs" not in r}
         assert asked == {
-            stream_seed(config.sampling.seed, number)
-            for number in range(20, config.sampling.num_sequences)
+            stream_seed(config.seed, number) for number in range(20, config.sampling.num_sequences)
         }
     # Nobody serves any more. What is there is enough for the stages that follow.
     again = Run(config)
     again.check_command("run")
     assert again.sample() == found
     # Another engine has other draws: its shards and these are kept apart.
-    own = Run(replace(config, sampling=replace(config.sampling, server=None)))
+    own = Run(config.replace(sampling=config.sampling.replace(server=None)))
     assert own.sample() != found
     with pytest.raises(ServerError):  # before those are moved away for nothing
         again.check_command("run")

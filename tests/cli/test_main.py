@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 import folora
-from benchmarks.tiny import make_llama, make_tokenizer
+from benchmarks.tiny import make_llama, make_tokenizer, tiny_config
 from folora.cli.main import main
-from folora.config import FIRST_LOOK, FoLoraConfig
+from folora.cli.parsing import COMMANDS, USES, parse
+from folora.config import FIRST_LOOK, FoLoraConfig, option_names
 from folora.pipeline.planning import plan
 
 
@@ -59,7 +60,7 @@ def test_wrong_input_of_every_kind(
     assert "did you mean '--adapter.r'" in run(["--adapter.rr", "4"])
     assert "did you mean '--spectrum.tau'" in run(["--spectrum.tua=4"])
     assert "spectrum.s_min is 2" in run(["--spectrum.s_min", "2"])
-    assert "no option 'pakcing'" in run(["--training.extra", "{pakcing: true}"])
+    assert "did you mean '--training.packing'" in run(["--training.pakcing", "true"])
     column = ["--data.prompt_column", "promt", "--data.response_column", "completion"]
     assert "did you mean 'prompt'" in run(column)
     assert "not a token" in run(["--sampling.start_token", "nonsense"])
@@ -125,13 +126,13 @@ def test_plan_advises_directions_that_fit_into_memory(
 def test_plan_counts_the_batch_that_training_takes(model_folder: Path) -> None:
     config = FoLoraConfig.from_dict(
         {"model": str(model_folder), "device": "cpu", "dtype": "float32"}
-    ).changed({"training.batch_size": 3, "data.max_length": 100})
+    ).changed({"training.per_device_train_batch_size": 3, "data.max_length": 100})
     found, shorter = plan(config), plan(config, longest=40)
     assert (found.batch, shorter.batch) == ((3, 100), (3, 40))
     assert 0.3 < shorter.activations / found.activations < 0.45
     saved = found.activations - shorter.activations
     assert found.sizes[0].training - shorter.sizes[0].training == saved > 0
-    packed = config.changed({"training.extra": {"packing": True, "max_length": 64}})
+    packed = config.changed({"training.packing": True, "training.max_length": 64})
     assert plan(packed, longest=40).batch == (3, 64)
     less = plan(config.changed({"training.gradient_checkpointing": True}))
     assert less.activations < found.activations
@@ -210,12 +211,12 @@ def test_stages_one_by_one(
     model_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    flags = [
-        "--model", str(model_folder), "--dataset", str(rows_file), "--output", str(out),
-        "--device", "cpu", "--dtype", "float32", "--sampling.num_sequences", "32",
-        "--sampling.min_new_tokens", "32", "--sampling.max_new_tokens", "36",
-        "--sampling.batch_size", "32", "--r", "2", "--max-steps", "2", "--lr", "1e-3",
-    ]  # fmt: skip
+    config = tiny_config(
+        model=str(model_folder), dataset=str(rows_file), output=str(out),
+        sampling={"num_sequences": 32}, adapter={"r": 2}, training={"max_steps": 2},
+    )  # fmt: skip
+    (tmp_path / "c.yaml").write_text(config.to_yaml())
+    flags = ["--config", str(tmp_path / "c.yaml")]
     for command in ("sample", "measure", "solve", "train", "export"):
         assert main([command, *flags]) == 0, command
     assert main(["export", *flags, "--rank", "1", "--to", str(tmp_path / "small")]) == 0
@@ -237,3 +238,36 @@ def test_the_module_runs_and_libraries_are_silent(model_folder: Path) -> None:
     assert done.stderr == ""
     version = subprocess.run([*command, "--version"], check=True, capture_output=True, text=True)
     assert version.stdout == f"folora {folora.__version__}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_the_options_that_a_command_uses(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In groups, with type, interval and default; every other option is refused by name."""
+    assert main([command, "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split()).replace("- ", "-")
+    for name, option in option_names().items():
+        used = {name, name.partition(".")[0]} & {*USES[command]}
+        assert (f"--{name}" in text.replace(",", "").split()) == bool(used)
+        if not used:
+            assert f"does not use --{name};" in fails([command, f"--{name}", "1"], capsys)
+        elif option.default not in (None, ""):
+            assert f"default: {str(option.default).lower()}" in text.lower()
+        if used and option.allowed:
+            assert f"must {option.allowed}" in text
+
+
+def test_a_group_of_options_has_its_heading(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for heading in ("model, data and method:", "sampling:", "spectrum:", "adapter:", "training:"):
+        assert heading in lines
+    assert any(line.split()[:3] == ["--adapter.r,", "--r", "INT"] for line in lines)
+    assert any(line.split()[:2] == ["--quantize", "none|8bit|4bit"] for line in lines)
+
+
+def test_a_config_file_may_hold_options_that_a_command_does_not_use(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("training: {learning_rate: 1e-3}\nmodel: m\n")
+    found = parse(["sample", "--config", str(tmp_path / "c.yaml")])
+    assert found is not None and found[1].training.learning_rate == 1e-3

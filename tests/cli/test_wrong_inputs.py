@@ -51,10 +51,14 @@ DOORS: list[tuple[Any, str, Found]] = [
 
 
 @pytest.fixture(scope="module")
-def base(model_folder: Path, rows_file: Path) -> list[str]:
-    """Flags of a command line that works, but for the output."""
+def base(
+    model_folder: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[str]:
+    """Words of a command line that works, but for the output."""
     config = tiny_config(model=str(model_folder), dataset=str(rows_file))
-    return [part for name, v in config.differences().items() for part in (f"--{name}", str(v))]
+    file = tmp_path_factory.mktemp("base") / "config.yaml"
+    file.write_text(config.to_yaml())
+    return ["--config", str(file)]
 
 
 @pytest.fixture(scope="module")

@@ -23,9 +23,9 @@ from folora.adapters.initialization import INITIALIZATIONS
 from folora.calibration.calibration_set import CalibrationSet
 from folora.calibration.inputs import find_groups, target_layers
 from folora.calibration.moments import second_moments
-from folora.compare.methods import METHODS, configured
 from folora.config import FoLoraConfig
 from folora.errors import ConfigError, NumericsError
+from folora.methods import METHODS
 from folora.metrics.kl import kl, masked_target_kl
 from folora.optim.sadam import SAdam
 from folora.spectral.eigenproblem import BASES, generalized_eigenbasis
@@ -170,7 +170,7 @@ def test_oplora_updates_stay_orthogonal_to_the_leading_singular_spaces_under_ada
 ) -> None:
     bases = solved(model)
     weight = weights(model, bases)
-    config = configured(tiny_config(), "oplora", {"training.learning_rate": 1e-2})
+    config = tiny_config().changed({"method": "oplora"})
     prepared = stepped(model, bases, config, 20)
     for name, (a, b, scaling) in lora_factors(prepared.model).items():
         delta = scaling * b.double() @ a.double()
@@ -223,7 +223,7 @@ def test_oplora_refuses_more_directions_than_there_are() -> None:
 def test_frozen_a_stays_and_b_trains(name: str) -> None:
     model = make_llama()
     bases = solved(model)
-    config = configured(tiny_config(), name, {"training.learning_rate": 1e-2})
+    config = tiny_config().changed({"method": name})
     fresh = lora_factors(stepped(make_llama(), bases, config, 0).model)
     prepared = stepped(model, bases, config, 3)
     prepared.meter.read(prepared.model)  # PEFT would leave A trainable after this
@@ -240,7 +240,7 @@ def test_closed_directions_stay_closed() -> None:
     """With k open directions A never leaves the span of T's first k columns, whatever Adam does."""
     model = make_llama()
     bases = solved(model)
-    config = configured(tiny_config(), "folora", {"spectrum.directions": 6})
+    config = tiny_config().changed({"spectrum.directions": 6})
     prepared = stepped(model, bases, config, 20)
     fresh = lora_factors(stepped(make_llama(), bases, config, 0).model)
     by_layer = {name: b.basis.double()[:, :6] for b in bases for name in b.group.layers}
@@ -327,7 +327,7 @@ def test_kl_and_its_masked_form_against_a_slow_reference() -> None:
 
 
 def whole(name: str, **changes: Any) -> folora.Prepared:
-    config = configured(tiny_config(), name, {f"training.{k}": v for k, v in changes.items()})
+    config = tiny_config().changed({"method": name, **changes})
     return folora.prepare(make_llama(), make_tokenizer(), rows(), config)
 
 
@@ -336,7 +336,7 @@ def test_a_kl_penalty_keeps_the_model_close_to_its_base(tmp_path: Any, name: str
     """Nothing at the first step; with a great weight the task is hardly learned, and less is moved."""
     free, held = whole("lora"), whole(name)
     weight = {"lora-kl": "kl_weight", "lora-masked-kl": "masked_kl_weight"}[name]
-    strong = whole(name, **{weight: 100.0})
+    strong = whole(name, **{f"method.{weight}": 100.0})
     losses, readings = [], []
     for i, p in enumerate((free, held, strong)):
         trainer = train(p, make_tokenizer(), tmp_path / str(i))
@@ -350,11 +350,11 @@ def test_a_kl_penalty_keeps_the_model_close_to_its_base(tmp_path: Any, name: str
 
 
 def test_a_kl_penalty_is_added_once_a_step_under_gradient_accumulation(tmp_path: Any) -> None:
-    p = whole("lora-masked-kl", masked_kl_weight=0.7)
+    p = whole("lora-masked-kl", **{"method.masked_kl_weight": 0.7})
     for layer in p.model.modules():
         if hasattr(layer, "lora_B"):
             torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.05)
-    args = sft_config(p.config.training, tmp_path, evaluates=False, on_cpu=True)
+    args = sft_config(p.config, tmp_path, evaluates=False, on_cpu=True)
     trainer = folora.FoLoraTrainer(p, args, make_tokenizer())
     batch = next(iter(trainer.get_train_dataloader()))
     tokens = (batch["labels"] != -100).sum()
@@ -362,7 +362,7 @@ def test_a_kl_penalty_is_added_once_a_step_under_gradient_accumulation(tmp_path:
     def loss(steps: int, weight: float) -> float:
         trainer.current_gradient_accumulation_steps = steps
         trainer.prepared = replace(
-            p, config=p.config.changed({"training.masked_kl_weight": weight})
+            p, config=p.config.changed({"method.masked_kl_weight": weight})
         )
         found = trainer.compute_loss(p.model, dict(batch), num_items_in_batch=tokens)
         return float(found.detach())
@@ -399,12 +399,12 @@ def test_replay_mixes_in_its_share_of_rows() -> None:
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_every_method_is_a_config_that_differs_from_the_default(name: str) -> None:
-    config = configured(FoLoraConfig(), name, {"training.seed": 3})
-    assert config.training.seed == 3
-    assert (config.changed({"training.seed": 0}) == FoLoraConfig()) == (name == "folora")
+    config = FoLoraConfig().changed({"method": name, "seed": 3})
+    assert config.seed == config.training_seed == 3
+    assert (config.changed({"seed": 0}) == FoLoraConfig()) == (name == "folora")
     assert FoLoraConfig().changed(config.differences()) == config
 
 
 def test_an_unknown_method_suggests_a_known_one() -> None:
     with pytest.raises(ConfigError, match="did you mean 'oplora'"):
-        configured(FoLoraConfig(), "oplra", {})
+        FoLoraConfig(method="oplra")

@@ -175,7 +175,7 @@ def test_the_split_is_seeded_and_complete() -> None:
     tokenizer = make_tokenizer()
     a = prepare_task(ROWS, tokenizer, DataConfig(eval_rows=3))
     b = prepare_task(ROWS, tokenizer, DataConfig(eval_rows=3))
-    c = prepare_task(ROWS, tokenizer, DataConfig(eval_rows=3, seed=1))
+    c = prepare_task(ROWS, tokenizer, DataConfig(eval_rows=3), seed=1)
     assert a == b
     assert a.fingerprint == b.fingerprint != c.fingerprint
     assert (len(a.train), len(a.held_out)) == (27, 3)

@@ -12,7 +12,7 @@ from benchmarks.tiny import MAKERS
 from folora.adapters.adapter import attach, outline
 from folora.adapters.low_rank import narrow_inputs
 from folora.calibration.inputs import target_layers
-from folora.config import AdapterConfig
+from folora.config import AdapterConfig, FoLoraConfig
 from folora.pipeline.activation_memory import Alive, loss_bytes, step_bytes
 from folora.pipeline.context import coverage_of
 from folora.spectral.layers import solve
@@ -34,7 +34,7 @@ def counted(real: PreTrainedModel, checkpointing: bool) -> int:
 
 
 def profiled(real: PreTrainedModel, checkpointing: bool) -> int:
-    groups = coverage_of(real, AdapterConfig(r=RANK), 1).groups
+    groups = coverage_of(real, FoLoraConfig(adapter=AdapterConfig(r=RANK)), 1).groups
     c = Moments({g.name: torch.eye(g.d_in) for g in groups}, 1, tuple(groups))
     model = attach(
         real, solve(c, c, tau=1e-3, directions=RANK), LoraConfig(r=RANK, lora_alpha=RANK)

@@ -7,7 +7,6 @@ import json
 import shutil
 import signal
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +38,14 @@ def finished(
 ) -> FoLoraConfig:
     """An uninterrupted run, with the paper's start, to compare with and to copy from."""
     output = tmp_path_factory.mktemp("runs") / "whole"
-    config = run_config(model_folder, rows_file, output, adapter={"init": "null_space"})
+    config = run_config(model_folder, rows_file, output, method={"name": "folora", "init": "null_space"})
     Run(config).run()
     return config
 
 
 def copy_of(config: FoLoraConfig, target: Path) -> FoLoraConfig:
     shutil.copytree(str(config.output), target)
-    return replace(config, output=str(target))
+    return config.replace(output=str(target))
 
 
 def adapter_bytes(folder: Path) -> bytes:
@@ -139,7 +138,7 @@ def test_only_what_depends_on_a_change_is_done_again(
 ) -> None:
     config = copy_of(finished, tmp_path / "run")
     before = stamps(tmp_path / "run")
-    config = replace(config, spectrum=replace(config.spectrum, tau=0.1))
+    config = config.replace(spectrum=config.spectrum.replace(tau=0.1))
     Run(config).run()
     after = stamps(tmp_path / "run")
     for part in ("1-samples", "2-statistics"):
@@ -157,7 +156,7 @@ def test_a_second_data_set_keeps_the_bases_statistics(
     other = tmp_path / "other.jsonl"
     other.write_text('{"prompt": "say", "completion": "hello"}\n' * 20)
     before = stamps(tmp_path / "run")
-    run = Run(replace(config, dataset=str(other)))
+    run = Run(config.replace(dataset=str(other)))
     run.sample()
     run.measure()
     after = stamps(tmp_path / "run")
@@ -181,7 +180,7 @@ def test_sigkill_in_every_stage_loses_nothing(
     model_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    config = run_config(model_folder, rows_file, folder, adapter={"init": "null_space"})
+    config = run_config(model_folder, rows_file, folder, method={"name": "folora", "init": "null_space"})
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     words = ["run", "--config", str(tmp_path / "config.yaml")]
     # In a fork as well, which has one thread: others add up in another order.
@@ -208,7 +207,7 @@ def test_another_models_statistics_are_refused(finished: FoLoraConfig, tmp_path:
     config = copy_of(finished, tmp_path / "run")
     make_llama(seed=1).save_pretrained(tmp_path / "other")
     make_tokenizer().save_pretrained(tmp_path / "other")
-    run = Run(replace(config, model=str(tmp_path / "other")))
+    run = Run(config.replace(model=str(tmp_path / "other")))
     for stage in (run.measure, run.solve, run.train):
         with pytest.raises(MismatchError, match="another model"):
             stage()

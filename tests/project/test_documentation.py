@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from folora.config import option_names
+
 ROOT = Path(__file__).parents[2]
 HISTORY = {"log.md", "tests.md", "results.md"}  # these name what was there at their time
 PAGES = [ROOT / "SECURITY.md", ROOT / "README.md", *(ROOT / "benchmarks").rglob("README.md")] + [
@@ -51,3 +53,19 @@ def exists(parts: list[str]) -> bool:
             found = getattr(found, part)
         return True
     return False
+
+
+def test_the_table_of_options_holds_exactly_the_options() -> None:
+    """With their defaults and help texts, and a reason for each."""
+    text = (ROOT / "docs" / "options.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    options = option_names()
+    assert [row[0].strip("`") for row in rows] == sorted(
+        options, key=lambda n: n.startswith("training.") and n != "training.lr_b_ratio"
+    )
+    for name, default, what, why in rows:
+        option = options[name.strip("`")]
+        wanted = str(option.default).lower() if isinstance(option.default, bool) else option.default
+        assert default == ("–" if wanted is None else f"`{wanted}`"), name
+        assert what == option.help + (f"; must {option.allowed}" if option.allowed else ""), name
+        assert len(why) > 10, name

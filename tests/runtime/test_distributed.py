@@ -42,9 +42,9 @@ def test_two_processes_match_one(bench: Bench) -> None:
 
 def test_padding_rows_of_the_last_step_do_not_count(bench: Bench) -> None:
     """36 rows in steps of 8: in the fifth process 1 has none of its own. Counted, they make 14 %."""
-    masked = {"training.masked_kl_weight": 0.1}  # is a mean over rows that count
+    masked = {"method.masked_kl_weight": 0.1}  # is a mean over rows that count
     for name, count, size in (("short", 1, 8), ("filled", 2, 4)):
-        changes = {"training.batch_size": size, "training.max_steps": 5, **masked}
+        changes = {"training.per_device_train_batch_size": size, "training.max_steps": 5, **masked}
         assert not any(e.code for e in ended(bench.start(name, count, **changes)))
     assert 0 < bench.difference("short", "filled", Training.path) < 5 * ROUNDING[Training.path]
 
@@ -216,7 +216,7 @@ def test_a_run_with_a_sharded_base_resumes_without_sharding(bench: Bench) -> Non
 
 
 def test_initialization_from_weights_works_with_sharded_weights(bench: Bench) -> None:
-    changes = {"adapter.init": "null_space", "adapter.constraint": "oplora", "dtype": "bfloat16"}
+    changes = {"method.init": "null_space", "method.constraint": "oplora", "dtype": "bfloat16"}
     for name, shard in (("whole", False), ("parts", True)):
         assert [e.code for e in ended(bench.start(name, 2, shard=shard, **changes))] == [0, 0]
     assert bench.difference("whole", "parts", Training.path) == 0
@@ -274,10 +274,9 @@ def test_options_that_lose_rows_are_refused_first(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     words = bench.words("flat", 1)
-    if "shard" in given:
-        words += [word for name, value in given.items() for word in (f"--{name}", str(value))]
-    else:
-        words += ["--training.extra", json.dumps(given)]
+    for name, value in given.items():
+        words += [f"--{name}" if "shard" in given else f"--training.{name}"]
+        words += [value if isinstance(value, str) else json.dumps(value)]
     assert main(words) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (bench.place / "flat").exists()

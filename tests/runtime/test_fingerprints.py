@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +120,7 @@ def test_another_train_and_held_out_split_changes_the_fingerprint() -> None:
 
 def copied(finished: FoLoraConfig, target: Path, **changes: Any) -> FoLoraConfig:
     shutil.copytree(str(finished.output), target)
-    return replace(finished, output=str(target)).changed(changes)
+    return finished.replace(output=str(target)).changed(changes)
 
 
 AFTER_DATA = {"2-statistics-task", "3-spectrum", "4-training"}

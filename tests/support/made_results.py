@@ -14,8 +14,8 @@ from scipy import stats
 
 from benchmarks.report.page import render
 from benchmarks.report.source import Source
-from folora.compare.methods import METHODS
 from folora.compare.results import ResultFile
+from folora.methods import METHODS
 from folora.runtime.artifacts import write_artifact
 
 RATES = (1e-3, 3e-3, 1e-2)

@@ -10,6 +10,6 @@ TINY_PLAN_BASE = {
     "sampling.max_new_tokens": 32,
     "statistics.task_examples": 8,
     "training.max_steps": 4,
-    "training.batch_size": 2,
+    "training.per_device_train_batch_size": 2,
     "adapter.r": 2,
 }

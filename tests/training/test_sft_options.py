@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 import folora
 from benchmarks.tiny import make_llama, make_tokenizer, rows, tiny_config
-from folora.config import FoLoraConfig, option_names
+from folora.config import FoLoraConfig, TrainingConfig, option_names
 from folora.errors import ConfigError
 from folora.optim.sadam import SAdam
 from folora.pipeline.run import Run
@@ -55,11 +54,17 @@ def test_no_option_is_in_two_parts_of_the_table() -> None:
     assert set(SET_BY.values()) <= set(option_names())
 
 
+def test_options_with_a_default_of_folora_are_options_of_trl_that_are_honoured() -> None:
+    fields = set(TrainingConfig.model_fields) - {"lr_b_ratio"}
+    assert fields <= {field.name for field in dataclasses.fields(SFTConfig)}
+    assert fields <= HONOURED | WITHOUT_EFFECT
+
+
 def test_an_option_of_a_newer_trl_is_passed_on_and_reported(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     assert refusal("of_the_future", 1) is None
-    assert "does not know TRL's of_the_future" in caplog.text
+    assert "does not know TRL's training.of_the_future" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -67,19 +72,29 @@ def test_an_option_of_a_newer_trl_is_passed_on_and_reported(
     [
         ({"logging_steps": 99, "save_steps": 7, "eval_steps": 5}, True),
         ({"gradient_checkpointing": True}, True),
-        ({"extra": {"report_to": "none", "dataloader_num_workers": 2}}, True),
-        ({"extra": {"eval_on_start": True}}, True),
-        ({"extra": {"eval_on_start": True}, "lr_scheduler_type": "reduce_lr_on_plateau"}, False),
-        ({"extra": {"neftune_noise_alpha": 5.0}}, False),
-        ({"extra": {"of_the_future": 5.0}}, False),
+        ({"report_to": "none", "dataloader_num_workers": 2}, True),
+        ({"eval_on_start": True}, True),
+        ({"eval_on_start": True, "lr_scheduler_type": "reduce_lr_on_plateau"}, False),
+        ({"eval_steps": 5, "lr_scheduler_type": "reduce_lr_on_plateau"}, False),
+        ({"neftune_noise_alpha": 5.0}, False),
+        ({"of_the_future": 5.0}, False),
         ({"learning_rate": 1e-3}, False),
+        ({"lr_b_ratio": 2.0}, False),
+        ({"seed": 3}, False),
     ],
 )
 def test_what_changes_the_result(changes: dict[str, Any], same: bool) -> None:
-    training = FoLoraConfig().training
     schedule = {k: v for k, v in changes.items() if k == "lr_scheduler_type"}
-    before = effective(dataclasses.asdict(replace(training, **schedule)))
-    assert (effective(dataclasses.asdict(replace(training, **changes))) == before) is same
+    before = effective(FoLoraConfig(training=schedule))
+    assert (effective(FoLoraConfig(training=changes)) == before) is same
+
+
+def test_training_takes_the_seed_of_its_own_or_the_seed_of_all(tmp_path: Path) -> None:
+    for values, wanted in (({}, 0), ({"seed": 3}, 3), ({"seed": 3, "training": {"seed": 5}}, 5)):
+        config = FoLoraConfig.from_dict(values)
+        assert config.training_seed == effective(config)["seed"] == wanted
+        args = folora.sft_config(config, tmp_path, evaluates=False, on_cpu=True)
+        assert args.seed == wanted
 
 
 def test_other_intervals_do_not_train_again(finished: FoLoraConfig, tmp_path: Path) -> None:
@@ -108,8 +123,8 @@ def test_a_training_that_is_resumed_takes_the_new_intervals(
 
 
 def test_betas_and_epsilon_reach_the_optimizer() -> None:
-    extra = {"adam_beta1": 0.5, "adam_beta2": 0.9, "adam_epsilon": 1e-6}
-    groups = prepare(**{"training.extra": extra}).optimizer.param_groups
+    given = {"adam_beta1": 0.5, "adam_beta2": 0.9, "adam_epsilon": 1e-6}
+    groups = prepare(**{f"training.{k}": v for k, v in given.items()}).optimizer.param_groups
     assert {(g["betas"], g["eps"]) for g in groups} == {((0.5, 0.9), 1e-6)}
 
 
@@ -161,10 +176,10 @@ FORGOTTEN = "the prepared optimizer has not taken a step"
 CASES: list[tuple[str, dict[str, Any], Callable[[Prepared], Any], bool]] = [
     ("forgotten", {}, lambda _: None, True),
     ("whole bases", {"spectrum.directions": "all"}, lambda _: None, True),
-    ("non-zero start", {"adapter.init": "null_space"}, lambda _: None, True),
+    ("non-zero start", {"method": "folora-null"}, lambda _: None, True),
     ("given", {}, lambda p: p.optimizer, False),
     ("another SAdam", {}, lambda p: SAdam(p.param_groups(lr=1e-3)), False),
-    ("plain LoRA", {"training.optimizer": "adamw"}, lambda _: None, False),
+    ("plain LoRA", {"method": "eigen-adamw"}, lambda _: None, False),
 ]
 
 
@@ -190,6 +205,6 @@ def test_an_option_that_changes_the_process_is_not_tried_out(
 ) -> None:
     paths = {"model": str(model_folder), "dataset": str(rows_file), "output": str(tmp_path / "run")}
     extra = {"full_determinism": True, "logging_first_step": True}
-    Run(tiny_config(**paths, training={"extra": extra})).check(needs_data=True)
+    Run(tiny_config(**paths, training=extra)).check(needs_data=True)
     assert not torch.are_deterministic_algorithms_enabled()
     assert not (tmp_path / "run").exists()

@@ -308,7 +308,7 @@ def _check_unchanged(layer: Any, adapter: str, name: str) -> None:
         raise NumericsError(
             f"{name} ({type(layer).__name__}) does not give the base layer's output before the "
             "first step, or trains what is frozen or protected, because this kind of layer ignores "
-            "PEFT's LoRA variants. Use adapter.init = 'eigen' and no constraint; they need none."
+            "PEFT's LoRA variants. Use a method with init 'eigen' and no constraint, such as folora, which needs none."
         )
 
 

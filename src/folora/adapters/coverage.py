@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from folora.adapters.initialization import check_singular_values
 from folora.adapters.lora_refusals import lora_refusals, short, starred
 from folora.calibration.inputs import Batch, Visit, grouped, linear_dims, target_layers, visits
-from folora.config import AdapterConfig, FoLoraConfig
+from folora.config import FoLoraConfig
 from folora.data.special_tokens import known_tokens
 from folora.errors import ConfigError, FoLoraError
 from folora.runtime.architecture import check_model
@@ -111,24 +111,24 @@ def warn_if_little(coverage: Coverage) -> None:
         )
 
 
-def cover(model: PreTrainedModel, adapter: AdapterConfig, batch: Batch) -> Coverage:
+def cover(model: PreTrainedModel, config: FoLoraConfig, batch: Batch) -> Coverage:
     """Find the layers to adapt and check that all of them can be.
 
     Args:
         model: The base model, or its skeleton on the meta device.
-        adapter: Says which layers, which rank, which initialization.
+        config: Says which layers, which rank, which method.
         batch: Model inputs of a few tokens, shape (batch, tokens) with batch != tokens.
 
     Raises:
         ConfigError: Nothing is there to adapt, a named layer cannot be, or the adapter does not fit.
     """
-    wanted = target_layers(model, adapter.target_modules)
+    wanted = target_layers(model, config.adapter.target_modules)
     seen = visits(model, wanted, batch)
     _check_attention(model, seen)
     shape = tuple(batch["input_ids"].shape)
     refused = _unfit(model, wanted, seen, shape)
     refused |= lora_refusals(model, [n for n in wanted if n not in refused])
-    if refused and adapter.target_modules != "all-linear":
+    if refused and config.adapter.target_modules != "all-linear":
         name = next(n for n in wanted if n in refused)
         raise ConfigError(
             f"adapter.target_modules takes in {name}, which cannot be adapted: {refused[name]}. "
@@ -141,7 +141,7 @@ def cover(model: PreTrainedModel, adapter: AdapterConfig, batch: Batch) -> Cover
             f"{type(model).__name__} has no linear layer that can be adapted; {name}: {reason}"
         )
     groups = grouped(seen, layers)
-    check_adapter(model, groups, adapter)
+    check_adapter(model, groups, config)
     weights, embeddings, others = _rest(model, layers, refused, seen)
     return Coverage(groups, layers, refused, weights, embeddings, others)
 
@@ -164,7 +164,7 @@ def cover_config(config: FoLoraConfig, model_config: Any) -> tuple[PreTrainedMod
     skeleton.eval()
     for batch in _meta_probes():
         try:
-            return skeleton, cover(skeleton, config.adapter, batch)
+            return skeleton, cover(skeleton, config, batch)
         except FoLoraError:
             raise
         except Exception as error:
@@ -176,7 +176,7 @@ def cover_config(config: FoLoraConfig, model_config: Any) -> tuple[PreTrainedMod
         handle.remove()
     stand_in(standing)
     check_causal(standing, 0)
-    return skeleton, cover(standing, config.adapter, probe(standing, 0))
+    return skeleton, cover(standing, config, probe(standing, 0))
 
 
 def check_causal(model: PreTrainedModel, start_id: int) -> None:
@@ -199,14 +199,14 @@ def check_causal(model: PreTrainedModel, start_id: int) -> None:
         raise _not_causal(model)
 
 
-def check_adapter(model: Any, groups: Iterable[InputGroup], adapter: AdapterConfig) -> None:
+def check_adapter(model: Any, groups: Iterable[InputGroup], config: FoLoraConfig) -> None:
     """Refuse a rank, a start or a constraint that some layer is too small for. Raises ConfigError."""
     groups = list(groups)
-    check_rank(groups, adapter.r)
+    check_rank(groups, config.adapter.r)
     names = [name for group in groups for name in group.layers]
     found = {name: linear_dims(model.get_submodule(name)) for name in names}
     layers = {name: dims for name, dims in found.items() if dims is not None}
-    check_singular_values(layers, adapter.init, adapter.r, adapter.protected)
+    check_singular_values(layers, config.method.init, config.adapter.r, config.protected)
 
 
 def probe(model: PreTrainedModel, start_id: int) -> Batch:

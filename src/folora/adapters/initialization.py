@@ -221,8 +221,8 @@ def check_singular_values(
         protect: OPLoRA's k, or 0.
     """
     for wanted, what in (
-        (r if init in NEED_SINGULAR_VALUES else 0, f"adapter.r with adapter.init = {init!r}"),
-        (protect, "adapter.protect (default: r)"),
+        (r if init in NEED_SINGULAR_VALUES else 0, f"adapter.r with method.init = {init!r}"),
+        (protect, "method.protect (default: adapter.r)"),
     ):
         for name, dims in layers.items():
             if wanted > min(dims):

@@ -88,7 +88,7 @@ def check_first_steps(layer: Any, adapter: str, name: str) -> None:
             raise ConfigError(
                 f"{name}: the frozen half of the adapter gets a gradient, or the gradient is not projected. A fused "
                 "kernel computes this layer and bypasses PEFT's LoRA variants. Switch fused LoRA kernels off, or "
-                "use adapter.init = 'eigen' without a constraint."
+                "use a method with init 'eigen' and no constraint, such as folora."
             )
         if spaces is not None and float(b.detach().norm()) == start:
             return  # no step yet

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -53,11 +52,11 @@ class Engine(Protocol):
 def sized(config: SamplingConfig, model: Any) -> SamplingConfig:
     """The config with the batch size that a loaded model, or a server, decodes with."""
     if config.server is not None:
-        return replace(config, batch_size=config.batch_size or SERVED)
+        return config.replace(batch_size=config.batch_size or SERVED)
     size = batch_size_for(
         model.device, model.config, model.dtype.itemsize, config, distributed.count()
     )
-    return replace(config, batch_size=size)
+    return config.replace(batch_size=size)
 
 
 def batch_size_for(
@@ -106,11 +105,13 @@ class HuggingFaceEngine:
         start_id: int,
         eos_ids: Sequence[int],
         config: SamplingConfig,
+        seed: int = 0,
     ) -> None:
         self.model: Any = model
         self.start_id = start_id
         self.eos_ids = list(eos_ids)
         self.config = config
+        self.seed = seed
         self.steps = is_steppable(model)
 
     def __call__(self, numbers: Sequence[int]) -> list[list[int]]:
@@ -150,7 +151,9 @@ class HuggingFaceEngine:
         wanted = list(numbers) + [numbers[-1]] * max(0, MIN_ROWS - len(numbers))
         start = torch.full((len(wanted), 1), self.start_id, device=self.model.device)
         with evaluating(self.model), progress(what, most) as tick:
-            draws = partial(SequenceDraws, self.model, wanted, self.eos_ids, self.config, tick)
+            draws = partial(
+                SequenceDraws, self.model, wanted, self.eos_ids, self.config, self.seed, tick
+            )
             written = self._stepped(start, draws(), most) if self.steps else None
             if written is None:
                 written = self._generated(start, draws(), most)

@@ -80,6 +80,7 @@ class SequenceDraws(LogitsProcessor):
         numbers: Sequence[int],
         eos_ids: list[int],
         config: SamplingConfig,
+        seed: int = 0,
         on_token: Callable[[], None] = lambda: None,
     ) -> None:
         self.model = model
@@ -95,7 +96,7 @@ class SequenceDraws(LogitsProcessor):
             if not setting.is_plain
         }
         self.draws = torch.stack(
-            [_draws(config.seed, number, config.max_new_tokens) for number in numbers]
+            [_draws(seed, number, config.max_new_tokens) for number in numbers]
         ).to(model.device)
         self.eos_ids = eos_ids
         self.min_new_tokens = config.min_new_tokens

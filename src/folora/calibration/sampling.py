@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -124,7 +123,7 @@ def _split(
     accepted: list[list[int]], config: SamplingConfig, rejected: Counter[str]
 ) -> CalibrationSet:
     """What there is so far: the first for C_pre, the last for the meter."""
-    cut = len(accepted) - replace(config, num_sequences=len(accepted)).num_held_out
+    cut = len(accepted) - config.replace(num_sequences=len(accepted)).num_held_out
     counted = {reason: rejected[reason] for reason in REASONS}
     return CalibrationSet(accepted[:cut], accepted[cut:], counted)
 
@@ -137,13 +136,17 @@ def _looks(ceiling: int) -> Iterator[int]:
         count *= 2
 
 
-def request_of(start_id: int, eos_ids: Sequence[int], config: SamplingConfig) -> dict[str, Any]:
+def request_of(
+    start_id: int, eos_ids: Sequence[int], config: SamplingConfig, seed: int = 0
+) -> dict[str, Any]:
     """What each sequence depends on besides the model and its number, as a fingerprint."""
     settings = {
         "settings": [vars(setting) for setting in MIXTURE],
         "start_id": start_id,
         "eos_ids": list(eos_ids),
-        **{name: getattr(config, name) for name in ("min_new_tokens", "max_new_tokens", "seed")},
+        "min_new_tokens": config.min_new_tokens,
+        "max_new_tokens": config.max_new_tokens,
+        "seed": seed,
     }
     return {"sampling": json_fingerprint(settings)}
 

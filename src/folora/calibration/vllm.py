@@ -72,7 +72,7 @@ class VllmEngine:
         server: From `served`.
         start_id: The prompt of every sequence.
         eos_ids: Ending tokens.
-        config: Lengths and seed.
+        config: Lengths.
         known: How many tokens the model knows.
 
     Raises:
@@ -86,12 +86,14 @@ class VllmEngine:
         eos_ids: Sequence[int],
         config: SamplingConfig,
         known: int,
+        seed: int = 0,
     ) -> None:
         self.server = server
         self.start_id = start_id
         self.eos_ids = list(eos_ids)
         self.config = config
         self.known = known
+        self.seed = seed
 
     def __call__(self, numbers: Sequence[int]) -> list[list[int]]:
         """See `Engine`; as many are asked for at once as there are numbers."""
@@ -130,7 +132,7 @@ class VllmEngine:
         return {
             "model": self.server.name,
             "prompt": [self.start_id],
-            "seed": stream_seed(config.seed, number),
+            "seed": stream_seed(self.seed, number),
             "min_tokens": config.min_new_tokens,
             "max_tokens": config.max_new_tokens,
             "temperature": setting.temperature,
@@ -172,7 +174,11 @@ class VllmEngine:
 
 
 def engine_of(
-    model: PreTrainedModel, start_id: int, eos_ids: Sequence[int], config: SamplingConfig
+    model: PreTrainedModel,
+    start_id: int,
+    eos_ids: Sequence[int],
+    config: SamplingConfig,
+    seed: int = 0,
 ) -> Engine:
     """The engine that a config asks for.
 
@@ -181,7 +187,8 @@ def engine_of(
             is taken at its word.
         start_id: In front of every sequence.
         eos_ids: Ending tokens.
-        config: Lengths, seed and server.
+        config: Lengths and server.
+        seed: Of the random draws; each sequence has its own stream.
 
     Raises:
         ConfigError: transformers cannot decode with this model; two tokens are tried.
@@ -189,11 +196,11 @@ def engine_of(
         MismatchError: It serves another model.
     """
     if config.server is None:
-        own = HuggingFaceEngine(model, start_id, eos_ids, config)
+        own = HuggingFaceEngine(model, start_id, eos_ids, config, seed)
         own.check_decodes()
         return own
     server = served(config.server, config)
-    engine = VllmEngine(server, start_id, eos_ids, config, known_tokens(model))
+    engine = VllmEngine(server, start_id, eos_ids, config, known_tokens(model), seed)
     if config.sampler_model is None:
         engine.check_serves(model)
     return engine

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import shlex
@@ -17,6 +16,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from folora.cli.parsing import Request
 from folora.config import FoLoraConfig
 from folora.errors import ConfigError
 from folora.metrics.summary import summary
@@ -32,41 +32,41 @@ from folora.runtime.storage import obstacle
 RESULTS = "results.jsonl"
 
 
-def execute(options: argparse.Namespace, config: FoLoraConfig) -> None:
+def execute(request: Request, config: FoLoraConfig) -> None:
     """Do what a command line asks for, together with the other processes if there are any.
 
     Args:
-        options: From `cli.parse`: the command, and what is no part of the config.
-        config: Likewise.
+        request: From `cli.parsing.parse`: the command, and what is no part of the config.
+        config: From there too.
 
     Raises:
         FoLoraError: With what failed and what to do.
         Interrupted: A signal came.
     """
     distributed.join(config.device)
-    _set_up_logging(options.verbose)
-    _work(options, config)
+    _set_up_logging(request.verbose)
+    _work(request, config)
     distributed.leave()
 
 
-def _work(options: argparse.Namespace, config: FoLoraConfig) -> None:
-    command = options.command
+def _work(request: Request, config: FoLoraConfig) -> None:
+    command = request.command
     if command in ("plan", "compare") and distributed.count() > 1:
         raise ConfigError(f"folora {command} works in one process; start it without a launcher")
     if command == "plan":
-        _print_plan(_plan(config, options.processes))
+        _print_plan(_plan(config, request.processes))
         return
     run = Run(config)
     if command == "compare":
-        _compare(run, options)
+        _compare(run, request)
         return
     if command == "run":
         _print_report(run.run())
         return
     if command == "export":
-        path = _target(options.to)
-        report = run.export(path, options.rank, "merged" if options.merged else "adapter")
-        target = path or run.folder / ("merged" if options.merged else ADAPTER)
+        path = _target(request.to)
+        report = run.export(path, request.rank, "merged" if request.merged else "adapter")
+        target = path or run.folder / ("merged" if request.merged else ADAPTER)
         _say(f"wrote {target}" + (f", rank {report.rank}" if report.rank else ""))
         if report.relative_error:
             _say(
@@ -78,13 +78,13 @@ def _work(options: argparse.Namespace, config: FoLoraConfig) -> None:
         command in ("sample", "base") and run.config.ends_early
     )
     if command == "base":
-        run.base_target(_target(options.to))
+        run.base_target(_target(request.to))
     run.check(needs_data=reads_task, trains=command == "train")
     run.check_command(command)
     with run.alone():
         run.write_config()
         if command == "base":
-            _say(f"wrote {run.base(_target(options.to))}")
+            _say(f"wrote {run.base(_target(request.to))}")
             return
         getattr(run, command)()
         if command == "train":
@@ -96,18 +96,14 @@ def _target(given: str | None) -> Path | None:
     return Path(os.path.abspath(given)) if given else None
 
 
-def _compare(run: Run, options: argparse.Namespace) -> None:
+def _compare(run: Run, request: Request) -> None:
     """All arms, then a table and two pictures beside their results."""
     from folora.compare.comparison import Comparison, arms
     from folora.compare.plots import frontier_picture, norm_picture
     from folora.compare.results import load_results
     from folora.compare.tables import comparison_table
 
-    chosen = arms(
-        options.methods.split(","),
-        _numbers(options.learning_rates, "--learning-rates", float),
-        **{"training.seed": _numbers(options.seeds, "--seeds", int)},
-    )
+    chosen = arms(request.methods, request.learning_rates, **{"training.seed": request.seeds})
     folder = run.folder / COMPARISON
     task = Path(required(run.config.dataset, "dataset")).name.split(".")[0]
     results_file = folder / RESULTS
@@ -144,13 +140,6 @@ def _compare(run: Run, options: argparse.Namespace) -> None:
         write_own(folder / name, COMPARISON, write)
     Console().print(table.rich())
     print(f"wrote {folder}: {RESULTS}, comparison.md, frontier.png, norms.png")
-
-
-def _numbers(text: str, flag: str, kind: type) -> list[Any]:
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ConfigError(f"{flag} is {text!r}, but must be numbers with commas between") from error
 
 
 def _plan(config: FoLoraConfig, processes: int) -> Plan:
@@ -190,7 +179,7 @@ def _print_plan(found: Plan) -> None:
     if advice is None:
         console.print(
             f"Training needs {_bytes(own.training)} {free}: too much. Fewer rows at once "
-            "(--training.batch_size, with more --training.gradient_accumulation_steps) or "
+            "(--training.per_device_train_batch_size, with more --training.gradient_accumulation_steps) or "
             "--training.gradient_checkpointing true take less."
         )
     elif advice is not own:

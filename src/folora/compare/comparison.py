@@ -22,7 +22,6 @@ from transformers import TrainerControl, TrainerState
 
 from folora.adapters.coverage import check_adapter
 from folora.calibration.base_file import tensors_sha256
-from folora.compare.methods import configured, method
 from folora.compare.results import FORMAT, REMEDY, Key, Line, ResultFile
 from folora.config import FoLoraConfig
 from folora.errors import ArtifactError, ConfigError, DataError, MismatchError
@@ -146,11 +145,11 @@ class Comparison:
 
     def config(self, arm: Arm) -> FoLoraConfig:
         """The arm's whole config. Raises ConfigError."""
-        return configured(self.run.config, arm.method, arm.changes)
+        return self.run.config.changed({"method": arm.method, **arm.changes})
 
     def key(self, arm: Arm, config: FoLoraConfig) -> Key:
         """What names the arm's result among those in the file."""
-        return self.task, config.training.seed, self.name(arm)
+        return self.task, config.training_seed, self.name(arm)
 
     def name(self, arm: Arm) -> str:
         """The arm's name, with the calibration if it is not the run's own."""
@@ -190,8 +189,8 @@ class Comparison:
         for config in configs:
             if config.adapter.target_modules != self.run.config.adapter.target_modules:
                 raise ConfigError("arms share statistics, so adapter.target_modules cannot differ")
-            sft_config(config.training, self.results.path.parent, evaluates=False, on_cpu=on_cpu)
-            check_adapter(self.run.context.model, self.run.context.groups, config.adapter)
+            sft_config(config, self.results.path.parent, evaluates=False, on_cpu=on_cpu)
+            check_adapter(self.run.context.model, self.run.context.groups, config)
         # What was made from another model or other rows is found before these are sampled for.
         known = {**self.run.context.facts, "data": self.run.context.task.fingerprint}
         for arm, config in zip(chosen, configs, strict=True):
@@ -233,10 +232,10 @@ class Comparison:
             "format": FORMAT,
             "stage": self.stage,
             "task": self.task,
-            "seed": config.training.seed,
+            "seed": config.training_seed,
             "name": self.name(arm),
             "method": arm.method,
-            "title": method(arm.method).title,
+            "title": config.method.title,
             "changes": arm.changes,
             "calibration": self.calibration,
             "command": self.command,
@@ -252,10 +251,9 @@ class Comparison:
         self, prepared: Prepared, config: FoLoraConfig
     ) -> tuple[list[dict[str, Any]], bool]:
         """Readings during and after training, and whether it ended with nothing of the model left."""
-        extra = {**config.training.extra, "save_strategy": "no"}
         on_cpu = prepared.model.device.type == "cpu"
-        training = config.changed({"training.extra": extra}).training
-        args = sft_config(training, self.results.path.parent, evaluates=False, on_cpu=on_cpu)
+        without = config.changed({"training.save_strategy": "no"})
+        args = sft_config(without, self.results.path.parent, evaluates=False, on_cpu=on_cpu)
         readings: list[dict[str, Any]] = []
         trainer = FoLoraTrainer(prepared, args, self.run.context.tokenizer)
 

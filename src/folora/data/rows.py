@@ -134,7 +134,7 @@ class Formatter:
 
 
 def prepare_task(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig, seed: int = 0
 ) -> TaskData:
     """Tokenize all rows and set some aside, chosen by a seed.
 
@@ -170,7 +170,7 @@ def prepare_task(
             "%d of %d rows dropped: no response token within %d tokens",
             dropped, len(examples), config.max_length,
         )  # fmt: skip
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(usable), generator=generator).tolist()
     count = min(config.eval_rows, len(usable) // 10)
     held_out = sorted(order[:count])

@@ -8,7 +8,6 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from folora.config import SamplingConfig
 from folora.errors import DataError
 from folora.runtime.fingerprints import tokenizer_fingerprint
 
@@ -83,20 +82,18 @@ def _is_special(tokenizer: PreTrainedTokenizerBase, number: int) -> bool:
     return number in tokenizer.all_special_ids or (added is not None and added.special)
 
 
-def ending_ids(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: SamplingConfig
-) -> list[int]:
-    """The tokens that end a sampled sequence: none if EOS is to be ignored.
+def ending_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a sampled sequence.
 
     Raises:
         DataError: The model has no logit for one of them.
     """
-    found = [] if config.ignore_eos else eos_token_ids(model, tokenizer)
+    found = eos_token_ids(model, tokenizer)
     known = known_tokens(model)
     if wrong := [i for i in found if not 0 <= i < known]:
         raise DataError(
             f"the model's generation config ends sequences at token {wrong[0]}, but the model knows "
-            f"{known} tokens; correct eos_token_id there, or give --sampling.ignore_eos true"
+            f"{known} tokens; correct eos_token_id there"
         )
     return found
 

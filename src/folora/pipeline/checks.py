@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -60,7 +59,7 @@ def check_options(context: Context, training: Path, *, needs_data: bool, trains:
     config = context.config
     check_quantizer(config)
     arguments = _arguments(config, training) if trains or find_spec("trl") is not None else None
-    if config.shard and distributed.asks_for_fsdp(config.training.extra.get("fsdp")):
+    if config.shard and distributed.asks_for_fsdp((config.training.model_extra or {}).get("fsdp")):
         raise ConfigError(
             "--shard shares the weights out already; start the processes without FSDP"
         )
@@ -70,7 +69,7 @@ def check_options(context: Context, training: Path, *, needs_data: bool, trains:
         read_base_manifest(Path(config.base))
     limits, start_id = context.limits, context.start_id
     if name := config.sampling.sampler_model:
-        other = load_tokenizer(replace(config, revision=None), name)
+        other = load_tokenizer(config.replace(revision=None), name)
         check_same_tokenizer(context.tokenizer, other, name)
     task = context.task if needs_data else TaskData([], [])
     check_fits(task, context.tokenizer, start_id, **limits)
@@ -133,7 +132,7 @@ def _arguments(config: FoLoraConfig, folder: Path) -> Any:
     from folora.training.trainer import sft_config
 
     on_cpu = device_of(config).type == "cpu"
-    return sft_config(config.training, folder, evaluates=True, on_cpu=on_cpu)
+    return sft_config(config, folder, evaluates=True, on_cpu=on_cpu)
 
 
 def _check_trainer(context: Context, arguments: Any, task: TaskData) -> None:
@@ -141,7 +140,7 @@ def _check_trainer(context: Context, arguments: Any, task: TaskData) -> None:
     from folora.training.trainer_check import check_trainer
 
     training = context.config.training
-    if training.extra or training.lr_scheduler_type != TrainingConfig().lr_scheduler_type:
+    if training.model_extra or training.lr_scheduler_type != TrainingConfig().lr_scheduler_type:
         check_trainer(arguments, context.tokenizer, task.train, context.model_config)
 
 

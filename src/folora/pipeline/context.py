@@ -6,7 +6,6 @@ Each is loaded or found when it is first asked for, and depends on the config an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from folora.adapters.coverage import Coverage, check_causal, cover, cover_config, probe, report
 from folora.calibration.engine import Engine
 from folora.calibration.vllm import engine_of
-from folora.config import AdapterConfig, FoLoraConfig
+from folora.config import FoLoraConfig
 from folora.data.files import load_rows
 from folora.data.formats import Row
 from folora.data.rows import TaskData, prepare_task
@@ -116,7 +115,7 @@ class Context:
     @cached_property
     def eos_ids(self) -> list[int]:
         """The tokens that end a sampled sequence."""
-        return ending_ids(self.model, self.tokenizer, self.config.sampling)
+        return ending_ids(self.model, self.tokenizer)
 
     @cached_property
     def task(self) -> TaskData:
@@ -130,7 +129,7 @@ class Context:
         if dataset is None:
             dataset = required(None, "dataset")
         rows = load_rows(dataset, self.config.data.split)
-        return prepare_task(rows, self.tokenizer, self.config.data)
+        return prepare_task(rows, self.tokenizer, self.config.data, self.config.seed)
 
     @property
     def ends_early(self) -> bool:
@@ -154,7 +153,7 @@ class Context:
 
         Logged if that was not done before, or if quantized layers differ from the config's.
         """
-        found = coverage_of(self.model, self.config.adapter, self.start_id)
+        found = coverage_of(self.model, self.config, self.start_id)
         if "outline" not in vars(self) or found.groups != self.outline.groups:
             report(found)
         return found.groups
@@ -165,14 +164,17 @@ class Context:
         Raises:
             FoLoraError: It cannot be loaded or reached, or has another tokenizer.
         """
-        return engine_of(self._sampler(), self.start_id, self.eos_ids, self.config.sampling)
+        config = self.config
+        return engine_of(
+            self._sampler(), self.start_id, self.eos_ids, config.sampling, config.seed
+        )
 
     def _sampler(self) -> PreTrainedModel:
         """The model that generates; of a server, the one that it must serve."""
         name = self.config.sampling.sampler_model
         if name is None:
             return self.model
-        own = replace(self.config, revision=None, device=str(self.model.device))
+        own = self.config.replace(revision=None, device=str(self.model.device))
         check_same_tokenizer(self.tokenizer, load_tokenizer(own, name), name)
         if self.config.sampling.server is not None:
             return self.model
@@ -181,12 +183,12 @@ class Context:
         return sampler
 
 
-def coverage_of(model: PreTrainedModel, adapter: AdapterConfig, start_id: int) -> Coverage:
+def coverage_of(model: PreTrainedModel, config: FoLoraConfig, start_id: int) -> Coverage:
     """Which layers of a model in memory are adapted, found on two rows of a few tokens.
 
     Args:
         model: The base model.
-        adapter: Says which layers, which rank, which initialization.
+        config: Says which layers, which rank, which method.
         start_id: The token that rows start with.
 
     Raises:
@@ -195,4 +197,4 @@ def coverage_of(model: PreTrainedModel, adapter: AdapterConfig, start_id: int) -
     """
     check_model(model)
     check_causal(model, start_id)
-    return cover(model, adapter, probe(model, start_id))
+    return cover(model, config, probe(model, start_id))

@@ -140,10 +140,11 @@ def plan(
     known = _known(config, processes)
     training = config.training
     # A packed row is as long as rows are packed to.
-    packed = training.extra.get("max_length") if training.extra.get("packing") else None
-    batch = (training.batch_size, packed or longest or config.data.max_length)
+    extra = training.model_extra or {}
+    packed = extra.get("max_length") if extra.get("packing") else None
+    batch = (training.per_device_train_batch_size, packed or longest or config.data.max_length)
     activations = _activations(known, config, batch)
-    factors = known.trainable * 4 * (2 if config.adapter.init in NONZERO else 1)
+    factors = known.trainable * 4 * (2 if config.method.init in NONZERO else 1)
     without = known.weights + 3 * factors + activations  # two moments, of frozen halves too
     sizes = basis_sizes(config, known.groups, without)
     seconds = _training_seconds(known, config, task_tokens, rows)
@@ -234,7 +235,7 @@ def _activations(known: _Known, config: FoLoraConfig, batch: tuple[int, int]) ->
     """
     with suppress(AttributeError, ValueError):  # of older transformers, of a model without experts
         known.skeleton.set_experts_implementation("grouped_mm")
-    model = outline(known.skeleton, known.layers, config.adapter.r, config.adapter.init).train()
+    model = outline(known.skeleton, known.layers, config.adapter.r, config.method.init).train()
     rows, tokens = batch
 
     def count(tokens: int, dtype: torch.dtype, masked: bool) -> int:
@@ -331,7 +332,7 @@ def _training_seconds(
     training = config.training
     tokens = training.num_train_epochs * task_tokens / known.processes
     if training.max_steps > 0 and rows:
-        a_step = training.batch_size * training.gradient_accumulation_steps
+        a_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
         tokens = training.max_steps * a_step * task_tokens / rows
     efficiency = TRAINING_EFFICIENCY.get(known.device.type, 1.0)
     return 3 * 2 * known.parameters * tokens / known.rate / efficiency

@@ -22,7 +22,6 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
@@ -223,7 +222,7 @@ class Run:
 
     def _write_merged(self, trained: Trained, target: Path) -> ExportReport:
         """Loads the model afresh, since training wraps the layers, and whole: one process writes."""
-        whole, facts = replace(self.config, shard=False), trained.facts
+        whole, facts = self.config.replace(shard=False), trained.facts
         base = load_model(whole, self.name, as_stored=True)
         same = weights_fingerprint(base) == facts["model"]
         if not same and str(base.dtype) != f"torch.{facts['dtype']}":  # rounded when it was trained

@@ -72,7 +72,9 @@ class Samples(Stage[CalibrationSet]):
             found["sampler_model"] = self.config.sampler_model
         if self.config.server:
             found["engine"] = ENGINE  # whose draws are others; where it runs changes nothing
-        return found | request_of(self.context.start_id, self.context.eos_ids, self.config)
+        context = self.context
+        seed = context.config.seed
+        return found | request_of(context.start_id, context.eos_ids, self.config, seed)
 
     def facts(self) -> dict[str, Any]:
         """The same, and how many sequences there are."""
@@ -302,10 +304,10 @@ def share(context: Context, store: Store, engine: Engine | None = None) -> Share
 
 def solve_options(config: FoLoraConfig) -> dict[str, Any]:
     """The arguments of `solve_all` that a config stands for."""
-    init = config.adapter.init
+    init = config.method.init
     return {
         "tau": config.spectrum.tau,
-        "basis": config.spectrum.basis,
+        "basis": config.method.basis,
         "null_rank": config.adapter.r if init in NEED_NULL_BASIS else 0,
         "directions": None if init in NEED_WHOLE_BASIS else config.directions,
     }

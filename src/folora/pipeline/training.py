@@ -66,7 +66,8 @@ class Training(Stage[Trained]):
         """Of the model, of the spectrum, of the rows and of the options."""
         config = self.context.config
         training = config.training
-        options = [effective(asdict(training)), asdict(config.adapter), asdict(config.spectrum)]
+        sections = (config.adapter, config.spectrum, config.method)
+        options = [effective(config), *(section.model_dump() for section in sections)]
         found = {
             **self.context.facts,
             "spectrum": self.spectrum.manifest["sha256"],
@@ -74,10 +75,10 @@ class Training(Stage[Trained]):
             "held_out": self.samples.manifest["fingerprint"],
             "options": json_fingerprint(options),
             "rows_a_step": distributed.count()
-            * training.batch_size
+            * training.per_device_train_batch_size
             * training.gradient_accumulation_steps,
         }
-        if distributed.asks_for_fsdp(training.extra.get("fsdp")):
+        if distributed.asks_for_fsdp((training.model_extra or {}).get("fsdp")):
             found["checkpoints"] = "FSDP"  # of another form
         return found
 

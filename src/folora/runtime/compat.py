@@ -38,5 +38,6 @@ def trainer_options(values: Mapping[str, Any], types: Mapping[str, Any]) -> dict
     if "activation_checkpointing" not in types:  # before Transformers 5.23
         found["gradient_checkpointing"] = found.pop("activation_checkpointing")
     if types["warmup_steps"] is int:  # before Transformers 5, which takes a share there, too
-        found["warmup_ratio"] = found.pop("warmup_steps")
+        steps = found.pop("warmup_steps")
+        found |= {"warmup_ratio": steps} if steps < 1 else {"warmup_steps": int(steps)}
     return found

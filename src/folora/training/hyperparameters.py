@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from typing import Any
 
 from transformers import TrainingArguments
@@ -11,7 +10,6 @@ from transformers import TrainingArguments
 from folora.config import TrainingConfig
 from folora.errors import ConfigError
 from folora.optim.sadam import SAdam
-from folora.training.optimizer import BETAS, EPSILON
 
 logger = logging.getLogger(__name__)
 
@@ -19,22 +17,8 @@ OWN_OPTIMIZER = ("optim", "optim_args", "optim_target_modules")
 
 
 def adam_options(training: TrainingConfig) -> dict[str, Any]:
-    """The betas and epsilon of `SAdam` by ``training.extra``; they are AdamW's by default.
-
-    Raises:
-        ConfigError: One is outside of its interval.
-    """
-    given = training.extra
-    names = ("adam_beta1", "adam_beta2", "adam_epsilon")
-    beta1, beta2, eps = (
-        given.get(name, default) for name, default in zip(names, (*BETAS, EPSILON), strict=True)
-    )
-    for name, beta in zip(names, (beta1, beta2), strict=False):
-        if not 0 <= beta < 1:
-            raise ConfigError(f"training.extra: {name} is {beta!r}, but must lie in [0, 1)")
-    if not 0 <= eps < math.inf:
-        raise ConfigError(f"training.extra: adam_epsilon is {eps!r}, but must be finite and >= 0")
-    return {"betas": (beta1, beta2), "eps": eps}
+    """The betas and epsilon of `SAdam`."""
+    return {"betas": (training.adam_beta1, training.adam_beta2), "eps": training.adam_epsilon}
 
 
 def follow_arguments(optimizer: SAdam, args: TrainingArguments, training: TrainingConfig) -> None:
@@ -75,5 +59,5 @@ def check_optimizer(args: TrainingArguments) -> None:
         if given not in (None, defaults[name].default):
             raise ConfigError(
                 f"{name} is {given!r}, but this Trainer steps by the prepared optimizer; leave it out, or "
-                "prepare with training.optimizer 'adamw' for plain LoRA"
+                "prepare with method 'lora' for plain LoRA"
             )

@@ -54,9 +54,9 @@ class Prepared:
     def train_dataset(self) -> Dataset:
         """Rows to train on, ``input_ids`` and ``labels``, as TRL and Transformers take them.
 
-        With ``training.replay`` that share of them are self-samples, taken in turn.
+        With ``method.replay`` that share of them are self-samples, taken in turn.
         """
-        share = self.config.training.replay
+        share = self.config.method.replay
         texts = text_examples(self.samples.calibration)
         replayed = round(share / (1 - share) * len(self.task.train))
         return to_dataset([*self.task.train, *islice(cycle(texts), replayed)])
@@ -96,11 +96,11 @@ def attach_configured(
         model,
         bases,
         LoraConfig(r=adapter.r, lora_alpha=alpha, task_type="CAUSAL_LM"),
-        init=adapter.init,
-        protect=adapter.protected,
-        seed=config.training.seed,
+        init=config.method.init,
+        protect=config.protected,
+        seed=config.training_seed,
     )
-    if adapter.freeze_a:
+    if config.method.freeze_a:
         for b in bases:
             for name in b.group.layers:
                 layer: Any = peft_model.get_base_model().get_submodule(name)
@@ -125,6 +125,6 @@ def group_options(config: FoLoraConfig) -> dict[str, Any]:
         "lam": spectrum.lam,
         "s_min": spectrum.s_min,
         "directions": config.directions,
-        "step_scale": spectrum.step_scale,
-        "spectral": training.optimizer == "sadam",
+        "step_scale": config.method.step_scale,
+        "spectral": config.method.optimizer == "sadam",
     }

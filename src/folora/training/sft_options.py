@@ -1,4 +1,4 @@
-"""What becomes of each option of trl.SFTConfig that ``training.extra`` names: one table.
+"""What becomes of each option of trl.SFTConfig in the section ``training``: one table.
 
 An option is passed on, or it is set by an option of folora, or it is refused with the reason. What a
 newer TRL adds is passed on with a warning. The table needs no TRL.
@@ -7,51 +7,37 @@ newer TRL adds is passed on with a warning. The table needs no TRL.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from typing import Any
+
+from folora.config import FoLoraConfig
 
 logger = logging.getLogger(__name__)
 
 SET_BY = {
     "activation_checkpointing": "training.gradient_checkpointing",
-    "bf16": "training.bf16",
-    "eval_steps": "training.eval_steps",
     "eval_strategy": "training.eval_steps",
-    "gradient_accumulation_steps": "training.gradient_accumulation_steps",
-    "gradient_checkpointing": "training.gradient_checkpointing",
-    "learning_rate": "training.learning_rate",
-    "logging_steps": "training.logging_steps",
-    "lr_scheduler_type": "training.lr_scheduler_type",
-    "max_grad_norm": "training.max_grad_norm",
-    "max_steps": "training.max_steps",
     "no_cuda": "device",
-    "num_train_epochs": "training.num_train_epochs",
-    "optim": "training.optimizer",
+    "optim": "method",
     "output_dir": "output",
     "per_device_eval_batch_size": "statistics.batch_size",
-    "per_device_train_batch_size": "training.batch_size",
-    "save_steps": "training.save_steps",
-    "seed": "training.seed",
     "trust_remote_code": "trust_remote_code",
     "truncation_mode": "data.max_length",
     "use_cpu": "device",
-    "warmup_ratio": "training.warmup_ratio",
-    "warmup_steps": "training.warmup_ratio",
-    "weight_decay": "training.weight_decay",
+    "warmup_ratio": "training.warmup_steps",
 }
-"""Options with an option of folora, which knows their interval or their name of today."""
+"""Options with an option of folora that is used instead."""
 
 _METER = "evaluation reads folora's meter, which has no such option"
 _HUB = "folora pushes nothing to the Hub; upload the exported adapter"
 _ROWS = "folora has made tokens and labels of the rows by then"
 _RESUME = "folora resumes from the latest checkpoint in the output folder"
-_OPTIMIZER = "the optimizer is SAdam, or AdamW by --training.optimizer adamw"
+_OPTIMIZER = "the optimizer is SAdam, or AdamW by --method lora"
 _PROCESSES = "folora connects the processes itself"
 _SCRIPT = "the Trainer itself does not read it"
 
 REFUSED = {
     "assistant_only_loss": "the loss is on the assistant's tokens already",
-    "auto_find_batch_size": "it changes the rows of a step while training; give --training.batch_size",
+    "auto_find_batch_size": "it changes the rows of a step while training; give --training.per_device_train_batch_size",
     "batch_eval_metrics": _METER,
     "bf16_full_eval": _METER,
     "chat_template_path": f"{_ROWS}; save the template with the tokenizer",
@@ -102,6 +88,7 @@ HONOURED = frozenset(
         "adam_beta2",
         "adam_epsilon",
         "average_tokens_across_devices",
+        "bf16",
         "data_seed",
         "dataloader_drop_last",
         "dataloader_in_order",
@@ -115,18 +102,24 @@ HONOURED = frozenset(
         "group_by_length",
         "ignore_data_skip",
         "label_smoothing_factor",
+        "learning_rate",
         "liger_kernel_config",
         "loss_type",
         "lr_scheduler_kwargs",
+        "lr_scheduler_type",
+        "max_grad_norm",
         "max_length",  # with packing alone
+        "max_steps",
         "metric_for_best_model",
         "neftune_noise_alpha",
+        "num_train_epochs",
         "packing",
         "packing_strategy",
         "pad_to_multiple_of",
         "padding_free",
         "restore_callback_states_from_checkpoint",
         "router_aux_loss_coef",
+        "seed",
         "shuffle_dataset",
         "tf32",
         "torch_compile",
@@ -134,6 +127,8 @@ HONOURED = frozenset(
         "torch_compile_mode",
         "train_sampling_strategy",
         "use_liger_kernel",
+        "warmup_steps",
+        "weight_decay",
     }
 )
 """Options that are passed on and change the result."""
@@ -155,6 +150,9 @@ WITHOUT_EFFECT = frozenset(
         "disable_tqdm",
         "eval_delay",
         "eval_on_start",
+        "eval_steps",
+        "gradient_accumulation_steps",  # as long as a step takes as many rows, like the batch size
+        "gradient_checkpointing",
         "gradient_checkpointing_kwargs",
         "include_num_input_tokens_seen",
         "include_tokens_per_second",
@@ -164,12 +162,15 @@ WITHOUT_EFFECT = frozenset(
         "logging_dir",
         "logging_first_step",
         "logging_nan_inf_filter",
+        "logging_steps",
         "logging_strategy",
+        "per_device_train_batch_size",
         "project",
         "remove_unused_columns",
         "report_to",
         "run_name",
         "save_safetensors",
+        "save_steps",
         "save_strategy",
         "save_total_limit",
         "skip_memory_metrics",
@@ -191,39 +192,27 @@ CHOICES = {
 
 KNOWN = frozenset({*SET_BY, *REFUSED, *HONOURED, *WITHOUT_EFFECT})
 
-OWN_WITHOUT_EFFECT = frozenset(
-    {
-        "non_finite",
-        "batch_size",
-        "gradient_accumulation_steps",
-        "gradient_checkpointing",
-        "logging_steps",
-        "save_steps",
-    }
-)
-"""The same of folora's training options; batch_size as long as a step takes as many rows."""
-
-EVALUATION = frozenset({"eval_delay", "eval_on_start"})
+EVALUATION = frozenset({"eval_delay", "eval_on_start", "eval_steps"})
 BY_METRIC = frozenset({"reduce_lr_on_plateau", "greedy"})  # schedules that follow evaluations
 
 
 def refusal(name: str, value: object) -> str | None:
-    """Why ``training.extra`` must not have an option with a value; None if it may."""
+    """Why ``training`` must not have an option of SFTConfig with a value; None if it may."""
     if name in SET_BY:
-        return f"{name} is set by {SET_BY[name]}; give that instead"
+        return f"training.{name} is set by {SET_BY[name]}; give that instead"
     if name in REFUSED:
-        return f"{name} is not honoured: {REFUSED[name]}"
+        return f"training.{name} is not honoured: {REFUSED[name]}"
     if name in CHOICES and value not in CHOICES[name]:
-        return f"{name} is {value!r}, but must be one of {', '.join(CHOICES[name])}"
+        return f"training.{name} is {value!r}, but must be one of {', '.join(CHOICES[name])}"
     if name not in KNOWN:
-        logger.warning("training.extra: folora does not know TRL's %s and passes it on", name)
+        logger.warning("folora does not know TRL's training.%s and passes it on", name)
     return None
 
 
-def effective(training: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a training section those options that change the result."""
-    plain = training["lr_scheduler_type"] not in BY_METRIC
-    own = OWN_WITHOUT_EFFECT | ({"eval_steps"} if plain else set())
-    passed_on = WITHOUT_EFFECT if plain else WITHOUT_EFFECT - EVALUATION
-    extra = {k: v for k, v in training["extra"].items() if k not in passed_on}
-    return {k: v for k, v in training.items() if k not in own} | {"extra": extra}
+def effective(config: FoLoraConfig) -> dict[str, Any]:
+    """Of the section ``training`` those options that change the result, with the seed."""
+    training = config.training
+    plain = training.lr_scheduler_type not in BY_METRIC
+    without = WITHOUT_EFFECT if plain else WITHOUT_EFFECT - EVALUATION
+    found = {name: value for name, value in training.model_dump().items() if name not in without}
+    return {**found, "seed": config.training_seed}

@@ -31,7 +31,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from folora.adapters.low_rank import narrow_inputs
-from folora.config import TrainingConfig
+from folora.config import FoLoraConfig, TrainingConfig
 from folora.data.formats import IGNORE
 from folora.data.rows import pad_batch, text_examples
 from folora.errors import ArtifactError, ConfigError, FoLoraError, NumericsError, nearest
@@ -52,7 +52,7 @@ from folora.runtime.finiteness import unsound_gradients, where_it_breaks
 from folora.runtime.progress import progress
 from folora.runtime.storage import sweep
 from folora.runtime.tensors import whole
-from folora.training.hyperparameters import adam_options, check_optimizer, follow_arguments
+from folora.training.hyperparameters import check_optimizer, follow_arguments
 from folora.training.interruption import StopAfterStep, finishing_step
 from folora.training.prepared import Prepared, to_dataset
 from folora.training.progress import training_progress
@@ -64,7 +64,6 @@ with needed_by("training", "trl"):
 
 logger = logging.getLogger(__name__)
 
-MOST_SKIPPED = 20  # steps in a row
 FLAT = (
     "{}, but folora's optimizer needs whole rows of the adapter's matrices. Use FSDP2 (accelerate launch "
     "--use_fsdp --fsdp_version 2), which keeps them, or neither: torchrun, or accelerate launch --multi_gpu. "
@@ -111,12 +110,12 @@ class OwnIntervals(TrainerCallback):
 class FoLoraTrainer(SFTTrainer):
     """SFTTrainer on a `Prepared` model: `evaluate` reads the meter and logs what it says.
 
-    A gradient that is not finite never reaches the optimizer: training ends with a NumericsError, or
-    passes over the step, by ``training.non_finite``. Checkpoints are sealed; see `checkpoints`.
+    A gradient that is not finite never reaches the optimizer: training ends with a NumericsError.
+    Checkpoints are sealed; see `checkpoints`.
 
     Args:
         prepared: From `prepare`.
-        args: Any SFTConfig; see `sft_config` for one that follows a `TrainingConfig`. Its learning
+        args: Any SFTConfig; see `sft_config` for one that follows a config. Its learning
             rate, weight decay, betas and epsilon are taken, also where those prepared are others.
         processing_class: The tokenizer.
         kwargs: Passed on to SFTTrainer (callbacks, data_collator, ...).
@@ -144,7 +143,6 @@ class FoLoraTrainer(SFTTrainer):
         if self._loaded_in_parts:
             # The Trainer would refuse to save the optimizer of such a model; see `_save_checkpoint`.
             args.save_only_model = True
-        self._unsound, self._skipped_in_a_row = False, 0
         held_out = prepared.task.held_out
         super().__init__(
             model=prepared.model,
@@ -229,20 +227,20 @@ class FoLoraTrainer(SFTTrainer):
         return loss
 
     def _check_gradients(self, inputs: dict[str, Any]) -> None:
-        """End or pass over a step with a gradient that is not finite. Raises NumericsError."""
-        complete = self.accelerator.sync_gradients
-        if not complete and distributed.count() > 1:
+        """End at a gradient that is not finite, before the optimizer sees it. Raises NumericsError."""
+        if not self.accelerator.sync_gradients and distributed.count() > 1:
             return  # what one process sees alone all see with the last backward pass of the step
-        names = [] if self._unsound else self._unsound_gradients()
-        self._unsound = self._unsound or bool(names)
-        if names:
-            self._stop_or_skip(names, inputs)
-        if self._unsound and complete:
-            # The optimizer passes over parameters without a gradient.
-            self.prepared.model.zero_grad()
-            self._unsound, self._skipped_in_a_row = False, self._skipped_in_a_row + 1
-        elif complete:
-            self._skipped_in_a_row = 0
+        if not (names := self._unsound_gradients()):
+            return
+        with self.compute_loss_context_manager():
+            where = where_it_breaks(self.prepared.model, inputs)
+        rate = self.prepared.config.training.learning_rate
+        raise NumericsError(
+            f"step {self.state.global_step + 1}: {len(names)} gradients are not finite, such as "
+            f"{names[0]}'s; {where}. The optimizer has seen nothing of it, and checkpoints are sound. Look "
+            f"at the rows of this step; or, if it is the model that overflows, lower "
+            f"training.learning_rate (now {rate:g}), or train in bf16 or fp32."
+        )
 
     def _unsound_gradients(self) -> list[str]:
         """Their names, the same in all processes."""
@@ -250,27 +248,6 @@ class FoLoraTrainer(SFTTrainer):
         if not self.is_fsdp_enabled:
             return own  # all have the same gradients
         return sorted({*chain(*distributed.gather(own))}) if distributed.largest(len(own)) else []
-
-    def _stop_or_skip(self, names: list[str], inputs: dict[str, Any]) -> None:
-        with self.compute_loss_context_manager():
-            where = where_it_breaks(self.prepared.model, inputs)
-        step = self.state.global_step + 1
-        said = f"step {step}: {len(names)} gradients are not finite, such as {names[0]}'s; {where}"
-        skips = self.prepared.config.training.non_finite == "skip"
-        if skips and self._skipped_in_a_row < MOST_SKIPPED:
-            logger.warning("%s. The step is passed over.", said)
-            return
-        rate = self.prepared.config.training.learning_rate
-        way_out = (
-            f"{MOST_SKIPPED} steps in a row were passed over: the model is lost or its data are wrong."
-            if skips
-            else "Look at the rows of this step, or pass over such steps: --training.non_finite skip."
-        )
-        raise NumericsError(
-            f"{said}. The optimizer has seen nothing of it, and checkpoints are sound. {way_out} If it "
-            f"is the model that overflows, lower training.learning_rate (now {rate:g}), or train in "
-            "bf16 or fp32."
-        )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """The Trainer's checkpoint, sealed when it is whole. Raises ArtifactError."""
@@ -310,7 +287,7 @@ class FoLoraTrainer(SFTTrainer):
 
     def _penalty(self, model: Any, inputs: dict[str, Any]) -> Tensor | None:
         """Weighted divergence from the base on self-samples and on the task; None if unweighted."""
-        config = self.prepared.config.training
+        config = self.prepared.config.method
         terms = []
         if config.kl_weight:
             texts = self.prepared.samples.calibration
@@ -376,58 +353,46 @@ class FoLoraTrainer(SFTTrainer):
 
 
 def sft_config(
-    config: TrainingConfig, output_dir: str | Path, *, evaluates: bool, on_cpu: bool
+    config: FoLoraConfig, output_dir: str | Path, *, evaluates: bool, on_cpu: bool
 ) -> SFTConfig:
-    """TRL's arguments for a training section, with `extra`.
+    """TRL's arguments for a config: its section ``training``, and what other options say of training.
 
     Args:
-        config: The section.
+        config: The whole config.
         output_dir: For checkpoints.
         evaluates: Whether there are held-out rows, so that the meter can run along.
         on_cpu: Train on the CPU even if there is an accelerator.
 
     Raises:
-        ConfigError: `extra` names something that SFTConfig does not have or a section sets itself,
-            or a value that SFTConfig refuses.
+        ConfigError: ``training`` names something that SFTConfig does not have or an option of folora
+            sets, or a value that SFTConfig refuses.
     """
-    _check_extra(config.extra)
-    _refuse_deepspeed(config.extra.get("deepspeed"))  # before its package is looked for
+    training = config.training
+    extra = training.model_extra or {}
+    _check_extra(extra)
+    _refuse_deepspeed(extra.get("deepspeed"))  # before its package is looked for
     values: dict[str, Any] = {
-        "output_dir": str(output_dir),
-        "learning_rate": config.learning_rate,
-        "weight_decay": config.weight_decay,
-        "num_train_epochs": config.num_train_epochs,
-        "max_steps": config.max_steps,
-        "per_device_train_batch_size": config.batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "warmup_steps": config.warmup_ratio,  # below 1 it is a share
-        "lr_scheduler_type": config.lr_scheduler_type,
-        "max_grad_norm": config.max_grad_norm,
-        "save_steps": config.save_steps,
-        "save_total_limit": 2,
-        "logging_steps": config.logging_steps,
-        "activation_checkpointing": config.gradient_checkpointing,  # its name in transformers 5.23
-        "bf16": config.bf16,
-        "seed": config.seed,
         "max_length": None,  # rows are cut already
         "report_to": "none",
         "disable_tqdm": True,  # `training_progress` shows a bar
-        "use_cpu": on_cpu,
         "dataloader_pin_memory": not on_cpu,
+        **training.model_dump(exclude={"lr_b_ratio", "gradient_checkpointing", "eval_steps"}),
+        "activation_checkpointing": training.gradient_checkpointing,  # as transformers 5.23 calls it
+        "seed": config.training_seed,
+        "output_dir": str(output_dir),
+        "use_cpu": on_cpu,
     }
-    if config.eval_steps and evaluates:
-        values |= {"eval_strategy": "steps", "eval_steps": config.eval_steps}
+    if training.eval_steps and evaluates:
+        values |= {"eval_strategy": "steps", "eval_steps": training.eval_steps}
     try:
-        values = trainer_options(values, get_type_hints(SFTConfig))
-        found = SFTConfig(**(values | config.extra))
+        found = SFTConfig(**trainer_options(values, get_type_hints(SFTConfig)))
     except Exception as error:  # also of packages that an option asks for
         raise ConfigError(f"training: {error}") from error
     _check_length(found)
-    adam_options(config)
     check_sharding(found)
-    if config.extra.get("fsdp") and distributed.count() == 1:
+    if extra.get("fsdp") and distributed.count() == 1:
         raise ConfigError(
-            "training.extra: fsdp needs several processes, which torchrun or accelerate launch starts"
+            "training.fsdp needs several processes, which torchrun or accelerate launch starts"
         )
     return found
 
@@ -437,14 +402,12 @@ def _check_length(args: SFTConfig) -> None:
     if length is None:
         if args.packing:
             raise ConfigError(
-                "training.extra: packing needs max_length, the tokens of a packed row"
+                "training.packing needs training.max_length, the tokens of a packed row"
             )
     elif not args.packing:
-        raise ConfigError(
-            "training.extra: max_length is for packing; rows are cut by data.max_length"
-        )
+        raise ConfigError("training.max_length is for packing; rows are cut by data.max_length")
     elif length < 2:
-        raise ConfigError(f"training.extra: max_length is {length}, but must be >= 2")
+        raise ConfigError(f"training.max_length is {length}, but must be >= 2")
 
 
 def check_sharding(args: SFTConfig) -> None:
@@ -475,16 +438,15 @@ def _check_extra(extra: dict[str, Any]) -> None:
     known = {field.name for field in dataclasses.fields(SFTConfig)}
     for name, value in extra.items():
         if name not in known:
-            raise ConfigError(
-                f"training.extra: trl.SFTConfig has no option {name!r}{nearest(name, known)}"
-            )
+            near = nearest(name, {*known, *TrainingConfig.model_fields})
+            raise ConfigError(f"training: trl.SFTConfig has no option {name!r}{near}")
         if (reason := refusal(name, value)) is not None:
-            raise ConfigError(f"training.extra: {reason}")
+            raise ConfigError(reason)
         try:
             TypeAdapter(types[name]).validate_python(value)
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
-            raise ConfigError(f"training.extra: {name} is {value!r}: {reason}") from error
+            raise ConfigError(f"training.{name} is {value!r}: {reason}") from error
 
 
 def _take_if_finished(trainer: FoLoraTrainer, checkpoint: Path) -> bool:
@@ -513,7 +475,7 @@ def train(
         NumericsError: See `FoLoraTrainer`.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written after the last step.
     """
-    config = prepared.config.training
+    config = prepared.config
     on_cpu = prepared.model.device.type == "cpu"
     args = sft_config(config, folder, evaluates=bool(prepared.task.held_out), on_cpu=on_cpu)
     try:

@@ -47,13 +47,13 @@ def check_trainer(
         ConfigError: TRL, transformers or a package that is missing refuses it.
     """
     if args.use_liger_kernel and not is_liger_kernel_available():
-        raise ConfigError("training.extra: use_liger_kernel needs the package liger-kernel")
+        raise ConfigError("training.use_liger_kernel needs the package liger-kernel")
     if args.activation_offloading and args.device.type == "cpu":
-        raise ConfigError("training.extra: activation_offloading needs an accelerator")
+        raise ConfigError("training.activation_offloading needs an accelerator")
     coefficient = getattr(args, "router_aux_loss_coef", None)
     if coefficient and not hasattr(model_config.get_text_config(), "output_router_logits"):
         raise ConfigError(
-            "training.extra: router_aux_loss_coef is for models with experts whose router has a loss"
+            "training.router_aux_loss_coef is for models with experts whose router has a loss"
         )
     args = copy(args)
     args.full_determinism = False  # which is for the whole process

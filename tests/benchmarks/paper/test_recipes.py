@@ -21,9 +21,9 @@ from benchmarks.paper.recipe import TASKS, Rows, read_recipe
 from benchmarks.paper.rows import write_rows
 from benchmarks.paper.scoring import scorer
 from benchmarks.paper.tasks import functions
-from folora.compare.methods import METHODS
 from folora.compare.results import load_results
 from folora.errors import ConfigError, DataError
+from folora.methods import METHODS
 from folora.training.trainer import sft_config
 
 FOLDER = Path(__file__).parents[3] / "benchmarks" / "paper"
@@ -61,7 +61,7 @@ def test_recipes_have_the_papers_settings(path: Path) -> None:
         512,
     )
     assert config.statistics.task_examples == 256
-    assert (training.lr_scheduler_type, training.warmup_ratio) == ("cosine", 0.03)
+    assert (training.lr_scheduler_type, training.warmup_steps) == ("cosine", 0.03)
     assert (training.max_grad_norm, training.weight_decay) == (1.0, 0.0)
 
 

@@ -1,0 +1,361 @@
+"""Command lines: the options of the config as flags by their dotted names, for each command those it uses.
+
+Built on click. Flags win over the file given by ``--config``. Nothing here imports PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import click
+from pydantic import TypeAdapter, ValidationError
+
+import folora
+from folora.config import FoLoraConfig, Option, option_names, parse_yaml, read_yaml
+from folora.config.folora_config import nested
+from folora.config.renamed import removal
+from folora.errors import ConfigError, nearest
+from folora.methods import METHODS, Method
+from folora.training.sft_options import KNOWN
+
+OPTIONS = option_names()
+INGREDIENTS = [name for name in Method.model_fields if name != "name"]
+SHORT = {"adapter.r": "--r", "training.learning_rate": "--lr", "training.max_steps": "--max-steps"}
+
+MODEL = ("model", "dtype", "quantize", "shard", "device", "revision", "trust_remote_code")
+LAYERS = ("adapter.target_modules", "sampling.start_token")
+SAMPLES = (
+    *MODEL, "output", "dataset", "data", "seed", "base", "sampling", "statistics", "spectrum", "adapter",
+    "method",
+)  # fmt: skip
+ALL = (*SAMPLES, "training")
+USES: dict[str, tuple[str, ...]] = {
+    "run": ALL,
+    "plan": ALL,
+    "sample": SAMPLES,
+    "measure": (*MODEL, *LAYERS, "output", "dataset", "data", "seed", "base", "statistics"),
+    "solve": (*MODEL, *LAYERS, "output", "spectrum", "adapter", "method"),
+    "train": (
+        *MODEL, *LAYERS, "output", "dataset", "data", "seed", "statistics.batch_size", "spectrum", "adapter",
+        "method", "training",
+    ),
+    "export": (*MODEL, "output"),
+    "base": SAMPLES,
+    "compare": tuple(name for name in ALL if name != "method"),
+}  # fmt: skip
+"""The options and sections that each command uses."""
+
+COMMANDS = {
+    "run": "All stages: from a model and a data set to an adapter and a report.",
+    "plan": "Say how much memory, disk and time `folora run` with these options will take.",
+    "sample": "Stage 1: text that the model generates itself.",
+    "measure": "Stage 2: second moments on that text and on the task.",
+    "solve": "Stage 3: the eigenbasis of every shared input.",
+    "train": "Stage 4: train in that basis.",
+    "export": "Stage 5: an ordinary PEFT adapter, or merged weights.",
+    "base": "Samples and C_pre in one file, for every task on the model: --base FILE.",
+    "compare": "Train other methods too, and draw what each learned against what it retained.",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a command line asks for beside the config; a command reads those of its own.
+
+    Attributes:
+        command: Its name.
+        verbose: Show what libraries log.
+        to: Of export and base: where to write.
+        rank: Of export: truncate to this rank.
+        merged: Of export: write merged weights.
+        processes: Of plan: how many will work together.
+        methods: Of compare.
+        learning_rates: Of compare.
+        seeds: Of compare.
+    """
+
+    command: str
+    verbose: bool = False
+    to: str | None = None
+    rank: int | None = None
+    merged: bool = False
+    processes: int = 1
+    methods: tuple[str, ...] = ()
+    learning_rates: tuple[float, ...] = ()
+    seeds: tuple[int, ...] = ()
+
+
+def parse(arguments: Sequence[str]) -> tuple[Request, FoLoraConfig] | None:
+    """Arguments to a command and a config; None if they asked for help or the version, which is printed.
+
+    Raises:
+        ConfigError: An unknown option (with the nearest right one) or a wrong value.
+    """
+    try:
+        found = _group().main(list(arguments), "folora", standalone_mode=False)
+    except click.NoSuchOption as error:
+        raise ConfigError(_unknown(error.option_name, error.ctx)) from None
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        place = context.command_path if context else "folora"
+        raise ConfigError(f"{error.format_message().rstrip('.')} (see {place} --help)") from None
+    return found if isinstance(found, tuple) else None
+
+
+def _unknown(flag: str, context: click.Context | None) -> str:
+    """The sentence for a flag that a command does not have."""
+    name = flag.lstrip("-")
+    if sentence := removal(name):
+        return sentence
+    command = context.info_name if context else None
+    elsewhere = {
+        *OPTIONS,
+        *(f.lstrip("-") for f in SHORT.values()),
+        *(f"training.{n}" for n in KNOWN),
+        *(f"method.{n}" for n in INGREDIENTS),
+    }
+    if command in USES and name in elsewhere:
+        return f"folora {command} does not use {flag}; leave it out, or give it in a config file"
+    flags = [flag for p in context.command.params for flag in p.opts] if context else []
+    return f"unknown option {flag}{nearest(flag, flags)}"
+
+
+class _Group(click.Group):
+    """Lists its commands in the order of a run."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+def _group() -> click.Group:
+    group = _Group(
+        "folora",
+        help="Fine-tune a model and keep what it knew (arXiv:2606.00132).",
+        no_args_is_help=False,
+    )
+    click.version_option(folora.__version__, message="folora %(version)s")(group)
+    for name in COMMANDS:
+        group.add_command(_command(name))
+    return group
+
+
+class _Command(click.Command):
+    """A command whose help lists its options in groups."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            if record := param.get_help_record(ctx):
+                title = param.group if isinstance(param, _ConfigOption) else f"folora {self.name}"
+                groups.setdefault(title, []).append(record)
+        for title, records in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(records, col_max=34)
+
+
+class _Option(click.Option):
+    """An option whose value is never taken for another flag."""
+
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        if isinstance(value, str) and value.startswith("--"):
+            raise click.BadOptionUsage(self.opts[0], f"Option {self.opts[0]!r} needs a value", ctx)
+        return super().type_cast_value(ctx, value)
+
+
+class _ConfigOption(_Option):
+    """A flag for an option of the config, by its dotted name; the text is read by the option's type."""
+
+    def __init__(self, name: str, option: Option | None) -> None:
+        self.dotted = name
+        flags = [f"--{name}", *([SHORT[name]] if name in SHORT else [])]
+        section, _, _ = name.partition(".")
+        self.group = section if "." in name else "model, data and method"
+        super().__init__(
+            [*flags, name.replace(".", "__")],
+            metavar=_metavar(option.type) if option else "VALUE",
+            help=_help(option) if option else None,
+            hidden=option is None,
+        )
+        self.value_type = option.type if option else Any
+
+
+def _command(name: str) -> click.Command:
+    params: list[click.Parameter] = [*_own_options(name)]
+    used = USES[name]
+    known = [*OPTIONS, *(f"training.{n}" for n in sorted(KNOWN) if f"training.{n}" not in OPTIONS)]
+    known += [f"method.{n}" for n in INGREDIENTS]
+    for option in known:
+        if option in used or option.partition(".")[0] in used:
+            params.append(_ConfigOption(option, OPTIONS.get(option)))
+    epilog = None
+    if "training" in used:
+        epilog = (
+            "Every option of trl.SFTConfig can be given by its name: --training.NAME VALUE, such as "
+            "--training.packing true."
+        )
+    return _Command(
+        name,
+        params=params,
+        callback=_callback(name),
+        help=COMMANDS[name],
+        short_help=COMMANDS[name],
+        epilog=epilog,
+        context_settings={"max_content_width": 100, "auto_envvar_prefix": None},
+    )
+
+
+def _callback(name: str) -> Callable[..., tuple[Request, FoLoraConfig]]:
+    def read(config: str | None, preset: str | None, **given: Any) -> Any:
+        context = click.get_current_context()
+        flags = {p.dotted: p for p in context.command.params if isinstance(p, _ConfigOption)}
+        values = nested(FoLoraConfig.paper().differences()) if preset else {}
+        if config:
+            _merge(values, read_yaml(config))
+        changes = {
+            dotted: _value(text, param.value_type)
+            for dotted, param in flags.items()
+            if (text := given.pop(param.name)) is not None
+        }
+        ingredients = {n[7:]: changes.pop(n) for n in list(changes) if n.startswith("method.")}
+        _merge(values, nested(changes))
+        if ingredients:
+            chosen = values.get("method", "folora")
+            chosen = chosen if isinstance(chosen, Mapping) else {"name": chosen}
+            values["method"] = {**chosen, **ingredients}
+        return Request(name, **given), FoLoraConfig.from_dict(values)
+
+    return read
+
+
+def _own_options(name: str) -> list[click.Parameter]:
+    """The options of a command that are no part of the config."""
+    found: list[click.Parameter] = [
+        _Option(["--config"], metavar="FILE", help="YAML file with the options below; flags win."),
+        _Option(
+            ["--preset"], type=click.Choice(["paper"]), help="Start from FoLoraConfig.paper()."
+        ),
+        click.Option(["--verbose"], is_flag=True, help="Show what libraries log."),
+    ]
+    if name in ("export", "base"):
+        kind = "DIR" if name == "export" else "FILE"
+        found.append(_Option(["--to"], metavar=kind, help="Default is in the run folder."))
+    if name == "export":
+        found += [
+            _Option(["--rank"], type=int, help="Truncate to this rank, stating the error."),
+            click.Option(["--merged"], is_flag=True, help="Write merged weights."),
+        ]
+    if name == "plan":
+        processes = _Option(
+            ["--processes"], type=int, default=1, show_default=True, help="That work together."
+        )
+        found.append(processes)
+    if name == "compare":
+        found += [
+            _several("--methods", str, "folora,lora", f"Of {', '.join(METHODS)}."),
+            _several("--learning-rates", float, "1e-4,3e-4,1e-3", "Peak learning rates."),
+            _several("--seeds", int, "0", "Of initialization and training."),
+        ]
+    return found
+
+
+def _several(flag: str, kind: type, default: str, help: str) -> click.Option:
+    return _Option(
+        [flag],
+        type=_Several(kind),
+        default=default,
+        show_default=True,
+        metavar="A,B,...",
+        help=help,
+    )
+
+
+class _Several(click.ParamType):
+    """Values with commas between."""
+
+    name = "list"
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+
+    def convert(self, value: Any, param: Any, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(self.kind(part) for part in value.split(","))
+        except ValueError:
+            what = f"{param.opts[0]} is {value!r}, but must be numbers with commas between"
+            raise click.UsageError(what, ctx) from None
+
+
+def _value(text: str, hint: Any) -> Any:
+    """A flag's text as a value of an option's type; text that is none is left to the config to refuse.
+
+    ``null`` takes away an option that may be missing. What may be text or a list is a list if it begins
+    with a bracket, and what may be text or a mapping a mapping if it begins with a brace.
+    """
+    kinds = _kinds(hint)
+    if text == "null" and (NoneType in kinds or hint is Any):
+        return None
+    if hint is Any or (text[:1] in ("[", "{") and {tuple, Method} & {*kinds}):
+        try:
+            return parse_yaml(text)
+        except ConfigError:
+            return text
+    if str in kinds or Method in kinds:
+        return text
+    for kind in kinds:
+        if text == kind:
+            return text
+        with suppress(ValidationError):
+            if isinstance(kind, type):
+                return TypeAdapter(kind).validate_strings(text)
+    return text
+
+
+def _kinds(hint: Any) -> list[Any]:
+    """The types that a value may have, in order; those of literals are their values."""
+    origin = get_origin(hint)
+    if origin is Annotated:
+        return _kinds(get_args(hint)[0])
+    if origin is Literal:
+        return [*get_args(hint)]
+    if origin is tuple:
+        return [tuple]
+    return [kind for part in get_args(hint) for kind in _kinds(part)] if origin else [hint]
+
+
+NAMES = {
+    str: "TEXT",
+    int: "INT",
+    float: "NUMBER",
+    bool: "true|false",
+    tuple: "[A, B]",
+    Method: "NAME",
+}
+
+
+def _metavar(hint: Any) -> str:
+    """How a help text writes an option's type."""
+    return "|".join(NAMES.get(kind, str(kind)) for kind in _kinds(hint) if kind is not NoneType)
+
+
+def _help(option: Option) -> str:
+    parts = [option.help]
+    if option.allowed:
+        parts.append(f"must {option.allowed}")
+    if option.default is not None:
+        default = option.default
+        shown = str(default).lower() if isinstance(default, bool) else default
+        parts.append(f"default: {shown}")
+    return "; ".join(parts)
+
+
+def _merge(values: dict[str, Any], more: dict[str, Any]) -> None:
+    """Put nested `more` over `values`, section by section, in place."""
+    for name, value in more.items():
+        both = isinstance(value, dict) and isinstance(values.get(name), dict) and name != "method"
+        values[name] = {**values[name], **value} if both else value

@@ -1,0 +1,249 @@
+"""The sections of a config: sampling, data, statistics, spectrum, adapter and training."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from folora.config.options import Options, short
+from folora.config.renamed import removal
+from folora.errors import ConfigError
+
+TAU = 1e-3  # ridge, relative to the mean of C_pre's diagonal
+LAMBDA = 1.0  # gamma at which a step is halved
+S_MIN = 0.3  # floor of the gate
+
+# Sequences, after which it is first asked whether they are enough. Of the 64 that are decoded at once four may be
+# rejected before that takes another batch.
+FIRST_LOOK = 60
+SEEDS = 2**32  # numpy takes no larger ones
+
+Seed = Annotated[int, Field(ge=0, lt=SEEDS)]
+
+
+class SamplingConfig(Options):
+    """The calibration set: text that the pretrained model generates (paper 3.4, B.4)."""
+
+    section: ClassVar[str] = "sampling"
+    num_sequences: int = Field(
+        2000,
+        ge=32,
+        description="most sequences that pass the filter, held-out ones included",
+    )
+    min_new_tokens: int = Field(
+        128, ge=1, description="tokens before the end-of-sequence token is allowed"
+    )
+    max_new_tokens: int = Field(256, ge=32, description="tokens after which a sequence is cut")
+    tolerance: float | None = Field(
+        4.0,
+        gt=0,
+        description="stop sampling early if the leading directions found on half of the samples cost at "
+        "most this many times as much on the other half; null: never",
+    )
+    batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="sequences decoded at once; changes the samples by rounding alone. Default: 64, on an "
+        "accelerator up to 256, or 1024 where sampling never stops early, as the memory allows, and 256 "
+        "of a server",
+    )
+    held_out: float = Field(
+        0.05, ge=0, lt=0.5, description="share set aside to measure KL on (at least 16 sequences)"
+    )
+    start_token: str | None = Field(
+        None,
+        description="token to start from: 'eos' or a token's text; default: the tokenizer's BOS, or the "
+        "model's, or the separator of documents",
+    )
+    sampler_model: str | None = Field(
+        None, description="another model, with the same tokenizer, that generates the text"
+    )
+    server: str | None = Field(
+        None,
+        description="URL of a running 'vllm serve MODEL' that generates it, for example "
+        "http://localhost:8000",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> SamplingConfig:
+        if self.max_new_tokens < self.min_new_tokens:
+            raise ConfigError(
+                f"sampling.max_new_tokens is {self.max_new_tokens}, but must be >= "
+                f"sampling.min_new_tokens ({self.min_new_tokens})"
+            )
+        if self.server is not None and not re.match(r"https?://[^/\s]", self.server):
+            raise ConfigError(
+                f"sampling.server is {short(self.server)}, but must begin with http:// or https:// and "
+                "a host"
+            )
+        return self
+
+    @property
+    def may_end_early(self) -> bool:
+        """Whether it is ever asked if there are enough."""
+        return self.tolerance is not None and self.num_sequences >= 2 * FIRST_LOOK
+
+    @property
+    def num_held_out(self) -> int:
+        """Sequences set aside for the meter."""
+        return max(16, round(self.held_out * self.num_sequences))
+
+
+class DataConfig(Options):
+    """The target task's rows and how they become prompts and responses."""
+
+    section: ClassVar[str] = "data"
+    split: str = Field("train", description="split to train on (data sets of the Hub)")
+    prompt_column: str | None = Field(
+        None, description="column of the prompt; default: found by its name"
+    )
+    response_column: str | None = Field(
+        None, description="column of the response; default: found by its name"
+    )
+    chat_template: bool | None = Field(
+        None,
+        description="wrap instruction/response rows in the tokenizer's chat template; default: if it has "
+        "one",
+    )
+    max_length: int = Field(1024, ge=2, description="tokens after which a row is cut")
+    eval_rows: int = Field(
+        64, ge=0, description="rows held out for the task loss (at most a tenth of the rows)"
+    )
+
+
+class StatisticsConfig(Options):
+    """The two second moments (B.2)."""
+
+    section: ClassVar[str] = "statistics"
+    task_examples: int = Field(128, ge=1, description="rows of the task for C_task")
+    batch_size: int = Field(8, ge=1, description="sequences in a forward pass")
+    memory_gb: float | None = Field(
+        None,
+        gt=0,
+        description="GB that the matrices may take at once; for more layers the texts are read again. "
+        "Default: half of what an accelerator has free",
+    )
+
+
+class SpectrumConfig(Options):
+    """Ridge and gate (Eq. 10-17)."""
+
+    section: ClassVar[str] = "spectrum"
+    tau: float = Field(TAU, ge=0, description="ridge, relative to the mean of C_pre's diagonal")
+    lam: float = Field(LAMBDA, ge=0, description="lambda: the gamma at which a step is halved")
+    s_min: float = Field(S_MIN, ge=0, le=1, description="floor of the gate")
+    directions: Annotated[int, Field(ge=1)] | Literal["all"] | None = Field(
+        None,
+        description="number of leading eigenvectors that A is stepped along, or 'all'; default: "
+        "adapter.r, the least",
+    )
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+class AdapterConfig(Options):
+    """The LoRA adapter (B.3)."""
+
+    section: ClassVar[str] = "adapter"
+    r: int = Field(
+        16,
+        ge=1,
+        description="rank; PEFT's config has twice that where the method starts with B A other than 0",
+    )
+    alpha: float | None = Field(
+        None, gt=0, description="PEFT's lora_alpha; default: r, which makes kappa 1"
+    )
+    target_modules: Annotated[str | tuple[str, ...], BeforeValidator(_tuple)] = Field(
+        "all-linear", description="'all-linear', a list of module names, or a regular expression"
+    )
+
+    @field_validator("target_modules")
+    @classmethod
+    def _check_target_modules(cls, given: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not given:
+            raise ConfigError(f"adapter.target_modules is {given!r}, but must not be empty")
+        if isinstance(given, str):
+            try:
+                re.compile(given)
+            except (re.error, OverflowError, RecursionError) as error:
+                raise ConfigError(
+                    f"adapter.target_modules is {short(given)}, which is no regular expression: {error}"
+                ) from error
+        return given
+
+    @property
+    def scaling(self) -> float:
+        """kappa, PEFT's `scaling`."""
+        return (self.alpha if self.alpha is not None else self.r) / self.r
+
+
+class TrainingConfig(Options):
+    """Options of trl.SFTConfig by their own names, and the one that it does not have.
+
+    The fields are those with another default or an interval here; every other option of SFTConfig may be
+    given too, and is in ``model_extra``. `training.sft_options` says what becomes of each.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    section: ClassVar[str] = "training"
+    lr_b_ratio: float = Field(1.0, gt=0, description="learning rate of B over that of A")
+    learning_rate: float = Field(
+        2e-4, gt=0, description="peak learning rate of A, as usual for LoRA"
+    )
+    num_train_epochs: float = Field(1.0, gt=0, description="passes over the rows")
+    max_steps: int = Field(-1, description="steps; overrides num_train_epochs if > 0")
+    per_device_train_batch_size: int = Field(8, ge=1, description="rows in a step of a process")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="backward passes in a step")
+    warmup_steps: float = Field(
+        0.03, ge=0, description="steps of warm-up, or below 1 their share; 3 % as in the paper"
+    )
+    lr_scheduler_type: str = Field(
+        "cosine", description="any schedule of transformers; the paper's"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of A and B")
+    max_grad_norm: float = Field(1.0, ge=0, description="norm that gradients are clipped to")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of SAdam's first moment")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of SAdam's second moment")
+    adam_epsilon: float = Field(1e-8, ge=0, description="epsilon of SAdam")
+    eval_steps: int = Field(
+        0, ge=0, description="steps between measurements of task loss and KL; 0: at the end alone"
+    )
+    save_steps: int = Field(200, ge=1, description="steps between checkpoints")
+    save_total_limit: int | None = Field(
+        2, ge=1, description="checkpoints that are kept; null: all"
+    )
+    logging_steps: int = Field(10, ge=1, description="steps between log lines")
+    gradient_checkpointing: bool = Field(False, description="trade compute for memory")
+    bf16: bool = Field(
+        False, description="bf16 autocast of the forward pass; the base keeps its own dtype"
+    )
+    seed: Seed | None = Field(
+        None, description="seed of initialization and order of rows; default: the option seed"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, values: Any) -> Any:
+        """Options that were removed would be taken for options of SFTConfig."""
+        for name in values if isinstance(values, Mapping) else ():
+            if sentence := removal(f"training.{name}"):
+                raise ConfigError(sentence)
+        return values
+
+    @model_validator(mode="after")
+    def _check_extra(self) -> TrainingConfig:
+        """Requests and results keep options as JSON; YAML also knows dates, sets and bytes."""
+        for name, value in (self.model_extra or {}).items():
+            try:
+                json.dumps(value, sort_keys=True, allow_nan=False)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise ConfigError(
+                    f"training.{name} is {short(value)}, which JSON does not hold: {error}"
+                ) from None
+        return self
