@@ -73,7 +73,11 @@ def config(model: Path, rows: Path, output: Path) -> FoLoraConfig:
         statistics=StatisticsConfig(task_examples=96, batch_size=16),
         adapter=AdapterConfig(r=16),
         training=TrainingConfig(
-            learning_rate=1e-3, max_steps=16, per_device_train_batch_size=8, logging_steps=4, save_steps=100
+            learning_rate=1e-3,
+            max_steps=16,
+            per_device_train_batch_size=8,
+            logging_steps=4,
+            save_steps=100,
         ),
     )
 

@@ -41,7 +41,12 @@ def catalogue(source: Source) -> Block:
     """All methods: what each changes, and what it is."""
     del source
     rows = [
-        (name, m.title, ", ".join(f"{k} = {v}" for k, v in _changes(m).items()) or "nothing", m.about)
+        (
+            name,
+            m.title,
+            ", ".join(f"{k} = {v}" for k, v in _changes(m).items()) or "nothing",
+            m.about,
+        )
         for name, m in METHODS.items()
     ]
     caption = "Names are those of `folora compare --methods`; options those of `folora run`."

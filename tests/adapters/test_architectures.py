@@ -224,7 +224,9 @@ def test_the_model_is_unchanged() -> None:
 def test_named_layers_that_cannot_be_adapted_are_refused() -> None:
     model = build(next(c for c in CASES if c.kind == "mamba"))
     with pytest.raises(ConfigError, match=r"takes in backbone\.layers\.0\.mixer\.out_proj.*PEFT"):
-        coverage_of(model, FoLoraConfig(adapter={"r": 2, "target_modules": ["in_proj", "out_proj"]}), 1)
+        coverage_of(
+            model, FoLoraConfig(adapter={"r": 2, "target_modules": ["in_proj", "out_proj"]}), 1
+        )
 
 
 def test_experts_of_linear_layers_are_left_out() -> None:

@@ -361,9 +361,7 @@ def test_a_kl_penalty_is_added_once_a_step_under_gradient_accumulation(tmp_path:
 
     def loss(steps: int, weight: float) -> float:
         trainer.current_gradient_accumulation_steps = steps
-        trainer.prepared = replace(
-            p, config=p.config.changed({"method.masked_kl_weight": weight})
-        )
+        trainer.prepared = replace(p, config=p.config.changed({"method.masked_kl_weight": weight}))
         found = trainer.compute_loss(p.model, dict(batch), num_items_in_batch=tokens)
         return float(found.detach())
 

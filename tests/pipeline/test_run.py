@@ -38,7 +38,9 @@ def finished(
 ) -> FoLoraConfig:
     """An uninterrupted run, with the paper's start, to compare with and to copy from."""
     output = tmp_path_factory.mktemp("runs") / "whole"
-    config = run_config(model_folder, rows_file, output, method={"name": "folora", "init": "null_space"})
+    config = run_config(
+        model_folder, rows_file, output, method={"name": "folora", "init": "null_space"}
+    )
     Run(config).run()
     return config
 
@@ -180,7 +182,9 @@ def test_sigkill_in_every_stage_loses_nothing(
     model_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    config = run_config(model_folder, rows_file, folder, method={"name": "folora", "init": "null_space"})
+    config = run_config(
+        model_folder, rows_file, folder, method={"name": "folora", "init": "null_space"}
+    )
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     words = ["run", "--config", str(tmp_path / "config.yaml")]
     # In a fork as well, which has one thread: others add up in another order.

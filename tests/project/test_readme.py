@@ -12,6 +12,7 @@ import pytest
 import folora
 from benchmarks.report.real import demo_cells
 from benchmarks.tiny import tiny_config, write_qwen3, write_rows
+from folora.training.sft_options import KNOWN
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -45,7 +46,7 @@ def test_every_named_option_and_file_exists() -> None:
     for target in re.findall(r"\]\(((?:docs|src)/[^)#]+)\)", README):
         assert (ROOT / target).exists(), target
     for flag in re.findall(r"--([a-z]+\.[a-z_]+)", README):
-        assert flag in folora.config.option_names()
+        assert flag in {*folora.config.option_names(), *(f"training.{name}" for name in KNOWN)}
 
 
 def test_every_number_is_in_the_results() -> None:

@@ -39,6 +39,7 @@ def sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     config: SamplingConfig | None = None,
+    seed: int = 0,
 ) -> CalibrationSet:
     """Text that a model generates itself, from its start token on (paper 3.4, B.4).
 
@@ -46,6 +47,7 @@ def sample(
         model: A causal LM on its device.
         tokenizer: Of the model.
         config: Counts and lengths. Early stopping needs the task and is not used here.
+        seed: Of the random draws; each sequence has its own stream.
 
     Raises:
         FoLoraError: The model cannot generate, has no start token, or most sequences are rejected.
@@ -53,8 +55,8 @@ def sample(
     config = sized(config or SamplingConfig(), model)
     generation = getattr(model, "generation_config", None)
     start_id = start_token_id(tokenizer, config.start_token, model.config, generation)
-    eos_ids = ending_ids(model, tokenizer, config)
-    engine = engine_of(model, start_id, eos_ids, config)
+    eos_ids = ending_ids(model, tokenizer)
+    engine = engine_of(model, start_id, eos_ids, config, seed)
     return sample_sequences(engine, start_id, eos_ids, config)
 
 
@@ -72,7 +74,7 @@ def sample_sequences(
         engine: Writes sequences by number.
         start_id: Put in front of every sequence.
         eos_ids: Ending tokens; not counted by the filter.
-        config: Counts, lengths, seed.
+        config: Counts and lengths.
         shards: Folder for one file a batch; what is already there is not sampled again.
         enough: Asked with the sequences for C_pre when there are `FIRST_LOOK` sequences, twice as
             many, and so on up to half the ceiling; at a yes sampling ends. Later calls bring all that

@@ -180,7 +180,8 @@ class _ConfigOption(_Option):
             help=_help(option) if option else None,
             hidden=option is None,
         )
-        self.value_type = option.type if option else Any
+        ingredient = Method.model_fields.get(name.removeprefix("method."))
+        self.value_type = option.type if option else ingredient.annotation if ingredient else Any
 
 
 def _command(name: str) -> click.Command:

@@ -6,7 +6,6 @@ import reprlib
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Self, get_args, get_origin
 
-import annotated_types
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -15,6 +14,7 @@ from folora.errors import ConfigError, nearest
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 300  # a path stays whole
+BOUNDS = ("ge", "gt", "le", "lt")
 _OUTSIDE = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
 
 
@@ -68,21 +68,13 @@ def unknown(name: str, known: Any) -> str:
 
 def allowed(field: FieldInfo) -> str:
     """The interval of an option, as in ``"lie in [0, 1)"`` or ``"be finite and >= 0"``; else ``""``."""
-    low = high = None
-    for bound in _bounds(field):
-        if isinstance(bound, annotated_types.Ge | annotated_types.Gt):
-            low = bound
-        elif isinstance(bound, annotated_types.Le | annotated_types.Lt):
-            high = bound
     finite = "be finite and " if float in _kinds(field.annotation) else "be "
-    if low is not None and high is not None:
-        left = f"[{low.ge}" if isinstance(low, annotated_types.Ge) else f"({low.gt}"
-        right = f"{high.le}]" if isinstance(high, annotated_types.Le) else f"{high.lt})"
-        return f"lie in {left}, {right}"
-    if low is not None:
-        return (
-            f"{finite}>= {low.ge}" if isinstance(low, annotated_types.Ge) else f"{finite}> {low.gt}"
-        )
+    found = {name: getattr(b, name) for b in _bounds(field) for name in BOUNDS if hasattr(b, name)}
+    low = f"[{found['ge']}" if "ge" in found else f"({found.get('gt')}"
+    if "le" in found or "lt" in found:
+        return f"lie in {low}, {found['le']}]" if "le" in found else f"lie in {low}, {found['lt']})"
+    if "ge" in found or "gt" in found:
+        return finite + (f">= {found['ge']}" if "ge" in found else f"> {found['gt']}")
     return "be finite" if finite != "be " else ""
 
 

@@ -165,9 +165,7 @@ class Context:
             FoLoraError: It cannot be loaded or reached, or has another tokenizer.
         """
         config = self.config
-        return engine_of(
-            self._sampler(), self.start_id, self.eos_ids, config.sampling, config.seed
-        )
+        return engine_of(self._sampler(), self.start_id, self.eos_ids, config.sampling, config.seed)
 
     def _sampler(self) -> PreTrainedModel:
         """The model that generates; of a server, the one that it must serve."""

@@ -48,7 +48,7 @@ def test_every_arm_is_valid_and_named_once(path: Path) -> None:
     recipe = read_recipe(path)
     names = [arm.name for arm in recipe.arms()]
     assert len(set(names)) == len(names) > 5
-    sft_config(recipe.config.training, "unused", evaluates=False, on_cpu=True)
+    sft_config(recipe.config, "unused", evaluates=False, on_cpu=True)
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
