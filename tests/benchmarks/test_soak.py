@@ -45,6 +45,7 @@ def leaking_handles() -> Callable[[int], None]:
     return lambda step: kept.append(open(os.devnull))
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # they are leaked on purpose
 @pytest.mark.parametrize(
     ("leak", "said"), [(leaking_memory, "memory grew by"), (leaking_handles, "handles grew by")]
 )

@@ -131,7 +131,9 @@ def test_narrow_texts_hold_sums_only(tmp_path: Path, models: Path) -> None:
     base = FoLoraConfig().changed(plan.base)
     made = task_run(base, testbed, tmp_path / "run", "difference", None)
     texts = {
-        source: "".join(made.tokenizer.decode(ids) for ids in testbed.texts(made, source, 8))
+        source: "".join(
+            made.context.tokenizer.decode(ids) for ids in testbed.texts(made, source, 8)
+        )
         for source in ("narrow", "pretraining")
     }
     documents = texts["narrow"].split("<bos>")[1:]
