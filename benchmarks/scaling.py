@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from folora.calibration.moments import GRAM_SHARE, SHARE_OF_FREE, passes
 from folora.compare.tables import Table
-from folora.runtime.memory import held_bytes
+from folora.runtime.memory import sharded_weight_bytes
 from folora.spectral.groups import InputGroup
 
 SEQUENCES, LENGTH, BATCH = 2000, 512, 64
@@ -44,7 +44,7 @@ class Size:
 
     def held(self, gpus: int) -> float:
         """Bytes of bf16 weights on a GPU; several share them out (``--shard``)."""
-        return held_bytes(2 * self.parameters, self.blocks, gpus)
+        return sharded_weight_bytes(2 * self.parameters, self.blocks, gpus)
 
     def passes(self, gpus: int) -> int | None:
         """How often the texts are read for C_pre; None if the weights leave no room for it."""

@@ -26,7 +26,7 @@ from benchmarks.paper.trial import NEW_TOKENS, small
 from folora.compare.comparison import Comparison
 from folora.errors import FoLoraError
 from folora.pipeline.run import Run
-from folora.runtime.ownership import check_own_folder, write_own
+from folora.runtime.ownership import check_owned_folder, write_own
 
 TRIAL = "trial"
 """What the list of a trial's folder says of it."""
@@ -102,7 +102,7 @@ def run(recipe: Recipe, output: Path, command: str, *, allow_code: bool, trial: 
     """Every arm of a recipe, and a line for each as it is done. Raises FoLoraError."""
     check_code(recipe, allow_code)
     if trial:
-        check_own_folder(output, TRIAL, "the folder of a trial")
+        check_owned_folder(output, TRIAL, "the folder of a trial")
         shutil.rmtree(output, ignore_errors=True)  # a trial is for finding out, not for keeping
         note = "A trial. The next one deletes this folder.\n"
         write_own(output / "TRIAL.md", TRIAL, lambda file: file.write_text(note))

@@ -5,7 +5,7 @@ from .calibration.calibration_set import CalibrationSet
 from .calibration.engine import HuggingFaceEngine
 from .calibration.moments import calibrate
 from .calibration.sampling import sample
-from .calibration.vllm import VllmEngine, served
+from .calibration.vllm import VllmEngine, find_server
 from .config import (
     AdapterConfig,
     DataConfig,
@@ -67,6 +67,7 @@ __all__ = [
     "calibrate",
     "export_adapter",
     "export_merged",
+    "find_server",
     "generalized_eigenbasis",
     "lora_factors",
     "narrow_inputs",
@@ -74,7 +75,6 @@ __all__ = [
     "param_groups",
     "prepare",
     "sample",
-    "served",
     "sft_config",
     "solve",
     "spectral_gate",

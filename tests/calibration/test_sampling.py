@@ -14,10 +14,10 @@ from transformers import LlamaConfig, TopKLogitsWarper, TopPLogitsWarper
 
 from benchmarks.tiny import make_gpt2, make_llama, make_mistral, make_tokenizer, tiny_config
 from folora.calibration.calibration_set import KIND, CalibrationSet
-from folora.calibration.decoding import LOOK_EVERY, CannotReplay, Forward, decode
+from folora.calibration.decoding import LOOK_EVERY, CudaGraphError, Forward, decode
 from folora.calibration.engine import HuggingFaceEngine, batch_size_for
-from folora.calibration.logits import MIXTURE, Decoding, decoding_of, invert, restrict
-from folora.calibration.sampling import request_of, sample_sequences
+from folora.calibration.logits import MIXTURE, Decoding, decoding_of, inverse_cdf, warp_logits
+from folora.calibration.sampling import sample_sequences, sampling_facts
 from folora.config import SamplingConfig
 from folora.data.special_tokens import check_same_tokenizer, ending_ids, start_token_id
 from folora.errors import ArtifactError, DataError, NumericsError
@@ -68,7 +68,7 @@ def test_models_without_a_cuda_graph_fall_back_to_generate(
     def capture(forward: Forward, tokens: torch.Tensor) -> torch.Tensor:
         if forward.steps == 3:
             taken.append(forward)
-            raise CannotReplay("stream is capturing")
+            raise CudaGraphError("stream is capturing")
         forward.steps += 1
         return forward._run(tokens)
 
@@ -194,7 +194,7 @@ def test_inverse_cdf_sampling_finds_its_token(vocabulary: int) -> None:
     draws[:2] = torch.tensor([0.0, 1 - 2**-53])
     cdf = scores.double().softmax(-1).cumsum(-1)
     expected = torch.searchsorted(cdf / cdf[:, -1:], draws[:, None], right=True)[:, 0]
-    found = invert(scores, draws)
+    found = inverse_cdf(scores, draws)
     # float32 weights move a boundary by 1e-7, so that one draw in many thousands may fall beside it.
     assert (found == expected).float().mean() > 0.99
     assert torch.isfinite(scores.gather(1, found[:, None])).all()
@@ -207,7 +207,7 @@ def test_restrict_agrees_with_transformers(top_p: float, top_k: int, vocabulary:
     # Rows for which a few tokens will do, and flat ones.
     spread = torch.tensor([3.0, 0.01]).repeat(8)
     scores = spread[:, None] * torch.randn(16, vocabulary)
-    ours = restrict(scores, Decoding(1, temperature=1.2, top_p=top_p, top_k=top_k))
+    ours = warp_logits(scores, Decoding(1, temperature=1.2, top_p=top_p, top_k=top_k))
     theirs = scores / 1.2
     if top_k:
         theirs = TopKLogitsWarper(top_k)(None, theirs)
@@ -260,9 +260,11 @@ def test_more_sequences_reuse_existing_shards(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", [{"max_new_tokens": 39}, {"min_new_tokens": 31}])
 def test_settings_that_change_sequences_change_the_request(change: dict[str, int]) -> None:
     other = CONFIG.replace(**change)
-    assert request_of(1, [2], other) != request_of(1, [2], CONFIG)
-    assert request_of(1, [2], CONFIG, seed=3) != request_of(1, [2], CONFIG)
-    assert request_of(1, [2], CONFIG.replace(num_sequences=90)) == request_of(1, [2], CONFIG)
+    assert sampling_facts(1, [2], other) != sampling_facts(1, [2], CONFIG)
+    assert sampling_facts(1, [2], CONFIG, seed=3) != sampling_facts(1, [2], CONFIG)
+    assert sampling_facts(1, [2], CONFIG.replace(num_sequences=90)) == sampling_facts(
+        1, [2], CONFIG
+    )
 
 
 @pytest.mark.parametrize("damage", ["[[1, 2", "[]", "{}", '[["a"]]'])

@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.tiny import make_llama, make_tokenizer, tiny_config
 from folora.calibration.engine import Engine
-from folora.calibration.logits import MIXTURE, Decoding, decoding_of, restrict, stream_seed
+from folora.calibration.logits import MIXTURE, Decoding, decoding_of, stream_seed, warp_logits
 from folora.calibration.sampling import sample_sequences
-from folora.calibration.vllm import PROBED, VllmEngine, engine_of, served
+from folora.calibration.vllm import PROBED, VllmEngine, engine_of, find_server
 from folora.config import SamplingConfig
 from folora.errors import ConfigError, MismatchError, ServerError
 from folora.pipeline.prepare import prepare
@@ -75,7 +75,9 @@ class StandIn(ThreadingHTTPServer):
             raw = scores.log_softmax(-1)[0]
             if step < asked["min_tokens"]:
                 scores[:, asked["stop_token_ids"]] = -float("inf")
-            token = int(restrict(scores, setting).softmax(-1).multinomial(1, generator=generator))
+            token = int(
+                warp_logits(scores, setting).softmax(-1).multinomial(1, generator=generator)
+            )
             ids.append(token)
             logprobs.append(float(raw[token]))
             if token in asked["stop_token_ids"]:
@@ -141,7 +143,7 @@ def server() -> Iterator[StandIn]:
 
 
 def engine(server: StandIn, config: SamplingConfig = CONFIG) -> VllmEngine:
-    return VllmEngine(served(server.url, config), START, [EOS], config, 51)
+    return VllmEngine(find_server(server.url, config), START, [EOS], config, 51)
 
 
 def test_every_sequence_is_requested_with_its_own_seed(server: StandIn) -> None:
@@ -228,17 +230,17 @@ def test_a_probe_without_valid_logprobs_is_refused(server: StandIn, logprobs: An
 def test_an_unsuitable_server_is_refused(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     server.context = 36
     with pytest.raises(ServerError, match=r"at most 36 tokens.*--max-model-len"):
-        served(server.url, CONFIG)
+        find_server(server.url, CONFIG)
     server.context = 37
     monkeypatch.setenv("VLLM_API_KEY", "secret")
     server.key = "secret"
-    assert served(server.url, CONFIG).name == "base"
+    assert find_server(server.url, CONFIG).name == "base"
     monkeypatch.setenv("VLLM_API_KEY", "wrong")
     with pytest.raises(ServerError, match=r"401.*belongs into VLLM_API_KEY"):
-        served(server.url, CONFIG)
+        find_server(server.url, CONFIG)
     server.key, server.fault = None, lambda _: {"data": [{"id": "base"}]}
     with pytest.raises(ServerError, match="as a vLLM server does"):
-        served(server.url, CONFIG)
+        find_server(server.url, CONFIG)
 
 
 def test_an_unreachable_server_is_refused_before_the_model_is_loaded(
@@ -328,7 +330,7 @@ def test_vllm_matches_the_model() -> None:
             with torch.no_grad():
                 scores = model(input_ids=ids).logits[0, :-1].float()
             scores[:64, eos] = -float("inf")
-            allowed = restrict(scores, setting).log_softmax(-1)
+            allowed = warp_logits(scores, setting).log_softmax(-1)
             own = allowed.gather(1, ids[0, 1:, None])[:, 0]
             p = allowed.exp()
             finite = allowed.masked_fill(~allowed.isfinite(), 0.0)

@@ -31,8 +31,8 @@ from folora.calibration.inputs import find_groups, target_layers
 from folora.optim.fused import FusedSAdam
 from folora.optim.sadam import SAdam
 from folora.runtime import distributed
-from folora.runtime.finiteness import unsound_gradients
-from folora.runtime.tensors import whole
+from folora.runtime.finiteness import non_finite_gradients
+from folora.runtime.tensors import full_tensor
 from folora.spectral.layers import solve
 from folora.spectral.moments import Moments
 
@@ -86,7 +86,7 @@ def steps(
         net(own).square().mean().backward()
         opt.step()
         after(number)
-    return [whole(p.detach()).numpy() for p in net.parameters()]
+    return [full_tensor(p.detach()).numpy() for p in net.parameters()]
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ def test_partial_gradients_are_reduced() -> None:
         part = torch.full((4, 6), 1.0 + 2 * distributed.rank())
         p.grad = DTensor.from_local(part, mesh, [Partial()])
         FusedSAdam([{"params": [p], "basis": torch.eye(6)}], lr=1.0, eps=4.0).step()
-        return [whole(p.detach()).numpy()]
+        return [full_tensor(p.detach()).numpy()]
 
     # m_hat / (sqrt(v_hat) + eps) = 4 / (4 + 4)
     assert furthest(in_processes(2, work), [np.full((4, 6), 0.5)]) < ROUNDING
@@ -210,10 +210,10 @@ def test_a_non_finite_gradient_is_reported_by_the_process_that_holds_it() -> Non
         net(torch.ones(1, 8)).sum().backward()
         assert net[1].weight.grad is not None
         own = net[1].weight.grad.to_local()
-        assert unsound_gradients(net) == []  # in the third process a part is empty
+        assert non_finite_gradients(net) == []  # in the third process a part is empty
         if distributed.rank() == 1:
             own[0, 0] = float("nan")
-        return unsound_gradients(net)
+        return non_finite_gradients(net)
 
     assert in_processes(3, work) == [[], ["1.weight"], []]
 

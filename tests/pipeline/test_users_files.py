@@ -42,7 +42,7 @@ from folora.cli.main import main
 from folora.config import FoLoraConfig
 from folora.errors import ConfigError
 from folora.pipeline.run import Run
-from folora.runtime.ownership import LIST, write_own_folder
+from folora.runtime.ownership import LIST, write_owned_folder
 from folora.runtime.storage import LOCK
 
 STAGES = ["1-samples", "2-statistics", "3-spectrum", "4-training", "5-adapter"]
@@ -317,11 +317,11 @@ def test_exported_folders_load_everywhere(finished: FoLoraConfig, tmp_path: Path
 
 def test_a_file_in_the_way_of_an_export_is_named_before_anything_is_deleted(tmp_path: Path) -> None:
     """A name that was not among the former files, as a tokenizer put beside merged weights."""
-    write_own_folder(tmp_path / "m", "merged", folder_of({"config.json": "1"}))
+    write_owned_folder(tmp_path / "m", "merged", folder_of({"config.json": "1"}))
     file("m/tokenizer.json")(tmp_path)
     before = snapshot(tmp_path)
     with pytest.raises(ConfigError, match=r"m/tokenizer\.json would be replaced"):
-        write_own_folder(
+        write_owned_folder(
             tmp_path / "m", "merged", folder_of({"config.json": "2", "tokenizer.json": "2"})
         )
     assert snapshot(tmp_path) == before

@@ -92,19 +92,19 @@ def test_compare_refuses_several_processes(bench: Bench) -> None:
 
 def test_shards_cover_every_item_once() -> None:
     found = in_processes(
-        3, lambda: (distributed.count(), distributed.rank(), list(distributed.mine(range(8))))
+        3, lambda: (distributed.count(), distributed.rank(), list(distributed.shard(range(8))))
     )
     assert found == [(3, 0, [0, 3, 6]), (3, 1, [1, 4, 7]), (3, 2, [2, 5])]
 
 
 def test_all_reduce_sum_max_and_gather() -> None:
     def work() -> Any:
-        total = distributed.add_(torch.tensor([1.0, distributed.rank()])).tolist()
+        total = distributed.all_reduce_(torch.tensor([1.0, distributed.rank()])).tolist()
         return (
             total,
-            distributed.largest(5 - distributed.rank()),
-            distributed.gather(distributed.rank() ** 2),
-            distributed.sent(distributed.rank(), 2),
+            distributed.all_reduce_max(5 - distributed.rank()),
+            distributed.all_gather(distributed.rank() ** 2),
+            distributed.broadcast(distributed.rank(), 2),
         )
 
     assert in_processes(3, work) == [([3.0, 3.0], 5, [0, 1, 4], 2)] * 3
@@ -120,16 +120,19 @@ def raising(at: int, error: Exception) -> Callable[[], str]:
 
 
 def test_all_processes_raise_the_error_of_one() -> None:
-    found = in_processes(3, lambda: distributed.agree(raising(1, DataError("row 7"))))
+    found = in_processes(3, lambda: distributed.raise_together(raising(1, DataError("row 7"))))
     assert found == ["DataError: row 7"] * 3
-    assert in_processes(3, lambda: distributed.agree(raising(9, DataError("")))) == [
+    assert in_processes(3, lambda: distributed.raise_together(raising(9, DataError("")))) == [
         "from 0", "from 1", "from 2",
     ]  # fmt: skip
 
 
 def test_only_rank_zero_works_and_all_ranks_get_the_result() -> None:
-    assert in_processes(3, lambda: distributed.first(raising(1, DataError("")))) == ["from 0"] * 3
-    found = in_processes(3, lambda: distributed.first(raising(0, ConfigError("no"))))
+    assert (
+        in_processes(3, lambda: distributed.on_rank_zero(raising(1, DataError(""))))
+        == ["from 0"] * 3
+    )
+    found = in_processes(3, lambda: distributed.on_rank_zero(raising(0, ConfigError("no"))))
     assert found == ["ConfigError: no"] * 3
 
 
@@ -146,7 +149,7 @@ def test_waiting_for_a_dead_process_raises() -> None:
     def work() -> Any:
         if distributed.rank() == 1:
             return "gone"
-        return distributed.gather(0)
+        return distributed.all_gather(0)
 
     found = in_processes(2, work)
     assert found[1] == "gone"
@@ -167,19 +170,22 @@ def test_an_unreachable_process_group_raises(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_single_process_communicates_nothing() -> None:
-    assert distributed.gather(3) == [3]
+    assert distributed.all_gather(3) == [3]
     assert (
-        distributed.sent(3)
-        == distributed.largest(3)
-        == distributed.first(lambda: 3)
-        == distributed.agree(lambda: 3)
+        distributed.broadcast(3)
+        == distributed.all_reduce_max(3)
+        == distributed.on_rank_zero(lambda: 3)
+        == distributed.raise_together(lambda: 3)
         == 3
     )
-    assert distributed.mine([1, 2]) == [1, 2]
+    assert distributed.shard([1, 2]) == [1, 2]
     distributed.check_same("anything", object())
     with pytest.raises(MismatchError):
-        distributed.agree(raising(0, MismatchError("x")))
-    with pytest.raises(RuntimeError, match="gloo") as raised, distributed.talking():
+        distributed.raise_together(raising(0, MismatchError("x")))
+    with (
+        pytest.raises(RuntimeError, match="gloo") as raised,
+        distributed.reporting_lost_processes(),
+    ):
         raise RuntimeError("gloo")  # with one process it is not a loss
     assert not isinstance(raised.value, ProcessError)
 

@@ -27,7 +27,7 @@ from support.users_files import (
 
 from folora.errors import ArtifactError
 from folora.runtime.checkpoints import prune, seal_checkpoint
-from folora.runtime.ownership import LIST, check_own, write_own, write_own_folder
+from folora.runtime.ownership import LIST, check_own, write_own, write_owned_folder
 from folora.runtime.storage import (
     file_sha256,
     obstacle,
@@ -68,7 +68,7 @@ LATER = {"config.json": "2", "weights": "2", "sub/a": "1", "more": "2"}
 
 
 def test_an_export_killed_at_any_moment_ends_with_the_same_bytes_when_rerun(tmp_path: Path) -> None:
-    write_own_folder(tmp_path / "whole", "x", folder_of(LATER))
+    write_owned_folder(tmp_path / "whole", "x", folder_of(LATER))
     theirs = both(*map(file, ("a/README.md", "a/sub/b", "a/.folora.json.swp")))
     (tmp_path / "whole" / "sub").mkdir(exist_ok=True)
     wanted = snapshot(tmp_path / "whole")
@@ -79,16 +79,16 @@ def test_an_export_killed_at_any_moment_ends_with_the_same_bytes_when_rerun(tmp_
     while not ended or ended[-1] == -signal.SIGKILL:
         number += 1
         here = tmp_path / str(number)
-        write_own_folder(here / "a", "x", folder_of(FORMER))
+        write_owned_folder(here / "a", "x", folder_of(FORMER))
         theirs(here)
-        killed_at(number, partial(write_own_folder, here / "a", "x", folder_of(LATER)))
+        killed_at(number, partial(write_owned_folder, here / "a", "x", folder_of(LATER)))
         loadable = {
             (here / "a" / n).read_text()
             for n in ("config.json", "weights")
             if (here / "a" / n).exists()
         }
         assert len(loadable) <= 1  # never a mixture
-        write_own_folder(here / "a", "x", folder_of(LATER))
+        write_owned_folder(here / "a", "x", folder_of(LATER))
         assert snapshot(here / "a") == wanted
         assert [p.name for p in here.iterdir()] == ["a"]
     assert number > 8 and ended[-1] == 0
@@ -115,11 +115,11 @@ def test_a_write_killed_at_any_moment_leaves_a_complete_file(tmp_path: Path) -> 
 def test_names_in_an_ownership_list_cannot_escape_the_folder(tmp_path: Path, name: str) -> None:
     name = name.replace("/out", str(tmp_path / "out")) if name == "/out" else name
     folder = tmp_path / "a"
-    write_own_folder(folder, "x", folder_of({"b": "1"}))
+    write_owned_folder(folder, "x", folder_of({"b": "1"}))
     file("out")(tmp_path)
     write_sealed(folder / LIST, {"kind": "x", "files": {name: [file_sha256(tmp_path / "out")]}})
     with pytest.raises(ArtifactError, match="does not hold what it should"):
-        write_own_folder(folder, "x", folder_of({"b": "2"}))
+        write_owned_folder(folder, "x", folder_of({"b": "2"}))
     assert (tmp_path / "out").read_text() == "mine"
 
 

@@ -26,8 +26,8 @@ from folora.errors import ArtifactError
 from folora.runtime.artifacts import read_artifact, read_manifest, read_tensors, write_artifact
 from folora.runtime.storage import (
     FORMAT_VERSION,
-    alone,
-    lock_of,
+    exclusive,
+    folder_lock,
     read_json,
     read_sealed,
     sealed,
@@ -186,7 +186,10 @@ def test_a_read_only_folder_is_named() -> None:
             os.seteuid(65534)
         with pytest.raises(ArtifactError, match=f"cannot write {folder / 'b.json'}"):
             write_sealed(folder / "b.json", {})
-        with pytest.raises(ArtifactError, match=f"cannot write {folder}"), alone(lock_of(folder)):
+        with (
+            pytest.raises(ArtifactError, match=f"cannot write {folder}"),
+            exclusive(folder_lock(folder)),
+        ):
             pass
     finally:
         os.seteuid(user)
@@ -258,7 +261,7 @@ def test_oversized_json_files_are_not_read(tmp_path: Path) -> None:
 
 
 def hold(folder: Path, held: Any, enough: Any) -> None:
-    with alone(lock_of(folder)):
+    with exclusive(folder_lock(folder)):
         held.set()
         enough.wait(60)
 
@@ -273,14 +276,14 @@ def test_the_lock_admits_one_process_at_a_time(
     other = fork.Process(target=hold, args=(tmp_path, held, enough))
     other.start()
     assert held.wait(60)
-    lock = lock_of(tmp_path)
+    lock = folder_lock(tmp_path)
     taken = pytest.raises(ArtifactError, match=f"another process of folora works in {tmp_path}")
-    with taken, alone(lock):
+    with taken, exclusive(lock):
         pass
     if end == "leaves":
         enough.set()
     else:
         other.kill()
     other.join()
-    with alone(lock), alone(lock):  # who holds it may take it again
+    with exclusive(lock), exclusive(lock):  # who holds it may take it again
         pass

@@ -89,7 +89,7 @@ def test_eigenvector_signs_are_fixed(count: int | None) -> None:
 def test_slow_convergence_falls_back_to_the_full_solve(monkeypatch: pytest.MonkeyPatch) -> None:
     pre, task = moment(40, seed=1), moment(40, seed=2)
     expected = generalized_eigenbasis(pre, task, directions=3)
-    monkeypatch.setattr(leading, "MOST_LOOKS", 1)
+    monkeypatch.setattr(leading, "MAX_ITERATIONS", 1)
     found = generalized_eigenbasis(pre, task, directions=3)
     assert_near(found.gamma, expected.gamma, roundings=1e3, rtol=1e-9)
 

@@ -19,7 +19,7 @@ from benchmarks.tiny import make_llama, make_tokenizer, rows, tiny_config
 from folora.adapters.adapter import lora_factors
 from folora.errors import ArtifactError, NumericsError
 from folora.runtime.checkpoints import SEAL, check_checkpoint, latest_checkpoint
-from folora.runtime.finiteness import unsound_gradients, where_it_breaks
+from folora.runtime.finiteness import first_non_finite_module, non_finite_gradients
 from folora.runtime.signals import Interrupted, interruptible
 from folora.runtime.storage import write_sealed
 from folora.training.trainer import train
@@ -230,18 +230,18 @@ def test_which_gradients_are_not_finite() -> None:
         for p in model.parameters():
             p.grad = torch.ones_like(p)
         model[1].weight.grad[1, 2] = value  # type: ignore[index,union-attr]
-        assert unsound_gradients(model) == ([] if sound else ["1.weight"])
+        assert non_finite_gradients(model) == ([] if sound else ["1.weight"])
     model.zero_grad()
-    assert unsound_gradients(model) == []
+    assert non_finite_gradients(model) == []
 
 
 def test_finding_the_non_finite_layer_leaves_no_hook_and_no_change() -> None:
     model = make_llama()
     ids = torch.tensor([[1, 2, 3]])
-    assert "the forward pass is finite" in where_it_breaks(model, {"input_ids": ids})
+    assert "the forward pass is finite" in first_non_finite_module(model, {"input_ids": ids})
     model.model.layers[0].self_attn.v_proj.weight.data[0, 0] = math.nan
     before = {n: p.clone() for n, p in model.named_parameters()}
-    assert "model.layers.0.self_attn.v_proj is the first" in where_it_breaks(
+    assert "model.layers.0.self_attn.v_proj is the first" in first_non_finite_module(
         model, {"input_ids": ids}
     )
     assert all(
@@ -253,7 +253,7 @@ def test_finding_the_non_finite_layer_leaves_no_hook_and_no_change() -> None:
 def test_the_layer_of_an_fp16_overflow_is_named() -> None:
     model = make_llama().half()
     model.model.layers[1].mlp.down_proj.weight.data.fill_(3e4)
-    said = where_it_breaks(model, {"input_ids": torch.tensor([[1, 2, 3]])})
+    said = first_non_finite_module(model, {"input_ids": torch.tensor([[1, 2, 3]])})
     assert "model.layers.1.mlp.down_proj is the first" in said
 
 

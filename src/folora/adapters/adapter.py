@@ -41,7 +41,7 @@ from folora.adapters.variants import FoLoraVariant, check_first_steps, layer_fac
 from folora.calibration.inputs import linear_dims
 from folora.errors import ConfigError, NumericsError
 from folora.runtime.contexts import evaluating, gathered
-from folora.runtime.tensors import whole
+from folora.runtime.tensors import full_tensor
 from folora.spectral.layers import GroupBasis, check_rank
 
 logger = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ def saved_modules(model: PeftModel, adapter_name: str = "default") -> dict[str, 
     have to call it.
     """
     return {
-        f"{name}.{leaf}": whole(tensor.detach())
+        f"{name}.{leaf}": full_tensor(tensor.detach())
         for name, module in model.get_base_model().named_modules()
         if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
         for leaf, tensor in module.modules_to_save[adapter_name].state_dict().items()

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from folora.runtime.shapes import Float
-from folora.runtime.tensors import full_fp32_matmul, whole
+from folora.runtime.tensors import full_fp32_matmul, full_tensor
 
 SPACES = (
     "lora_protected"  # name of the layers' ModuleDict; PEFT moves and deletes it with the adapter
@@ -118,7 +118,7 @@ def keep_off(optimizer: Optimizer, model: PeftModel, adapter: str = "default") -
 def _project(layer: Any, adapter: str, spaces: ProtectedSpaces) -> None:
     """Project the trained part of A and B in place."""
     a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    whole_a, whole_b = whole(a), whole(b)
+    whole_a, whole_b = full_tensor(a), full_tensor(b)
     trained = layer.lora_variant[adapter].trained or len(whole_a)
     new_a, new_b = spaces.projected(whole_a[:trained], whole_b[:, :trained])
     _write(a, torch.cat([new_a, whole_a[trained:]]))

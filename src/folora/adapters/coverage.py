@@ -30,7 +30,14 @@ from transformers import PreTrainedModel
 
 from folora.adapters.initialization import check_singular_values
 from folora.adapters.lora_refusals import lora_refusals, short, starred
-from folora.calibration.inputs import Batch, Visit, grouped, linear_dims, target_layers, visits
+from folora.calibration.inputs import (
+    Batch,
+    LayerCall,
+    group_by_input,
+    linear_dims,
+    target_layers,
+    trace_calls,
+)
 from folora.config import FoLoraConfig
 from folora.data.special_tokens import known_tokens
 from folora.errors import ConfigError, FoLoraError
@@ -123,7 +130,7 @@ def cover(model: PreTrainedModel, config: FoLoraConfig, batch: Batch) -> Coverag
         ConfigError: Nothing is there to adapt, a named layer cannot be, or the adapter does not fit.
     """
     wanted = target_layers(model, config.adapter.target_modules)
-    seen = visits(model, wanted, batch)
+    seen = trace_calls(model, wanted, batch)
     _check_attention(model, seen)
     shape = tuple(batch["input_ids"].shape)
     refused = _unfit(model, wanted, seen, shape)
@@ -140,7 +147,7 @@ def cover(model: PreTrainedModel, config: FoLoraConfig, batch: Batch) -> Coverag
         raise ConfigError(
             f"{type(model).__name__} has no linear layer that can be adapted; {name}: {reason}"
         )
-    groups = grouped(seen, layers)
+    groups = group_by_input(seen, layers)
     check_adapter(model, groups, config)
     weights, embeddings, others = _rest(model, layers, refused, seen)
     return Coverage(groups, layers, refused, weights, embeddings, others)
@@ -256,7 +263,7 @@ def _meta_probes() -> Iterator[Batch]:
 def _unfit(
     model: nn.Module,
     layers: Mapping[str, tuple[int, int]],
-    seen: Mapping[str, Sequence[Visit]],
+    seen: Mapping[str, Sequence[LayerCall]],
     shape: tuple[int, ...],
 ) -> dict[str, str]:
     """The layers that a forward pass shows to be unfit, with the reason."""
@@ -269,7 +276,7 @@ def _unfit(
     routed: dict[str, str] = {}
     for name, dims in layers.items():
         calls = seen.get(name, [])
-        read = calls[0].read if calls else ()
+        read = calls[0].input_shape if calls else ()
         if not calls:
             refused[name] = NOT_CALLED
         elif _rows(read) not in (shape, (prod(shape),)) or read[-1:] != dims[:1]:
@@ -278,7 +285,7 @@ def _unfit(
             )
         elif len(calls) > 1:
             refused[name] = f"the forward pass calls it {len(calls)} times with different inputs"
-        elif calls[0].gave != (*read[:-1], dims[1]):
+        elif calls[0].output_shape != (*read[:-1], dims[1]):
             kind = type(model.get_submodule(name)).__name__
             refused[name] = f"{kind} does not return one row for every token"
         elif of_weight[id(getattr(model.get_submodule(name), "weight", None))] > 1:

@@ -21,7 +21,7 @@ from folora.adapters.lora_config import lora_config, max_lora_rank
 from folora.adapters.variants import product
 from folora.errors import ConfigError, NumericsError
 from folora.runtime.compat import base_state
-from folora.runtime.ownership import check_own_folder, write_own_folder
+from folora.runtime.ownership import check_owned_folder, write_owned_folder
 from folora.runtime.shapes import Float
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def write_adapter(
         modules: From `saved_modules`.
         rank: As for `export_adapter`.
     """
-    check_own_folder(Path(path), ADAPTER, "the export folder")
+    check_owned_folder(Path(path), ADAPTER, "the export folder")
     exact = max(len(a) for a, _, _ in factors.values())
     if rank is not None and not 1 <= rank <= exact:
         raise ConfigError(f"export rank is {rank}, but must lie in [1, {exact}]")
@@ -127,7 +127,7 @@ def write_adapter(
         config.save_pretrained(str(target))
         save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
 
-    write_own_folder(Path(path), ADAPTER, write)
+    write_owned_folder(Path(path), ADAPTER, write)
     return _report(target, errors)
 
 
@@ -164,7 +164,7 @@ def write_merged(
             f"{type(base).__name__} has no save_pretrained, so that it cannot be written. Use "
             "model.merge_and_unload(), and save its state_dict."
         )
-    check_own_folder(Path(path), MERGED, "the export folder")
+    check_owned_folder(Path(path), MERGED, "the export folder")
     merged = dict(state)
     for name, (a, b, scaling) in factors.items():
         weight = state[f"{name}.weight"]
@@ -178,7 +178,7 @@ def write_merged(
         if tokenizer is not None:
             tokenizer.save_pretrained(target)
 
-    write_own_folder(Path(path), MERGED, write)
+    write_owned_folder(Path(path), MERGED, write)
 
 
 def truncate(

@@ -17,7 +17,7 @@ from torch import Tensor
 from folora.adapters.constraint import ProtectedSpaces, spaces_of
 from folora.adapters.low_rank import update
 from folora.errors import ConfigError
-from folora.runtime.tensors import full_fp32_matmul, whole
+from folora.runtime.tensors import full_fp32_matmul, full_tensor
 
 
 class FoLoraVariant(LoraVariant):
@@ -109,7 +109,7 @@ def layer_factors(module: Any, adapter: str) -> tuple[Tensor, Tensor, float]:
 
     Factors that FSDP2 has sharded are gathered: then all processes have to call it.
     """
-    a, b = (whole(part[adapter].weight.detach()) for part in (module.lora_A, module.lora_B))
+    a, b = (full_tensor(part[adapter].weight.detach()) for part in (module.lora_A, module.lora_B))
     return a, b, float(module.scaling[adapter])
 
 

@@ -29,7 +29,7 @@ from folora.runtime.storage import (
     Facts,
     check_regular_file,
     checked_depth,
-    fitting,
+    malformed_is_damaged,
     sealed,
     write_atomically,
 )
@@ -195,7 +195,7 @@ def read_base_file(path: Path, expected: Mapping[str, Any] | None = None) -> Bas
             f"{path} is damaged: its checksum is {found[:12]}, its header says "
             f"{str(manifest['sha256'])[:12]}. Get or make it again."
         )
-    with fitting(path):
+    with malformed_is_damaged(path):
         groups = [group_of(fact) for fact in manifest["groups"]]
         samples = CalibrationSet.from_tensors(tensors, manifest["held_out"], manifest["rejected"])
         triangles = {g.name: tensors[f"{g.name}/c_pre"] for g in groups}

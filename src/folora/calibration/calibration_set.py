@@ -12,7 +12,7 @@ from torch import Tensor
 
 from folora.runtime.artifacts import read_artifact, write_artifact
 from folora.runtime.fingerprints import tokens_fingerprint
-from folora.runtime.storage import fitting
+from folora.runtime.storage import malformed_is_damaged
 
 KIND = "calibration_set"
 """What manifests call it."""
@@ -65,7 +65,7 @@ class CalibrationSet:
         """
         artifact = read_artifact(Path(folder), KIND, expected)
         manifest = artifact.manifest
-        with fitting(folder):
+        with malformed_is_damaged(folder):
             held_out = manifest["sequences"][1]
             return cls.from_tensors(artifact.tensors, held_out, manifest["rejected"])
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Cache, StaticCache
 from transformers.cache_utils import StaticLayer
 
-from folora.runtime.contexts import is_shared_out
+from folora.runtime.contexts import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -27,13 +27,13 @@ LOOK_EVERY = 16  # tokens, for whether all rows have ended
 MASKED = ("sdpa", "eager")  # attention that is told which keys of the cache are written yet
 
 
-class CannotReplay(Exception):
+class CudaGraphError(Exception):
     """A model's step asks the host for something, so that no graph can be taken of it."""
 
 
 def is_steppable(model: Any) -> bool:
     """Whether `Forward` may run a model: alone, with a static cache, the same kernels for every token."""
-    return not is_shared_out(model) and _reads_static_cache(model)
+    return not is_sharded(model) and _reads_static_cache(model)
 
 
 def _reads_static_cache(model: Any) -> bool:
@@ -75,7 +75,7 @@ def _cache(model: Any, length: int) -> Cache:
     return Cache(layers=[_WrittenPart(length) for _ in cache.layers])
 
 
-def cache_to_generate(model: Any, length: int) -> dict[str, Any]:
+def generate_cache_options(model: Any, length: int) -> dict[str, Any]:
     """What makes ``generate`` use the cache that `Forward` would, on the CPU to the bit.
 
     On an accelerator nothing: there it would compile the model for a static cache.
@@ -106,7 +106,7 @@ class Forward:
         """Logits of the next token, (rows, vocabulary), given the last one of each row, (rows, 1).
 
         Raises:
-            CannotReplay: In the step in which the graph is taken.
+            CudaGraphError: In the step in which the graph is taken.
         """
         self.steps += 1
         if tokens.device.type != "cuda" or self.steps <= EAGER_STEPS:
@@ -126,7 +126,7 @@ class Forward:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            raise CannotReplay(str(error)) from error
+            raise CudaGraphError(str(error)) from error
 
     def _run(self, tokens: Tensor) -> Tensor:
         found = self.model(input_ids=tokens, past_key_values=self.cache, use_cache=True)

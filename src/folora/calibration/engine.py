@@ -15,17 +15,17 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from folora.calibration.decoding import (
-    CannotReplay,
+    CudaGraphError,
     Forward,
-    cache_to_generate,
     decode,
+    generate_cache_options,
     is_steppable,
 )
-from folora.calibration.logits import UNSOUND, SequenceDraws
+from folora.calibration.logits import NON_FINITE_LOGITS, PerSequenceSampler
 from folora.config import SamplingConfig
 from folora.errors import ConfigError, FoLoraError, NumericsError
 from folora.runtime import distributed
-from folora.runtime.contexts import evaluating, is_shared_out
+from folora.runtime.contexts import evaluating, is_sharded
 from folora.runtime.memory import cache_bytes, free_bytes
 from folora.runtime.progress import progress
 
@@ -34,10 +34,10 @@ logger = logging.getLogger(__name__)
 # Matrix products of fewer rows take other kernels, which round differently; measured on CPU.
 MIN_ROWS = 8
 BATCH_SIZES = (64, 128, 256, 512, 1024)  # of which an accelerator takes what fits
-MAY_DO = 256  # sequences at once where so many may be enough; fewer take as long
-SERVED = 256  # sequences that a server is asked for at once; vLLM takes as many by default
+EARLY_STOPPING_BATCH = 256  # sequences at once where so many may be enough; fewer take as long
+SERVER_BATCH = 256  # sequences that a server is asked for at once; vLLM takes as many by default
 LOGITS = 6  # copies in float32, of a row
-TRIED = 2  # tokens, before anything long starts
+TRIAL_TOKENS = 2  # tokens, before anything long starts
 NO_TOKEN = -1  # None would make generate fall back on the model's own EOS
 
 
@@ -49,10 +49,10 @@ class Engine(Protocol):
         ...
 
 
-def sized(config: SamplingConfig, model: Any) -> SamplingConfig:
+def with_batch_size(config: SamplingConfig, model: Any) -> SamplingConfig:
     """The config with the batch size that a loaded model, or a server, decodes with."""
     if config.server is not None:
-        return config.replace(batch_size=config.batch_size or SERVED)
+        return config.replace(batch_size=config.batch_size or SERVER_BATCH)
     size = batch_size_for(
         model.device, model.config, model.dtype.itemsize, config, distributed.count()
     )
@@ -86,10 +86,10 @@ def batch_size_for(
         return config.batch_size or BATCH_SIZES[0]
     vocabulary = model_config.get_text_config().vocab_size
     row = cache_bytes(model_config, itemsize) * config.max_new_tokens + LOGITS * 4 * vocabulary
-    fitting = min(distributed.gather((free_bytes(device) - taken) // 4 // row))
+    fitting = min(distributed.all_gather((free_bytes(device) - taken) // 4 // row))
     fitting = min(fitting, config.num_sequences // processes)
     if config.may_end_early:
-        fitting = min(fitting, MAY_DO)
+        fitting = min(fitting, EARLY_STOPPING_BATCH)
     return max((n for n in BATCH_SIZES if n <= fitting), default=BATCH_SIZES[0])
 
 
@@ -122,7 +122,7 @@ class HuggingFaceEngine:
         except torch.OutOfMemoryError:
             half = len(numbers) // 2
             # Processes that share the weights out would wait for one that begins anew.
-            if half < MIN_ROWS or is_shared_out(self.model):
+            if half < MIN_ROWS or is_sharded(self.model):
                 raise
             logger.warning("%d sequences at once do not fit the memory, half as many", len(numbers))
         return [*self(numbers[:half]), *self(numbers[half:])]
@@ -134,7 +134,7 @@ class HuggingFaceEngine:
             ConfigError: With the reason.
         """
         try:
-            self._decoded([0], TRIED, "trying to decode (tokens)")
+            self._decoded([0], TRIAL_TOKENS, "trying to decode (tokens)")
         except (FoLoraError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever the model's code raises
@@ -152,22 +152,22 @@ class HuggingFaceEngine:
         start = torch.full((len(wanted), 1), self.start_id, device=self.model.device)
         with evaluating(self.model), progress(what, most) as tick:
             draws = partial(
-                SequenceDraws, self.model, wanted, self.eos_ids, self.config, self.seed, tick
+                PerSequenceSampler, self.model, wanted, self.eos_ids, self.config, self.seed, tick
             )
             written = self._stepped(start, draws(), most) if self.steps else None
             if written is None:
                 written = self._generated(start, draws(), most)
         return [_until_eos(row, self.eos_ids) for row in written[: len(numbers)].tolist()]
 
-    def _stepped(self, start: Tensor, draws: SequenceDraws, most: int) -> Tensor | None:
+    def _stepped(self, start: Tensor, draws: PerSequenceSampler, most: int) -> Tensor | None:
         try:
             return decode(Forward(self.model, most), start, draws.choose, self.eos_ids, most)
-        except CannotReplay as error:
+        except CudaGraphError as error:
             logger.warning("no CUDA graph of a step of decoding, generate is slower: %s", error)
             self.steps = False
             return None
 
-    def _generated(self, start: Tensor, draws: SequenceDraws, most: int) -> Tensor:
+    def _generated(self, start: Tensor, draws: PerSequenceSampler, most: int) -> Tensor:
         written: Tensor = self.model.generate(
             input_ids=start,
             attention_mask=torch.ones_like(start),
@@ -181,10 +181,10 @@ class HuggingFaceEngine:
                 repetition_penalty=1.0,
             ),
             logits_processor=LogitsProcessorList([draws]),
-            **cache_to_generate(self.model, most),
+            **generate_cache_options(self.model, most),
         )
         if draws.unsound:
-            raise NumericsError(UNSOUND.format(""))
+            raise NumericsError(NON_FINITE_LOGITS.format(""))
         return written[:, 1:]
 
 

@@ -80,21 +80,21 @@ def target_layers(
 
 
 @dataclass(frozen=True)
-class Visit:
+class LayerCall:
     """One call of a layer in a forward pass.
 
     Attributes:
         tensor: Which tensor it read: identity and version, the same for layers that share an input.
-        read: Shape of it; empty if that is no tensor.
-        gave: Shape of the output; empty if that is no tensor.
+        input_shape: Shape of its input; empty if that is no tensor.
+        output_shape: Shape of its output; empty if that is no tensor.
     """
 
     tensor: tuple[int, int]
-    read: tuple[int, ...]
-    gave: tuple[int, ...]
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
 
 
-def visits(model: nn.Module, names: Iterable[str], batch: Batch) -> dict[str, list[Visit]]:
+def trace_calls(model: nn.Module, names: Iterable[str], batch: Batch) -> dict[str, list[LayerCall]]:
     """Watch one forward pass: the calls of every named layer, in the order of the first call.
 
     Layers that are not called are missing.
@@ -104,29 +104,29 @@ def visits(model: nn.Module, names: Iterable[str], batch: Batch) -> dict[str, li
         names: Of the layers.
         batch: ``input_ids`` and ``attention_mask``, shape (batch, tokens); small is enough.
     """
-    found: dict[str, list[Visit]] = {}
+    found: dict[str, list[LayerCall]] = {}
     alive: list[Any] = []  # keeps identities unique for the length of the pass
 
     def before(name: str, x: Any) -> None:
         alive.append(x)
         version = 0 if not isinstance(x, Tensor) or x.is_inference() else x._version
-        found.setdefault(name, []).append(Visit((id(x), version), _shape(x), ()))
+        found.setdefault(name, []).append(LayerCall((id(x), version), _shape(x), ()))
 
     def after(name: str, output: Any) -> None:
-        found[name][-1] = replace(found[name][-1], gave=_shape(output))
+        found[name][-1] = replace(found[name][-1], output_shape=_shape(output))
 
-    with watching(model, names, before, after), evaluating(model), torch.no_grad():
-        model(**batch, **lean_options(model))
+    with layer_hooks(model, names, before, after), evaluating(model), torch.no_grad():
+        model(**batch, **minimal_forward_options(model))
     return found
 
 
-def grouped(
-    seen: Mapping[str, Sequence[Visit]], layers: Mapping[str, tuple[int, int]]
+def group_by_input(
+    seen: Mapping[str, Sequence[LayerCall]], layers: Mapping[str, tuple[int, int]]
 ) -> list[InputGroup]:
     """Put together the layers that read the same tensor in their first call.
 
     Args:
-        seen: From `visits`.
+        seen: From `trace_calls`.
         layers: (d_in, d_out) of the layers that count, all of them in `seen`.
     """
     sharing: dict[tuple[int, int], list[str]] = {}
@@ -144,22 +144,22 @@ def find_groups(
     Args:
         model: The base model (a meta-device skeleton with a meta batch will do).
         layers: From `target_layers`.
-        batch: As in `visits`.
+        batch: As in `trace_calls`.
 
     Raises:
         ConfigError: A layer is not reached by the forward pass.
     """
-    seen = visits(model, layers, batch)
+    seen = trace_calls(model, layers, batch)
     if missing := [name for name in layers if name not in seen]:
         raise ConfigError(
             f"{len(missing)} of the layers to adapt take no part in the forward pass, such as "
             f"{missing[0]}. Leave them out of adapter.target_modules."
         )
-    return grouped(seen, layers)
+    return group_by_input(seen, layers)
 
 
 @contextmanager
-def watching(
+def layer_hooks(
     model: nn.Module,
     names: Iterable[str],
     before: Callable[[str, Any], None],
@@ -192,7 +192,7 @@ def watching(
             handle.remove()
 
 
-def lean_options(model: nn.Module) -> dict[str, Any]:
+def minimal_forward_options(model: nn.Module) -> dict[str, Any]:
     """Keyword arguments of a forward pass that reads layers' inputs alone: no cache, and no logits.
 
     With a large vocabulary logits are a good part of the pass.

@@ -16,12 +16,12 @@ from transformers import LogitsProcessor
 
 from folora.config import SamplingConfig
 from folora.errors import NumericsError
-from folora.runtime.contexts import is_shared_out
-from folora.runtime.finiteness import where_it_breaks
+from folora.runtime.contexts import is_sharded
+from folora.runtime.finiteness import first_non_finite_module
 
 BLOCK = 256  # tokens whose probabilities are summed as one at first
 CANDIDATES = 1024  # a sort of the whole vocabulary is rarely needed to find top-p
-UNSOUND = (
+NON_FINITE_LOGITS = (
     "the model's logits are not finite while sampling{}. Its weights hold NaN or overflow in this dtype. "
     "Check the weights, or load the model in bf16 or fp32."
 )
@@ -68,7 +68,7 @@ def _draws(seed: int, number: int, count: int) -> Tensor:
     return torch.rand(count, generator=generator, dtype=torch.float64)
 
 
-class SequenceDraws(LogitsProcessor):
+class PerSequenceSampler(LogitsProcessor):
     """Chooses each row's next token by inverting its CDF at a draw of the row's own stream.
 
     To generate it returns scores whose argmax is the choice, so that greedy search takes it.
@@ -85,7 +85,7 @@ class SequenceDraws(LogitsProcessor):
     ) -> None:
         self.model = model
         self.on_token = on_token
-        self.shared_out = is_shared_out(model)
+        self.shared_out = is_sharded(model)
         self.unsound = False
         settings = [decoding_of(n) for n in numbers]
         self.rows = {
@@ -113,21 +113,23 @@ class SequenceDraws(LogitsProcessor):
         extremes = torch.stack(scores.aminmax())  # NaN is both; ten times as fast as to ask of all
         if not torch.isfinite(extremes).all():
             if not self.shared_out:
-                where = where_it_breaks(self.model, {"input_ids": input_ids, "use_cache": False})
-                raise NumericsError(UNSOUND.format(f": {where}"))
+                where = first_non_finite_module(
+                    self.model, {"input_ids": input_ids, "use_cache": False}
+                )
+                raise NumericsError(NON_FINITE_LOGITS.format(f": {where}"))
             self.unsound = True  # the others run the model with this process until all have ended
             scores = torch.zeros_like(scores)
         if self.step < self.min_new_tokens and self.eos_ids:
             scores[:, self.eos_ids] = -float("inf")
         for setting, rows in self.rows.items():
-            scores[rows] = restrict(scores[rows], setting)
-        choice = invert(scores, self.draws[:, self.step])
+            scores[rows] = warp_logits(scores[rows], setting)
+        choice = inverse_cdf(scores, self.draws[:, self.step])
         self.step += 1
         self.on_token()
         return choice
 
 
-def invert(scores: Tensor, draws: Tensor) -> Tensor:
+def inverse_cdf(scores: Tensor, draws: Tensor) -> Tensor:
     """The token of each row whose share of the cumulative distribution holds the row's draw.
 
     Blocks of tokens are summed first, and tokens inside of the one block that is hit. The sums run on in
@@ -157,7 +159,7 @@ def invert(scores: Tensor, draws: Tensor) -> Tensor:
     return (hit * BLOCK + within)[:, 0]
 
 
-def restrict(scores: Tensor, setting: Decoding) -> Tensor:
+def warp_logits(scores: Tensor, setting: Decoding) -> Tensor:
     """Apply temperature, top-k and top-p, in this order, to scores of shape (rows, vocabulary)."""
     scores = scores / setting.temperature
     if setting.top_k:

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from folora.calibration.inputs import (
     Batch,
     find_groups,
-    lean_options,
+    layer_hooks,
+    minimal_forward_options,
     target_layers,
-    watching,
 )
 from folora.errors import DataError, NumericsError
 from folora.runtime import distributed
-from folora.runtime.contexts import evaluating, is_shared_out
+from folora.runtime.contexts import evaluating, is_sharded
 from folora.runtime.memory import free_bytes
 from folora.runtime.shapes import Float
 from folora.runtime.tensors import full_fp32_matmul
@@ -77,7 +77,7 @@ def room_for_moments(
         return memory_gb * 1e9
     if device.type == "cpu":
         return float("inf")
-    return min(distributed.gather(SHARE_OF_FREE * (free_bytes(device) - taken)))
+    return min(distributed.all_gather(SHARE_OF_FREE * (free_bytes(device) - taken)))
 
 
 def calibrate(
@@ -132,7 +132,7 @@ def second_moments(
     """
     leaders = {group.name: group for group in groups}
     halved = {group.name: group for group in apart}
-    whole, halves = _Sums(), (_Sums(), _Sums())
+    whole, halves = _Accumulator(), (_Accumulator(), _Accumulator())
     mask: Tensor | None = None  # (batch, tokens) bool: what counts
     even = torch.empty(0)  # of the tokens that count, bool: whether they are of even rows
 
@@ -153,9 +153,9 @@ def second_moments(
             for half, part in zip(halves, (rows[here], rows[~here]), strict=True):
                 half.add(name, part)
 
-    shared_out = is_shared_out(model)
+    shared_out = is_sharded(model)
     counts = True
-    options, device = lean_options(model), _device(model)
+    options, device = minimal_forward_options(model), _device(model)
 
     def own_share() -> None:
         nonlocal mask, even, counts
@@ -181,16 +181,16 @@ def second_moments(
                 on_batch(int(_ids(inputs).numel() if mask is None else mask.sum()))
             row += sum(sizes)
             if number % LOOK_EVERY == 0:  # hours may be left
-                distributed.agree(lambda: _check_finite(whole.matrices))
+                distributed.raise_together(lambda: _check_finite(whole.matrices))
         _check_finite(whole.matrices)
 
     with (
         evaluating(model),
-        watching(model, leaders, accumulate),
+        layer_hooks(model, leaders, accumulate),
         torch.no_grad(),
         full_fp32_matmul(),
     ):
-        distributed.agree(own_share)
+        distributed.raise_together(own_share)
     found = whole.averaged(leaders, device)
     if not halved:
         return found
@@ -198,7 +198,7 @@ def second_moments(
 
 
 @dataclass
-class _Sums:
+class _Accumulator:
     """Sums of x x' so far, of which the upper triangles count, and their numbers of rows."""
 
     matrices: dict[str, Tensor] = field(default_factory=dict)
@@ -214,7 +214,7 @@ class _Sums:
     def averaged(self, groups: Mapping[str, InputGroup], device: torch.device) -> Moments:
         """Over the rows of all processes. Raises DataError."""
         own = torch.tensor([self.rows[name] for name in groups], device=device)
-        rows = dict(zip(groups, distributed.add_(own).tolist(), strict=True))
+        rows = dict(zip(groups, distributed.all_reduce_(own).tolist(), strict=True))
         tokens = max(rows.values(), default=0)
         if tokens == 0:
             raise DataError("no tokens to measure: every batch is empty or fully masked")
@@ -223,7 +223,7 @@ class _Sums:
                 raise DataError(f"{name} saw no input in {tokens} tokens")
             if name not in self.matrices:  # fewer batches than processes
                 self.matrices[name] = torch.zeros(group.d_in, group.d_in, device=device)
-            whole = distributed.add_(self.matrices[name].triu_())
+            whole = distributed.all_reduce_(self.matrices[name].triu_())
             whole.add_(whole.triu(1).T).div_(rows[name])
         return Moments(self.matrices, tokens, tuple(groups.values()))
 

@@ -17,7 +17,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from folora.calibration.calibration_set import CalibrationSet
-from folora.calibration.engine import BATCH_SIZES, Engine, sized
+from folora.calibration.engine import BATCH_SIZES, Engine, with_batch_size
 from folora.calibration.filters import REASONS, rejection
 from folora.calibration.logits import MIXTURE
 from folora.calibration.vllm import engine_of
@@ -26,7 +26,7 @@ from folora.data.special_tokens import ending_ids, start_token_id
 from folora.errors import DataError
 from folora.runtime import distributed
 from folora.runtime.progress import progress
-from folora.runtime.storage import fitting, json_fingerprint, read_sealed, write_sealed
+from folora.runtime.storage import json_fingerprint, malformed_is_damaged, read_sealed, write_sealed
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def sample(
     Raises:
         FoLoraError: The model cannot generate, has no start token, or most sequences are rejected.
     """
-    config = sized(config or SamplingConfig(), model)
+    config = with_batch_size(config or SamplingConfig(), model)
     generation = getattr(model, "generation_config", None)
     start_id = start_token_id(tokenizer, config.start_token, model.config, generation)
     eos_ids = ending_ids(model, tokenizer)
@@ -88,7 +88,7 @@ def sample_sequences(
     accepted: list[list[int]] = []
     rejected: Counter[str] = Counter()
     attempts = 0
-    looks = _looks(config.num_sequences) if enough else iter(())
+    looks = _check_points(config.num_sequences) if enough else iter(())
     look = next(looks, None)
     with progress("sampling", config.num_sequences) as tick:
         for batch in _batches(engine, config.batch_size or BATCH_SIZES[0], shards):
@@ -130,7 +130,7 @@ def _split(
     return CalibrationSet(accepted[:cut], accepted[cut:], counted)
 
 
-def _looks(ceiling: int) -> Iterator[int]:
+def _check_points(ceiling: int) -> Iterator[int]:
     """Numbers of sequences after which it is asked, as long as a yes saves as many again."""
     count = FIRST_LOOK
     while 2 * count <= ceiling:
@@ -138,7 +138,7 @@ def _looks(ceiling: int) -> Iterator[int]:
         count *= 2
 
 
-def request_of(
+def sampling_facts(
     start_id: int, eos_ids: Sequence[int], config: SamplingConfig, seed: int = 0
 ) -> dict[str, Any]:
     """What each sequence depends on besides the model and its number, as a fingerprint."""
@@ -176,13 +176,15 @@ def _batches(engine: Engine, size: int, shards: Path | None) -> Iterator[list[li
     ahead: dict[int, list[list[int]]] = {}
     while True:
         if number not in ahead:
-            ahead |= distributed.first(partial(_kept, shards, number))
+            ahead |= distributed.on_rank_zero(partial(_kept, shards, number))
         if number not in ahead:
-            due = distributed.first(partial(_missing, shards, number, size))
+            due = distributed.on_rank_zero(partial(_missing, shards, number, size))
             own = due[distributed.rank()]
-            decoded = distributed.gather(distributed.agree(partial(engine, range(own, own + size))))
+            decoded = distributed.all_gather(
+                distributed.raise_together(partial(engine, range(own, own + size)))
+            )
             ahead = dict(zip(due, decoded, strict=True))
-            distributed.first(partial(_keep, shards, ahead))
+            distributed.on_rank_zero(partial(_keep, shards, ahead))
         batch = ahead.pop(number)
         yield batch
         number += len(batch)
@@ -218,7 +220,7 @@ def _keep(shards: Path | None, batches: Mapping[int, list[list[int]]]) -> None:
 def _read_shard(file: Path) -> list[list[int]]:
     """The sequences in a shard. Raises ArtifactError."""
     batch = read_sealed(file)["sequences"]
-    with fitting(file):
+    with malformed_is_damaged(file):
         if not batch:  # of which reading on would never come to an end
             raise ValueError("it has no sequences")
         return [[_token(t) for t in row] for row in batch]

@@ -28,7 +28,7 @@ SAME = 0.2  # nats a token; bf16 in other kernels is .05 off, SmolLM2 with 2 % o
 
 
 @dataclass(frozen=True)
-class Served:
+class Server:
     """What a vLLM server offers.
 
     Attributes:
@@ -40,7 +40,7 @@ class Served:
     name: str
 
 
-def served(url: str, config: SamplingConfig) -> Served:
+def find_server(url: str, config: SamplingConfig) -> Server:
     """Ask a server what it serves.
 
     Args:
@@ -51,7 +51,7 @@ def served(url: str, config: SamplingConfig) -> Served:
         ServerError: Nothing answers there, it is no vLLM server, or its context is too short.
     """
     url = url.rstrip("/").removesuffix("/v1")
-    answer = _asked("GET", f"{url}/v1/models")[0]
+    answer = _request_json("GET", f"{url}/v1/models")[0]
     try:
         own = next(m for m in answer["data"] if m.get("parent") is None)  # others are its adapters
         name, context = str(own["id"]), int(own["max_model_len"])
@@ -62,14 +62,14 @@ def served(url: str, config: SamplingConfig) -> Served:
             f"the server at {url} reads at most {context} tokens, but must read more than "
             f"sampling.max_new_tokens ({config.max_new_tokens}); start it with a larger --max-model-len"
         )
-    return Served(url, name)
+    return Server(url, name)
 
 
 class VllmEngine:
     """Sequences by number from a vLLM server; see `Engine`.
 
     Args:
-        server: From `served`.
+        server: From `find_server`.
         start_id: The prompt of every sequence.
         eos_ids: Ending tokens.
         config: Lengths.
@@ -81,7 +81,7 @@ class VllmEngine:
 
     def __init__(
         self,
-        server: Served,
+        server: Server,
         start_id: int,
         eos_ids: Sequence[int],
         config: SamplingConfig,
@@ -150,7 +150,7 @@ class VllmEngine:
 
     def _choices(self, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """The sequences as the server tells them."""
-        answers = _asked("POST", f"{self.server.url}/v1/completions", requests)
+        answers = _request_json("POST", f"{self.server.url}/v1/completions", requests)
         try:
             return [answer["choices"][0] for answer in answers]
         except (KeyError, TypeError, IndexError):
@@ -199,15 +199,15 @@ def engine_of(
         own = HuggingFaceEngine(model, start_id, eos_ids, config, seed)
         own.check_decodes()
         return own
-    server = served(config.server, config)
+    server = find_server(config.server, config)
     engine = VllmEngine(server, start_id, eos_ids, config, known_tokens(model), seed)
     if config.sampler_model is None:
         engine.check_serves(model)
     return engine
 
 
-def _asked(method: str, url: str, requests: Sequence[Any] = (None,)) -> list[Any]:
+def _request_json(method: str, url: str, requests: Sequence[Any] = (None,)) -> list[Any]:
     """`client.asked`, whose packages are an extra."""
-    from folora.calibration.vllm_client import asked
+    from folora.calibration.vllm_client import request_json
 
-    return asked(method, url, requests)
+    return request_json(method, url, requests)

@@ -18,7 +18,7 @@ KEY = "VLLM_API_KEY"  # where `vllm serve` itself looks for it
 CONNECT_S, ANSWER_S = 10.0, 3600.0  # a sequence may wait for its turn
 
 
-def asked(method: str, url: str, requests: Sequence[Any]) -> list[Any]:
+def request_json(method: str, url: str, requests: Sequence[Any]) -> list[Any]:
     """What a server answers to requests that are made at once, from JSON. Raises ServerError.
 
     Every other one is let go when one fails, or at Ctrl-C. The event loop is another thread's, since a

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from folora.compare.frontier import Point
 from folora.errors import ArtifactError, DataError
-from folora.runtime.storage import alone, lock_of, parse_json, read_text, write_text
+from folora.runtime.storage import exclusive, folder_lock, parse_json, read_text, write_text
 
 FORMAT = 2
 LOCK_SECONDS = 60.0  # to wait for another process that adds a result
@@ -159,7 +159,7 @@ class ResultFile:
         Raises:
             ArtifactError: The file is damaged or cannot be written.
         """
-        with alone(lock_of(self.path.parent, LOCK_SECONDS)):
+        with exclusive(folder_lock(self.path.parent, LOCK_SECONDS)):
             values = {key: line.values for key, line in self.read().items()}
             values[result["task"], result["seed"], result["name"]] = dict(result)
             text = "".join(json.dumps(values[key]) + "\n" for key in sorted(values))

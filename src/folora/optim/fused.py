@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim.adamw import adamw
 
 from folora.optim.sadam import SAdam, move_basis
-from folora.runtime.tensors import full_fp32_matmul, own_part
+from folora.runtime.tensors import full_fp32_matmul, to_local
 
 # Elements of the parameters of one bundle, and of the bases of one stack: more leave a CPU's cache.
 AT_ONCE = {"cpu": 2**22, "cuda": 2**24}
@@ -128,7 +128,7 @@ class FusedSAdam(SAdam):
                         state[name] = torch.zeros_like(p) if basis is None else _zeros(p, basis)
                 states.append(state)
         first, second, steps = (
-            [own_part(state[name]) for state in states]
+            [to_local(state[name]) for state in states]
             for name in ("exp_avg", "exp_avg_sq", "step")
         )
         return first, second, steps
@@ -141,7 +141,7 @@ def _due(group: dict[str, Any]) -> Due:
         raise RuntimeError("SAdam does not support sparse gradients")
     if params:
         move_basis(group, params[0].device)
-    return Due(group, params, [*map(own_part, params)], [*map(_own_gradient, params)])
+    return Due(group, params, [*map(to_local, params)], [*map(_own_gradient, params)])
 
 
 def _own_gradient(p: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def _own_gradient(p: Tensor) -> Tensor:
     assert grad is not None
     if isinstance(p, DTensor) and isinstance(grad, DTensor):
         grad = grad.redistribute(p.device_mesh, p.placements)
-    return own_part(grad)
+    return to_local(grad)
 
 
 def _zeros(p: Tensor, basis: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 from folora.adapters.coverage import report
 from folora.calibration.base_file import read_base_manifest, warn_of_dtype
 from folora.calibration.engine import HuggingFaceEngine
-from folora.calibration.vllm import ENGINE, served
+from folora.calibration.vllm import ENGINE, find_server
 from folora.config import FoLoraConfig, TrainingConfig
 from folora.data.files import check_dataset
 from folora.data.rows import TaskData, check_fits
@@ -148,7 +148,7 @@ def _check_sampling(context: Context, store: Folder) -> None:
     """Samples fit the model's context, and a server that is to generate them is there."""
     sampling = context.config.sampling
     if sampling.server is not None:
-        distributed.agree(partial(_check_server, context, store))
+        distributed.raise_together(partial(_check_server, context, store))
     longest = context.limits["context"]
     asked = sampling.max_new_tokens
     if longest is not None and asked >= longest:  # the start token comes in front
@@ -163,4 +163,4 @@ def _check_server(context: Context, store: Folder) -> None:
     assert sampling.server is not None
     done = (store.folder / Samples.path).exists()
     if not (done and store.manifest(Samples).get("engine") == ENGINE):  # else it may be stopped
-        served(sampling.server, sampling)
+        find_server(sampling.server, sampling)

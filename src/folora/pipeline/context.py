@@ -70,7 +70,7 @@ class Context:
         """
         model = self._model if self._model is not None else load_model(self.config, self.name)
         model.requires_grad_(False)  # before it runs; see load_model
-        distributed.agree(lambda: check_finite_weights(model))
+        distributed.raise_together(lambda: check_finite_weights(model))
         return model
 
     @cached_property
@@ -177,7 +177,7 @@ class Context:
         if self.config.sampling.server is not None:
             return self.model
         sampler = load_model(own, name)
-        distributed.agree(lambda: check_finite_weights(sampler))
+        distributed.raise_together(lambda: check_finite_weights(sampler))
         return sampler
 
 

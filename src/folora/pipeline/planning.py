@@ -28,9 +28,9 @@ from folora.errors import ConfigError
 from folora.pipeline.activation_memory import step_bytes
 from folora.pipeline.stages import solve_options
 from folora.runtime.loading import device_of, dtype_for, load_config, required
-from folora.runtime.memory import cache_bytes, free_bytes, held_bytes
+from folora.runtime.memory import cache_bytes, free_bytes, sharded_weight_bytes
 from folora.spectral.groups import InputGroup
-from folora.spectral.leading import are_few
+from folora.spectral.leading import uses_subspace_iteration
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +207,7 @@ def _known(config: FoLoraConfig, processes: int) -> _Known:
     weights = parameters * dtype.itemsize
     if config.shard:
         blocks = model_config.get_text_config().num_hidden_layers
-        weights = int(held_bytes(weights, blocks, processes))
+        weights = int(sharded_weight_bytes(weights, blocks, processes))
     return _Known(
         device=device,
         dtype=dtype,
@@ -370,7 +370,7 @@ def widths(groups: Sequence[InputGroup]) -> list[tuple[int, int, int]]:
 
 def _solve_operations(d: int, kept: int | None) -> float:
     """In float64, for one shared input."""
-    if kept is not None and are_few(kept, d):
+    if kept is not None and uses_subspace_iteration(kept, d):
         return REDUCTION * d**3 + LEADING_VECTORS * d**2 * kept
     return (REDUCTION + ALL_VECTORS) * d**3
 

@@ -43,8 +43,8 @@ from folora.runtime import distributed
 from folora.runtime.checkpoints import check_checkpoints
 from folora.runtime.fingerprints import config_fingerprint, weights_fingerprint
 from folora.runtime.loading import load_model, required
-from folora.runtime.ownership import check_own, check_own_folder, write_own
-from folora.runtime.storage import alone, check_lock, check_writable, lock_of, obstacle
+from folora.runtime.ownership import check_own, check_owned_folder, write_own
+from folora.runtime.storage import check_lock, check_writable, exclusive, folder_lock, obstacle
 
 CONFIG, REPORT, BASE = "config.yaml", "report.json", "base.safetensors"
 ADAPTER, MERGED, COMPARISON = "5-adapter", "merged", "compare"
@@ -86,7 +86,7 @@ class Run:
         if os.path.isfile(self.folder):  # False for a name too long, at which Path raises
             raise ConfigError(f"output {self.folder} is a file, but must be a folder")
         self.store = Folder(self.folder)
-        self._lock = lock_of(self.folder)
+        self._lock = folder_lock(self.folder)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -96,8 +96,8 @@ class Run:
             ArtifactError: Another process of folora works there.
         """
         with ExitStack() as held:
-            distributed.first(lambda: held.enter_context(alone(self._lock)))
-            distributed.agree(self._check_shared)
+            distributed.on_rank_zero(lambda: held.enter_context(exclusive(self._lock)))
+            distributed.raise_together(self._check_shared)
             yield
 
     def check(self, *, needs_data: bool, trains: bool = True) -> None:
@@ -173,7 +173,7 @@ class Run:
         samples, keep = stages.sample_and_measure(self.context, self.store)
         found, moments = samples.load(), keep.load()
         facts = self.context.facts
-        distributed.first(lambda: write_base_file(path, found, moments, facts))
+        distributed.on_rank_zero(lambda: write_base_file(path, found, moments, facts))
         return path
 
     def base_target(self, path: Path | None) -> Path:
@@ -204,7 +204,7 @@ class Run:
         target = path or self.folder / (MERGED if kind == "merged" else ADAPTER)
         if path is None and (why := obstacle(target, folder=True)):
             raise ConfigError(f"{target} {why}, but must be a folder; move it away, or give --to")
-        check_own_folder(target, kind, "the export folder")
+        check_owned_folder(target, kind, "the export folder")
         trained = self.trained()
 
         def write() -> ExportReport:
@@ -218,7 +218,7 @@ class Run:
             return write_adapter(trained.factors, target, config, rank=rank)
 
         with self.alone():
-            return distributed.first(write)
+            return distributed.on_rank_zero(write)
 
     def _write_merged(self, trained: Trained, target: Path) -> ExportReport:
         """Loads the model afresh, since training wraps the layers, and whole: one process writes."""
@@ -246,7 +246,7 @@ class Run:
         report |= {"adapter": str(self.folder / ADAPTER)}
         text = json.dumps(report, indent=1) + "\n"
         file = self.folder / REPORT
-        distributed.first(
+        distributed.on_rank_zero(
             lambda: write_own(file, KIND, lambda path: path.write_text(text, "utf-8"))
         )
         return report
@@ -260,7 +260,7 @@ class Run:
             if not self._config_is_there():
                 write_own(self.folder / CONFIG, KIND, lambda file: file.write_text(text, "utf-8"))
 
-        distributed.first(write)
+        distributed.on_rank_zero(write)
 
     # The folder.
 
@@ -285,7 +285,7 @@ class Run:
         check_lock(self.folder)
         check_own(self.folder, KIND, [REPORT])
         self._config_is_there()
-        check_own_folder(self.folder / ADAPTER, "adapter", "the export folder")
+        check_owned_folder(self.folder / ADAPTER, "adapter", "the export folder")
         check_checkpoints((self.folder / Training.path).parent, REQUEST)
 
     def _config_is_there(self) -> bool:

@@ -16,9 +16,9 @@ from folora.adapters.initialization import NEED_NULL_BASIS, NEED_WHOLE_BASIS
 from folora.calibration.base_file import BaseFile, read_base_file, read_base_manifest
 from folora.calibration.calibration_set import KIND as CALIBRATION_SET
 from folora.calibration.calibration_set import CalibrationSet
-from folora.calibration.engine import Engine, sized
+from folora.calibration.engine import Engine, with_batch_size
 from folora.calibration.measuring import early_stopping, measure
-from folora.calibration.sampling import LazyEngine, request_of, sample_sequences
+from folora.calibration.sampling import LazyEngine, sample_sequences, sampling_facts
 from folora.calibration.stopping import EarlyStopping
 from folora.calibration.vllm import ENGINE
 from folora.config import FoLoraConfig
@@ -63,7 +63,7 @@ class Samples(Stage[CalibrationSet]):
         super().__init__(context)
         self.stopping, self.task = stopping, task
         self.engine = engine or LazyEngine(context.engine)
-        self.config = sized(context.config.sampling, context.model)
+        self.config = with_batch_size(context.config.sampling, context.model)
 
     def request(self) -> dict[str, Any]:
         """What each sequence depends on."""
@@ -74,7 +74,7 @@ class Samples(Stage[CalibrationSet]):
             found["engine"] = ENGINE  # whose draws are others; where it runs changes nothing
         context = self.context
         seed = context.config.seed
-        return found | request_of(context.start_id, context.eos_ids, self.config, seed)
+        return found | sampling_facts(context.start_id, context.eos_ids, self.config, seed)
 
     def facts(self) -> dict[str, Any]:
         """The same, and how many sequences there are."""

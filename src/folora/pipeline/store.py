@@ -119,9 +119,9 @@ class Folder:
         """
         facts = stage.facts()
         path = self.folder / stage.path
-        if not distributed.first(lambda: self._is_done(stage, facts)):
+        if not distributed.on_rank_zero(lambda: self._is_done(stage, facts)):
             value = stage.compute(None if stage.request() is None else path.parent)
-            distributed.first(lambda: stage.save(value, path, facts))
+            distributed.on_rank_zero(lambda: stage.save(value, path, facts))
             return self._made(type(stage), stage.context, facts)
         return self.read(type(stage), stage.context, facts)
 
@@ -140,7 +140,7 @@ class Folder:
             MismatchError: It is of another model.
         """
         found = self._made(stage, context, context.facts if expected is None else expected)
-        distributed.first(lambda: check_tensors(self.folder / stage.path, found.manifest))
+        distributed.on_rank_zero(lambda: check_tensors(self.folder / stage.path, found.manifest))
         return found
 
     def _made(

@@ -22,7 +22,7 @@ from folora.runtime import distributed
 from folora.runtime.artifacts import read_artifact, write_artifact
 from folora.runtime.checkpoints import check_checkpoints
 from folora.runtime.contexts import without_adapter
-from folora.runtime.storage import fitting, json_fingerprint
+from folora.runtime.storage import json_fingerprint, malformed_is_damaged
 from folora.spectral.layers import Spectrum
 from folora.training.prepared import Prepared, assemble
 from folora.training.sft_options import effective
@@ -127,7 +127,7 @@ class Training(Stage[Trained]):
 def load_trained(path: Path, expected: Mapping[str, Any] | None = None) -> Trained:
     """The result of a training, which needs no model. Raises ArtifactError, MismatchError."""
     found = read_artifact(path, Training.kind, expected)
-    with fitting(path):
+    with malformed_is_damaged(path):
         factors = {
             name: (found.tensors[f"{name}/A"], found.tensors[f"{name}/B"], float(scaling))
             for name, scaling in found.manifest["scaling"].items()

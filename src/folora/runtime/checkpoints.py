@@ -19,8 +19,8 @@ from folora.runtime.ownership import LIST
 from folora.runtime.storage import (
     discard,
     file_sha256,
-    fitting,
     is_temporary,
+    malformed_is_damaged,
     obstacle,
     read_sealed,
     sync,
@@ -111,25 +111,25 @@ def latest_checkpoint(folder: Path) -> Path | None:
 def check_checkpoint(folder: Path) -> None:
     """Compare every file with its checksum. Raises ArtifactError naming the one that differs."""
     listed = read_sealed(folder / SEAL)["files"]
-    with fitting(folder / SEAL):
+    with malformed_is_damaged(folder / SEAL):
         listed = {str(name): str(checksum) for name, checksum in listed.items()}
     there = {p.relative_to(folder).as_posix() for p in _files(folder)}
     for name, checksum in listed.items():
         file = folder / name
         if name not in there:  # and is not looked for outside of the folder
-            raise ArtifactError(f"{file} is missing. {way_out(folder)}")
+            raise ArtifactError(f"{file} is missing. {remedy(folder)}")
         try:
             found = file_sha256(file)
         except OSError as error:
-            raise ArtifactError(f"{file} cannot be read: {error}. {way_out(folder)}") from error
+            raise ArtifactError(f"{file} cannot be read: {error}. {remedy(folder)}") from error
         if found != checksum:
             raise ArtifactError(
                 f"{file} is damaged: its checksum is {found[:12]}, but {checksum[:12]} was written. "
-                f"{way_out(folder)}"
+                f"{remedy(folder)}"
             )
     if strange := sorted(there - {*listed}):
         raise ArtifactError(
-            f"{folder / strange[0]} was not written by this training. {way_out(folder)}"
+            f"{folder / strange[0]} was not written by this training. {remedy(folder)}"
         )
 
 
@@ -150,7 +150,7 @@ def _files(folder: Path) -> list[Path]:
     return sorted(p for p in files if not is_temporary(p.name))
 
 
-def way_out(folder: Path) -> str:
+def remedy(folder: Path) -> str:
     """What to do about a checkpoint that cannot be used, for a message."""
     return (
         f"Delete {folder}; training then goes on from the checkpoint before it, or from the start."

@@ -12,7 +12,7 @@ from peft.utils import save_and_load
 from torch import Tensor
 
 
-def own_base_state(model: Any) -> dict[str, Tensor]:
+def base_state_fallback(model: Any) -> dict[str, Tensor]:
     """The base model's state by its own names, where PEFT does not give it."""
     return {
         name.replace(".base_layer.", ".").replace(".original_module.", "."): tensor
@@ -22,7 +22,7 @@ def own_base_state(model: Any) -> dict[str, Tensor]:
 
 
 base_state: Callable[[Any], dict[str, Tensor]] = getattr(
-    save_and_load, "get_base_model_state_dict", own_base_state
+    save_and_load, "get_base_model_state_dict", base_state_fallback
 )
 """PEFT's own since 0.19."""
 

@@ -22,7 +22,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def is_shared_out(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module) -> bool:
     """Whether processes have a part each of the weights, so that all must run the model together."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 

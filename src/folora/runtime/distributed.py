@@ -105,51 +105,51 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def mine(items: Sequence[T]) -> Sequence[T]:
+def shard(items: Sequence[T]) -> Sequence[T]:
     """Every `count`-th item from `rank` on."""
     return items[rank() :: count()]
 
 
-def gather(value: T) -> list[T]:
+def all_gather(value: T) -> list[T]:
     """The values of all processes, by rank. Raises ProcessError."""
     if count() == 1:
         return [value]
     found: list[Any] = [None] * count()
-    with talking():
+    with reporting_lost_processes():
         dist.all_gather_object(found, value)
     return found
 
 
-def sent(value: T, owner: int = 0) -> T:
+def broadcast(value: T, owner: int = 0) -> T:
     """The value that process `owner` has. Raises ProcessError."""
     if count() == 1:
         return value
     held = [value]
-    with talking():
+    with reporting_lost_processes():
         dist.broadcast_object_list(held, src=owner)
     return held[0]
 
 
-def add_(tensor: Tensor) -> Tensor:
+def all_reduce_(tensor: Tensor) -> Tensor:
     """Sum over all processes, in place. Raises ProcessError."""
     if count() > 1:
-        with talking():
+        with reporting_lost_processes():
             dist.all_reduce(tensor)
     return tensor
 
 
-def largest(value: int) -> int:
+def all_reduce_max(value: int) -> int:
     """The largest value of all processes. Raises ProcessError."""
     if count() == 1:
         return value
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     found = torch.tensor(value, device=device)
-    with talking():
+    with reporting_lost_processes():
         dist.all_reduce(found, dist.ReduceOp.MAX)
     return int(found)
 
 
-def agree(call: Callable[[], T]) -> T:
+def raise_together(call: Callable[[], T]) -> T:
     """Call in every process; if one of them raises an error of folora's, all do.
 
     Raises:
@@ -158,12 +158,12 @@ def agree(call: Callable[[], T]) -> T:
     if count() == 1:
         return call()
     result, error = _tried(call)
-    if errors := [e for e in gather(error) if e is not None]:
+    if errors := [e for e in all_gather(error) if e is not None]:
         raise errors[0]
     return result  # type: ignore[return-value]
 
 
-def first(call: Callable[[], T]) -> T:
+def on_rank_zero(call: Callable[[], T]) -> T:
     """Call in the first process alone; all get its result, or raise its error.
 
     Raises:
@@ -171,7 +171,7 @@ def first(call: Callable[[], T]) -> T:
     """
     if count() == 1:
         return call()
-    result, error = sent(_tried(call) if rank() == 0 else (None, None))
+    result, error = broadcast(_tried(call) if rank() == 0 else (None, None))
     if error is not None:
         raise error
     return result  # type: ignore[return-value]
@@ -184,7 +184,7 @@ def check_same(what: str, value: Any) -> None:
         what: For the message.
         value: Anything that can be compared.
     """
-    found = gather(value)
+    found = all_gather(value)
     if other := [r for r, v in enumerate(found) if v != found[0]]:
         raise MismatchError(
             f"process {other[0]} of {len(found)} sees another {what} than process 0. All need the same "
@@ -193,7 +193,7 @@ def check_same(what: str, value: Any) -> None:
 
 
 @contextmanager
-def talking() -> Iterator[None]:
+def reporting_lost_processes() -> Iterator[None]:
     """Say in folora's words that another process is gone. Raises ProcessError."""
     try:
         yield

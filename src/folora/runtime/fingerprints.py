@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from folora.runtime import distributed
 from folora.runtime.storage import json_fingerprint
-from folora.runtime.tensors import whole
+from folora.runtime.tensors import full_tensor
 
 VALUES_AT_ONCE = 2**22
 NARROW = (torch.bfloat16, torch.float16)
@@ -72,11 +72,11 @@ def weights_fingerprint(model: nn.Module) -> str:
     shared_out = {n: t for n, t in state.items() if isinstance(t, DTensor)}
     digests: dict[str, str] = {}
     for index, (name, tensor) in enumerate(shared_out.items()):
-        gathered = whole(tensor)  # by all processes together
+        gathered = full_tensor(tensor)  # by all processes together
         if index % distributed.count() == distributed.rank():
             digests[name] = _digest(gathered)
     if shared_out:
-        digests = {n: d for part in distributed.gather(digests) for n, d in part.items()}
+        digests = {n: d for part in distributed.all_gather(digests) for n, d in part.items()}
     own = [name for name in state if name not in shared_out]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         digests |= zip(own, pool.map(lambda name: _digest(state[name]), own), strict=True)

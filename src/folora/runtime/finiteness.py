@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from folora.errors import NumericsError
-from folora.runtime.tensors import own_part
+from folora.runtime.tensors import to_local
 
 LARGEST_GRADIENT = 1e15  # beyond it second moments leave float32
 
@@ -26,13 +26,13 @@ def check_finite_weights(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def unsound_gradients(model: nn.Module) -> list[str]:
+def non_finite_gradients(model: nn.Module) -> list[str]:
     """Names of the parameters whose gradient holds NaN, Inf, or what overflows when squared.
 
     One pass over the gradients and one synchronization, as long as all of them are sound. Of gradients
     that FSDP2 has shared out, only this process's part is looked at.
     """
-    gradients = {n: own_part(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+    gradients = {n: to_local(p.grad) for n, p in model.named_parameters() if p.grad is not None}
     found = {n: g for n, g in gradients.items() if g.numel()}
     if _sound(torch.nn.utils.get_total_norm(found.values(), norm_type=float("inf"))):
         return []
@@ -40,7 +40,7 @@ def unsound_gradients(model: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def where_it_breaks(model: nn.Module, inputs: Mapping[str, Any]) -> str:
+def first_non_finite_module(model: nn.Module, inputs: Mapping[str, Any]) -> str:
     """Run the model forward and say, for a message, which module is the first to give NaN or Inf.
 
     Args:
@@ -63,7 +63,7 @@ def where_it_breaks(model: nn.Module, inputs: Mapping[str, Any]) -> str:
 
 def _stored(weight: Tensor) -> Iterator[Tensor]:
     """The plain tensors that hold a weight on this process: several if it is quantized by torchao."""
-    own: Any = own_part(weight)
+    own: Any = to_local(weight)
     if not hasattr(own, "__tensor_flatten__"):
         yield own
         return

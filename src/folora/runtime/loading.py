@@ -23,7 +23,7 @@ from folora.config import FoLoraConfig
 from folora.errors import ConfigError
 from folora.runtime import distributed
 from folora.runtime.architecture import check_config
-from folora.runtime.contexts import is_shared_out
+from folora.runtime.contexts import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -214,7 +214,7 @@ def load_model(config: FoLoraConfig, name: str, as_stored: bool = False) -> PreT
             f"the checkpoint of model {name!r} lacks {len(missing)} of the weights, such as "
             f"{missing[0]}; transformers would fill them with random numbers"
         )
-    if config.quantize == "none" and not is_shared_out(model):
+    if config.quantize == "none" and not is_sharded(model):
         model = model.to(device)
     # Frozen before it first runs: FSDP2 makes its whole weights then, once, as they are now.
     return model.requires_grad_(False).eval()

@@ -26,7 +26,7 @@ def check_fits_memory(path: Path) -> None:
         raise ArtifactError(f"{path} has {size / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free")
 
 
-def held_bytes(weights: float, blocks: int, processes: int) -> float:
+def sharded_weight_bytes(weights: float, blocks: int, processes: int) -> float:
     """Bytes of weights in each process that shares them out: a part, and two blocks whole.
 
     Embedding and head, which transformers' plan leaves whole after the first forward pass, are left out.

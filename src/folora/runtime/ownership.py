@@ -19,7 +19,7 @@ from folora.runtime.storage import (
     LONGEST_NAME,
     check_writable,
     file_sha256,
-    fitting,
+    malformed_is_damaged,
     obstacle,
     read_sealed,
     sealed,
@@ -70,7 +70,7 @@ def check_own(folder: Path, kind: str, names: Iterable[str] | None = None) -> Fi
     return listed
 
 
-def check_own_folder(folder: Path, kind: str, what: str) -> None:
+def check_owned_folder(folder: Path, kind: str, what: str) -> None:
     """Refuse a folder for an export that is neither new, nor empty, nor one that folora wrote.
 
     Raises:
@@ -127,23 +127,23 @@ def write_own(file: Path, kind: str, write: Callable[[Path], object]) -> None:
     write_atomically(file, write, put)
 
 
-def write_own_folder(folder: Path, kind: str, write: Callable[[Path], object]) -> None:
+def write_owned_folder(folder: Path, kind: str, write: Callable[[Path], object]) -> None:
     """Write a folder with a list of its files; into one that is there, file by file.
 
     Files that folora did not write stay. What was listed before is removed before the new files
     come, so that no mixture of both can be loaded. Nothing is done if all files are the same already.
 
     Args:
-        folder: The folder to make, or one that `check_own_folder` lets pass.
+        folder: The folder to make, or one that `check_owned_folder` lets pass.
         kind: What the list says of the folder.
         write: Given the path of the folder to make; it may make subfolders.
 
     Raises:
-        ConfigError: See `check_own_folder`.
+        ConfigError: See `check_owned_folder`.
         ArtifactError: It cannot be written.
     """
     folder = Path(os.path.abspath(folder))
-    check_own_folder(folder, kind, "the export folder")
+    check_owned_folder(folder, kind, "the export folder")
 
     def whole(target: Path) -> None:
         write(target)
@@ -183,7 +183,7 @@ def _listed(folder: Path, kind: str) -> Files:
             f"{file} says that {folder} is of the kind {found.get('kind')!r:.80}, not {kind!r}; choose "
             "another folder"
         )
-    with fitting(file):
+    with malformed_is_damaged(file):
         files = {str(n): [str(c) for c in checksums] for n, checksums in found["files"].items()}
         if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
             raise ValueError("a name leads out of the folder")

@@ -50,7 +50,7 @@ class Facts(dict[str, Any]):
 
 
 @contextlib.contextmanager
-def fitting(what: object) -> Iterator[None]:
+def malformed_is_damaged(what: object) -> Iterator[None]:
     """Take apart what was read from a file of the right checksum, whoever wrote it.
 
     Raises:
@@ -327,8 +327,8 @@ def check_writable(folder: Path, what: str) -> None:
         raise ConfigError(f"{what} {folder} cannot be written: no permission in {place}")
 
 
-def lock_of(folder: Path, seconds: float = LOCK_SECONDS) -> FileLock:
-    """The lock of a folder, for `alone`, which waits `seconds` for it; its holder may take it again."""
+def folder_lock(folder: Path, seconds: float = LOCK_SECONDS) -> FileLock:
+    """The lock of a folder, for `exclusive`, which waits `seconds` for it; its holder may take it again."""
     return FileLock(folder / LOCK, timeout=seconds)
 
 
@@ -340,7 +340,7 @@ def check_lock(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def alone(lock: FileLock) -> Iterator[None]:
+def exclusive(lock: FileLock) -> Iterator[None]:
     """Work in a folder with no other process of folora in it; the system frees it after a kill.
 
     Raises:

@@ -25,11 +25,11 @@ def full_fp32_matmul() -> Iterator[None]:
             backend.fp32_precision = precision
 
 
-def own_part(tensor: Tensor) -> Tensor:
+def to_local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process has; all of it, unless it is shared out."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor, gathered from all processes if it is shared out."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

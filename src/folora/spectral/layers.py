@@ -16,7 +16,7 @@ from folora.errors import ConfigError, MismatchError
 from folora.runtime import distributed
 from folora.runtime.artifacts import read_artifact, write_artifact
 from folora.runtime.shapes import Float
-from folora.runtime.storage import fitting
+from folora.runtime.storage import malformed_is_damaged
 from folora.spectral.eigenproblem import Eigenbasis, generalized_eigenbasis, smallest_eigenvectors
 from folora.spectral.groups import InputGroup, group_of
 from folora.spectral.moments import Moments
@@ -105,7 +105,7 @@ class Spectrum(Sequence[GroupBasis]):
             MismatchError: The manifest holds other values than `expected`.
         """
         artifact = read_artifact(Path(folder), KIND, expected)
-        with fitting(folder):
+        with malformed_is_damaged(folder):
             facts = artifact.manifest["groups"]
             return cls(tuple(_basis_of(artifact.tensors, fact) for fact in facts))
 
@@ -168,15 +168,17 @@ def solve(
 
     def own_share() -> list[GroupBasis]:
         solved = []
-        for basis in _one_thread_each(one, distributed.mine(groups), at_once):
+        for basis in _one_thread_each(one, distributed.shard(groups), at_once):
             solved.append(basis)
             on_group()
         return solved
 
-    own = iter(distributed.agree(own_share))
+    own = iter(distributed.raise_together(own_share))
     owners = (number % distributed.count() for number in range(len(groups)))
     # The owner's own bytes: another process might find other signs.
-    sent = [distributed.sent(next(own) if o == distributed.rank() else None, o) for o in owners]
+    sent = [
+        distributed.broadcast(next(own) if o == distributed.rank() else None, o) for o in owners
+    ]
     return Spectrum(tuple(sent))  # type: ignore[arg-type]
 
 

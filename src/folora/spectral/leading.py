@@ -14,18 +14,18 @@ logger = logging.getLogger(__name__)
 
 FEW = 4  # times as many directions as are wanted, from which they are looked for alone
 LEADING_RESIDUAL = 1e-6  # |M v - gamma v| / gamma
-MOST_LOOKS = 40
+MAX_ITERATIONS = 40
 GROWTH = 1e12
 
 
-def are_few(count: int, d: int) -> bool:
+def uses_subspace_iteration(count: int, d: int) -> bool:
     """Whether so many leading directions of d are looked for alone."""
     return FEW * count <= d
 
 
 def largest_eigenpairs(matrix: Tensor, count: int | None, name: str) -> tuple[Tensor, Tensor]:
     """The largest eigenvalues of a symmetric matrix, descending, and their vectors; None for all."""
-    if count is not None and are_few(count, len(matrix)):
+    if count is not None and uses_subspace_iteration(count, len(matrix)):
         if found := _leading(matrix, count):
             return found
         logger.info("%s: %d directions are not found alone; all are solved for", name, count)
@@ -44,7 +44,7 @@ def _leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(d, min(d, count + max(8, count // 2)), generator=generator).to(matrix)
     subspace = torch.linalg.qr(matrix @ start).Q
-    for _ in range(MOST_LOOKS):
+    for _ in range(MAX_ITERATIONS):
         image = matrix @ subspace
         values, rotation = eigh(subspace.T @ image, "a subspace")
         values, rotation = values.flip(0), rotation.flip(1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from folora.runtime.artifacts import read_artifact, write_artifact
 from folora.runtime.shapes import Float
-from folora.runtime.storage import fitting
+from folora.runtime.storage import malformed_is_damaged
 from folora.spectral.groups import InputGroup, group_of
 
 KIND = "moments"
@@ -62,7 +62,7 @@ class Moments:
             MismatchError: The manifest holds other values than `expected`.
         """
         artifact = read_artifact(Path(folder), KIND, expected)
-        with fitting(folder):
+        with malformed_is_damaged(folder):
             groups = tuple(group_of(fact) for fact in artifact.manifest["groups"])
             for group in groups:
                 matrix = artifact.tensors[group.name]

@@ -48,7 +48,7 @@ class StopAfterStep(TrainerCallback):
     ) -> None:
         """Called by the Trainer after every step."""
         # All processes stop after the same step, or some would wait for the others for ever.
-        self.signum = distributed.largest(self.own or 0) or None
+        self.signum = distributed.all_reduce_max(self.own or 0) or None
         if self.signum is not None:
             control.should_save = control.should_training_stop = True
 

@@ -42,16 +42,16 @@ from folora.runtime.checkpoints import (
     begin_checkpoint,
     latest_checkpoint,
     prune,
+    remedy,
     seal_checkpoint,
-    way_out,
 )
 from folora.runtime.compat import trainer_options
 from folora.runtime.contexts import without_adapter
 from folora.runtime.extras import needed_by
-from folora.runtime.finiteness import unsound_gradients, where_it_breaks
+from folora.runtime.finiteness import first_non_finite_module, non_finite_gradients
 from folora.runtime.progress import progress
 from folora.runtime.storage import sweep
-from folora.runtime.tensors import whole
+from folora.runtime.tensors import full_tensor
 from folora.training.hyperparameters import check_optimizer, follow_arguments
 from folora.training.interruption import StopAfterStep, finishing_step
 from folora.training.prepared import Prepared, to_dataset
@@ -233,7 +233,7 @@ class FoLoraTrainer(SFTTrainer):
         if not (names := self._unsound_gradients()):
             return
         with self.compute_loss_context_manager():
-            where = where_it_breaks(self.prepared.model, inputs)
+            where = first_non_finite_module(self.prepared.model, inputs)
         rate = self.prepared.config.training.learning_rate
         raise NumericsError(
             f"step {self.state.global_step + 1}: {len(names)} gradients are not finite, such as "
@@ -244,10 +244,14 @@ class FoLoraTrainer(SFTTrainer):
 
     def _unsound_gradients(self) -> list[str]:
         """Their names, the same in all processes."""
-        own = unsound_gradients(self.prepared.model)
+        own = non_finite_gradients(self.prepared.model)
         if not self.is_fsdp_enabled:
             return own  # all have the same gradients
-        return sorted({*chain(*distributed.gather(own))}) if distributed.largest(len(own)) else []
+        return (
+            sorted({*chain(*distributed.all_gather(own))})
+            if distributed.all_reduce_max(len(own))
+            else []
+        )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """The Trainer's checkpoint, sealed when it is whole. Raises ArtifactError."""
@@ -268,9 +272,9 @@ class FoLoraTrainer(SFTTrainer):
             if self._keep:
                 prune(folder.parent, self._keep, self.state.best_model_checkpoint)
 
-        distributed.first(lambda: begin_checkpoint(folder))
-        distributed.agree(write)  # every process adds a file
-        distributed.first(finish)
+        distributed.on_rank_zero(lambda: begin_checkpoint(folder))
+        distributed.raise_together(write)  # every process adds a file
+        distributed.on_rank_zero(finish)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """SFTTrainer's, which replaces README.md beside the checkpoints, for a push to the Hub alone."""
@@ -281,7 +285,7 @@ class FoLoraTrainer(SFTTrainer):
         """Write the adapter; whole and as PEFT writes it, also where FSDP2 has shared it out."""
         if self.is_fsdp_enabled:
             parts = self.prepared.model.state_dict()
-            self._save(output_dir, {n: whole(t) for n, t in parts.items() if LORA in n})
+            self._save(output_dir, {n: full_tensor(t) for n, t in parts.items() if LORA in n})
         else:
             super().save_model(output_dir, _internal_call)
 
@@ -488,12 +492,12 @@ def train(
             sweep(folder)  # a checkpoint that was being deleted
         return latest_checkpoint(folder)
 
-    checkpoint = distributed.first(latest)
+    checkpoint = distributed.on_rank_zero(latest)
     trainer.add_callback(stop := StopAfterStep())
     try:
         if checkpoint and _take_if_finished(trainer, checkpoint):
             return trainer
-        with finishing_step(stop), distributed.talking():
+        with finishing_step(stop), distributed.reporting_lost_processes():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except FoLoraError:
         raise
@@ -501,6 +505,6 @@ def train(
         if checkpoint is None or stop.began:
             raise
         raise ArtifactError(
-            f"training cannot go on from {checkpoint}: {error}. {way_out(checkpoint)}"
+            f"training cannot go on from {checkpoint}: {error}. {remedy(checkpoint)}"
         ) from error
     return trainer
