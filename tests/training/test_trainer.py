@@ -18,8 +18,8 @@ import folora
 import folora.runtime.progress as progress
 from benchmarks.tiny import make_gpt2, make_llama, make_tokenizer, rows, tiny_config
 from folora.adapters.adapter import lora_factors
+from folora.adapters.coverage import check_causal
 from folora.errors import ArtifactError, ConfigError, NumericsError
-from folora.pipeline.prepare import check_causal
 from folora.runtime.checkpoints import SEAL, latest_checkpoint
 from folora.training.trainer import sft_config, train
 
