@@ -21,7 +21,7 @@ from torch.optim import AdamW, Optimizer
 
 from benchmarks.speed.shapes import VOCABULARY, Shape, random_bases, random_groups, random_model
 from folora.adapters.adapter import attach
-from folora.adapters.constraint import keep_off
+from folora.adapters.constraint import project_after_step
 from folora.adapters.low_rank import narrow_inputs
 from folora.optim.fused import FusedSAdam
 from folora.training.optimizer import param_groups
@@ -100,7 +100,7 @@ class Contender:
             self.optimizer = AdamW([p for g in found for p in g["params"]], lr=1e-3, fused=True)
         else:
             self.optimizer = FusedSAdam(found)
-        keep_off(self.optimizer, self.model)
+        project_after_step(self.optimizer, self.model)
         self.basis_bytes = sum(_basis_bytes(g) for g in found)
 
     def step(self, ids: Tensor) -> None:

@@ -264,7 +264,8 @@ def test_adapting_less_than_half_of_the_weights_warns(
     said = found.coverage.lines()
     assert said[0].startswith("adapted: 17.4% of 35,232 weights (19.7% without embeddings)")
     assert (
-        "not adapted: model.layers.*.mlp.experts, 69.8% (MixtralExperts is no linear layer)" in said
+        "not adapted: model.layers.*.mlp.experts, 69.8% (MixtralExperts is not a linear layer)"
+        in said
     )
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from benchmarks.tiny import MAKERS, make_llama, make_tokenizer, tiny_config
-from folora.adapters.constraint import keep_off
+from folora.adapters.constraint import project_after_step
 from folora.adapters.export import export_adapter, export_merged, write_adapter
 from folora.adapters.initialization import INITIALIZATIONS, NONZERO
 from folora.calibration.calibration_set import CalibrationSet
@@ -293,7 +293,9 @@ def test_an_optimizer_without_the_constraint_is_refused_after_its_first_step(met
     optimizer = torch.optim.AdamW(prepared.model.parameters(), lr=1e-2)
     prepared.model(IDS, labels=IDS).loss.backward()
     optimizer.step()
-    with pytest.raises(ConfigError, match=r"optimizer leaves OPLoRA's subspace.*keep_off"):
+    with pytest.raises(
+        ConfigError, match=r"optimizer leaves OPLoRA's subspace.*project_after_step"
+    ):
         prepared.model(IDS, labels=IDS).loss.backward()
 
 
@@ -305,7 +307,7 @@ def test_any_optimizer_leaves_the_frozen_half_and_no_hook(method: str) -> None:
         parameters = dict(prepared.model.named_parameters())
         before = {name: p.detach().clone() for name, p in parameters.items()}
         optimizer = torch.optim.AdamW(prepared.model.parameters(), lr=1e-2, weight_decay=decay)
-        keep_off(optimizer, prepared.model)
+        project_after_step(optimizer, prepared.model)
         for _ in range(3):
             optimizer.zero_grad()
             prepared.model(IDS, labels=IDS).loss.backward()

@@ -221,7 +221,7 @@ def test_stages_one_by_one(
         assert main([command, *flags]) == 0, command
     assert main(["export", *flags, "--rank", "1", "--to", str(tmp_path / "small")]) == 0
     text = capsys.readouterr().out
-    assert "what it is" in text and "KL to the base is" in text
+    assert "definition" in text and "KL to the base is" in text
     assert "relative error of the update" in text
     assert (out / "5-adapter" / "adapter_config.json").exists()
     assert (tmp_path / "small" / "adapter_model.safetensors").exists()

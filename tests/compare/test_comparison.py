@@ -208,7 +208,7 @@ def test_an_arm_of_other_inputs_under_the_same_name_is_refused(
     list(compare(run, tmp_path / "arms.jsonl").run_all(chosen))
     edit(model)
     again = make_run(model, rows, tmp_path / "run")
-    with pytest.raises(MismatchError, match=f"was made from another {what} than"):
+    with pytest.raises(MismatchError, match=f"was made with a different {what} than"):
         next(compare(again, tmp_path / "arms.jsonl").run_all(chosen))
     assert not (tmp_path / "run" / "old").exists()
 
@@ -276,12 +276,12 @@ def test_a_result_of_an_older_folora_is_refused_by_name(
 def test_json_that_is_no_result_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "arms.jsonl").write_text(text)
     with pytest.raises(
-        ArtifactError, match=r"arms\.jsonl, line 1 is no result of format 2; delete"
+        ArtifactError, match=r"arms\.jsonl, line 1 is not a result of format 2; delete"
     ):
         ResultFile(tmp_path / "arms.jsonl").read()
 
 
 @pytest.mark.parametrize("config", [[], {"x": 1}, None])
 def test_an_arm_whose_config_is_no_config_is_named(config: Any) -> None:
-    with pytest.raises(ArtifactError, match=r"line 1 is the result of other settings.*delete"):
+    with pytest.raises(ArtifactError, match=r"line 1 has other options.*delete"):
         checked_arm(Line("line 1", {"config": config}), FoLoraConfig().changed({"adapter.r": 2}))

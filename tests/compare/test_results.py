@@ -94,7 +94,7 @@ def test_two_lines_of_one_arm_are_refused(tmp_path: Path) -> None:
     """As a merge of two branches leaves them."""
     path = write(tmp_path, "lora", 0, [(0.2, 0.9, 0.1)])
     path.write_text(2 * path.read_text())
-    with pytest.raises(ArtifactError, match=r"line 2 is of the same arm as .*line 1; delete"):
+    with pytest.raises(ArtifactError, match=r"line 2 has the same arm as .*line 1; delete"):
         load(tmp_path)
 
 
@@ -117,8 +117,8 @@ def test_fields_of_later_versions_do_no_harm(tmp_path: Path) -> None:
         (b"\xff\xfe", "cannot be read"),
         (b'{"format": 2, "task": ' + b"[" * 5000 + b"]" * 5000 + b"}", "cannot be read"),
         (b'{"format": 2}', "line 2 has no 'stage'"),
-        (b'{"format": 1}', "line 2 is no result of format 2"),
-        (b"[1, 2]", "line 2 is no result of format 2"),
+        (b'{"format": 1}', "line 2 is not a result of format 2"),
+        (b"[1, 2]", "line 2 is not a result of format 2"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path: Path, content: bytes, message: str) -> None:
@@ -149,7 +149,7 @@ def test_a_wrong_field_is_named_with_its_line(tmp_path: Path, changes: dict[str,
 
 
 def test_a_missing_file_is_an_error_and_an_empty_one_is_not(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"no file .*arms\.jsonl"):
+    with pytest.raises(ArtifactError, match=r"no file of results .*arms\.jsonl"):
         load(tmp_path)
     (tmp_path / ARMS).touch()
     assert load(tmp_path) == []

@@ -120,11 +120,11 @@ def test_groups_stepped_together_are_stepped_as_alone(
     """To the bit, also when groups without a gradient leave others of a stack."""
     found = []
     for most, wanted in ((2**24, [[4, 1]]), (1, [[1]] * 5)):
-        monkeypatch.setattr(fused, "AT_ONCE", {"cpu": most})
+        monkeypatch.setattr(fused, "MAX_ELEMENTS", {"cpu": most})
         monkeypatch.setitem(MODES, "together", [*MODES["equal shapes"], group(d=5, seed=1)])
         ps, optimizer = made(FusedSAdam, "together", dtype)
         drive(optimizer, ps, grads_for(ps, missing=True))
-        bundles = fused._bundles([*map(fused._due, optimizer.param_groups)])
+        bundles = fused._bundles([*map(fused._active, optimizer.param_groups)])
         assert [[len(stack) for stack in bundle] for bundle in bundles] == wanted
         found.append(ps)
     assert all(torch.equal(p, q) for p, q in zip(*found, strict=True))

@@ -234,9 +234,9 @@ def test_closure_and_missing_gradients(kind: type[SAdam]) -> None:
         ({"basis": torch.ones(6)}, "k <= d"),
         ({"basis": torch.eye(5), "gate": torch.ones(5)}, "shape"),
         ({"gate": torch.ones(5)}, "gate"),
-        ({"basis": torch.full((6, 6), float("nan"))}, "finite"),
-        ({"basis": None}, "gate but no basis"),
-        ({"basis": None, "gate": None, "scale": 2.0}, "scale but no basis"),
+        ({"basis": torch.full((6, 6), float("nan"))}, "NaN or Inf"),
+        ({"basis": None}, "gate is given without a basis"),
+        ({"basis": None, "gate": None, "scale": 2.0}, "scale is given without a basis"),
     ],
 )
 def test_refuses(kind: type[SAdam], change: dict[str, Any], message: str) -> None:

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 from benchmarks.tiny import make_llama
 from folora.adapters.adapter import attach, lora_factors
-from folora.adapters.constraint import keep_off, spaces_of
+from folora.adapters.constraint import project_after_step, protected_spaces
 from folora.calibration.inputs import find_groups, target_layers
 from folora.optim.fused import FusedSAdam
 from folora.optim.sadam import SAdam
@@ -234,7 +234,7 @@ def test_a_constraint_holds_for_sharded_parameters() -> None:
         if distributed.count() > 1:
             fully_shard(adapted, mesh=init_device_mesh("cpu", (distributed.count(),)))
         opt = torch.optim.AdamW(adapted.parameters(), lr=1e-2, weight_decay=0.0)
-        keep_off(opt, adapted)
+        project_after_step(opt, adapted)
         ids = torch.randint(3, 50, (2, 9), generator=torch.Generator().manual_seed(0))
         for _ in range(2):
             opt.zero_grad()
@@ -242,7 +242,7 @@ def test_a_constraint_holds_for_sharded_parameters() -> None:
             opt.step()
         name = "model.layers.0.mlp.down_proj"
         a, b, _ = lora_factors(adapted)[name]
-        spaces = spaces_of(adapted.get_base_model().get_submodule(name), "default")
+        spaces = protected_spaces(adapted.get_base_model().get_submodule(name), "default")
         assert spaces is not None
         assert float((a @ spaces.right).norm()) < 1e-5 * float(a.norm())
         assert float((spaces.left.T @ b).norm()) < 1e-5 * float(b.norm())

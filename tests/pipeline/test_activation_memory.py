@@ -13,7 +13,7 @@ from folora.adapters.adapter import attach, outline
 from folora.adapters.low_rank import narrow_inputs
 from folora.calibration.inputs import target_layers
 from folora.config import AdapterConfig, FoLoraConfig
-from folora.pipeline.activation_memory import Alive, loss_bytes, step_bytes
+from folora.pipeline.activation_memory import AllocationTracker, loss_bytes, step_bytes
 from folora.pipeline.context import coverage_of
 from folora.spectral.layers import solve
 from folora.spectral.moments import Moments
@@ -82,12 +82,12 @@ def test_checkpointing_needs_far_less_and_the_loss_is_counted() -> None:
 
 def test_freed_tensors_are_not_counted() -> None:
     known = torch.empty(1000, device="meta")
-    with Alive([known]) as alive:
+    with AllocationTracker([known]) as tracker:
         kept = torch.empty(10, device="meta")
         for _ in range(3):
             del_me = torch.empty(100, device="meta")
             del del_me
         seen = known.view(10, 100)
-        assert alive.now() == 40
-    assert alive.most == 440
+        assert tracker.allocated() == 40
+    assert tracker.peak == 440
     assert kept.shape == (10,) and seen.shape == (10, 100)

@@ -72,7 +72,7 @@ def test_a_result_of_the_same_inputs_is_taken(tmp_path: Path, caplog: Any) -> No
         made = store.make(again)
     assert (made.load(), again.computed) == (2.0, 0)
     assert made.manifest["a"] == 1
-    assert "1-number: done already" in caplog.text
+    assert "1-number: already done" in caplog.text
 
 
 def test_a_result_of_other_inputs_is_kept_under_old(tmp_path: Path, caplog: Any) -> None:
@@ -96,7 +96,7 @@ def test_unfinished_work_is_resumed_if_its_request_is_the_same(tmp_path: Path) -
 
 
 def test_what_is_missing_names_the_command(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="1-number is missing; make it first: folora count"):
+    with pytest.raises(ArtifactError, match="1-number is missing; run folora count first"):
         Folder(tmp_path).read(Number, Context())  # type: ignore[arg-type]
 
 

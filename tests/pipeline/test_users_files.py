@@ -184,7 +184,7 @@ REFUSED = [
     Case("a table", file("run/compare/comparison.md"), COMPARE, r"compare/comparison\.md would be replaced"),
     Case("a picture", file("run/compare/frontier.png"), COMPARE, r"compare/frontier\.png would be replaced"),
     Case("no results", file("run/compare/results.jsonl", "{}"), COMPARE,
-         r"results\.jsonl, line 1 is no result"),
+         r"results\.jsonl, line 1 is not a result"),
     Case("a folder for results", file("run/compare/results.jsonl/a"), COMPARE, r"results\.jsonl is a folder"),
     Case("half a line of results", file("run/compare/results.jsonl", "{"), COMPARE,
          r"results\.jsonl, line 1 cannot be read"),

@@ -210,8 +210,8 @@ def test_prepare_samples_from_another_model(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"device": "meta"}, "device is 'meta'"),
-        ({"dtype": "bfloat16"}, "dtype is 'bfloat16', but the model that is given has 'float32'"),
-        ({"quantize": "4bit"}, "quantize is '4bit', but the model that is given has 'none'"),
+        ({"dtype": "bfloat16"}, "dtype is 'bfloat16', but the model in memory has 'float32'"),
+        ({"quantize": "4bit"}, "quantize is '4bit', but the model in memory has 'none'"),
     ],
 )
 def test_prepare_refuses_options_that_contradict_a_model_in_memory(

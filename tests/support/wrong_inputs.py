@@ -666,7 +666,7 @@ MODELS = [
           "is a model of type 't5', for which transformers has no causal LM", "files"),
     model("a masked model", another(lambda: BertForMaskedLM(bert())), "is a BertForMaskedLM", "files"),
     model("an encoder with a head", another(lambda: BertLMHeadModel(bert())),
-          "BertLMHeadModel looks at the tokens that come after .*is_decoder", "files"),
+          "BertLMHeadModel attends to tokens that come after .*is_decoder", "files"),
     model("a classifier", another(lambda: LlamaForSequenceClassification(make_llama().config)),
           "is a LlamaForSequenceClassification", "files"),
     model("a classifier of tokens", another(lambda: LlamaForTokenClassification(make_llama().config)),
@@ -677,7 +677,7 @@ MODELS = [
     model("EOS that the model does not know", content("generation_config.json", '{"eos_token_id": [2, 99]}'),
           "ends sequences at token 99, but the model knows 51"),
     model("a context shorter than a sample", json_file("config.json", max_position_embeddings=40),
-          r"sampling\.max_new_tokens is 40, but .* reads at most 40 tokens", "files"),
+          r"sampling\.max_new_tokens is 40, but the context of .* is 40 tokens", "files"),
     Wrong("samples longer than the context", "--sampling.max_new_tokens 256",
           r"sampling\.max_new_tokens is 256, but .* it must be < 256", "files"),
     Wrong("r beyond a width", "--r 33",
@@ -772,7 +772,7 @@ OUTPUTS = [
                  "no name that a folder can have"),
     *(
         Wrong(f"{command} before its turn", "--output HERE/new",
-              rf"{part} is missing; make it first: folora {before}", "files", command=command)
+              rf"{part} is missing; run folora {before} first", "files", command=command)
         for command, part, before in (
             ("measure", "1-samples/set", "sample"),
             ("solve", "2-statistics/pre", "measure"),
@@ -780,7 +780,7 @@ OUTPUTS = [
         )
     ),
     Wrong("export before its turn", "--output HERE/new",
-          "4-training/result is missing; make it first: folora train", command="export"),
+          "4-training/result is missing; run folora train first", command="export"),
 ]  # fmt: skip
 
 
@@ -841,7 +841,7 @@ OTHERS = [
     Wrong("export to a negative rank", "--rank -2", "export rank is -2", command="export"),
     Wrong("export to more than there is", "--rank 5", r"export rank is 5, but must lie in \[1, 4\]", command="export"),
     Wrong("export to half a rank", "--rank 1.5", "'--rank': '1.5' is not a valid integer", command="export"),
-    Wrong("a rank for merged weights", "--merged --rank 2", "--rank goes with the adapter alone", command="export"),
+    Wrong("a rank for merged weights", "--merged --rank 2", "--rank is for adapters only", command="export"),
     Wrong("export to a file", "--to HERE/x", "the export folder HERE/x .*is a file", command="export", files={"x": ""}),
     Wrong("export below a file", "--to HERE/x/y", "HERE/x is a file", command="export", files={"x": ""}),
     Wrong("export over other files", "--to HERE", "HERE holds 'precious.txt', and no folora.json",

@@ -152,14 +152,14 @@ def test_a_trainers_own_hyperparameters_are_followed(
         assert b["lr"] == 4 * rate
         assert {g["weight_decay"] for g in (*a, b)} == {0.01}
         assert {g["betas"] for g in (*a, b)} == {(0.9, 0.95)}
-    assert "learning_rate is 0.003 by the Trainer's arguments, not 0.01 as prepared" in caplog.text
+    assert "learning_rate: the Trainer's 0.003 replaces the prepared 0.01" in caplog.text
 
 
 @pytest.mark.parametrize("given", [{"optim": "adafactor"}, {"optim_args": "a=1"}])
 def test_a_trainer_with_another_optimizer_is_refused(
     prepared: Prepared, tmp_path: Path, given: dict[str, Any]
 ) -> None:
-    with pytest.raises(ConfigError, match="steps by the prepared optimizer"):
+    with pytest.raises(ConfigError, match="uses the prepared optimizer"):
         trained(prepared, tmp_path, **given)
 
 

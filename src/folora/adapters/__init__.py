@@ -1,4 +1,4 @@
-"""LoRA adapters: which layers, how they are initialized, attached, exported and merged.
+"""LoRA adapters: layer selection, initialization, attaching, export and merging.
 
 May import `calibration`, `spectral`, `data` and `runtime`.
 """

@@ -1,8 +1,8 @@
-"""Put an ordinary LoRA adapter on the layers of a spectrum, and read its factors.
+"""Attach a LoRA adapter to the layers of a spectrum, and read its factors.
 
-No initialization changes the model before the first step, and the base is never changed. The adapter is an
-ordinary LoRA adapter at any time, so that saving, loading, copying, combining, disabling, merging and quantized
-bases are PEFT's; one that is initialized with B0 A0 /= 0 has rank 2r, [B, -B0] [A; A0] (`variants`).
+The model's output before the first step is exactly the base model's, and base weights are never modified. The
+adapter is an ordinary PEFT LoRA adapter: saving, loading, copying, combining, disabling, merging and quantized
+bases work as in PEFT. An initialization with B0 A0 /= 0 gives rank 2r, [B, -B0] [A; A0] (`variants`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from folora.adapters.constraint import ProtectedSpaces, protect_layer, spaces_of
+from folora.adapters.constraint import ProtectedSpaces, protect_layer, protected_spaces
 from folora.adapters.initialization import (
     INITIALIZATIONS,
     NONZERO,
@@ -29,7 +29,7 @@ from folora.adapters.initialization import (
     Site,
     image_of,
     leading_singular_spaces,
-    takes_off_weight,
+    subtracts_weight,
 )
 from folora.adapters.lora_config import (
     check_lora_config,
@@ -47,7 +47,7 @@ from folora.spectral.layers import GroupBasis, check_rank
 logger = logging.getLogger(__name__)
 
 Spaces = tuple[Tensor, Tensor]
-"""U (d_out, k) and V (d_in, k), what OPLoRA protects."""
+"""U (d_out, k) and V (d_in, k), the singular vectors that OPLoRA protects."""
 
 Factors = dict[str, tuple[Tensor, Tensor, float]]
 """A (k, d_in), B (d_out, k) and kappa by layer name; the layer's update is kappa B A."""
@@ -63,34 +63,34 @@ def attach(
     seed: int = 0,
     adapter_name: str = "default",
 ) -> PeftModel:
-    """Put a LoRA adapter on the layers of `bases` and initialize it.
+    """Attach a LoRA adapter to the layers of `bases` and initialize it.
 
-    The model computes exactly what it computed before, until the first step. With an initialization
-    in `initialization.NONZERO` the adapter has rank 2r in PEFT, and ``peft_config`` says 2r and a
-    lora_alpha that leaves kappa as it is: [A; A0] and [B, -B0], of which A0 and B0 are frozen.
+    The model's output is exactly unchanged until the first step. With an initialization in
+    `initialization.NONZERO` the adapter has rank 2r in PEFT, [A; A0] and [B, -B0] with A0 and B0
+    frozen; ``peft_config`` then has ``r=2r`` and a lora_alpha that keeps kappa unchanged.
 
     Args:
-        model: The base model, for any task, or a PEFT model that gets one more adapter. Layers are
-            wrapped in place, as by ``peft.get_peft_model``.
+        model: The base model, for any task, or a PEFT model to which another adapter is added. Layers
+            are wrapped in place, as by ``peft.get_peft_model``.
         bases: From `solve`.
-        config: PEFT's. ``r``, ``lora_alpha``, ``lora_dropout``, ``use_rslora``, ``modules_to_save``,
-            ``task_type``, ``base_model_name_or_path``, ``revision``, ``auto_mapping`` and
-            ``inference_mode`` mean what they mean in PEFT; ``target_modules`` is left out, or selects
-            just the layers of `bases`; all else stays at its default. It is not changed. Default:
-            ``LoraConfig(r=16, lora_alpha=16)``.
+        config: A ``peft.LoraConfig``; not modified. ``r``, ``lora_alpha``, ``lora_dropout``,
+            ``use_rslora``, ``modules_to_save``, ``task_type``, ``base_model_name_or_path``,
+            ``revision``, ``auto_mapping`` and ``inference_mode`` are supported as in PEFT.
+            ``target_modules`` must be None or select exactly the layers of `bases`; all other fields
+            must have their default. Default: ``LoraConfig(r=16, lora_alpha=16)``.
         init: One of `initialization.INITIALIZATIONS`: ``"eigen"`` (A0 spans the leading eigenvectors,
-            B0 = 0), ``"null_space"`` (the paper's; needs `null_basis` of at least r columns),
-            ``"kaiming"`` (LoRA's own), and those of other methods.
+            B0 = 0), ``"null_space"`` (the paper's; needs a `null_basis` with at least r columns),
+            ``"kaiming"`` (LoRA's default), or that of another method.
         protect: OPLoRA's k: number of leading singular directions of each weight that the update leaves
             unchanged, on both sides. 0 for none.
         seed: For ``"kaiming"``.
         adapter_name: Name in PEFT.
 
     Raises:
-        ConfigError: A field of `config` is not supported (it is named, with the remedy) or does not
-            fit the layers, the model lacks a layer of `bases`, r is larger than a layer's d_in,
-            `init` is unknown, or the bases lack the null space. The model is as it was.
-        NumericsError: A layer kind ignores the initialization, so that its output would change.
+        ConfigError: A field of `config` is not supported (the message names it and the remedy) or does
+            not fit the layers, the model lacks a layer of `bases`, r is larger than a layer's d_in,
+            `init` is unknown, or the bases lack the null space. The model is then unchanged.
+        NumericsError: A layer type ignores the initialization, so that its output would change.
     """
     config = LoraConfig(r=16, lora_alpha=16) if config is None else config
     check_lora_config(config)
@@ -99,7 +99,7 @@ def attach(
     if init not in INITIALIZATIONS:
         raise ConfigError(f"init is {init!r}, but must be one of {', '.join(INITIALIZATIONS)}")
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    # Everything that can fail comes before anything is touched.
+    # All checks run before the model is modified.
     conv1d = _check_layers(base, bases)
     check_modules(base, config, [name for b in bases for name in b.group.layers], conv1d)
     frozen = _frozen_parts(base, bases, r, INITIALIZATIONS[init], protect, seed)
@@ -121,7 +121,7 @@ def attach(
             check_first_steps(layer, adapter_name, name)
     if trained:
         logger.info(
-            "init %r starts at B0 A0 /= 0, which is taken off by a frozen half: in PEFT the adapter has r = %d and "
+            "init %r has B0 A0 /= 0, which a frozen half subtracts: in PEFT the adapter has r = %d and "
             "lora_alpha = %g, of which the first %d rows of A and columns of B are trained",
             init, own.r, own.lora_alpha, r,
         )  # fmt: skip
@@ -129,11 +129,11 @@ def attach(
 
 
 def outline(model: nn.Module, names: Iterable[str], r: int, init: str) -> PeftModel:
-    """An adapter of the build that `attach` gives, for a model without weights: to count with.
+    """An adapter with the structure that `attach` gives, on a meta-device model, for memory estimates.
 
     Args:
         model: On the meta device; its layers are wrapped in place.
-        names: Of the layers to adapt.
+        names: Names of the layers to adapt.
         r: Rank.
         init: As for `attach`.
     """
@@ -143,15 +143,15 @@ def outline(model: nn.Module, names: Iterable[str], r: int, init: str) -> PeftMo
     config = _config_of(config, names, trained, conv1d)
     found: PeftModel = get_peft_model(model, config)  # type: ignore[arg-type,assignment]
     for name in names:
-        _take_variant(_lora_layer(found, name), "default", trained)
+        _set_variant(_lora_layer(found, name), "default", trained)
     return found
 
 
 def lora_factors(model: PeftModel, adapter_name: str = "default") -> Factors:
-    """A, B and kappa of every adapted layer, such that its update is exactly kappa B A.
+    """A, B and kappa of every adapted layer; the layer's update is exactly kappa B A.
 
-    After an initialization in `initialization.NONZERO` they are [A; A0] (2r, d_in) and [B, -B0] (d_out, 2r),
-    else (r, d_in) and (d_out, r). Detached views in the adapter's dtype.
+    With an initialization in `initialization.NONZERO` they are [A; A0] (2r, d_in) and [B, -B0] (d_out, 2r),
+    otherwise (r, d_in) and (d_out, r). Detached views in the adapter's dtype.
     """
     base = model.get_base_model()
     return {
@@ -164,8 +164,7 @@ def lora_factors(model: PeftModel, adapter_name: str = "default") -> Factors:
 def saved_modules(model: PeftModel, adapter_name: str = "default") -> dict[str, Tensor]:
     """Weights and buffers of the modules in ``modules_to_save``, by their names in the base model.
 
-    Detached, in the modules' dtype. Those that FSDP2 has sharded are gathered: then all processes
-    have to call it.
+    Detached, in the modules' dtype. Modules sharded by FSDP2 are gathered, so all processes must call it.
     """
     return {
         f"{name}.{leaf}": full_tensor(tensor.detach())
@@ -177,14 +176,15 @@ def saved_modules(model: PeftModel, adapter_name: str = "default") -> dict[str, 
 
 @torch.no_grad()
 def restore_forward(model: PeftModel, adapter_name: str = "default") -> None:
-    """Give the layers of an adapter that PEFT has loaded the forward pass that `attach` gives them.
+    """Set the forward pass of `attach` on the layers of an adapter that PEFT has loaded.
 
-    A folder does not say that half of an adapter is frozen, but the weights do: that half takes off a part of
-    the base layer's weight (`takes_off_weight`). The first layer tells, since `attach` treats all alike.
+    An adapter folder does not record that half of the adapter is frozen. It is detected from the weights of
+    the first layer, since `attach` treats all layers alike: the frozen half subtracts a part of the base
+    layer's weight (`subtracts_weight`).
 
     Args:
-        model: A PEFT model. Layers that `attach` has made, or that follow another variant, stay as they are.
-        adapter_name: Which adapter.
+        model: A PEFT model. Layers that already have a variant are not changed.
+        adapter_name: Name of the adapter.
     """
     base = model.get_base_model()
     found: dict[str, Any] = {
@@ -201,18 +201,18 @@ def restore_forward(model: PeftModel, adapter_name: str = "default") -> None:
     half = len(a) // 2
     with gathered(base, name):
         image = image_of(base_layer(first))
-        frozen = len(a) % 2 == 0 and takes_off_weight(a[half:], b[:, half:], image)
+        frozen = len(a) % 2 == 0 and subtracts_weight(a[half:], b[:, half:], image)
     for layer in found.values():
-        _take_variant(layer, adapter_name, half if frozen else None)
+        _set_variant(layer, adapter_name, half if frozen else None)
 
 
 def base_layer(module: Any) -> Any:
-    """A layer without its adapters."""
+    """The base layer of an adapted layer; any other module unchanged."""
     return module.get_base_layer() if isinstance(module, LoraLayer) else module
 
 
 def _check_layers(model: nn.Module, bases: Sequence[GroupBasis]) -> bool:
-    """Refuse a spectrum of other layers; whether all of them are Conv1D. Raises ConfigError."""
+    """Check that the model has the spectrum's layers; returns whether all are Conv1D. Raises ConfigError."""
     kinds = []
     for group in (b.group for b in bases):
         for name in group.layers:
@@ -225,7 +225,7 @@ def _check_layers(model: nn.Module, bases: Sequence[GroupBasis]) -> bool:
                 found = "no linear layer" if dims is None else f"one with d_in = {dims[0]}"
                 raise ConfigError(
                     f"the spectrum has a layer {name} with d_in = {group.d_in}, but "
-                    f"{type(model).__name__} has {found} of that name; solve a spectrum of this model"
+                    f"{type(model).__name__} has {found} of that name; use the spectrum of this model"
                 )
             kinds.append(isinstance(layer, Conv1D))
     return all(kinds)
@@ -234,7 +234,7 @@ def _check_layers(model: nn.Module, bases: Sequence[GroupBasis]) -> bool:
 def _config_of(
     config: LoraConfig, names: Iterable[str], trained: int | None, conv1d: bool
 ) -> LoraConfig:
-    """PEFT's config of the adapter; with a frozen half rank and alpha are larger, and kappa is the same."""
+    """PEFT's config of the adapter; a frozen half doubles the rank and scales alpha so that kappa is kept."""
     halves = 1 if trained is None else 2
     alpha = config.lora_alpha * (math.sqrt(halves) if config.use_rslora else halves)
     return lora_config(config, names, halves * config.r, alpha, fan_in_fan_out=conv1d)
@@ -249,7 +249,7 @@ def _frozen_parts(
     protect: int,
     seed: int,
 ) -> dict[str, tuple[Initialization, Spaces | None]]:
-    """Initialization and protected spaces of every adapted layer, by its name."""
+    """Initialization and protected spaces of every adapted layer, by layer name."""
     generator = torch.Generator().manual_seed(seed)
     parts: dict[str, tuple[Initialization, Spaces | None]] = {}
     for b in bases:
@@ -279,12 +279,15 @@ def _initialize(
         a0, b0 = spaces.projected(a0, b0)
     a.copy_(a0 if trained is None else torch.cat([a0, a0]))
     b.copy_(b0 if trained is None else torch.cat([b0, -b0], dim=1))
-    _take_variant(layer, adapter, trained, protected is not None)
+    _set_variant(layer, adapter, trained, protected is not None)
 
 
 @torch.no_grad()
 def _check_unchanged(layer: Any, adapter: str, name: str) -> None:
-    """Some quantized layers ignore PEFT's variants; then the promise would be broken silently."""
+    """Check that the layer's output and gradients are as `attach` promises.
+
+    Some quantized layers ignore PEFT's LoRA variants. Raises NumericsError.
+    """
     base = base_layer(layer)
     weight, variant = layer.lora_B[adapter].weight, layer.lora_variant.get(adapter)
     generator = torch.Generator().manual_seed(0)
@@ -294,32 +297,32 @@ def _check_unchanged(layer: Any, adapter: str, name: str) -> None:
     active, trained = layer.active_adapters, [(p, p.requires_grad) for p in layer.parameters()]
     layer.set_adapter([adapter])
     try:
-        with evaluating(layer):  # without dropout, which would draw random numbers
+        with evaluating(layer):  # no dropout: it would use the random generator
             kept = torch.equal(layer(x), base(x))
             if variant is not None:
                 with torch.enable_grad():
                     (grad,) = torch.autograd.grad(layer(x).float().square().sum(), weight)
-                kept = kept and variant.takes(grad, spaces_of(layer, adapter))
+                kept = kept and variant.allows(grad, protected_spaces(layer, adapter))
     finally:
         layer.set_adapter(active)
         for p, requires_grad in trained:
             p.requires_grad_(requires_grad)
     if not kept:
         raise NumericsError(
-            f"{name} ({type(layer).__name__}) does not give the base layer's output before the "
-            "first step, or trains what is frozen or protected, because this kind of layer ignores "
-            "PEFT's LoRA variants. Use a method with init 'eigen' and no constraint, such as folora, which needs none."
+            f"{name} ({type(layer).__name__}) changes the base layer's output before the first step, or "
+            "trains what is frozen or protected, because this layer type ignores PEFT's LoRA variants. "
+            "Use a method with init 'eigen' without a constraint, such as folora."
         )
 
 
-def _take_variant(layer: Any, adapter: str, trained: int | None, constrained: bool = False) -> None:
-    """Give a layer `FoLoraVariant`, if it takes variants or the update is none without."""
-    if trained is not None or constrained or _takes_variants(layer):
+def _set_variant(layer: Any, adapter: str, trained: int | None, constrained: bool = False) -> None:
+    """Set `FoLoraVariant` on a layer, if the layer supports variants or the update depends on it."""
+    if trained is not None or constrained or _supports_variants(layer):
         layer.lora_variant[adapter] = FoLoraVariant(trained)
 
 
-def _takes_variants(layer: Any) -> bool:
-    """Whether PEFT's kind of layer leaves what becomes of its input to a variant; some do not."""
+def _supports_variants(layer: Any) -> bool:
+    """Whether this PEFT layer type calls a variant in its forward pass."""
     kinds: tuple[type, ...] = (Linear,)
     # PEFT imports these on first access, and bitsandbytes with them.
     if is_bnb_available():

@@ -1,9 +1,9 @@
-"""OPLoRA's constraint (arXiv:2510.13003): the update stays off each weight's leading singular spaces.
+"""OPLoRA's constraint (arXiv:2510.13003): the update is orthogonal to each weight's leading singular spaces.
 
-The update is P_L B A P_R with P_L = I - U U' and P_R = I - V V'. A and B themselves are kept projected, so
-that the product B A is the update wherever the two are read: gradients are projected in the backward pass
-(`ProtectedSpaces.projecting`), and A and B after each step, since Adam's steps leave the subspace (`keep_off`).
-That is the same training as with projections in the forward pass: what these would remove has no effect.
+The update is P_L B A P_R with P_L = I - U U' and P_R = I - V V'. A and B are stored projected, so that B A is
+the update wherever they are read: gradients are projected in the backward pass
+(`ProtectedSpaces.projecting`), and A and B after each step, since Adam's update leaves the subspace
+(`project_after_step`). This is equivalent to projecting in the forward pass.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ from torch.optim import Optimizer
 from folora.runtime.shapes import Float
 from folora.runtime.tensors import full_fp32_matmul, full_tensor
 
-SPACES = (
-    "lora_protected"  # name of the layers' ModuleDict; PEFT moves and deletes it with the adapter
-)
-OUTSIDE = 1e-3  # share of a matrix that may lie in a protected space; rounding in fp32 leaves 1e-6
+# Name of the layers' ModuleDict; PEFT moves and deletes it with the adapter.
+SPACES = "lora_protected"
+TOLERANCE = 1e-3  # relative norm inside a protected space; float32 rounding is about 1e-6
 
 
 class ProtectedSpaces(nn.Module):
-    """The protected spaces of one layer; buffers that move with the model and are not saved.
+    """The protected spaces of one layer, as non-persistent buffers.
 
     Args:
         left: U (d_out, k), orthonormal columns.
@@ -46,19 +45,19 @@ class ProtectedSpaces(nn.Module):
         self, a: Float[Tensor, "r d_in"], b: Float[Tensor, "d_out r"]
     ) -> tuple[Tensor, Tensor]:
         """A P_R and P_L B."""
-        return _off(a, self.right), _off(b.T, self.left).T
+        return _orthogonal(a, self.right), _orthogonal(b.T, self.left).T
 
     def projecting(
         self, a: Float[Tensor, "r d_in"], b: Float[Tensor, "d_out r"]
     ) -> tuple[Tensor, Tensor]:
-        """A and B as they are, whose gradients are projected in the backward pass."""
+        """A and B unchanged; their gradients are projected in the backward pass."""
         a, b = _ProjectedGradient.apply(a, self.right), _ProjectedGradient.apply(b.T, self.left).T
         return a, b
 
-    def hold(self, b: Float[Tensor, "d_out r"]) -> bool:
-        """Whether B, or its gradient, is off the protected output directions."""
+    def exclude(self, b: Float[Tensor, "d_out r"]) -> bool:
+        """Whether B, or its gradient, is orthogonal to the protected output directions."""
         with full_fp32_matmul():
-            return not bool((self.left.T @ b).norm() > OUTSIDE * b.norm())
+            return not bool((self.left.T @ b).norm() > TOLERANCE * b.norm())
 
 
 class _ProjectedGradient(torch.autograd.Function):
@@ -70,44 +69,46 @@ class _ProjectedGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (space,) = ctx.saved_tensors
-        return _off(grad, space), None
+        return _orthogonal(grad, space), None
 
 
-def _off(rows: Tensor, space: Tensor) -> Tensor:
-    """Rows without their part in the span of a space, (n, d) and (d, k) -> (n, d)."""
+def _orthogonal(rows: Tensor, space: Tensor) -> Tensor:
+    """The component of rows orthogonal to a space, (n, d) and (d, k) -> (n, d)."""
     with full_fp32_matmul():
         return rows - (rows @ space) @ space.T
 
 
-def spaces_of(layer: Any, adapter: str) -> ProtectedSpaces | None:
-    """The protected spaces of a layer's adapter; None if there are none."""
+def protected_spaces(layer: Any, adapter: str) -> ProtectedSpaces | None:
+    """The protected spaces of a layer's adapter; None if it has no constraint."""
     found: dict[str, Any] = dict(getattr(layer, SPACES, {}))
     return found.get(adapter)
 
 
 def protect_layer(layer: Any, adapter: str, spaces: ProtectedSpaces) -> None:
-    """Keep protected spaces with a layer's adapter."""
+    """Store protected spaces with a layer's adapter."""
     if not hasattr(layer, SPACES):
         setattr(layer, SPACES, nn.ModuleDict())
         layer.adapter_layer_names = (*layer.adapter_layer_names, SPACES)
     getattr(layer, SPACES)[adapter] = spaces
 
 
-def keep_off(optimizer: Optimizer, model: PeftModel, adapter: str = "default") -> None:
-    """Project A and B of constrained layers after every step of an optimizer.
+def project_after_step(optimizer: Optimizer, model: PeftModel, adapter: str = "default") -> None:
+    """Project A and B of constrained layers after every optimizer step.
 
-    `prepare` does this for its own optimizer. Where FSDP2 has sharded A and B, all processes step together.
+    `prepare` and `optimizer` do this already. With A and B sharded by FSDP2, all processes must step together.
 
     Args:
-        optimizer: Of any kind; it gets a step hook if some layer is constrained.
+        optimizer: Any torch optimizer; a step hook is registered if some layer is constrained.
         model: From `attach`.
-        adapter: Which adapter.
+        adapter: Name of the adapter.
     """
-    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and spaces_of(m, adapter)]
+    layers = [
+        m for m in model.modules() if isinstance(m, LoraLayer) and protected_spaces(m, adapter)
+    ]
 
     def project(*_: Any) -> None:
         for layer in layers:
-            if spaces := spaces_of(layer, adapter):
+            if spaces := protected_spaces(layer, adapter):
                 _project(layer, adapter, spaces)
 
     if layers:
@@ -126,7 +127,7 @@ def _project(layer: Any, adapter: str, spaces: ProtectedSpaces) -> None:
 
 
 def _write(p: Tensor, values: Tensor) -> None:
-    """Set a parameter, of which a process may have a part; one that is frozen keeps its bits."""
+    """Set a parameter or its local shard; frozen parameters are not written."""
     if p.requires_grad and isinstance(p, DTensor):
         parts = distribute_tensor(values, p.device_mesh, p.placements, src_data_rank=None)
         p.to_local().copy_(parts.to_local())

@@ -1,16 +1,14 @@
-"""Which layers are adapted, which are left out and why: said before anything long starts.
+"""Which layers are adapted, which are not, and why; found before sampling starts.
 
-`cover` decides it from one forward pass over a few tokens: a layer can be adapted if the pass calls it
-once, with one row for every token, if it returns one row for every token, and if PEFT's LoRA takes it.
-PEFT is really asked: the adapter is put on, and loaded into, a shell that holds the same weights, so that
-the model stays as it is. Of ``"all-linear"`` whatever cannot be adapted is left out by name with the reason; of layers that
-are named in ``adapter.target_modules`` it is refused.
+`cover` runs one forward pass over a few tokens. A layer can be adapted if the pass calls it once, with one
+row per token, if it returns one row per token, and if PEFT's LoRA supports it. The last is tested on a copy
+of the module tree that shares the weights, so that the model is not modified. With ``"all-linear"``, layers
+that cannot be adapted are skipped and reported; a layer named in ``adapter.target_modules`` raises.
 
-`cover_config` does the same for a model that is not loaded. Its skeleton on the meta device runs nearly
-all of transformers' models: a ready-made mask spares the look at mask values, and experts run in the
-implementation that computes all tokens at once. Where a forward pass depends on values even so (older
-code of experts, for example), weights of random numbers that repeat, which take no memory, stand in on
-the CPU.
+`cover_config` does the same for a model that is not loaded, by a forward pass on the meta device. A prepared
+4D mask avoids code that depends on mask values, and experts use the implementation that computes all tokens
+at once. If the forward pass still depends on values (older expert code, for example), it runs on the CPU with
+random weights that share one small buffer.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedModel
 
 from folora.adapters.initialization import check_singular_values
-from folora.adapters.lora_refusals import lora_refusals, short, starred
+from folora.adapters.lora_refusals import lora_refusals, short, wildcard_name
 from folora.calibration.inputs import (
     Batch,
     LayerCall,
@@ -49,11 +47,11 @@ from folora.spectral.layers import check_rank
 
 logger = logging.getLogger(__name__)
 
-NOT_CAUSAL = 1e-2  # of the largest logit; rounding in bf16 stays below
+NOT_CAUSAL = 1e-2  # relative to the largest logit; bf16 rounding is below
 NOT_CALLED = "the forward pass over text does not call it"
-ROWS, TOKENS = 2, 8  # of the probe; unequal, so that (tokens, rows) is told from (rows, tokens)
-PADDED = 3  # of the second row
-FEW = 0.001  # of the weights: what is smaller is left out of the report's list of parts
+ROWS, TOKENS = 2, 8  # of the probe; unequal, to distinguish (tokens, rows) from (rows, tokens)
+PADDED = 3  # padding tokens of the second row
+MIN_SHARE = 0.001  # smaller parts of the weights are summed up in the report
 
 
 @dataclass(frozen=True)
@@ -64,9 +62,9 @@ class Coverage:
         groups: Shared inputs of the adapted layers.
         layers: Adapted layers, (d_in, d_out) by name.
         left_out: Linear layers that cannot be adapted, with the reason.
-        weights: Number of the model's weights.
-        embeddings: Those of embeddings and output layer.
-        others: (module, weights, reason) of all else that is not adapted; numbers in names are ``*``.
+        weights: Number of weights in the model.
+        embeddings: Number of weights in the embeddings and the output layer.
+        others: (module, number of weights, reason) of each part that is not adapted; indices are ``*``.
     """
 
     groups: list[InputGroup]
@@ -83,11 +81,11 @@ class Coverage:
 
     @property
     def share(self) -> float:
-        """Of the weights outside embeddings and output layer, the part in adapted layers."""
+        """Fraction of the weights outside embeddings and output layer that is in adapted layers."""
         return self.adapted / max(self.weights - self.embeddings, 1)
 
     def lines(self) -> list[str]:
-        """The report: what is adapted, and every part that is not with its share and reason."""
+        """The report: what is adapted, and each part that is not, with its share and the reason."""
         kinds = sorted({name.rsplit(".", 1)[-1] for name in self.layers})
         found = [
             f"adapted: {self.adapted / self.weights:.1%} of {_count(self.weights)} weights "
@@ -102,43 +100,43 @@ class Coverage:
 
 
 def report(coverage: Coverage) -> None:
-    """Log what is adapted and what is not; see `warn_if_little`."""
+    """Log what is adapted and what is not; see `warn_if_few_adapted`."""
     for line in coverage.lines():
         logger.info(line)
-    warn_if_little(coverage)
+    warn_if_few_adapted(coverage)
 
 
-def warn_if_little(coverage: Coverage) -> None:
+def warn_if_few_adapted(coverage: Coverage) -> None:
     """Log a warning if less than half of the weights outside embeddings is adapted."""
     if coverage.share < 0.5:
         logger.warning(
-            "LoRA adapts %.1f %% of the weights outside embeddings; the others stay as they are: %s",
+            "LoRA adapts %.1f %% of the weights outside embeddings; not adapted: %s",
             100 * coverage.share,
             "; ".join(f"{name} {size / coverage.weights:.1%}" for name, size, _ in coverage.others),
         )
 
 
 def cover(model: PreTrainedModel, config: FoLoraConfig, batch: Batch) -> Coverage:
-    """Find the layers to adapt and check that all of them can be.
+    """Find the layers to adapt and check that they can be.
 
     Args:
-        model: The base model, or its skeleton on the meta device.
-        config: Says which layers, which rank, which method.
+        model: The base model, possibly on the meta device.
+        config: Gives target modules, rank and method.
         batch: Model inputs of a few tokens, shape (batch, tokens) with batch != tokens.
 
     Raises:
-        ConfigError: Nothing is there to adapt, a named layer cannot be, or the adapter does not fit.
+        ConfigError: No layer can be adapted, a named layer cannot, or the adapter does not fit.
     """
     wanted = target_layers(model, config.adapter.target_modules)
     seen = trace_calls(model, wanted, batch)
     _check_attention(model, seen)
     shape = tuple(batch["input_ids"].shape)
-    refused = _unfit(model, wanted, seen, shape)
+    refused = _not_adaptable(model, wanted, seen, shape)
     refused |= lora_refusals(model, [n for n in wanted if n not in refused])
     if refused and config.adapter.target_modules != "all-linear":
         name = next(n for n in wanted if n in refused)
         raise ConfigError(
-            f"adapter.target_modules takes in {name}, which cannot be adapted: {refused[name]}. "
+            f"adapter.target_modules selects {name}, which cannot be adapted: {refused[name]}. "
             f"Leave it out ({len(refused)} such layers)."
         )
     layers = {name: dims for name, dims in wanted.items() if name not in refused}
@@ -154,19 +152,19 @@ def cover(model: PreTrainedModel, config: FoLoraConfig, batch: Batch) -> Coverag
 
 
 def cover_config(config: FoLoraConfig, model_config: Any) -> tuple[PreTrainedModel, Coverage]:
-    """`cover` for a model that is not loaded; its skeleton on the meta device comes along.
+    """`cover` for a model that is not loaded; also returns the model on the meta device.
 
     Args:
-        config: With ``model`` given.
+        config: With ``model`` set.
         model_config: From `loading.load_config`.
 
     Raises:
-        ConfigError: As `cover`; or the model is no causal LM, or cannot run on text alone.
+        ConfigError: As `cover`; or the model is not a causal LM, or does not run on text alone.
     """
     with torch.device("meta"):
         skeleton = load_skeleton(config, model_config)
     check_model(skeleton)
-    with suppress(AttributeError, ValueError):  # of older transformers, of a model without experts
+    with suppress(AttributeError, ValueError):  # older transformers; a model without experts
         skeleton.set_experts_implementation("batched_mm")
     skeleton.eval()
     for batch in _meta_probes():
@@ -178,16 +176,16 @@ def cover_config(config: FoLoraConfig, model_config: Any) -> tuple[PreTrainedMod
             logger.debug("no forward pass on the meta device: %s", error)
     handle = register_module_parameter_registration_hook(_on_meta)  # type: ignore[arg-type]
     try:
-        standing = load_skeleton(config, model_config).eval()
+        on_cpu = load_skeleton(config, model_config).eval()
     finally:
         handle.remove()
-    stand_in(standing)
-    check_causal(standing, 0)
-    return skeleton, cover(standing, config, probe(standing, 0))
+    set_random_weights(on_cpu)
+    check_causal(on_cpu, 0)
+    return skeleton, cover(on_cpu, config, probe(on_cpu, 0))
 
 
 def check_causal(model: PreTrainedModel, start_id: int) -> None:
-    """Refuse a model that does not run on text alone, or whose prediction changes with later tokens.
+    """Refuse a model that does not run on text alone, or whose predictions depend on later tokens.
 
     Raises:
         ConfigError: With the reason.
@@ -195,7 +193,7 @@ def check_causal(model: PreTrainedModel, start_id: int) -> None:
     known = known_tokens(model)
     rows = torch.tensor([[start_id, token] for token in range(0, known, -(-known // 8))])
     try:
-        with torch.no_grad(), evaluating(model):  # dropout would look like it
+        with torch.no_grad(), evaluating(model):  # dropout would look like a dependence
             found = model(input_ids=rows.to(model.device), use_cache=False).logits
     except Exception as error:  # whatever the model's code raises
         raise ConfigError(
@@ -207,7 +205,7 @@ def check_causal(model: PreTrainedModel, start_id: int) -> None:
 
 
 def check_adapter(model: Any, groups: Iterable[InputGroup], config: FoLoraConfig) -> None:
-    """Refuse a rank, a start or a constraint that some layer is too small for. Raises ConfigError."""
+    """Refuse a rank, initialization or constraint that a layer is too small for. Raises ConfigError."""
     groups = list(groups)
     check_rank(groups, config.adapter.r)
     names = [name for group in groups for name in group.layers]
@@ -217,7 +215,7 @@ def check_adapter(model: Any, groups: Iterable[InputGroup], config: FoLoraConfig
 
 
 def probe(model: PreTrainedModel, start_id: int) -> Batch:
-    """Two rows of tokens from all over the vocabulary, the second padded on the right."""
+    """Two rows of tokens spread over the vocabulary, the second padded on the right."""
     known = known_tokens(model)
     ids = torch.arange(1, ROWS * TOKENS + 1).reshape(ROWS, TOKENS) * max(known // 32, 1) % known
     ids[:, 0] = start_id
@@ -226,13 +224,13 @@ def probe(model: PreTrainedModel, start_id: int) -> Batch:
     return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
 
 
-def stand_in(model: nn.Module) -> None:
-    """Give a model without weights random ones that take no memory, on the CPU.
+def set_random_weights(model: nn.Module) -> None:
+    """Replace meta-device weights by random strided views of small buffers on the CPU.
 
-    Every entry of a weight is a number of one short random vector, at the sum of its indices.
+    The entry at (i, j, ...) is element i + j + ... of a random vector. Tied weights remain tied.
     """
     generator = torch.Generator().manual_seed(0)
-    made: dict[int, nn.Parameter] = {}  # tied weights stay tied
+    made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, old in list(module._parameters.items()):
             if old is None:
@@ -248,25 +246,25 @@ def stand_in(model: nn.Module) -> None:
 
 
 def _on_meta(module: nn.Module, name: str, weight: nn.Parameter) -> nn.Parameter | None:
-    """A weight without values in the place of one that is being registered; buffers keep theirs."""
+    """Replace a parameter that is being registered by one on the meta device; buffers keep their values."""
     return None if weight is None or weight.is_meta else nn.Parameter(weight.to("meta"))
 
 
 def _meta_probes() -> Iterator[Batch]:
-    """Inputs on the meta device; some models take no ready-made mask."""
+    """Inputs on the meta device; some models do not accept a 4D mask."""
     ids = torch.zeros(ROWS, TOKENS, dtype=torch.long, device="meta")
     mask = torch.zeros(ROWS, 1, TOKENS, TOKENS, device="meta")
     yield {"input_ids": ids, "attention_mask": mask}
     yield {"input_ids": ids}
 
 
-def _unfit(
+def _not_adaptable(
     model: nn.Module,
     layers: Mapping[str, tuple[int, int]],
     seen: Mapping[str, Sequence[LayerCall]],
     shape: tuple[int, ...],
 ) -> dict[str, str]:
-    """The layers that a forward pass shows to be unfit, with the reason."""
+    """The layers that cannot be adapted according to a forward pass, with the reason."""
     of_weight = Counter(
         id(weight)
         for name in layers
@@ -280,18 +278,18 @@ def _unfit(
         if not calls:
             refused[name] = NOT_CALLED
         elif _rows(read) not in (shape, (prod(shape),)) or read[-1:] != dims[:1]:
-            refused[name] = routed[starred(name)] = (
-                f"it reads {list(read)} of {list(shape)} tokens, not one row for every token"
+            refused[name] = routed[wildcard_name(name)] = (
+                f"its input has shape {list(read)} for {list(shape)} tokens, not one row per token"
             )
         elif len(calls) > 1:
             refused[name] = f"the forward pass calls it {len(calls)} times with different inputs"
         elif calls[0].output_shape != (*read[:-1], dims[1]):
             kind = type(model.get_submodule(name)).__name__
-            refused[name] = f"{kind} does not return one row for every token"
+            refused[name] = f"{kind} does not return one row per token"
         elif of_weight[id(getattr(model.get_submodule(name), "weight", None))] > 1:
             refused[name] = "another layer has the same weight"
-    # An expert that has been given no token, or all of them, is one like the others.
-    return refused | {n: routed[starred(n)] for n in layers if starred(n) in routed}
+    # An expert that happened to get no token, or all of them, is treated like the other experts.
+    return refused | {n: routed[wildcard_name(n)] for n in layers if wildcard_name(n) in routed}
 
 
 def _rows(read: tuple[int, ...]) -> tuple[int, ...]:
@@ -299,7 +297,7 @@ def _rows(read: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _check_attention(model: PreTrainedModel, seen: Iterable[str]) -> None:
-    """Refuse attention that says of itself that it is not causal, which a skeleton cannot show."""
+    """Refuse attention with ``is_causal = False``, which a forward pass on the meta device cannot detect."""
     reached = list(seen)
     for name, module in model.named_modules():
         if getattr(module, "is_causal", None) is False and any(
@@ -310,8 +308,8 @@ def _check_attention(model: PreTrainedModel, seen: Iterable[str]) -> None:
 
 def _not_causal(model: PreTrainedModel) -> ConfigError:
     return ConfigError(
-        f"{type(model).__name__} looks at the tokens that come after the one it predicts (an "
-        "encoder such as BERT does), but must be a causal LM"
+        f"{type(model).__name__} attends to tokens that come after the one it predicts (as an encoder such as "
+        "BERT does), but must be a causal LM"
     )
 
 
@@ -321,9 +319,9 @@ def _rest(
     refused: Mapping[str, str],
     seen: Iterable[str],
 ) -> tuple[int, int, list[tuple[str, int, str]]]:
-    """Number of all weights, of those of embeddings, and the parts that are not adapted."""
+    """Number of weights, number in embeddings and output layer, and the parts that are not adapted."""
     ends = {id(m) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
-    idle = _idle(refused, seen)
+    uncalled = _uncalled_modules(refused, seen)
     known: set[int] = set()
     sizes: Counter[tuple[str, str]] = Counter()
     weights = embeddings = 0
@@ -333,32 +331,33 @@ def _rest(
                 continue
             known.add(id(p))
             dims = linear_dims(module) if leaf in ("weight", "qweight") else None
-            size = prod(dims) if dims else p.numel()  # quantized ones are packed
+            size = prod(dims) if dims else p.numel()  # quantized weights are packed
             weights += size
             if id(module) in ends or isinstance(module, nn.Embedding):
                 embeddings += size
                 sizes["embeddings and output layer", "never adapted"] += size
             elif name in layers and leaf != "bias":
                 continue
-            elif top := next((t for t in idle if f"{name}.".startswith(f"{t}.")), None):
-                sizes[starred(top), NOT_CALLED] += size
+            elif top := next((t for t in uncalled if f"{name}.".startswith(f"{t}.")), None):
+                sizes[wildcard_name(top), NOT_CALLED] += size
             elif name in refused:
-                sizes[starred(name), refused[name]] += size
+                sizes[wildcard_name(name), refused[name]] += size
             elif p.ndim < 2:
                 sizes["norms and biases", "vectors"] += size
             elif dims:
-                sizes[starred(name), "not in adapter.target_modules"] += size
+                sizes[wildcard_name(name), "not in adapter.target_modules"] += size
             else:
-                sizes[starred(name), f"{type(module).__name__} is no linear layer"] += size
+                sizes[wildcard_name(name), f"{type(module).__name__} is not a linear layer"] += size
     parts = [(name, size, reason) for (name, reason), size in sizes.most_common()]
-    large = [part for part in parts if part[1] >= FEW * weights or part[0] in map(starred, refused)]
+    kinds = {*map(wildcard_name, refused)}
+    large = [part for part in parts if part[1] >= MIN_SHARE * weights or part[0] in kinds]
     if small := sum(size for name, size, _ in parts if (name, size, _) not in large):
-        large.append(("other modules", small, f"each less than {FEW:.1%}"))
+        large.append(("other modules", small, f"each less than {MIN_SHARE:.1%}"))
     return weights, embeddings, large
 
 
-def _idle(refused: Mapping[str, str], seen: Iterable[str]) -> list[str]:
-    """The largest modules of whose linear layers none is called, such as a vision tower."""
+def _uncalled_modules(refused: Mapping[str, str], seen: Iterable[str]) -> list[str]:
+    """The largest modules in which no linear layer is called, such as a vision tower."""
     called = {name[:end] for name in seen for end in _ends(name)}
     tops = (
         next(name[:end] for end in _ends(name) if name[:end] not in called)
@@ -369,7 +368,7 @@ def _idle(refused: Mapping[str, str], seen: Iterable[str]) -> list[str]:
 
 
 def _ends(name: str) -> list[int]:
-    """Where the names of a module's parents end in its own, and that itself."""
+    """Lengths of the prefixes of a module's name that name its parents, and of the name itself."""
     return [at for at, letter in enumerate(name) if letter == "."] + [len(name)]
 
 

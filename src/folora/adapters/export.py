@@ -27,12 +27,12 @@ from folora.runtime.shapes import Float
 logger = logging.getLogger(__name__)
 
 ADAPTER, MERGED = "adapter", "merged"
-"""What the list of an exported folder says of it; see `ownership`."""
+"""Kinds of export folders in their lists of files; see `ownership`."""
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export wrote: rank, and the relative Frobenius error of cutting back to it."""
+    """The rank of an export, and the relative Frobenius error of truncating to it."""
 
     rank: int
     relative_error: float
@@ -45,20 +45,20 @@ def export_adapter(
 ) -> ExportReport:
     """Write an ordinary PEFT LoRA adapter for the unchanged base model.
 
-    ``task_type``, ``revision`` and ``modules_to_save`` are those of the adapter, and so are the trained
-    modules. kappa is written as lora_alpha / r, also for rsLoRA: not every program reads ``use_rslora``.
+    ``task_type``, ``revision`` and ``modules_to_save`` are taken from the adapter; the trained modules are
+    included. kappa is written as lora_alpha / r, also for rsLoRA: not every program reads ``use_rslora``.
 
     Args:
         model: From `attach`, trained or not.
-        path: Folder to make, or one of an earlier export; files of others in it are kept.
-        rank: None for the exact adapter (rank 2r after an initialization in `initialization.NONZERO`,
-            else r); otherwise each layer's update is cut back to its best approximation of that rank,
+        path: Output folder, new or of an earlier export; files that folora did not write are kept.
+        rank: None for the exact adapter (rank 2r with an initialization in `initialization.NONZERO`,
+            else r); otherwise each layer's update is truncated to its best approximation of that rank,
             and the error is reported.
-        adapter_name: Which adapter.
+        adapter_name: Name of the adapter.
 
     Raises:
-        ConfigError: `rank` is outside of [1, rank of the exact adapter], or the folder holds
-            what folora did not write, or what was changed since.
+        ConfigError: `rank` is outside [1, rank of the exact adapter], or a file to be written exists
+            that folora did not write or that was changed since.
         NumericsError: A factor is not finite.
         ArtifactError: The folder cannot be written.
     """
@@ -84,8 +84,8 @@ def write_adapter(
     Args:
         factors: From `lora_factors`.
         path: Folder.
-        config: Says task type, base model, revision and ``modules_to_save``; rank and scale are those
-            of the factors.
+        config: Gives task type, base model, revision and ``modules_to_save``; rank and scaling are
+            those of the factors.
         modules: From `saved_modules`.
         rank: As for `export_adapter`.
     """
@@ -135,12 +135,12 @@ def export_merged(model: PeftModel, path: str | Path, adapter_name: str = "defau
     """Write the base model with the update added to its weights, in the base's dtype.
 
     Modules in ``modules_to_save`` are written as trained, in the base's dtype. The model in memory is
-    not changed.
+    not modified.
 
     Raises:
-        ConfigError: The base is quantized, so that its weights cannot take the update exactly; a trained
-            module shares a weight with one that is not trained; or the folder is none that folora may
-            write, see `export_adapter`.
+        ConfigError: The base is quantized, so it cannot be merged without loss; a trained module shares
+            a weight with one that is not trained; or the folder may not be overwritten, see
+            `export_adapter`.
         ArtifactError: The folder cannot be written.
     """
     _refuse_quantized(model.get_base_model())
@@ -161,8 +161,8 @@ def write_merged(
     _refuse_quantized(base)
     if not hasattr(base, "save_pretrained"):
         raise ConfigError(
-            f"{type(base).__name__} has no save_pretrained, so that it cannot be written. Use "
-            "model.merge_and_unload(), and save its state_dict."
+            f"{type(base).__name__} has no save_pretrained. Use model.merge_and_unload() and save its "
+            "state_dict."
         )
     check_owned_folder(Path(path), MERGED, "the export folder")
     merged = dict(state)
@@ -186,7 +186,7 @@ def truncate(
 ) -> tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"], float, float]:
     """Best rank-r approximation of B A, its squared error and the squared norm of B A.
 
-    Both factors get half of the singular values' logarithm. No (d_out, d_in) matrix is formed.
+    Each factor gets the square root of the singular values. No (d_out, d_in) matrix is formed.
     """
     qa, ra = torch.linalg.qr(a.double().T)
     qb, rb = torch.linalg.qr(b.double())
@@ -201,13 +201,13 @@ def truncate(
 def _refuse_quantized(base: Any) -> None:
     if getattr(base, "is_quantized", False):
         raise ConfigError(
-            "a quantized base cannot be merged without loss. Export the adapter, and merge it into "
-            "the base loaded in bf16: PeftModel.from_pretrained(base, folder).merge_and_unload()"
+            "a quantized base cannot be merged without loss. Export the adapter and merge it into the "
+            "base loaded in bf16: PeftModel.from_pretrained(base, folder).merge_and_unload()"
         )
 
 
 def _refuse_tied(state: Mapping[str, Tensor], modules: Mapping[str, Tensor]) -> None:
-    """Refuse trained modules of which a weight is tied to one that keeps its values."""
+    """Refuse trained modules with a weight that is tied to an untrained one. Raises ConfigError."""
     names = {state[name].data_ptr(): name for name in modules if state[name].numel()}
     for name, tensor in state.items():
         trained = names.get(tensor.data_ptr())

@@ -1,7 +1,7 @@
 """Initializations of LoRA's A and B: pure functions of a weight and the statistics of its input.
 
-Each gives A0 (r, d_in) and the image Y0 (d_out, r), whose product is the initial update, Y0 A0 = kappa B0 A0;
-no image where B0 = 0. Methods that are compared differ in the initialization, the optimizer and the constraint alone.
+Each returns A0 (r, d_in) and Y0 = kappa B0 (d_out, r), so that the initial update is Y0 A0; Y0 is None if B0 = 0.
+The compared methods differ only in initialization, optimizer and constraint.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from folora.runtime.shapes import Float
 from folora.runtime.tensors import full_fp32_matmul
 from folora.spectral.layers import GroupBasis
 
-LIKE = 1e-2  # angle between a weight and another; rounding in bf16 leaves less
+MAX_ANGLE = 1e-2  # radians between two matrices that count as parallel; bf16 rounding is below
 
 Initialization = tuple[Tensor, Tensor | None]
 """A0 (r, d_in), and Y0 (d_out, r) or None for B0 = 0."""
@@ -27,12 +27,12 @@ Initialization = tuple[Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class Site:
-    """One layer, as an initialization sees it.
+    """The inputs of an initialization for one layer.
 
     Attributes:
         spectrum: The solved spectrum of the layer's input.
-        image: x (n, d_in) -> W0 x (n, d_out), by running the base layer, so that quantized and
-            transposed layers need no special case.
+        image: x (n, d_in) -> W0 x (n, d_out), computed by the base layer, which also covers quantized
+            and transposed layers.
         r: Rank.
         generator: For random initializations.
     """
@@ -53,33 +53,32 @@ class Site:
         if found is None or found.shape[1] < self.r:
             have = 0 if found is None else found.shape[1]
             raise ConfigError(
-                f"{self.spectrum.group.name}: the null-space initialization needs {self.r} of C_pre's "
-                f"smallest eigenvectors, the solved spectrum has {have}. Solve with "
-                f"null_rank={self.r}."
+                f"{self.spectrum.group.name}: the null-space initialization needs the {self.r} eigenvectors of "
+                f"C_pre with the smallest eigenvalues, the spectrum has {have}. Solve with null_rank={self.r}."
             )
         return found[:, : self.r]
 
 
 def null_space(null_basis: Float[Tensor, "d r"]) -> Float[Tensor, "r d"]:
-    """A0 = U_perp': the directions that the model's own text uses least (B.3)."""
+    """A0 = U_perp': the directions with the least energy on the model's own text (B.3)."""
     return null_basis.T.contiguous()
 
 
 def leading_eigenvectors(basis: Float[Tensor, "d k"], r: int) -> Float[Tensor, "r d"]:
-    """A0 with orthonormal rows that span the first r columns of T: most utility per forgetting.
+    """A0 with orthonormal rows spanning the first r columns of T, which have the largest gamma.
 
     Raises:
         NumericsError: r is outside of [1, k].
     """
     if not 1 <= r <= basis.shape[1]:
         raise NumericsError(f"r is {r}, but must lie in [1, {basis.shape[1]}]")
-    # Columns of T differ in length by orders of magnitude; QR needs only their directions.
+    # Norms of T's columns differ by orders of magnitude; the span depends on directions only.
     columns = torch.nn.functional.normalize(basis[:, :r].double(), dim=0)
     return torch.linalg.qr(columns).Q.T.contiguous()
 
 
 def kaiming(r: int, d_in: int, generator: torch.Generator) -> Float[Tensor, "r d"]:
-    """LoRA's usual initialization of A: uniform in +-1/sqrt(d_in), float32 on the CPU."""
+    """LoRA's default initialization of A: uniform in +-1/sqrt(d_in), float32 on the CPU."""
     bound = 1 / math.sqrt(d_in)
     return torch.empty(r, d_in).uniform_(-bound, bound, generator=generator)
 
@@ -87,7 +86,7 @@ def kaiming(r: int, d_in: int, generator: torch.Generator) -> Float[Tensor, "r d
 def minor_singular(
     weight: Float[Tensor, "d_out d_in"], r: int
 ) -> tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]]:
-    """MiLoRA (arXiv:2406.09044): the r smallest singular triples of W0, roots on both sides.
+    """MiLoRA (arXiv:2406.09044): the r smallest singular triples of W0, sqrt(S) in each factor.
 
     Raises:
         NumericsError: r exceeds the number of singular values.
@@ -101,7 +100,7 @@ def corda(
 ) -> tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]]:
     """CorDA, knowledge-preserving (arXiv:2406.05223): the r smallest triples of W0 H, times H^(-1).
 
-    H comes back from T, since T T' = H^(-1); CorDA's damping of the covariance is tau.
+    H is recovered from T, since T T' = H^(-1); CorDA's damping of the covariance is tau.
 
     Raises:
         NumericsError: r exceeds the number of singular values.
@@ -115,9 +114,9 @@ def corda(
 def balanced_null_space(
     weight: Float[Tensor, "d_out d_in"], null_basis: Float[Tensor, "d_in r"]
 ) -> tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]]:
-    """LoRA-Null (arXiv:2503.02659): W0 U_perp U_perp' by its singular triples, roots on both sides.
+    """LoRA-Null (arXiv:2503.02659): W0 U_perp U_perp' by its SVD, sqrt(S) in each factor.
 
-    The product is that of `null_space`; the factors share its size between them.
+    The product equals that of `null_space`; the factors have balanced norms.
     """
     u, s, vh = torch.linalg.svd(weight @ null_basis.double(), full_matrices=False)
     root = s.sqrt()
@@ -127,7 +126,7 @@ def balanced_null_space(
 def leading_singular_spaces(
     weight: Float[Tensor, "d_out d_in"], k: int
 ) -> tuple[Float[Tensor, "d_out k"], Float[Tensor, "d_in k"]]:
-    """U_k and V_k, what OPLoRA (arXiv:2510.13003) protects.
+    """U_k and V_k, the singular vectors that OPLoRA (arXiv:2510.13003) protects.
 
     Raises:
         NumericsError: k exceeds the number of singular values.
@@ -139,7 +138,7 @@ def leading_singular_spaces(
 
 
 def image_of(base: Any) -> Callable[[Tensor], Tensor]:
-    """x -> W0 x for rows of x, whatever the layer's kind and dtype."""
+    """x -> W0 x for rows of x, for any layer type and dtype."""
     weight, bias = base.weight, getattr(base, "bias", None)
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
 
@@ -151,17 +150,17 @@ def image_of(base: Any) -> Callable[[Tensor], Tensor]:
     return image
 
 
-def takes_off_weight(
+def subtracts_weight(
     a: Float[Tensor, "r d_in"], b: Float[Tensor, "d_out r"], image: Callable[[Tensor], Tensor]
 ) -> bool:
-    """Whether B A is minus a part of W0, as the frozen half after an initialization in `NONZERO` is.
+    """Whether B A subtracts a part of W0, as the frozen half of an initialization in `NONZERO` does.
 
-    Such a part is W0 P with a projection P on A's rows, or Q W0 with one on B's columns; times a number > 0,
-    since weight decay shrinks the frozen half, too.
+    That is, -B A is a positive multiple of W0 P with P the projection onto A's row space, or of Q W0 with Q
+    the projection onto B's column space. Multiple, because weight decay also shrinks the frozen half.
 
     Args:
-        a: The factor whose rows multiply the input.
-        b: The factor whose columns make up the output.
+        a: Factor A.
+        b: Factor B.
         image: x (n, d_in) -> W0 x (n, d_out).
     """
     if not bool(b.any()):
@@ -174,9 +173,9 @@ def takes_off_weight(
 
 
 def _same_direction(x: Tensor, y: Tensor) -> bool:
-    """Whether x is y times a number > 0, but for rounding."""
+    """Whether x is a positive multiple of y, up to rounding."""
     cosine = float((x * y).sum() / (x.norm() * y.norm()))
-    return x.numel() > 1 and cosine > 1 - LIKE**2 / 2
+    return x.numel() > 1 and cosine > 1 - MAX_ANGLE**2 / 2
 
 
 def _smallest(u: Tensor, s: Tensor, vh: Tensor, r: int) -> tuple[Tensor, Tensor]:
@@ -202,7 +201,7 @@ INITIALIZATIONS: dict[str, Callable[[Site], Initialization]] = {
 }
 
 NONZERO = frozenset({"null_space", "minor_singular", "corda", "lora_null"})
-"""Those with B0 A0 /= 0: a frozen half takes it off again, so that the adapter has rank 2r."""
+"""Initializations with B0 A0 /= 0; a frozen half subtracts it, so the adapter has rank 2r."""
 
 NEED_NULL_BASIS = frozenset({"null_space", "null_space_zero", "lora_null"})
 NEED_WHOLE_BASIS = frozenset({"corda"})
@@ -212,7 +211,7 @@ NEED_SINGULAR_VALUES = frozenset({"minor_singular", "corda", "lora_null"})
 def check_singular_values(
     layers: Mapping[str, tuple[int, int]], init: str, r: int, protect: int
 ) -> None:
-    """Raise ConfigError if a layer has fewer singular values than an initialization or OPLoRA asks for.
+    """Raise ConfigError if a layer has fewer singular values than the initialization or OPLoRA needs.
 
     Args:
         layers: (d_in, d_out) by name.

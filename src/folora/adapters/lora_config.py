@@ -1,4 +1,4 @@
-"""What of a user's LoraConfig is honoured, what is refused, and a config that other programs can read."""
+"""Which fields of a user's LoraConfig are supported, and the config that is written with an adapter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import nn
 from folora.errors import ConfigError, nearest
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""The values of vLLM's ``--max-lora-rank`` (it takes 1, too, which no adapter needs)."""
+"""The values of vLLM's ``--max-lora-rank`` (except 1, which no adapter needs)."""
 
 PASSED = frozenset(
     {
@@ -28,20 +28,20 @@ PASSED = frozenset(
         "base_model_name_or_path", "revision", "auto_mapping", "inference_mode",
     }
 )  # fmt: skip
-"""Fields of LoraConfig that mean here what they mean in PEFT."""
+"""Fields of LoraConfig with the same meaning as in PEFT."""
 
 DECIDED = frozenset({"target_modules", "fan_in_fan_out", "peft_version"})
-"""Fields that follow from the spectrum, the model and the installed PEFT; the first two are checked."""
+"""Fields determined by the spectrum, the model and the installed PEFT; the first two are checked."""
 
 HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-"""Modules that PEFT adds to ``modules_to_save`` by itself, by task type."""
+"""Modules that PEFT adds to ``modules_to_save``, by task type."""
 
 REMEDIES = {
-    "give attach's `init` instead, which says how A and B are initialized": (
+    "use attach's argument `init` instead": (
         "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
     ),
     "leave it out; the adapted layers are those of the spectrum, so calibrate on fewer layers": (
@@ -51,18 +51,18 @@ REMEDIES = {
     "leave it out; biases are frozen": ("bias", "lora_bias"),
     "name the embedding in modules_to_save instead": ("trainable_token_indices",),
 }  # fmt: skip
-"""What to do instead, and the fields for which it is the remedy."""
+"""Remedies and the unsupported fields that they apply to."""
 
 
 class SortedLoraConfig(LoraConfig):
-    """PEFT's LoraConfig, which is saved with its sets as sorted lists.
+    """PEFT's LoraConfig, saved with sets as sorted lists.
 
-    PEFT keeps ``target_modules`` as a set and saves it in the set's order, which depends on
-    PYTHONHASHSEED. In memory it stays a set, as PEFT's own functions require.
+    PEFT saves ``target_modules`` in the order of a set, which depends on PYTHONHASHSEED. In memory it
+    remains a set, as PEFT's functions require.
     """
 
     def to_dict(self) -> dict[str, Any]:
-        """As PEFT's, with sorted lists."""
+        """As in PEFT, with sorted lists."""
         values: dict[str, Any] = super().to_dict()
         return {k: sorted(v) if isinstance(v, set) else v for k, v in values.items()}
 
@@ -70,14 +70,14 @@ class SortedLoraConfig(LoraConfig):
 def lora_config(
     config: LoraConfig, names: Iterable[str], r: int, alpha: float, **changes: Any
 ) -> LoraConfig:
-    """A config of an ordinary LoRA adapter on named layers, with the fields in `PASSED` of another one.
+    """A config of an ordinary LoRA adapter on named layers, with the `PASSED` fields of a user's config.
 
     Args:
-        config: Of the user; it is not changed.
-        names: Of the layers, in full.
+        config: The user's; not modified.
+        names: Full names of the layers.
         r: Rank.
-        alpha: PEFT's lora_alpha, written as an integer where it is one to rounding.
-        changes: Fields that differ from those of `config`.
+        alpha: PEFT's lora_alpha, written as an integer if it is one up to rounding.
+        changes: Fields to override.
     """
     passed = {name: deepcopy(getattr(config, name)) for name in PASSED} | changes
     if passed["modules_to_save"]:
@@ -91,12 +91,12 @@ def lora_config(
 
 
 def check_lora_config(config: LoraConfig) -> None:
-    """Refuse a value that `attach` cannot honour.
+    """Check that `attach` supports a LoraConfig.
 
     Raises:
-        ConfigError: It is no LoraConfig, a value is outside of its interval, or a field that is neither
-            in `PASSED` nor in `DECIDED` is not at its default. Fields that later versions of PEFT add
-            are among those.
+        ConfigError: It is not a LoraConfig, a value is outside its interval, or a field that is neither
+            in `PASSED` nor in `DECIDED` differs from its default, including fields that later versions
+            of PEFT add.
     """
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"config is a {type(config).__name__}, but must be a peft.LoraConfig")
@@ -108,7 +108,7 @@ def check_lora_config(config: LoraConfig) -> None:
             remedy = next(found, "leave it out; folora trains ordinary LoRA adapters")
             raise ConfigError(f"LoraConfig: {name} is {value!r}, which is not supported: {remedy}")
     if getattr(config, "_custom_modules", None):
-        raise ConfigError("LoraConfig: custom LoRA modules are not supported: register none")
+        raise ConfigError("LoraConfig: custom LoRA modules are not supported; do not register any")
     if type(config.r) is not int or config.r < 1:
         raise ConfigError(f"LoraConfig: r is {config.r!r}, but must be an integer >= 1")
     if not 0 < config.lora_alpha < math.inf:
@@ -122,21 +122,21 @@ def check_lora_config(config: LoraConfig) -> None:
 def check_modules(
     model: nn.Module, config: LoraConfig, names: Collection[str], conv1d: bool
 ) -> None:
-    """Refuse a config whose layers are not those that are adapted.
+    """Check that a config fits the layers to adapt.
 
     Args:
-        model: The base model; its layers may have adapters already.
-        config: From the user.
-        names: Of the layers to adapt.
+        model: The base model; its layers may already have adapters.
+        config: The user's.
+        names: Names of the layers to adapt.
         conv1d: Whether they are Conv1D.
 
     Raises:
-        ConfigError: ``target_modules`` does not select just these layers, ``modules_to_save`` names no
-            module or one that is adapted, or ``fan_in_fan_out`` does not fit.
+        ConfigError: ``target_modules`` does not select exactly these layers, ``modules_to_save`` names an
+            unknown or adapted module, or ``fan_in_fan_out`` does not fit.
     """
     if config.fan_in_fan_out and not conv1d:
         raise ConfigError(
-            "LoraConfig: fan_in_fan_out is True, but the layers are no Conv1D: leave it out"
+            "LoraConfig: fan_in_fan_out is True, but the layers are not Conv1D; leave it out"
         )
     if config.target_modules is not None:
         found, wanted = _selected(model, config), set(names)
@@ -145,41 +145,38 @@ def check_modules(
             what = "selects" if name in found else "does not select"
             raise ConfigError(
                 f"LoraConfig: target_modules {what} {name}, and {len(found & wanted)} of the spectrum's "
-                f"{len(wanted)} layers; leave it out, or solve a spectrum of the layers that it selects"
+                f"{len(wanted)} layers; leave it out, or solve a spectrum for the layers that it selects"
             )
     modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
     for target in config.modules_to_save or ():
         if not any(name.endswith(target) for name in modules):
             ends = sorted({name.rsplit(".", 1)[-1] for name in modules})
             raise ConfigError(
-                f"LoraConfig: modules_to_save: {target!r} is no module of {type(model).__name__}"
+                f"LoraConfig: modules_to_save: {target!r} is not a module of {type(model).__name__}"
                 f"{nearest(target, ends)}"
             )
     saved = (*(config.modules_to_save or ()), *HEADS.get(config.task_type or "", ()))
     for name in names:
-        # PEFT takes whatever ends so, as here.
+        # As in PEFT, any module whose name ends with an entry is trained.
         if any(part.endswith(saved) for part in _parents(name)):
             raise ConfigError(
                 f"LoraConfig: {name} is adapted, but modules_to_save or task_type {config.task_type} "
-                "trains it as a whole; leave it out of the spectrum, or out of modules_to_save"
+                "trains it in full; leave it out of the spectrum or of modules_to_save"
             )
 
 
 def resolvable(name: str | None) -> str | None:
-    """The name of a base model that is the same from every working directory.
-
-    A local folder becomes absolute; a name on the Hub stays.
-    """
+    """The name of a base model, independent of the working directory: local folders become absolute."""
     return os.path.abspath(name) if name and os.path.isdir(name) else name
 
 
 def max_lora_rank(rank: int) -> int | None:
-    """The smallest ``--max-lora-rank`` with which vLLM serves an adapter; None if its rank is too large."""
+    """The smallest ``--max-lora-rank`` with which vLLM serves this rank; None if the rank is too large."""
     return next((allowed for allowed in VLLM_RANKS if rank <= allowed), None)
 
 
 def _selected(model: nn.Module, config: LoraConfig) -> set[str]:
-    """The modules that PEFT would adapt by ``target_modules``."""
+    """The modules that PEFT would adapt for ``target_modules``."""
     expanded = _maybe_include_all_linear_layers(copy(config), model)
     inner = {
         f"{name}.{part}"
@@ -192,6 +189,6 @@ def _selected(model: nn.Module, config: LoraConfig) -> set[str]:
 
 
 def _parents(name: str) -> list[str]:
-    """The names of a module and of those that hold it."""
+    """The names of a module and of its parents."""
     parts = name.split(".")
     return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]

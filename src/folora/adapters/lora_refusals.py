@@ -1,4 +1,4 @@
-"""Layers that PEFT's LoRA does not take, with the reason."""
+"""Which layers PEFT's LoRA does not support, and why, found by attaching it to a weightless copy."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from torch import nn
 from folora.calibration.inputs import linear_dims
 from folora.errors import ConfigError
 
-LONGEST_REASON = 200
+MAX_REASON = 200
 
 
 def lora_refusals(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
-    """The layers that PEFT's LoRA does not take, with the reason.
+    """The layers that PEFT's LoRA does not support, with the reason.
 
-    PEFT refuses some layers by their names (``out_proj`` of Mamba), and turns others into the fused
-    weights of experts (``gate_proj`` beside Qwen3-MoE's), also when an adapter is loaded.
+    PEFT refuses some layers by name (``out_proj`` of Mamba), and maps others to the fused weights of
+    experts (``gate_proj`` next to Qwen3-MoE's), also when an adapter is loaded.
 
     Raises:
-        ConfigError: It takes every kind of layer, but not all of them together.
+        ConfigError: PEFT supports each type of layer, but not all of them together.
     """
     if not names or _lora_refusal(model, names) is None:
         return {}
     kinds: dict[str, list[str]] = {}
     for name in names:
-        kinds.setdefault(starred(name), []).append(name)
+        kinds.setdefault(wildcard_name(name), []).append(name)
     refused: dict[str, str] = {}
     for same in kinds.values():
         if reason := _lora_refusal(model, same):
             refused |= dict.fromkeys(same, reason)
     taken = [name for name in names if name not in refused]
     if taken and (reason := _lora_refusal(model, taken)):
-        raise ConfigError(f"PEFT's LoRA cannot be put on {type(model).__name__}: {reason}")
+        raise ConfigError(f"PEFT's LoRA cannot be attached to {type(model).__name__}: {reason}")
     return refused
 
 
 def _lora_refusal(model: nn.Module, names: Sequence[str]) -> str | None:
-    """Why PEFT does not put LoRA on just these layers, or does not load it; None if it does both."""
+    """Why PEFT cannot attach LoRA to exactly these layers, or load it; None if it can."""
     shell = _shell(model, {})
     trained = [(p, p.requires_grad) for p in model.parameters()]
     sizes = {n: linear_dims(model.get_submodule(n)) or (1, 1) for n in names}
@@ -51,7 +51,7 @@ def _lora_refusal(model: nn.Module, names: Sequence[str]) -> str | None:
         inject_adapter_in_model(config, shell, low_cpu_mem_usage=True)
         wrapped = {name for name, m in shell.named_modules() if isinstance(m, BaseTunerLayer)}
         if wrapped != set(names):
-            return "PEFT takes its name for the fused weights of experts"
+            return "PEFT maps its name to the fused weights of experts"
         exported = {
             f"{name}.lora_{part}.weight": torch.empty(shape, device="meta")
             for name, (d_in, d_out) in sizes.items()
@@ -64,12 +64,12 @@ def _lora_refusal(model: nn.Module, names: Sequence[str]) -> str | None:
         for p, requires_grad in trained:
             p.requires_grad_(requires_grad)
     if loaded.unexpected_keys:
-        return "PEFT renames it when an adapter is loaded, so that its weights would be lost"
+        return "PEFT renames it when loading an adapter, so its weights would be lost"
     return None
 
 
 def _shell(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
-    """A copy of a module and of all in it that shares everything but the links to parts."""
+    """A copy of a module tree that shares all parameters and attributes, but not the child links."""
     if id(module) not in made:
         made[id(module)] = shell = object.__new__(type(module))
         shell.__dict__ |= module.__dict__ | {"_parameters": {**module._parameters}, "_modules": {}}
@@ -78,13 +78,12 @@ def _shell(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
     return made[id(module)]
 
 
-def starred(name: str) -> str:
-    """A module's name with ``*`` for each number: equal for modules of the same kind."""
-    """A name with ``*`` for numbers, the same for the same layer of all blocks."""
+def wildcard_name(name: str) -> str:
+    """A module's name with ``*`` for each index, so that it is the same in all blocks."""
     return re.sub(r"(^|(?<=\.))\d+(?=\.|$)", "*", name)
 
 
 def short(error: Exception) -> str:
-    """An error's text on one line, cut to `LONGEST_REASON` characters."""
-    said = " ".join(str(error).split()) or type(error).__name__
-    return said if len(said) <= LONGEST_REASON else f"{said[:LONGEST_REASON]} ..."
+    """An error's text on one line, truncated to `MAX_REASON` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]} ..."

@@ -1,9 +1,9 @@
-"""A low-rank update of a layer's output that keeps what it read as it is for the backward pass.
+"""A LoRA update that saves the layer's input for the backward pass without casting it.
 
-PEFT widens the input of every adapted layer to the adapter's float32, and autograd keeps the wide
-copies: seven a block of LLaMA's build, of four tensors. Here the narrow tensor itself is kept, one for
-all layers that read it, and widened again when gradients are formed. Values and gradients are the same,
-but for kappa's rounding where it is not 1.
+PEFT casts the input of every adapted layer to the adapter's float32, and autograd saves the float32
+copies: seven copies of four tensors in a Llama block. Here the original (for example bf16) tensor is
+saved, once for all layers that share it, and cast again in the backward pass. Values and gradients are
+the same, except for rounding where kappa is not 1.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ def update(
     scaling: float = 1.0,
     trained: int | None = None,
 ) -> Float[Tensor, "*rows d_out"]:
-    """kappa B A x in the dtype of A and B; under autocast in autocast's.
+    """kappa B A x in the dtype of A and B, or in the autocast dtype under autocast.
 
     Args:
-        x: Of any floating dtype; it is what is kept for the backward pass, not a copy.
-        a: The factor that reads.
-        b: The factor that writes.
-        scaling: kappa; it meets the r numbers of a row in between, not the d_out.
-        trained: Only so many of A's rows and B's columns, the first, are trained. The others get a zero
-            gradient, and their product is computed apart: where they are A and -B of the first, the update
-            is zero to the last bit. None: all are trained.
+        x: Input of any floating dtype; saved for the backward pass without a copy.
+        a: Factor A.
+        b: Factor B.
+        scaling: kappa, applied to A x, which has r features, not to the output.
+        trained: The first `trained` rows of A and columns of B are trained. The others get a zero
+            gradient, and their product is computed separately, so that the update is exactly zero where
+            they are A and -B of the first. None: all are trained.
     """
-    kind = x.device.type  # the meta device has no autocast to ask about
+    kind = x.device.type  # autocast is not available on the meta device
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         first, rest = _parts(a, b, trained)
         return _sum(_product(x, *first, scaling), rest and _product(x, *rest, scaling))
@@ -82,9 +82,9 @@ Factors = tuple[Tensor, Tensor]
 
 
 def _parts(a: Tensor, b: Tensor, trained: int | None) -> tuple[Factors, Factors | None]:
-    """The trained part of A and B, and the rest, detached.
+    """The trained part of A and B, and the frozen rest, detached.
 
-    Both are copies: views would lie in memory in different ways, and kernels round by how data lie.
+    Both are contiguous copies: with views of different strides, kernels would round differently.
     """
     if trained is None:
         return (a, b), None
@@ -115,9 +115,9 @@ def _rows(x: Tensor) -> Tensor:
 
 @contextmanager
 def narrow_inputs(model: PeftModel) -> Iterator[None]:
-    """Have PEFT hand the inputs of adapted layers on as they are, if every active adapter takes them so.
+    """Disable PEFT's cast of adapter inputs, if every active adapter has a variant that does its own.
 
-    For a training loop of one's own; `FoLoraTrainer` does it by itself.
+    For custom training loops; `FoLoraTrainer` does this already.
     """
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
     taken = all(

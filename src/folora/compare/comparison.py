@@ -1,8 +1,9 @@
-"""Many methods on one model and task, from the same samples and statistics: one line of results per arm.
+"""Train many methods on one model and task, from the same samples and moments; one result line per arm.
 
-An arm is a method with a learning rate, a seed and perhaps other changes. It is trained by the same
-Trainer as any run, evaluated along training (every reading is a point of a frontier), and its result is
-added to a file when it ends. Arms with a result are skipped, so an interrupted comparison resumes.
+An arm is one training: a method with a learning rate, a seed and possibly other changed options. It uses
+the same Trainer as a run and is evaluated several times during training (each reading is a point of a
+frontier). Its result is added to a file at the end. Arms that have a result are skipped, so an interrupted
+comparison resumes.
 """
 
 from __future__ import annotations
@@ -41,21 +42,21 @@ READ_AT = (1 / 4, 1 / 2, 3 / 4, 1.0)
 Scores = dict[str, dict[str, float]]
 """``{"task": {name: score}, "kept": {name: score}}``, every score in [0, 1].
 
-What a scorer finds besides, on any scale, may stand under ``"other"``."""
+``"other"`` may hold further metrics on any scale."""
 
 Score = Callable[[PeftModel], Scores]
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A method and what is changed on top of it, by dotted option name."""
+    """One training: a method, and changed options by dotted name."""
 
     method: str
     changes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        """The method and every change."""
+        """The method and all changes."""
         parts = [f"{key.rsplit('.', 1)[-1]}={value}" for key, value in self.changes.items()]
         return "--".join([self.method, *parts]).replace("/", "_")
 
@@ -78,18 +79,17 @@ def arms(
 
 
 class Comparison:
-    """One model and task, with the samples and statistics that all arms share.
+    """One model and task, with the samples and moments that all arms share.
 
     Args:
-        run: The run whose first two stages are used (and done, where they are missing). Its config
-            is the base of every arm's.
-        results: JSONL file for the arms' results; other comparisons may share it.
-        stage: What model this is, for tables; its seed too, if models differ by seed.
-        task: What task this is.
-        command: What was typed, for the record.
-        score: Task and kept scores of a model; without it there are the meter's readings alone.
-        read_at: Shares of the training after which a reading is taken.
-        score_at: Those of them at which `score` is asked too, if it is dear; default is all.
+        run: The run whose first two stages are used; missing ones are computed. Arms change its config.
+        results: JSONL file of results; other comparisons may use the same file.
+        stage: Name of the model in tables, with its seed if models differ by seed.
+        task: Name of the task.
+        command: The command line, recorded with the results.
+        score: Computes task and kept scores of a model; by default only the meter is read.
+        read_at: Fractions of training after which the meter is read.
+        score_at: Those at which `score` is called too, if it is expensive; default is all.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Comparison:
         """The same comparison with another C_pre.
 
         Args:
-            calibration: What it was measured on, for the arms' names and tables.
+            calibration: Describes its data, for the arms' names and tables.
             pre: C_pre.
         """
         other = copy(self)
@@ -129,7 +129,7 @@ class Comparison:
         """Run the arms that have no result yet, and yield every arm's result in turn.
 
         Raises:
-            ConfigError: Some arm is not possible; found before the first one starts.
+            ConfigError: An arm is invalid; all are checked before the first one starts.
         """
         configs = self.check(chosen)
         self._null_rank = max(solve_options(config)["null_rank"] for config in configs)
@@ -144,20 +144,20 @@ class Comparison:
                 tick()
 
     def config(self, arm: Arm) -> FoLoraConfig:
-        """The arm's whole config. Raises ConfigError."""
+        """The full config of an arm. Raises ConfigError."""
         return self.run.config.changed({"method": arm.method, **arm.changes})
 
     def key(self, arm: Arm, config: FoLoraConfig) -> Key:
-        """What names the arm's result among those in the file."""
+        """The key of the arm's result in the file."""
         return self.task, config.training_seed, self.name(arm)
 
     def name(self, arm: Arm) -> str:
-        """The arm's name, with the calibration if it is not the run's own."""
+        """The arm's name, with the calibration if it differs from the run's."""
         return "--".join([arm.name, *(f"{k}={v}" for k, v in self.calibration.items())])
 
     def spectrum(self, config: FoLoraConfig, shared: Shared) -> Spectrum:
-        """The spectrum of a config, solved from the shared moments; the last one is kept."""
-        # One solve serves arms of all initializations: more null directions than an arm needs do no harm.
+        """The spectrum of a config, solved from the shared moments; the last one is cached."""
+        # One solve for all initializations, with the largest null_rank that any arm needs.
         null = max(self._null_rank, solve_options(config)["null_rank"])
         options = {**solve_options(config), "null_rank": null, "directions": None}
         if self._solved[0] != options:
@@ -166,7 +166,7 @@ class Comparison:
         return self._solved[1]
 
     def _made_from(self, shared: Shared) -> dict[str, Any]:
-        """Fingerprints of all that an arm reads: model, data, samples and moments."""
+        """Fingerprints of the model, data, samples and moments that an arm uses."""
         keep = shared.keep.manifest["sha256"]
         if self._pre is not None:
             keep = tensors_sha256({name: m.cpu() for name, m in self._pre.matrices.items()})
@@ -178,10 +178,10 @@ class Comparison:
         }
 
     def check(self, chosen: Sequence[Arm]) -> list[FoLoraConfig]:
-        """The arms' configs, if all of them are possible.
+        """The configs of the arms, after checking all of them.
 
         Raises:
-            FoLoraError: One is not, or there is nothing to read the task loss on.
+            FoLoraError: An arm is invalid, or no rows are held out for the task loss.
         """
         configs = [self.config(arm) for arm in chosen]
         done = self.results.read()
@@ -191,26 +191,29 @@ class Comparison:
                 raise ConfigError("arms share statistics, so adapter.target_modules cannot differ")
             sft_config(config, self.results.path.parent, evaluates=False, on_cpu=on_cpu)
             check_adapter(self.run.context.model, self.run.context.groups, config)
-        # What was made from another model or other rows is found before these are sampled for.
+        # Results made from another model or other rows are detected before sampling starts.
         known = {**self.run.context.facts, "data": self.run.context.task.fingerprint}
         for arm, config in zip(chosen, configs, strict=True):
             if line := done.get(self.key(arm, config)):
                 checked_arm(line, config, known)
         if not self.run.context.task.held_out:
             raise DataError(
-                "a comparison needs held-out rows for the task loss, and a tenth of the rows is "
-                f"none: {len(self.run.context.task.train)} rows. Give at least 10, and data.eval_rows > 0."
+                "a comparison needs held-out rows for the task loss, but none of the "
+                f"{len(self.run.context.task.train)} rows are held out. Give at least 10 rows, and data.eval_rows > 0."
             )
         return configs
 
     def check_results(self, chosen: Sequence[Arm]) -> None:
-        """Refuse, before the model is loaded, a file of results that arms cannot be added to.
+        """Check the file of results, before the model is loaded.
 
         Raises:
-            FoLoraError: It holds one of these arms with other settings, is damaged, or no plain file.
+            FoLoraError: It has a result of one of these arms with other options, is damaged, or is not a
+                regular file.
         """
         if why := obstacle(self.results.path):
-            raise ConfigError(f"{self.results.path} {why}, but is to hold results; move it away")
+            raise ConfigError(
+                f"{self.results.path} {why}, but must be a file of results; move it away"
+            )
         done = self.results.read()
         for arm in chosen:
             config = self.config(arm)
@@ -227,7 +230,7 @@ class Comparison:
             readings, diverged = self._trained(prepared, config)
         finally:
             prepared.model.unload()
-            vars(context.model).pop("forward", None)  # TRL replaces it, once more for every arm
+            vars(context.model).pop("forward", None)  # TRL wraps it again for every arm
         return {
             "format": FORMAT,
             "stage": self.stage,
@@ -250,7 +253,7 @@ class Comparison:
     def _trained(
         self, prepared: Prepared, config: FoLoraConfig
     ) -> tuple[list[dict[str, Any]], bool]:
-        """Readings during and after training, and whether it ended with nothing of the model left."""
+        """Readings during and after training, and whether training diverged."""
         on_cpu = prepared.model.device.type == "cpu"
         without = config.changed({"training.save_strategy": "no"})
         args = sft_config(without, self.results.path.parent, evaluates=False, on_cpu=on_cpu)
@@ -265,66 +268,66 @@ class Comparison:
             scores = self.score(prepared.model) if due else {"task": {}, "kept": {}}
             return _rounded({**found, **scores})
 
-        # Beyond log(vocabulary) a uniform guess would be nearer to the base.
+        # A uniform distribution has at most this KL to the base.
         uniform = math.log(prepared.model.get_input_embeddings().num_embeddings)
 
-        def lost() -> bool:
+        def diverged() -> bool:
             kl = readings[-1]["kl"]
             return kl is None or kl > uniform
 
-        def on_the_way(state: TrainerState, control: TrainerControl) -> None:
+        def after_step(state: TrainerState, control: TrainerControl) -> None:
             if state.global_step in steps_at(self.read_at, state.max_steps):
                 readings.append(read(state.global_step))
-                if lost():
+                if diverged():
                     control.should_training_stop = True
 
-        if not self._base:  # the same for every arm: before its first step a model is its base
+        if (
+            not self._base
+        ):  # the same for every arm: before the first step the model equals its base
             self._base = {**read(0), "frobenius": 0.0, "h_norm": 0.0}
-        trainer.add_callback(AfterStep(on_the_way))
+        trainer.add_callback(AfterStep(after_step))
         trainer.train()
-        return readings, lost()
+        return readings, diverged()
 
 
 def checked_arm(
     line: Line, config: FoLoraConfig, made_from: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The result in a line, if it is that of the arm with this config, made from the same inputs.
+    """The result in a line, after checking that it has this config and was made from the same inputs.
 
     Args:
-        line: Of a file of results.
-        config: The arm's.
-        made_from: Fingerprints that it must have been made from; see `Comparison.run_all`.
+        line: Line of a file of results.
+        config: The arm's config.
+        made_from: Expected fingerprints of its inputs.
 
     Raises:
-        ArtifactError: It is that of other settings.
-        MismatchError: It was made from another model, data set or the like.
+        ArtifactError: It has other options.
+        MismatchError: It was made from another model, dataset, samples or moments.
     """
     result, wanted = line.values, json.loads(json.dumps(config.differences()))
     found = result.get("config")
     found = found if isinstance(found, dict) else {}
     if found != wanted:
         other = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
-        raise ArtifactError(
-            f"{line.place} is the result of other settings ({', '.join(other)}); {REMEDY}"
-        )
+        raise ArtifactError(f"{line.place} has other options ({', '.join(other)}); {REMEDY}")
     stated = result.get("made_from")
     stated = stated if isinstance(stated, dict) else {}
     for name, value in (made_from or {}).items():
         if stated.get(name) != value:
             raise MismatchError(
-                f"{line.place} was made from another {name.replace('_', ' ')} than this comparison "
-                f"has; {REMEDY}, or give another output folder"
+                f"{line.place} was made with a different {name.replace('_', ' ')} than this comparison; "
+                f"{REMEDY}, or give another output folder"
             )
     return result
 
 
 def steps_at(shares: Sequence[float], steps: int) -> set[int]:
-    """The steps after which given shares of a training of so many steps are over."""
+    """The steps at which the given fractions of `steps` are complete."""
     return {max(1, round(share * steps)) for share in shares}
 
 
 def _rounded(value: Any) -> Any:
-    """Six significant digits are more than a reading has; what is not finite becomes null."""
+    """Round to six significant digits; values that are not finite become None."""
     if isinstance(value, dict):
         return {k: _rounded(v) for k, v in value.items()}
     if isinstance(value, float):

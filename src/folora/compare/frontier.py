@@ -1,9 +1,8 @@
-"""Points of what was learned against what was kept, and the numbers that compare sets of them.
+"""Pareto frontiers of task score against kept score, and metrics that compare them.
 
-A method is the set of points that its arms pass through: any reading of any arm is a model that one
-could stop at. Nothing between two points is assumed, so a frontier is a staircase. Methods are
-compared where they are equal in one thing (the same task score, the same kept score, the same size
-of the update) or by the whole area under the staircase; seeds give the interval.
+A method is the set of points of its arms: every reading during training is a model that could be used.
+Frontiers are step functions without interpolation. Methods are compared at a matched task score, kept score
+or norm of the update, or by the area under the frontier; confidence intervals are over seeds.
 """
 
 from __future__ import annotations
@@ -21,20 +20,20 @@ with needed_by("comparing", "compare"):
     import numpy as np
     from scipy import stats
 
-ROUNDING = 1e-9  # a score is a mean of ratios; meeting a level exactly must not depend on its bits
+ROUNDING = 1e-9  # tolerance when a score is compared with a level
 
 
 @dataclass(frozen=True)
 class Point:
-    """One model: what it learned, what it kept, and how far it is from the base.
+    """One model: task score, kept score, and distance from the base.
 
     Attributes:
         task: Score on the task; higher is better.
-        kept: Score on what the base knew; higher is better.
-        kl: KL(base || adapted) in nats a token.
+        kept: Score on abilities of the base model; higher is better.
+        kl: KL(base || adapted) in nats per token.
         frobenius: ||dW||_F over all layers.
         h_norm: sqrt(trace(dW H dW')) over all layers.
-        step: Optimizer steps taken.
+        step: Number of optimizer steps.
     """
 
     task: float
@@ -47,7 +46,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds with its confidence interval; `low` and `high` are NaN below two values."""
+    """A mean over seeds and its confidence interval; `low` and `high` are NaN for fewer than two values."""
 
     mean: float
     low: float
@@ -56,18 +55,18 @@ class Interval:
 
     @property
     def half_width(self) -> float:
-        """Half the length of the interval; NaN below two values."""
+        """Half the length of the interval; NaN for fewer than two values."""
         return (self.high - self.low) / 2
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether zero lies outside of the interval; False below two values."""
+        """Whether zero lies outside the interval; False for fewer than two values."""
         return self.low > 0 or self.high < 0
 
 
 @dataclass(frozen=True)
 class Averages:
-    """The usual summaries of one model.
+    """Averages of one model's scores.
 
     Attributes:
         avg1: Mean of the kept scores.
@@ -83,30 +82,34 @@ class Averages:
 
 
 def pareto(points: Iterable[Point]) -> list[Point]:
-    """Points that no other point beats, by ascending task score.
+    """The Pareto-optimal points, by ascending task score.
 
-    Points without a finite task and kept score are left out. Of points that are equal in both, the
-    one with the smallest KL stays, so the order of `points` does not matter.
+    Points without a finite task and kept score are ignored. Of points with equal scores, the one with the
+    smallest KL is used, so that the order of `points` does not matter.
     """
     front: list[Point] = []
-    for point in sorted((p for p in points if _placed(p)), key=_best_first):
+    for point in sorted((p for p in points if _is_finite(p)), key=_best_first):
         if not front or point.kept > front[-1].kept:
             front.append(point)
     return front[::-1]
 
 
 def kept_at(points: Iterable[Point], level: float) -> float:
-    """Best kept score among points with a task score of at least `level`; NaN without any."""
-    return max((p.kept for p in points if _placed(p) and _reaches(p.task, level)), default=math.nan)
+    """Best kept score among points with a task score of at least `level`; NaN if there is none."""
+    return max(
+        (p.kept for p in points if _is_finite(p) and _reaches(p.task, level)), default=math.nan
+    )
 
 
 def task_at(points: Iterable[Point], level: float) -> float:
-    """Best task score among points with a kept score of at least `level`; NaN without any."""
-    return max((p.task for p in points if _placed(p) and _reaches(p.kept, level)), default=math.nan)
+    """Best task score among points with a kept score of at least `level`; NaN if there is none."""
+    return max(
+        (p.task for p in points if _is_finite(p) and _reaches(p.kept, level)), default=math.nan
+    )
 
 
 def kl_at(points: Iterable[Point], level: float) -> float:
-    """Smallest KL (nats a token) among points with a task score of at least `level`; NaN without any."""
+    """Smallest KL (nats per token) among points with a task score of at least `level`; NaN if there is none."""
     found = (p.kl for p in points if math.isfinite(p.kl) and _reaches(p.task, level))
     return min(found, default=math.nan)
 
@@ -114,12 +117,12 @@ def kl_at(points: Iterable[Point], level: float) -> float:
 def dominated_area(
     points: Iterable[Point], start: tuple[float, float], best: tuple[float, float] = (1.0, 1.0)
 ) -> float:
-    """Area under the staircase of `points`, as a share of the rectangle from `start` to `best`.
+    """Area under the frontier of `points`, as a fraction of the rectangle from `start` to `best`.
 
     Args:
-        points: Those of one method; pass the base model among them, since anyone has it.
-        start: Lowest (task, kept) that counts: usually the base's task score, and 0.
-        best: Highest (task, kept) that counts.
+        points: Points of one method, including the base model.
+        start: Lower corner (task, kept): usually the base's task score, and 0.
+        best: Upper corner (task, kept).
 
     Returns:
         A number in [0, 1]; NaN if the rectangle is empty.
@@ -128,7 +131,7 @@ def dominated_area(
     if not (width > 0 and height > 0):
         return math.nan
     area, left = 0.0, start[0]
-    for point in pareto(points):  # a step reaches from the task score of the one before to its own
+    for point in pareto(points):  # each step extends from the previous task score to this one
         right = min(max(point.task, start[0]), best[0])
         area += (right - left) * min(max(point.kept - start[1], 0.0), height)
         left = right
@@ -138,16 +141,16 @@ def dominated_area(
 def at_norm(
     paths: Iterable[Sequence[Point]], norm: float, which: Literal["frobenius", "h_norm"]
 ) -> float:
-    """Kept score at a given size of the update, averaged over the paths that get there.
+    """Kept score at a given norm of the update, averaged over the paths that reach it.
 
     Args:
         paths: For each arm its points in order of step.
-        norm: Size of the update, above 0.
-        which: Norm that measures the size.
+        norm: Norm of the update, > 0.
+        which: Which norm.
 
     Returns:
-        Mean over paths of kept, interpolated linearly in log(norm) where a path first crosses
-        `norm`; NaN if none does. Points without a positive norm (the base) are left out.
+        Mean over paths of the kept score, interpolated linearly in log(norm) where a path first crosses
+        `norm`; NaN if none does. Points without a positive norm (the base) are ignored.
 
     Raises:
         ConfigError: `norm` is not above 0, or `which` is not a norm.
@@ -161,7 +164,7 @@ def at_norm(
 
 
 def interval(values: Iterable[float], confidence: float = 0.95) -> Interval:
-    """Mean and Student's t interval of independent values (one a seed); NaN values are left out.
+    """Mean and Student's t interval of independent values (one per seed); NaN values are ignored.
 
     Raises:
         ConfigError: `confidence` is not between 0 and 1.
@@ -178,7 +181,7 @@ def interval(values: Iterable[float], confidence: float = 0.95) -> Interval:
 
 
 def paired(a: Mapping[int, float], b: Mapping[int, float], confidence: float = 0.95) -> Interval:
-    """Interval of a - b by seed, over the seeds that have a value in both.
+    """Interval of the paired differences a - b over the seeds that have both values.
 
     Raises:
         ConfigError: `confidence` is not between 0 and 1.
@@ -190,8 +193,8 @@ def averages(kept: Iterable[float], base_kept: Iterable[float], task: float) -> 
     """Avg1, Avg1 %, Avg2 and GM of one model; NaN where a score is missing.
 
     Args:
-        kept: Scores in [0, 1] on what the base knew.
-        base_kept: The base's own scores there.
+        kept: Scores in [0, 1] on abilities of the base model.
+        base_kept: The base model's scores on the same.
         task: Score in [0, 1] on the task.
     """
     avg1, base = _mean(list(kept)), _mean(list(base_kept))
@@ -204,7 +207,7 @@ def averages(kept: Iterable[float], base_kept: Iterable[float], task: float) -> 
     )
 
 
-def _placed(point: Point) -> bool:
+def _is_finite(point: Point) -> bool:
     return math.isfinite(point.task) and math.isfinite(point.kept)
 
 
@@ -213,7 +216,7 @@ def _reaches(score: float, level: float) -> bool:
 
 
 def _best_first(point: Point) -> tuple[float, ...]:
-    """Order for the sweep, in which equal scores are decided by the other numbers, NaN last."""
+    """Sort key: best scores first; ties are broken by the other values, NaN last."""
     rest = (point.kl, point.frobenius, point.h_norm)
     return (-point.task, -point.kept, *(math.inf if math.isnan(x) else x for x in rest), point.step)
 

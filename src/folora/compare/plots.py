@@ -1,8 +1,7 @@
-"""Pictures that compare methods on one task: the frontier, and what is kept against the norm.
+"""Plots that compare methods on one task: the frontier, and kept score against the norm of the update.
 
-Each method has one colour and one marker in all pictures of the same methods. Thin: readings of
-single arms. Bold: the mean over seeds, drawn only where every seed of the method has a value, so a
-curve never moves because a seed drops out.
+A method has the same colour and marker in all plots. Thin: readings of single arms. Bold: the mean over
+seeds, drawn only where every seed has a value, so that curves do not jump where a seed ends.
 """
 
 from __future__ import annotations
@@ -37,22 +36,22 @@ NORMS: dict[Norm, str] = {
     "frobenius": "‖ΔW‖ (Frobenius)",
     "h_norm": "‖ΔW‖ (metric of H)",
 }
-# Okabe and Ito's colours, distinct also to colour-blind readers; yellow is too pale on white.
+# The Okabe-Ito palette, safe for colour-blind readers, without yellow.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 THIN: dict[str, Any] = {"markersize": 3.5, "markeredgewidth": 0, "linewidth": 0.5, "alpha": 0.35}
 BOLD: dict[str, Any] = {"markersize": 6, "linewidth": 2.2, "markevery": 15}
 GRID = 150  # points of a mean curve
-RESOLUTIONS = (120, 96, 72)  # dots an inch, tried in turn
-MOST_BYTES = 100_000
-LEAST_KL = 1e-4  # nats a token; on a log axis the base's 0 needs a place
-SHADES = 128  # colours in a file, a third of its size in full colour
+RESOLUTIONS = (120, 96, 72)  # dots per inch, tried in turn
+MAX_BYTES = 100_000
+MIN_KL = 1e-4  # nats per token; the base's KL of 0 is drawn here on the log axis
+PALETTE_SIZE = 128  # a palette image has a third of the size of a full-colour one
 
 
 def frontier_picture(
     results: Iterable[Result], task: str, path: str | Path, methods: Sequence[str] | None = None
 ) -> None:
-    """Write a PNG of kept score against task score, one mean staircase a method.
+    """Write a PNG of kept score against task score, with one mean frontier per method.
 
     Args:
         results: Results of any tasks.
@@ -75,12 +74,12 @@ def frontier_picture(
         levels, mean = mean_staircase(seeds)
         line = {**style, **BOLD, "drawstyle": "steps-pre", "label": titles[method]}
         axis.plot(levels, _shown(mean, scores), **line)
-    if not scores.task_scored:  # a diverged arm would press all the others into a corner
+    if not scores.task_scored:  # exclude diverged arms from the axis range
         everyone = [p for seeds in sets.values() for points in seeds.values() for p in points]
         low, high = min(scores.point(r.base).task for r in chosen), task_at(everyone, -math.inf)
         margin = 0.03 * (high - low) or 0.1
         axis.set_xlim(low - margin, high + margin)
-    axis.set_xlabel("task score" if scores.task_scored else "−task loss (nats a token)")
+    axis.set_xlabel("task score" if scores.task_scored else "−task loss (nats per token)")
     _finish(figure, [axis], scores, task)
     save_picture(figure, path)
 
@@ -88,7 +87,7 @@ def frontier_picture(
 def norm_picture(
     results: Iterable[Result], task: str, path: str | Path, methods: Sequence[str] | None = None
 ) -> None:
-    """Write a PNG of kept score against the size of the update, in both norms.
+    """Write a PNG of kept score against the norm of the update, for both norms.
 
     Args:
         results: Results of any tasks.
@@ -110,7 +109,7 @@ def norm_picture(
             for arm in (arm for of_seed in paths.values() for arm in of_seed):
                 norms = [
                     getattr(p, which) or math.nan for p in arm
-                ]  # the base has no place in a log
+                ]  # the base has norm 0, not shown on a log axis
                 axis.plot(norms, _shown([p.kept for p in arm], scores), **{**style, **THIN})
             grid, mean = mean_at_norm(paths, which)
             axis.plot(grid, _shown(mean, scores), label=titles[method], **{**style, **BOLD})
@@ -144,10 +143,10 @@ def mean_at_norm(
 
     Args:
         paths: By seed, for each arm its points in order of step.
-        which: Norm that measures the size.
+        which: Which norm.
 
     Returns:
-        Norms and means, both of shape (GRID,); NaN where no arm of some seed has that norm.
+        Norms and means, both of shape (GRID,); NaN where a seed has no arm with that norm.
     """
     sizes = [getattr(p, which) for arms in paths.values() for arm in arms for p in arm]
     sizes = [size for size in sizes if math.isfinite(size) and size > 0] or [1.0]
@@ -157,12 +156,12 @@ def mean_at_norm(
 
 
 def new_figure(width: float, height: float = 4.5) -> Figure:
-    """An empty figure of a size in inches; its layout makes room for what is drawn."""
+    """An empty figure with the given size in inches and constrained layout."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def styles(count: int) -> list[dict[str, Any]]:
-    """Colour, marker and, from the second round of colours on, dashes, of each of `count` lines."""
+    """Colour, marker and line style of `count` lines; dashed once the colours repeat."""
     return [
         {
             "color": COLORS[i % len(COLORS)],
@@ -174,15 +173,15 @@ def styles(count: int) -> list[dict[str, Any]]:
 
 
 def tidy(axis: Axes) -> None:
-    """Give a panel the look that all of them share: two spines and a faint grid."""
+    """Set the common style of a panel: two spines and a faint grid."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.2)
 
 
 def _shown(kept: Sequence[float] | np.ndarray, scores: Scores) -> np.ndarray:
-    """Kept scores as drawn: without scorers the KL itself, which spans decades."""
+    """Kept scores as plotted: without scorers, the KL."""
     values = np.asarray(kept, dtype=float)
-    return values if scores.kept_scored else np.maximum(-values, LEAST_KL)
+    return values if scores.kept_scored else np.maximum(-values, MIN_KL)
 
 
 def _titles(results: Iterable[Result]) -> dict[str, str]:
@@ -195,7 +194,7 @@ def _finish(figure: Figure, axes: Sequence[Axes], scores: Scores, title: str) ->
     if scores.kept_scored:
         axes[0].set_ylabel("kept score")
     else:  # panels share the axis; up is better, as with scores
-        axes[0].set_ylabel(f"KL to the base (nats a token, ≥ {LEAST_KL:g})")
+        axes[0].set_ylabel(f"KL to the base (nats per token, ≥ {MIN_KL:g})")
         axes[0].set_yscale("log")
         axes[0].invert_yaxis()
     axes[0].set_title(title, fontsize=10, loc="left")
@@ -203,13 +202,13 @@ def _finish(figure: Figure, axes: Sequence[Axes], scores: Scores, title: str) ->
 
 
 def save_picture(figure: Figure, path: str | Path) -> None:
-    """Write the figure as a PNG with a palette, in a lower resolution if it would be too large."""
+    """Write the figure as a palette PNG; lower the resolution if it exceeds `MAX_BYTES`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for dpi in RESOLUTIONS:
         drawn = io.BytesIO()
         figure.savefig(drawn, format="png", dpi=dpi)
-        image = Image.open(drawn).convert("RGB").quantize(SHADES)
+        image = Image.open(drawn).convert("RGB").quantize(PALETTE_SIZE)
         image.save(path, format="png", optimize=True)
-        if path.stat().st_size <= MOST_BYTES:
+        if path.stat().st_size <= MAX_BYTES:
             return

@@ -1,8 +1,7 @@
-"""Results of experiments: a JSONL file with one line per arm, read back as points.
+"""Results of experiments: a JSONL file with one line per arm, read as points of a frontier.
 
-An arm is one method with one setting (learning rate, knob), one seed and one task. Its readings
-along training are all models that one could stop at, so all arms of a method at one seed and task
-are pooled into one set of points.
+An arm is one training: a method with given options, one seed and one task. The readings of all arms of a
+method, for one seed and task, are pooled into one set of points.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from folora.errors import ArtifactError, DataError
 from folora.runtime.storage import exclusive, folder_lock, parse_json, read_text, write_text
 
 FORMAT = 2
-LOCK_SECONDS = 60.0  # to wait for another process that adds a result
-REMEDY = "delete this line, and its arm is run again"
+LOCK_SECONDS = 60.0  # maximum wait for another process that adds a result
+REMEDY = "delete this line to rerun its arm"
 NUMBERS = ("task_loss", "kl", "ce_change", "frobenius", "h_norm")
 TYPES: dict[str, type | tuple[type, ...]] = {
     "stage": str,
@@ -45,20 +44,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Scores:
-    """How a reading becomes a task score and a kept score; for both, higher is better.
+    """How task and kept scores are computed from a reading; higher is better for both.
 
     Attributes:
-        task_scored: The task score is the mean of the scores in `task`, in [0, 1]; otherwise it is
-            minus the task loss, in nats a token.
-        kept_scored: The kept score is the mean of the scores in `kept`, in [0, 1]; otherwise it is
-            minus the KL to the base, in nats a token.
+        task_scored: If True, the task score is the mean of the reading's task scores, in [0, 1];
+            otherwise minus the task loss, in nats per token.
+        kept_scored: If True, the kept score is the mean of the reading's kept scores, in [0, 1];
+            otherwise minus the KL to the base, in nats per token.
     """
 
     task_scored: bool
     kept_scored: bool
 
     def point(self, reading: Mapping[str, Any]) -> Point:
-        """The point of one reading; NaN where the reading has no number."""
+        """The point of one reading; NaN for missing values."""
         return Point(
             task=mean_score(reading["task"]) if self.task_scored else -reading["task_loss"],
             kept=mean_score(reading["kept"]) if self.kept_scored else -reading["kl"],
@@ -71,7 +70,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Result:
-    """One arm, as its line has it; null among the numbers of a reading has become NaN.
+    """The result of one arm; null in readings is converted to NaN.
 
     Attributes:
         stage: Model (with its seed) and task.
@@ -79,16 +78,16 @@ class Result:
         seed: Seed of the arm.
         method: Key of the method.
         title: Name of the method in tables.
-        changes: Options beyond the method's own settings, by dotted name.
+        changes: Options changed in addition to the method's, by dotted name.
         command: Command that made it.
-        config: The whole config.
+        config: The arm's config.
         versions: Versions of packages.
-        seconds: Time it took; None if not recorded.
+        seconds: Duration; None if not recorded.
         base: Reading of the base model, at step 0.
-        readings: Readings along training, by step.
-        diverged: Whether training ended in numbers that are not finite.
+        readings: Readings during training, by step.
+        diverged: Whether training diverged.
         place: File and line, for messages.
-        calibration: What C_pre was measured on, if not on the run's own samples.
+        calibration: Data that C_pre was measured on, if not on the run's samples.
     """
 
     stage: str
@@ -113,29 +112,29 @@ class Result:
 
 
 class Line(NamedTuple):
-    """One line of a file of results: its values, and file and number of the line for messages."""
+    """One line of a file of results: file and line number for messages, and its values."""
 
     place: str
     values: dict[str, Any]
 
 
 class ResultFile:
-    """Results of arms in one JSONL file, to which several processes may add.
+    """A JSONL file of results, to which several processes may add.
 
-    Every addition rewrites the file atomically while it holds a lock: a process that is killed leaves
-    the file as it was, and two processes do not lose each other's lines. Lines are sorted by task,
-    seed and name, so that the file does not depend on the order in which arms end.
+    Every addition rewrites the file atomically under a lock, so that a killed process leaves the file
+    intact and no line is lost. Lines are sorted by task, seed and name, independent of the order in which
+    arms end.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     def read(self) -> dict[Key, Line]:
-        """All lines; none if there is no file.
+        """All lines; empty if there is no file.
 
         Raises:
-            ArtifactError: A line is damaged, cut off, no result, of another format, or there twice.
-                File and line are named.
+            ArtifactError: A line is damaged, truncated, not a result, of another format, or a duplicate.
+                The message names file and line.
         """
         found: dict[Key, Line] = {}
         if not self.path.exists():
@@ -148,13 +147,13 @@ class ResultFile:
             key = (str(task), int(seed) if isinstance(seed, int) else -1, str(name))
             if key in found:
                 raise ArtifactError(
-                    f"{line.place} is of the same arm as {found[key].place}; {REMEDY}"
+                    f"{line.place} has the same arm as {found[key].place}; {REMEDY}"
                 )
             found[key] = line
         return found
 
     def add(self, result: Mapping[str, Any]) -> None:
-        """Add the result of an arm, or replace that of the same task, seed and name.
+        """Add the result of an arm; replaces a result with the same task, seed and name.
 
         Raises:
             ArtifactError: The file is damaged or cannot be written.
@@ -167,24 +166,24 @@ class ResultFile:
 
 
 def load_results(path: str | Path) -> list[Result]:
-    """All results in a JSONL file, in its order.
+    """All results in a JSONL file, in the order of its lines.
 
     Raises:
-        ArtifactError: There is no such file, or a line is not a result; file and line are named.
+        ArtifactError: The file is missing, or a line is not a result; the message names file and line.
     """
     path = Path(path)
     if not path.is_file():
-        raise ArtifactError(f"no file {path} to read results from")
+        raise ArtifactError(f"there is no file of results {path}; run the comparison first")
     return [_result(line) for line in ResultFile(path).read().values()]
 
 
 def of_task(
     results: Iterable[Result], task: str, methods: Sequence[str] | None = None
 ) -> list[Result]:
-    """Results of one task, by method in the order of `methods` (default: as they come).
+    """Results of one task, by method in the order of `methods` (default: first appearance).
 
     Raises:
-        DataError: There are none, or none of a method asked for.
+        DataError: There are none, or none of a requested method.
     """
     results = list(results)
     chosen = [r for r in results if r.task == task]
@@ -202,21 +201,21 @@ def of_task(
 
 
 def scores_of(results: Iterable[Result]) -> Scores:
-    """Whether results of one task have scorers, judged by their bases.
+    """How to score results of one task: whether their base readings have scores.
 
     Raises:
-        DataError: Some have scorers and some have not, so their points cannot be compared; or a
-            base lacks a number, so there is nothing to compare with.
+        DataError: Only some results have scores, so they cannot be compared; or a base reading lacks a
+            value.
     """
     results = list(results)
-    answers = []
+    have_scores = []
     for kind in ("task", "kept"):
         scored = {bool(r.base[kind]) for r in results}
         if len(scored) > 1:
             without = next(r.place for r in results if not r.base[kind])
             raise DataError(f"{without} has no scores of {kind!r}, but other results have")
-        answers.append(scored.pop() if scored else False)
-    scores = Scores(*answers)
+        have_scores.append(scored.pop() if scored else False)
+    scores = Scores(*have_scores)
     for result in results:
         point = scores.point(result.base)
         if not (math.isfinite(point.task) and math.isfinite(point.kept)):
@@ -228,7 +227,7 @@ def grouped(results: Iterable[Result]) -> dict[Group, list[Result]]:
     """Results by task, method and seed.
 
     Raises:
-        DataError: A task and seed has results of two stages, that is of two models.
+        DataError: Results with the same task and seed have two stages, that is two models.
     """
     stages: dict[tuple[str, int], Result] = {}
     groups: dict[Group, list[Result]] = {}
@@ -244,7 +243,7 @@ def grouped(results: Iterable[Result]) -> dict[Group, list[Result]]:
 
 
 def point_sets(results: Iterable[Result]) -> dict[Group, list[Point]]:
-    """Points of all arms by task, method and seed; the base model is among them.
+    """Points of all arms by task, method and seed, including the base model.
 
     Raises:
         DataError: See `grouped` and `scores_of`.
@@ -274,10 +273,10 @@ def mean_score(scores: Mapping[str, float]) -> float:
 def _line(text: str, place: str) -> Line:
     try:
         values = parse_json(text, place)
-    except ArtifactError as error:  # it may be cut off
+    except ArtifactError as error:  # it may be truncated
         raise ArtifactError(f"{error}; {REMEDY}") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise ArtifactError(f"{place} is no result of format {FORMAT}; {REMEDY}")
+        raise ArtifactError(f"{place} is not a result of format {FORMAT}; {REMEDY}")
     return Line(place, values)
 
 
@@ -287,7 +286,7 @@ def _result(line: Line) -> Result:
         if name not in values:
             raise ArtifactError(f"{place} has no {name!r}; {REMEDY}")
         if not isinstance(values[name], kind):
-            raise ArtifactError(f"{place} has a wrong {name!r}: {values[name]!r:.80}; {REMEDY}")
+            raise ArtifactError(f"{place} has an invalid {name!r}: {values[name]!r:.80}; {REMEDY}")
     readings = [_reading(reading, place) for reading in values["readings"]]
     fields = {name: values[name] for name in TYPES}
     fields["base"] = _reading(values["base"], place)
@@ -306,7 +305,7 @@ def _reading(values: Any, place: str) -> dict[str, Any]:
         }
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ArtifactError(
-            f"{place} has a broken reading ({error!r}): {values!r:.80}; {REMEDY}"
+            f"{place} has an invalid reading ({error!r}): {values!r:.80}; {REMEDY}"
         ) from error
 
 

@@ -1,8 +1,8 @@
-"""From result files to tables that compare methods on one task.
+"""Tables that compare methods on one task, from files of results.
 
-Every number is first computed for each seed, from the points of all arms of a method, and then
-stated as a mean with the half-width of its 95 % interval over seeds. What a table assumes (the
-levels at which methods are compared) stands in its caption.
+Each value is computed per seed, from the points of all arms of a method, and reported as the mean with the
+half-width of its 95 % confidence interval over seeds. The caption states the levels at which methods are
+compared.
 """
 
 from __future__ import annotations
@@ -37,9 +37,11 @@ from folora.compare.results import (
     scores_of,
 )
 
-SHARE = 0.9  # of the way to the best task score, and of the base's kept score
-KL_LEVEL = 0.05  # nats a token: the matched kept score where there are no scorers
-KL_FLOOR = 0.5  # nats a token: lower edge of the area where there are no scorers
+FRACTION = (
+    0.9  # default levels: fraction of the best task improvement, and of the base's kept score
+)
+KL_LEVEL = 0.05  # nats per token: matched KL, without scorers
+KL_FLOOR = 0.5  # nats per token: lower edge of the area, without scorers
 NONE = "–"
 
 Sets = dict[str, dict[int, list[Point]]]  # method -> seed -> points of its arms and of the base
@@ -47,12 +49,12 @@ Sets = dict[str, dict[int, list[Point]]]  # method -> seed -> points of its arms
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text.
+    """A table of strings.
 
     Attributes:
         header: Titles of the columns; the first column names the rows.
-        rows: Cells, in each row as many as the header has.
-        caption: What the numbers mean.
+        rows: Cells of each row.
+        caption: Explains the values.
     """
 
     header: tuple[str, ...]
@@ -60,7 +62,7 @@ class Table:
     caption: str
 
     def markdown(self) -> str:
-        """The table in GitHub's Markdown, with the caption below it."""
+        """The table in GitHub Markdown, followed by the caption."""
         rule = ["---", *["---:"] * (len(self.header) - 1)]
         cells = [[cell.replace("|", r"\|") for cell in row] for row in (self.header, *self.rows)]
         lines = ["| " + " | ".join(row) + " |" for row in (cells[0], rule, *cells[1:])]
@@ -78,11 +80,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Levels:
-    """Where methods are compared.
+    """Levels at which methods are compared.
 
     Attributes:
-        task: Task score that a model must reach.
-        kept: Kept score that a model must hold.
+        task: Matched task score.
+        kept: Matched kept score.
         best_task: Upper edge of the area.
     """
 
@@ -93,7 +95,7 @@ class Levels:
 
 @dataclass(frozen=True)
 class Column:
-    """One measure of all methods: method -> seed -> value, shown with `digits` decimals."""
+    """One metric of all methods: method -> seed -> value, shown with `digits` decimals."""
 
     title: str
     digits: int
@@ -121,19 +123,19 @@ def comparison_table(
     reference: str = "folora",
     methods: Sequence[str] | None = None,
 ) -> Table:
-    """One row a method: what it kept at a matched task score, the reverse, and the usual averages.
+    """One row per method: kept score at a matched task score, the reverse, and averages.
 
-    Without scorers, the task score is minus the task loss and the kept score minus the KL; the
-    table then shows the losses and KLs themselves, and no averages.
+    Without scorers, the task score is minus the task loss and the kept score minus the KL; the table then
+    shows losses and KLs, and no averages.
 
     Args:
         results: Results of any tasks.
         task: Task to compare on.
-        level: Matched task score. By default, with scorers, 90 % of the way from the base's to the
-            best that a method reaches (mean over seeds); without, what every method reaches that gets
-            halfway there.
-        kept_level: Matched kept score. By default 90 % of the base's; without scorers, KL 0.05.
-        reference: Method that the others are compared with by seed; no such column if it is absent.
+        level: Matched task score. Default with scorers: 90 % of the way from the base's score to the best
+            of any method (mean over seeds). Default without: the best level reached by every method that
+            gets at least halfway to the best.
+        kept_level: Matched kept score. Default: 90 % of the base's; without scorers, KL 0.05.
+        reference: Method for the column of paired differences, which is omitted if it has no results.
         methods: Methods to show, in this order. By default all.
 
     Raises:
@@ -162,8 +164,8 @@ def comparison_table(
             row.insert(2, columns[0].difference(method, reference))
     caption = [
         f"{task}: mean ± half-width of the 95 % interval over seeds; all arms of a method are pooled.",
-        _levels_in_words(levels, scores, level is None, kept_level is None),
-        _area_in_words(levels, scores),
+        _describe_levels(levels, scores, level is None, kept_level is None),
+        _describe_area(levels, scores),
     ]
     if scores.task_scored and scores.kept_scored:
         caption.append("Avg1, Avg2, GM: at each seed's reading with the best GM.")
@@ -180,25 +182,25 @@ def matched_levels(
     task: float | None = None,
     kept: float | None = None,
 ) -> Levels:
-    """Levels for a comparison: those given, or the defaults that `comparison_table` describes."""
+    """The given levels, or the defaults described in `comparison_table`."""
     best = [_mean(_best_task(points) for points in seeds.values()) for seeds in sets.values()]
     reached = [value for value in best if math.isfinite(value)]
     start = _mean(p.task for p in bases.values())
     if task is None and not reached:
         task = math.nan
     elif task is None and scores.task_scored:
-        task = start + SHARE * (max(reached) - start)
+        task = start + FRACTION * (max(reached) - start)
     elif task is None:
         task = min(value for value in reached if value >= (start + max(reached)) / 2)
     if kept is None:
-        kept = SHARE * _mean(p.kept for p in bases.values()) if scores.kept_scored else -KL_LEVEL
+        kept = FRACTION * _mean(p.kept for p in bases.values()) if scores.kept_scored else -KL_LEVEL
     if scores.task_scored:
         return Levels(task, kept, 1.0)
     everyone = [p for seeds in sets.values() for points in seeds.values() for p in points]
     return Levels(task, kept, _best_task(everyone))
 
 
-def _levels_in_words(levels: Levels, scores: Scores, task_found: bool, kept_found: bool) -> str:
+def _describe_levels(levels: Levels, scores: Scores, task_found: bool, kept_found: bool) -> str:
     if scores.task_scored:
         task = f"score of at least {levels.task:.3f}"
         why = "90 % of the way from the base to the best method"
@@ -212,7 +214,7 @@ def _levels_in_words(levels: Levels, scores: Scores, task_found: bool, kept_foun
     return f"Matched task: {task}{f' ({why})' * task_found}. Matched kept: {kept}."
 
 
-def _area_in_words(levels: Levels, scores: Scores) -> str:
+def _describe_area(levels: Levels, scores: Scores) -> str:
     task = "score 1" if scores.task_scored else f"loss {-levels.best_task:.3f}"
     kept = "score 0 to 1" if scores.kept_scored else f"KL {KL_FLOOR:g} to 0"
     return (
@@ -223,7 +225,7 @@ def _area_in_words(levels: Levels, scores: Scores) -> str:
 def _frontier_columns(
     sets: Sets, bases: Mapping[int, Point], scores: Scores, levels: Levels
 ) -> list[Column]:
-    """What depends on points alone; losses and KLs are shown as such, not as negative scores."""
+    """The columns computed from points; losses and KLs are shown as such, not as negative scores."""
 
     def column(title: str, digits: int, measure: Callable[[list[Point], int], float]) -> Column:
         return Column(
@@ -265,7 +267,7 @@ def _average_columns(arms: Mapping[str, Mapping[int, list[Result]]]) -> list[Col
 
 
 def best_average(arms: Sequence[Result]) -> Averages:
-    """Averages of the reading, or base, with the best GM among arms of one method and seed.
+    """Averages of the reading with the best GM, base included, among arms of one method and seed.
 
     All are NaN if no reading has a GM.
     """
@@ -279,7 +281,7 @@ def best_average(arms: Sequence[Result]) -> Averages:
 
 
 def _stated(found: Interval, seeds: int, digits: int, sign: str = "-") -> str:
-    """Mean ± half-width; says how many seeds have a value where not all of the method's have."""
+    """Mean ± half-width; with the number of seeds that have a value, if not all have."""
     if not found.n:
         return NONE
     text = _text(found.mean, digits, sign)

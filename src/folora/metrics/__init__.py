@@ -1,4 +1,4 @@
-"""What was learned and what was kept: task loss, KL to the base model, update norms, lm-eval.
+"""What was learned and what was retained: task loss, KL to the base model, update norms, lm-eval.
 
 May import `adapters`, `optim` and all below them.
 """

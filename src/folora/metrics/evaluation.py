@@ -1,8 +1,8 @@
-"""Benchmarks of lm-evaluation-harness, asked of a model in memory.
+"""Benchmarks of lm-evaluation-harness on a model in memory.
 
-Tasks are built once, from the harness's own collection or from a folder of YAML files, and asked of as
-many models as one likes, so that a base and its adapted versions answer the same questions. Random
-states, mode and adapter of the model are as before afterwards. Needs the extra ``folora[eval]``.
+Tasks are loaded once, from the harness or from a folder of YAML files, and evaluated on any number of
+models, so that a base and its adapted versions are evaluated on the same documents. Random state, mode and
+adapter of the model are restored afterwards. Needs the extra ``folora[eval]``.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ with needed_by("evaluation", "eval"):
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-FEWSHOT_SEED = 1234  # the harness's own default
+FEWSHOT_SEED = 1234  # the harness's default
 
 Answers = dict[str, dict[str, float]]
-"""``{task: {metric: value}}``; a metric that has several filters is named ``metric,filter``."""
+"""``{task: {metric: value}}``; a metric with several filters is named ``metric,filter``."""
 
 
 class Evaluation:
-    """A fixed set of questions.
+    """A fixed set of benchmark documents.
 
     Args:
-        tasks: Names of tasks (or groups of them), each with the number of documents to ask, from the
-            first on; None for all.
-        tokenizer: Of the models that will be asked.
-        folder: YAML tasks of one's own; the harness's are then left out.
-        batch_size: Sequences a forward pass.
-        num_fewshot: Examples in front of every question; default is each task's own number.
-        max_new_tokens: A lower limit on what is generated than the tasks' own, for trials.
-        options: What tasks that make their data are told, such as BABILong's ``max_seq_lengths``.
-        chat_template: Wrap every question in the tokenizer's chat template.
-        allow_code: Let tasks run programs that the model writes. The harness's own tasks run them on
-            this machine, as you.
+        tasks: Names of tasks or groups, each with the number of documents to use, from the first; None
+            for all.
+        tokenizer: Of the models to evaluate.
+        folder: Folder of custom YAML tasks; the harness's tasks are then not available.
+        batch_size: Sequences per forward pass.
+        num_fewshot: Number of few-shot examples; default is that of each task.
+        max_new_tokens: Upper limit on generated tokens below that of the tasks, for quick trials.
+        options: Task metadata, such as BABILong's ``max_seq_lengths``.
+        chat_template: Apply the tokenizer's chat template.
+        allow_code: Allow tasks that execute model-generated code. The harness executes it on this
+            machine, with your rights.
 
     Raises:
-        ConfigError: A task is unknown, or runs programs without `allow_code`.
-        DataError: The data of a task cannot be had.
+        ConfigError: A task is unknown, or executes code without `allow_code`.
+        DataError: The data of a task cannot be loaded.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Evaluation:
                 self._tasks[found] = task
                 self._limits[found] = limit
         for name, task in self._tasks.items():
-            _settle(name, task, num_fewshot, max_new_tokens, allow_code)
+            _configure(name, task, num_fewshot, max_new_tokens, allow_code)
 
     @property
     def metrics(self) -> dict[str, set[str]]:
@@ -98,9 +98,9 @@ class Evaluation:
         return found
 
     def check_metrics(self, wanted: Mapping[str, str]) -> None:
-        """Refuse a metric that its task does not have; by task. Raises ConfigError."""
+        """Check that each task has the metric wanted of it. Raises ConfigError."""
         for task, metric in wanted.items():
-            there = self.metrics.get(task, set())  # a tag has none of its own
+            there = self.metrics.get(task, set())  # a tag has no metrics
             if metric not in there:
                 raise ConfigError(
                     f"evaluation task {task!r} has no metric {metric!r}{nearest(metric, there)}; it "
@@ -108,15 +108,15 @@ class Evaluation:
                 )
 
     def __call__(self, model: Any) -> Answers:
-        """Ask a model on its device; a PEFT model answers with its adapter, as it is now."""
+        """Evaluate a model on its device; a PEFT model with its active adapter."""
         samples = {
             name: list(range(min(limit, len(task.eval_docs))))
             for name, task in self._tasks.items()
             if (limit := self._limits[name]) is not None
         }
         for task in self._tasks.values():
-            task.set_fewshot_seed(FEWSHOT_SEED)  # it goes on from call to call otherwise
-        padding = self.tokenizer.padding_side  # the harness turns it round to generate
+            task.set_fewshot_seed(FEWSHOT_SEED)  # otherwise its state carries over between calls
+        padding = self.tokenizer.padding_side  # the harness changes it for generation
         try:
             with evaluating(model):  # the harness leaves a model in evaluation mode
                 lm = HFLM(
@@ -124,7 +124,7 @@ class Evaluation:
                     tokenizer=self.tokenizer,
                     batch_size=self.batch_size,
                     backend="causal",
-                    softmax_dtype=torch.float32,  # bf16 keeps eight bits of a log-probability
+                    softmax_dtype=torch.float32,  # bf16 has 8 significant bits
                 )
                 found: Any = evaluate(
                     lm,
@@ -142,7 +142,7 @@ class Evaluation:
 
 @cache
 def _harness(options: str) -> TaskManager:
-    """The harness's own index, once: it has fourteen thousand names and takes ten seconds."""
+    """The harness's task index, cached: its 14,000 names take ten seconds to load."""
     return TaskManager(metadata=json.loads(options))
 
 
@@ -151,11 +151,11 @@ def _load(manager: TaskManager, name: str) -> Any:
         raise ConfigError(f"unknown evaluation task {name!r}{nearest(name, manager.all_tasks)}")
     try:
         return manager.load([name])
-    except Exception as error:  # loaders of many data sets, each with errors of its own
-        raise DataError(f"the data of evaluation task {name!r} cannot be had: {error}") from error
+    except Exception as error:  # loaders of many data sets, with many types of errors
+        raise DataError(f"cannot load the data of evaluation task {name!r}: {error}") from error
 
 
-def _settle(
+def _configure(
     name: str,
     task: Task,
     num_fewshot: int | None,
@@ -164,18 +164,20 @@ def _settle(
 ) -> None:
     if getattr(task, "UNSAFE_CODE", False) and not allow_code:
         raise ConfigError(
-            f"evaluation task {name!r} runs programs that the model writes; allow it (allow_code) "
-            "only where they can do no harm"
+            f"evaluation task {name!r} executes code that the model generates; set allow_code=True only "
+            "in a sandbox"
         )
     default = task.get_config("num_fewshot")
-    if default != 0 and (num_fewshot is not None or default is None):  # a 0 is the task's own wish
+    if default != 0 and (
+        num_fewshot is not None or default is None
+    ):  # a task with 0 requires zero-shot
         task.set_config("num_fewshot", num_fewshot or 0)
     if max_new_tokens is not None and task.OUTPUT_TYPE == "generate_until":
         task.set_config("generation_kwargs", {"max_gen_toks": max_new_tokens}, update=True)
 
 
 def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers by metric, without standard errors, and without the filter where there is but one."""
+    """Values by metric, without standard errors, and without the filter where there is only one."""
     found = {
         tuple(key.split(",", 1)): float(value)
         for key, value in values.items()

@@ -1,6 +1,6 @@
-"""How far an adapted model's next-token distributions are from its base's.
+"""KL divergence between the next-token distributions of an adapted model and its base.
 
-The meter reads this on the model's own text; the complements to any method add it to the loss.
+The meter reports it on self-samples; the KL penalties of the trainer add it to the loss.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from folora.runtime.shapes import Float, Int
 def labelled_logits(
     model: Any, batch: dict[str, Tensor]
 ) -> tuple[Float[Tensor, "n vocab"], Int[Tensor, " n"]]:
-    """Logits that predict a labelled token, and those labels, flattened over the batch.
+    """Logits at the positions that predict a labelled token, and the labels, flattened over the batch.
 
     Args:
         model: A causal LM.
-        batch: ``labels`` (b, t) with -100 where there is none, and whatever the model takes.
+        batch: Model inputs, and ``labels`` (b, t) with -100 at ignored positions.
     """
     inputs = {k: v.to(model.device) for k, v in batch.items() if k not in ("labels", "use_cache")}
     labels = batch["labels"][:, 1:].to(model.device)
@@ -31,7 +31,7 @@ def labelled_logits(
 
 
 def kl(base: Float[Tensor, "n vocab"], adapted: Float[Tensor, "n vocab"]) -> Float[Tensor, " n"]:
-    """KL(base || adapted) of each position, in nats; computed in float32."""
+    """KL(base || adapted) at each position, in nats; computed in float32."""
     p, q = torch.log_softmax(base.float(), -1), torch.log_softmax(adapted.float(), -1)
     return (p.exp() * (p - q)).sum(-1)
 
@@ -41,10 +41,10 @@ def masked_target_kl(
     adapted: Float[Tensor, "n vocab"],
     targets: Int[Tensor, " n"],
 ) -> Float[Tensor, " n"]:
-    """KL(base || adapted) with the target token taken out of both (arXiv:2605.29498).
+    """KL(base || adapted) with the target token masked in both (arXiv:2605.29498).
 
-    The remaining probabilities are renormalized, so that learning the target is not opposed and
-    the base's preferences among all other tokens are kept.
+    The other probabilities are renormalized: learning the target is not penalized, changes of the
+    base's preferences among all other tokens are.
     """
     target = torch.nn.functional.one_hot(targets, base.shape[-1]).bool()
     lowest = torch.finfo(torch.float32).min  # not -inf: 0 * inf would be NaN

@@ -1,9 +1,9 @@
-"""What was learned, what was kept, and what it cost.
+"""The meter: task loss, KL to the base model, and norms of the update.
 
-Kept: on the model's own held-out samples, KL(base || adapted) a token and the change in
-cross-entropy. Learned: loss on held-out rows of the task. Cost: ||dW||_F, and its H-norm
-sqrt(trace(dW H dW')), which is the root mean square change of the layer's response to the model's
-own text (plus the ridge).
+Learned: cross-entropy on held-out task rows. Retained: KL(base || adapted) per token and the change in
+cross-entropy on held-out self-samples. Size of the update: ||dW||_F, and the H-norm
+sqrt(trace(dW H dW')), the root mean square change of a layer's output on the model's own text (plus the
+ridge).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from folora.spectral.layers import GroupBasis
 
 logger = logging.getLogger(__name__)
 
-OUTSIDE = 1e-3  # share of A that may lie outside of a cut basis; rounding in fp32 leaves 1e-6
-UNTRAINED = 1e-6  # of the factors' norms; an initialization that is subtracted leaves 1e-8
-ROWS_AT_ONCE = 256  # of (tokens, vocabulary) log-probabilities in float32
+OUTSIDE = 1e-3  # relative norm of A outside a truncated basis; fp32 rounding is about 1e-6
+UNTRAINED = 1e-6  # relative to the factors' norms; rounding of a subtracted initialization is 1e-8
+CHUNK = 256  # rows of (tokens, vocabulary) log-probabilities in float32
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Reading:
     """One reading of the meter.
 
     Attributes:
-        kl: Mean KL(base || adapted) a token, in nats, on held-out self-samples.
-        ce_change: Cross-entropy of adapted minus base on the same tokens, in nats a token.
-        task_loss: Cross-entropy a response token on held-out task rows; NaN without rows.
+        kl: Mean KL(base || adapted) in nats per token, on held-out self-samples.
+        ce_change: Cross-entropy of adapted minus base on the same tokens, in nats per token.
+        task_loss: Cross-entropy in nats per response token on held-out task rows; NaN without rows.
     """
 
     kl: float
@@ -50,19 +50,19 @@ class Reading:
 
 @dataclass(frozen=True)
 class LayerNorms:
-    """Size of one layer's update: Frobenius, and in the metric of H."""
+    """Norms of one layer's update: Frobenius norm and H-norm."""
 
     frobenius: float
     h_norm: float
 
 
 class Meter:
-    """Reads a PEFT model against its own base, on the same fixed tokens every time.
+    """Compares a PEFT model with its base model on fixed held-out tokens.
 
     Args:
-        held_out_samples: Self-samples set aside, with the start token in front.
-        held_out_task: Task rows set aside; may be empty.
-        batch_size: Sequences a forward pass.
+        held_out_samples: Held-out self-samples, with the start token.
+        held_out_task: Held-out task rows; may be empty.
+        batch_size: Sequences per forward pass.
         check: Called before every reading.
 
     Raises:
@@ -85,23 +85,23 @@ class Meter:
 
     @property
     def num_batches(self) -> int:
-        """Batches of a reading: how often `on_batch` is called."""
+        """Number of batches of a reading: how often `on_batch` is called."""
         rows = (len(self.samples), len(self.task))
         return sum(-(-count // self.batch_size) for count in rows)
 
     def read(self, model: PeftModel, on_batch: Callable[[], None] = lambda: None) -> Reading:
-        """Take a reading; the model's mode and adapter are as before afterwards."""
+        """Take a reading; the model's mode and active adapter are restored."""
         self.check()
         with evaluating(model):
             total = change = tokens = 0.0
             for batch in batches(self.samples, self.batch_size):
-                k, c, n = _divergence(model, batch)
+                k, c, n = _kl_sums(model, batch)
                 total, change, tokens = total + k, change + c, tokens + n
                 on_batch()
         return Reading(total / tokens, change / tokens, self.task_loss(model, on_batch))
 
     def task_loss(self, model: Any, on_batch: Callable[[], None] = lambda: None) -> float:
-        """Cross-entropy a response token on the held-out task rows; NaN without rows."""
+        """Cross-entropy in nats per response token on the held-out task rows; NaN without rows."""
         total = count = 0.0
         with evaluating(model):
             for batch in batches(self.task, self.batch_size):
@@ -116,16 +116,16 @@ def update_norms(
 ) -> dict[str, LayerNorms]:
     """||dW||_F and sqrt(trace(dW H dW')) of every adapted layer, from the factors in float64.
 
-    With a cut basis the second is known only for updates that read its span, and NaN for others.
+    With a truncated basis the H-norm is known only for updates within its span; otherwise it is NaN.
     """
     factors = lora_factors(model, adapter_name)
     norms: dict[str, LayerNorms] = {}
     for b in bases:
         a64 = [factors[name][0].double() for name in b.group.layers]
-        # Columns of T differ in length by orders of magnitude; what is solved sees their directions.
+        # Norms of T's columns differ by orders of magnitude; they are normalized for the solve.
         basis = b.basis.to(a64[0].device).double()
         lengths = basis.norm(dim=0)
-        # H = T^-T T^-1, so an H-norm is a plain norm after solving with T.
+        # H = T^-T T^-1, so the H-norm of A is the Frobenius norm of A T^-T.
         in_h = _coordinates(basis / lengths, torch.cat(a64)) / lengths
         parts = in_h.split([len(a) for a in a64])
         for name, a, own in zip(b.group.layers, a64, parts, strict=True):
@@ -138,12 +138,13 @@ def update_norms(
 
 
 def warn_if_not_stepped(optimizer: SAdam, model: PeftModel, bases: Sequence[GroupBasis]) -> None:
-    """Warn that an adapter has been trained, but not by its optimizer: a Trainer then took AdamW.
+    """Warn if an adapter was trained without its prepared optimizer, as by a Trainer's default AdamW.
 
     Args:
-        optimizer: That of `prepare`.
+        optimizer: From `prepare`.
         model: Its model.
-        bases: Their bases. While A lies in the span of a cut one, another `SAdam` may have stepped it.
+        bases: Their bases. While A lies in the span of a truncated basis, another `SAdam` may have
+            trained it, and there is no warning.
     """
     spectral = any("basis" in group for group in optimizer.param_groups)
     if optimizer.state or not spectral:
@@ -152,23 +153,23 @@ def warn_if_not_stepped(optimizer: SAdam, model: PeftModel, bases: Sequence[Grou
     factors = lora_factors(model)
     moved = [name for name, norm in norms.items() if norm.frobenius > _rounding(*factors[name])]
     cut = {n: len(b.gamma) < b.group.d_in for b in bases for n in b.group.layers}
-    strange = [name for name in moved if not cut[name] or math.isnan(norms[name].h_norm)]
-    if strange:
+    unexpected = [name for name in moved if not cut[name] or math.isnan(norms[name].h_norm)]
+    if unexpected:
         logger.warning(
-            "%d layers have been trained, such as %s, but the prepared optimizer has not taken a step. Does "
-            "the Trainer have optimizers=(prepared.optimizer, None)? Without it, it trains a plain LoRA "
-            "adapter by AdamW, and nothing keeps what the model knew.",
-            len(strange), strange[0],
+            "%d layers have been trained, such as %s, but the prepared optimizer has not taken a step. Pass "
+            "optimizers=(prepared.optimizer, None) to the Trainer: otherwise it trains plain LoRA with "
+            "AdamW, without protection against forgetting.",
+            len(unexpected), unexpected[0],
         )  # fmt: skip
 
 
 def _rounding(a: Tensor, b: Tensor, scaling: float) -> float:
-    """The largest ||dW||_F that the factors of an adapter that was not trained may have."""
+    """Upper limit of ||dW||_F of an adapter that was not trained, due to rounding."""
     return UNTRAINED * abs(scaling) * float(a.double().norm() * b.double().norm())
 
 
 def _coordinates(basis: Tensor, a: Tensor) -> Tensor:
-    """X with X T' = A, (rows, k); rows of NaN for those of A that lie outside of a cut basis's span."""
+    """X (rows, k) with X T' = A; rows of A outside the span of a truncated basis become NaN."""
     d, k = basis.shape
     if d == k:
         return torch.linalg.solve(basis, a.T).T
@@ -187,7 +188,7 @@ def response_loss(model: Any, batch: dict[str, Tensor]) -> tuple[float, int]:
 
 
 def total_norm(norms: dict[str, LayerNorms]) -> LayerNorms:
-    """Root of the summed squares over layers."""
+    """Square root of the sum of squares over layers."""
     return LayerNorms(
         sum(n.frobenius**2 for n in norms.values()) ** 0.5,
         sum(n.h_norm**2 for n in norms.values()) ** 0.5,
@@ -195,14 +196,14 @@ def total_norm(norms: dict[str, LayerNorms]) -> LayerNorms:
 
 
 @torch.no_grad()
-def _divergence(model: PeftModel, batch: dict[str, Tensor]) -> tuple[float, float, int]:
+def _kl_sums(model: PeftModel, batch: dict[str, Tensor]) -> tuple[float, float, int]:
     """Summed KL(base || adapted), summed change in cross-entropy, and the number of tokens."""
     adapted, labels = labelled_logits(model, batch)
     with without_adapter(model):
         base, _ = labelled_logits(model, batch)
     total = change = 0.0
-    for start in range(0, len(labels), ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
+    for start in range(0, len(labels), CHUNK):
+        rows = slice(start, start + CHUNK)
         total += float(kl(base[rows], adapted[rows]).double().sum())
         losses = [_cross_entropy(x[rows].float(), labels[rows]) for x in (adapted, base)]
         change += float(losses[0] - losses[1])

@@ -1,4 +1,4 @@
-"""The end of a run in words: a table of what was measured, what each quantity is, and a verdict."""
+"""The summary of a run: a table of the measured quantities with definitions, and a verdict on the KL."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-# Upper limits of the KL, in nats a token. Measured on SmolLM2-135M: bf16 instead of float32 gives .002
-# by rounding alone; at .073 all known facts were kept; at .235 nine of ten were lost.
+# Upper limits of the KL, in nats per token. Measured on SmolLM2-135M: bf16 instead of float32 gives .002
+# by rounding alone; at .073 all known facts were retained; at .235 nine of ten were lost.
 VERDICTS = (
-    (0.003, "very small, no more than rounding to bf16 causes: the model writes as before"),
-    (0.02, "small: the model's text hardly changes"),
-    (0.1, "moderate: the model's text changes; evaluate what must be kept"),
+    (0.003, "very small, like the effect of rounding to bf16: generated text is unchanged"),
+    (0.02, "small: generated text hardly changes"),
+    (0.1, "moderate: generated text changes; evaluate the abilities that must be retained"),
     (math.inf, "large: expect lost knowledge; lower training.learning_rate or training.max_steps"),
 )
 
@@ -45,7 +45,7 @@ QUANTITIES = (
         lambda report, part: 0.0 if part == "base" else report["total_norm"]["h_norm"],
     ),
 )
-"""Name, definition, and how it is read from a report for ``"base"`` and ``"adapted"``."""
+"""Name, definition, and how to read the value from a report for ``"base"`` or ``"adapted"``."""
 
 
 def verdict(kl: float | None) -> str:
@@ -62,13 +62,13 @@ def summary(report: Mapping[str, Any]) -> Group:
     table.add_column("")
     table.add_column("base", justify="right")
     table.add_column("adapted", justify="right")
-    table.add_column("what it is")
+    table.add_column("definition")
     for name, definition, read in QUANTITIES:
         values = (_number(read(report, part)) for part in ("base", "adapted"))
         table.add_row(name, *values, definition)
     lines = [verdict(report["adapted"]["kl"]) + "."]
     if report["base"]["task_loss"] is None:
-        lines.append("No rows are held out (data.eval_rows), so the task loss is not known.")
+        lines.append("No rows are held out (data.eval_rows), so there is no task loss.")
     return Group(table, *lines)
 
 

@@ -1,9 +1,9 @@
-"""FusedSAdam: the steps of `sadam.SAdam` with few kernels, also for parameters sharded by rows.
+"""FusedSAdam: the update of `sadam.SAdam` with few kernels, also for parameters sharded by rows.
 
-On a GPU an optimizer's time is the number of its kernels rather than their size. So products with the
-bases are made for all groups of one shape at once, and moments by torch's fused AdamW for all groups
-with the same hyperparameters. No operation of a step mixes rows: a process that holds some rows of a
-parameter (a DTensor, as FSDP2 makes them) steps these, and holds the moments of these alone.
+On a GPU the cost of an optimizer step is kernel launches. Products with the bases are therefore batched
+over all groups of one shape, and the moments of all groups with the same hyperparameters are updated by
+torch's fused AdamW. No operation mixes rows, so for a DTensor (FSDP2) each process updates its own shard
+and stores the moments of that shard only.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from torch.optim.adamw import adamw
 from folora.optim.sadam import SAdam, move_basis
 from folora.runtime.tensors import full_fp32_matmul, to_local
 
-# Elements of the parameters of one bundle, and of the bases of one stack: more leave a CPU's cache.
-AT_ONCE = {"cpu": 2**22, "cuda": 2**24}
+# Maximum elements of the parameters in one bundle, and of the bases in one stack; sized for the CPU cache.
+MAX_ELEMENTS = {"cpu": 2**22, "cuda": 2**24}
 
 Moments = tuple[list[Tensor], list[Tensor], list[Tensor]]
-"""``exp_avg``, ``exp_avg_sq`` and ``step`` of some parameters."""
+"""``exp_avg``, ``exp_avg_sq`` and ``step`` of a list of parameters."""
 
 
 @dataclass(frozen=True)
-class Due:
-    """A parameter group and those of its parameters that have a gradient.
+class ActiveGroup:
+    """A parameter group and its parameters that have a gradient.
 
     Attributes:
         group: The parameter group.
         params: The parameters.
-        own: Of each the rows that this process holds; all of them unless it is a DTensor.
-        grads: The gradients of these rows.
+        own: The local shard of each parameter; the whole parameter unless it is a DTensor.
+        grads: The gradients of the local shards.
     """
 
     group: dict[str, Any]
@@ -47,13 +47,13 @@ class Due:
 
 @dataclass(frozen=True)
 class Stack:
-    """The bases of groups of one shape in one tensor; those of the groups are views of it.
+    """The bases of groups of one shape, stacked in one tensor; the groups hold views of it.
 
     Attributes:
         basis: (n, d, k).
         gate: (n, 1, k).
         scale: (n, 1, 1).
-        parts: Basis, gate and scale as each group holds them.
+        parts: The basis, gate and scale that each group holds.
     """
 
     basis: Tensor
@@ -63,10 +63,10 @@ class Stack:
 
 
 class FusedSAdam(SAdam):
-    """`SAdam` by fused kernels: the same arguments, groups and state, and the same steps to rounding.
+    """`SAdam` with fused kernels: same arguments, groups and state, and the same update up to rounding.
 
-    Products are full float32 whatever torch's precision switches say. Parameters may be DTensors; those
-    of a group with a basis must be sharded by rows, and each process holds the whole basis.
+    Matrix products are full float32, regardless of torch's precision settings. Parameters may be DTensors;
+    in a group with a basis they must be sharded by rows, and each process holds the whole basis.
     """
 
     basis_keys = (*SAdam.basis_keys, "stack")
@@ -76,22 +76,22 @@ class FusedSAdam(SAdam):
         """Take one step; `closure` may re-evaluate the model and return the loss."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
-        due = [one for group in self.param_groups if (one := _due(group)).params]
-        for one in due:
+        active = [found for group in self.param_groups if (found := _active(group)).params]
+        for one in active:
             if "basis" not in one.group:
                 _adamw(one.group, one.own, one.grads, self._moments([one]))
-        for bundle in _bundles(one for one in due if "basis" in one.group):
+        for bundle in _bundles(one for one in active if "basis" in one.group):
             self._step_in_bases(bundle)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As the reference's; the fused kernel counts steps on the parameters' device."""
+        """As `SAdam`; the fused kernel needs the step counts on the parameters' device."""
         super().load_state_dict(state_dict)
         for p in (p for group in self.param_groups for p in group["params"] if p in self.state):
             self.state[p]["step"] = self.state[p]["step"].to(p.device, torch.float32)
 
-    def _step_in_bases(self, bundle: list[list[Due]]) -> None:
-        """One step of groups with the same hyperparameters (Eq. 18-24), stacked where shapes agree."""
+    def _step_in_bases(self, bundle: list[list[ActiveGroup]]) -> None:
+        """Update groups with the same hyperparameters (Eq. 18-24); groups of one shape are stacked."""
         stacks = [_stack([one.group for one in stacked]) for stacked in bundle]
         params = [[p for one in stacked for p in one.own] for stacked in bundle]
         moments = self._moments([one for stacked in bundle for one in stacked])
@@ -103,7 +103,7 @@ class FusedSAdam(SAdam):
                 n, d, _ = stack.basis.shape
                 g = (grads[0] if len(grads) == 1 else torch.cat(grads)).view(n, -1, d)
                 gbars.append((g.to(stack.basis.dtype) @ stack.basis).mul_(stack.scale))
-            # AdamW on zeros leaves -lr * m_hat / (sqrt(v_hat) + eps) in them.
+            # AdamW applied to zeros turns them into -lr * m_hat / (sqrt(v_hat) + eps).
             zeros = gbars[0].new_zeros(sum(g.numel() for g in gbars))
             parts = zeros.split([g.numel() for g in gbars])
             steps = [part.view_as(g) for part, g in zip(parts, gbars, strict=True)]
@@ -114,12 +114,12 @@ class FusedSAdam(SAdam):
                 for step, stack in zip(steps, stacks, strict=True)
             ]
         shrink = 1.0 - group["lr"] * group["weight_decay"]
-        _move([p for ps in params for p in ps], _rows(updates, params), shrink)
+        _apply([p for ps in params for p in ps], _rows(updates, params), shrink)
 
-    def _moments(self, due: Iterable[Due]) -> Moments:
-        """The states of these parameters' rows, which are made on first use."""
+    def _moments(self, active: Iterable[ActiveGroup]) -> Moments:
+        """The local optimizer state of these parameters, initialized on first use."""
         states = []
-        for one in due:
+        for one in active:
             basis = one.group.get("basis")
             for p in one.params:
                 if not (state := self.state[p]):
@@ -134,18 +134,18 @@ class FusedSAdam(SAdam):
         return first, second, steps
 
 
-def _due(group: dict[str, Any]) -> Due:
-    """What is to be stepped of a group, with its basis where the parameters are."""
+def _active(group: dict[str, Any]) -> ActiveGroup:
+    """The parameters of a group that have a gradient; its basis is moved to their device."""
     params = [p for p in group["params"] if p.grad is not None]
     if any(p.grad.is_sparse for p in params):
         raise RuntimeError("SAdam does not support sparse gradients")
     if params:
         move_basis(group, params[0].device)
-    return Due(group, params, [*map(to_local, params)], [*map(_own_gradient, params)])
+    return ActiveGroup(group, params, [*map(to_local, params)], [*map(_own_gradient, params)])
 
 
 def _own_gradient(p: Tensor) -> Tensor:
-    """The gradient of this process's rows of p; a sum over processes is completed first."""
+    """The gradient of the local shard of p; a pending reduction over processes is completed first."""
     grad = p.grad
     assert grad is not None
     if isinstance(p, DTensor) and isinstance(grad, DTensor):
@@ -168,19 +168,19 @@ def _zeros(p: Tensor, basis: Tensor) -> Tensor:
     )
 
 
-def _bundles(due: Iterable[Due]) -> list[list[list[Due]]]:
-    """Groups to step at once: bundles with the same hyperparameters, of stacks of one shape."""
-    stacks: dict[tuple[Any, ...], list[Due]] = {}
-    for one in due:
+def _bundles(active: Iterable[ActiveGroup]) -> list[list[list[ActiveGroup]]]:
+    """Groups to update together: bundles share hyperparameters, the stacks in a bundle share shapes."""
+    stacks: dict[tuple[Any, ...], list[ActiveGroup]] = {}
+    for one in active:
         group, basis = one.group, one.group["basis"]
         alike = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
         place = (basis.dtype, basis.device)
         lengths = tuple([len(p) for p in one.params])
         stacks.setdefault(((*alike, *place), basis.shape, lengths), []).append(one)
-    bundles: list[list[list[Due]]] = []
+    bundles: list[list[list[ActiveGroup]]] = []
     last, size = None, 0
     for (alike, (d, k), _), found in stacks.items():
-        most = AT_ONCE.get(found[0].own[0].device.type, AT_ONCE["cpu"])
+        most = MAX_ELEMENTS.get(found[0].own[0].device.type, MAX_ELEMENTS["cpu"])
         rows = sum(len(p) for p in found[0].own)
         count = max(1, most // (d * max(rows, k)))
         for stack in (found[start : start + count] for start in range(0, len(found), count)):
@@ -194,7 +194,7 @@ def _bundles(due: Iterable[Due]) -> list[list[list[Due]]]:
 
 
 def _stack(groups: list[dict[str, Any]]) -> Stack:
-    """The bases of groups in one tensor, made anew when a group holds another basis than before."""
+    """The stacked bases of groups; rebuilt if the basis of a group has been replaced."""
     held = [(group["basis"], group["gate"], group["scale"]) for group in groups]
     found: Stack | None = groups[0].get("stack")
     if found is not None and len(found.parts) == len(held):
@@ -212,7 +212,7 @@ def _stack(groups: list[dict[str, Any]]) -> Stack:
 
 
 def _rows(stacked: list[Tensor], params: list[list[Tensor]]) -> list[Tensor]:
-    """The rows of each parameter out of those of each stack."""
+    """Split stacked tensors into one tensor per parameter."""
     pairs = zip(stacked, params, strict=True)
     return [part for x, ps in pairs for part in x.flatten(0, 1).split([len(p) for p in ps])]
 
@@ -224,7 +224,7 @@ def _adamw(
     moments: Moments,
     decay: bool = True,
 ) -> None:
-    """Torch's fused AdamW on given tensors."""
+    """Torch's fused AdamW on the given tensors."""
     first, second, steps = moments
     beta1, beta2 = group["betas"]
     adamw(
@@ -235,8 +235,8 @@ def _adamw(
     )  # fmt: skip
 
 
-def _move(params: list[Tensor], deltas: list[Tensor], shrink: float) -> None:
-    """Shrink parameters and add to them, with one rounding at the end where they are narrower."""
+def _apply(params: list[Tensor], deltas: list[Tensor], shrink: float) -> None:
+    """Multiply parameters by `shrink` and add the updates; narrower dtypes are rounded once, at the end."""
     pairs = [*zip(params, deltas, strict=True)]
     if alike := [(p, delta) for p, delta in pairs if p.dtype == delta.dtype]:
         if shrink != 1.0:

@@ -1,6 +1,6 @@
-"""SAdam: Adam whose steps are taken, and gated, in a fixed basis of the input space.
+"""SAdam: Adam in a fixed basis of the input space, with a gate on each direction.
 
-A matrix parameter P of shape (rows, d) that multiplies inputs x as P x is stepped along the columns of
+A matrix parameter P of shape (rows, d) that multiplies inputs x as P x is updated along the columns of
 a basis T (d, k) instead of the coordinate axes (arXiv:2606.00132, Eq. 18-24)::
 
     Gbar = G T                                   gradient in the basis
@@ -9,11 +9,11 @@ a basis T (d, k) instead of the coordinate axes (arXiv:2606.00132, Eq. 18-24)::
     step = m_hat / (sqrt(v_hat) + eps)           bias-corrected
     P    = (1 - lr weight_decay) P - lr step diag(s) T'
 
-The gate s (k,) says how much of its step each direction takes; nothing outside the span of T's columns
-moves. Projecting the gradient and then using plain Adam would not do: Adam rescales each coordinate.
+The gate s (k,) scales the step of each direction; the update lies in the span of T's columns. Projecting
+the gradient before plain Adam is not equivalent, because Adam rescales each coordinate.
 
-This is the reference: it needs nothing but torch, so that the file can be copied. `fused.FusedSAdam` takes
-the same steps with fewer kernels, and accepts DTensor parameters.
+This is the reference implementation. It depends on torch only, so that the file can be copied.
+`fused.FusedSAdam` computes the same update with fewer kernels and accepts DTensor parameters.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ FINGERPRINT = "basis_fingerprint"
 
 
 class SAdam(Optimizer):
-    """Adam in a spectral basis with a gate on every direction; AdamW where there is no basis.
+    """Adam in a spectral basis with a gate on each direction; AdamW for groups without a basis.
 
     Args:
-        params: Parameters or groups. A group may hold ``"basis"`` T, shape (d, k) with k <= d; all its
-            parameters then have shape (rows, d). With it may come ``"gate"`` s, shape (k,) (default:
-            ones), and ``"scale"``, a number that multiplies T (1.0). Arithmetic, T and moments of such a
-            group are float32 (float64 if a parameter is). Matrix products follow torch's precision
-            switches: leave TF32 off. A group without a basis is stepped as by ``torch.optim.AdamW``.
+        params: Parameters or parameter groups. A group may have ``"basis"`` T, shape (d, k) with k <= d;
+            its parameters must then have shape (rows, d). Optional with it: ``"gate"`` s, shape (k,)
+            (default: ones), and ``"scale"``, a factor of T (default: 1.0). T, moments and arithmetic are
+            then float32, or float64 if a parameter is float64; matrix products follow torch's precision
+            settings: leave TF32 off. Groups without a basis are updated as by ``torch.optim.AdamW``.
         lr: Learning rate, finite and >= 0.
         betas: Decay of the two moments, each in [0, 1).
-        eps: Added to the root of the second moment, finite and >= 0.
-        weight_decay: Decoupled decay in the original coordinates, finite and >= 0.
+        eps: Added to the square root of the second moment, finite and >= 0.
+        weight_decay: Decoupled weight decay in the original coordinates, finite and >= 0.
 
     Raises:
-        ValueError: A value or shape does not fit, a basis is not finite, or `load_state_dict` is given
-            moments that belong to another basis.
+        ValueError: A value or shape is invalid, a basis is not finite, or the state given to
+            `load_state_dict` belongs to another basis.
 
-    The basis is not part of ``state_dict()``. A random projection of it, shape (d,), is: it changes with
-    any sign, order or rotation of the columns, and loading compares it.
+    ``state_dict()`` does not contain the basis but a fingerprint, shape (d,): a random projection that
+    changes with the sign, order or rotation of the columns. `load_state_dict` compares it.
     """
 
-    basis_keys: tuple[str, ...] = ("basis", "gate", "scale")  # of a group; not part of a state
+    basis_keys: tuple[str, ...] = ("basis", "gate", "scale")  # group entries left out of the state
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class SAdam(Optimizer):
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group after checking its numbers and, if it has one, its basis."""
+        """Add a group after validating its hyperparameters and its basis, if any."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -102,7 +102,7 @@ class SAdam(Optimizer):
             if group.get("basis") is not None:
                 group |= _checked_basis(group)
             elif given := [k for k in self.basis_keys if group.get(k) is not None]:
-                raise ValueError(f"a group has {given[0]} but no basis; give both, or neither")
+                raise ValueError(f"{given[0]} is given without a basis; give both or neither")
             else:
                 group.pop("basis", None)
         except ValueError as error:
@@ -110,17 +110,17 @@ class SAdam(Optimizer):
             raise ValueError(f"SAdam, parameter group {len(self.param_groups)}: {error}") from error
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, with ``basis_fingerprint``, shape (d,), instead of each basis."""
+        """As in torch, with ``basis_fingerprint``, shape (d,), in place of each basis."""
         state = super().state_dict()
         for group in state["param_groups"]:
             for key in self.basis_keys:
                 group.pop(key, None)
-            if FINGERPRINT in group:  # torch.distributed.checkpoint loads into what it is given
+            if FINGERPRINT in group:  # torch.distributed.checkpoint loads in place
                 group[FINGERPRINT] = group[FINGERPRINT].clone()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state after checking that its moments belong to this optimizer's bases."""
+        """Load a state after checking that its moments belong to the bases of this optimizer."""
         saved, own = state_dict["param_groups"], self.param_groups
         if len(saved) != len(own):
             raise ValueError(f"the state has {len(saved)} parameter groups, not {len(own)}")
@@ -131,7 +131,7 @@ class SAdam(Optimizer):
         super().load_state_dict(state_dict)
         for group, basis, source in zip(self.param_groups, bases, saved, strict=True):
             group |= basis
-            # torch casts moments to the parameter's dtype; those of a basis are wider.
+            # torch casts moments to the parameter's dtype; in a basis they are float32 or float64.
             for p, number in zip(group["params"], source["params"], strict=True):
                 for name in ("exp_avg", "exp_avg_sq"):
                     if basis and number in state_dict["state"]:
@@ -140,9 +140,9 @@ class SAdam(Optimizer):
 
 
 def basis_fingerprint(basis: Tensor, scale: float = 1.0) -> Tensor:
-    """Project a basis on a fixed random vector: (d, k) -> (d,), float64 on the CPU.
+    """Project a basis onto a fixed random vector: (d, k) -> (d,), float64 on the CPU.
 
-    Not a hash: equal bases agree to rounding on any device; other signs, orders or rotations do not.
+    Equal bases agree up to rounding on any device; bases with other signs, orders or rotations differ.
     """
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(basis.shape[1], generator=generator, dtype=torch.float64)
@@ -150,7 +150,7 @@ def basis_fingerprint(basis: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def move_basis(group: dict[str, Any], device: torch.device) -> None:
-    """Move a group's basis and gate, if it has them, to where the model has moved."""
+    """Move a group's basis and gate, if any, to the device of its parameters."""
     if "basis" in group and group["basis"].device != device:
         group |= {key: group[key].to(device) for key in ("basis", "gate")}
 
@@ -172,12 +172,12 @@ def _checked_basis(group: dict[str, Any]) -> dict[str, Any]:
     d, k = basis.shape
     gate = torch.ones(k) if group.get("gate") is None else group["gate"].detach()
     if gate.shape != (k,):
-        raise ValueError(f"the gate has shape {tuple(gate.shape)}, but the basis asks for ({k},)")
+        raise ValueError(f"the gate has shape {tuple(gate.shape)}, but the basis needs ({k},)")
     for p in params:
         if p.ndim != 2 or p.shape[1] != d:
             raise ValueError(f"a parameter has shape {tuple(p.shape)}, but must be (rows, {d})")
     if not (torch.isfinite(basis).all() and torch.isfinite(gate).all()):
-        raise ValueError("the basis or the gate has values that are not finite")
+        raise ValueError("the basis or the gate contains NaN or Inf")
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
     scale = float(group.get("scale", 1.0))
     fingerprint = basis_fingerprint(basis, scale)
@@ -187,14 +187,14 @@ def _checked_basis(group: dict[str, Any]) -> dict[str, Any]:
 
 def _check_same_basis(index: int, own: Tensor | None, saved: Tensor | None) -> None:
     if (own is None) != (saved is None):
-        have, had = ("no", "a") if own is None else ("a", "no")
-        raise ValueError(f"parameter group {index} has {have} basis, its saved state had {had} one")
+        now, then = ("no", "a") if own is None else ("a", "no")
+        raise ValueError(f"parameter group {index} has {now} basis, its saved state {then} basis")
     if own is None or saved is None:
         return
     largest = float(own.abs().max()) or 1.0
     if saved.shape != own.shape or float((saved.cpu() - own).abs().max()) > 1e-5 * largest:
         raise ValueError(
-            f"the saved state of parameter group {index} belongs to another basis, and moments mean "
-            "nothing outside theirs (eigenvectors are defined only up to sign and rotation). Resume with "
-            "the basis that the run was started with, or start afresh."
+            f"the saved state of parameter group {index} belongs to another basis; its moments are valid in "
+            "that basis only (eigenvectors are unique only up to sign and rotation). Resume with the basis "
+            "that the run started with, or train from the beginning."
         )

@@ -1,9 +1,9 @@
-"""What a training step holds at most beside weights and optimizer, counted on a model without weights.
+"""Peak activation memory of a training step, without weights and optimizer state, on the meta device.
 
-The step's forward and backward pass runs on the meta device, where tensors have sizes and no memory, and
-every tensor's bytes count from its making to its end. Attention there would take its plain form, which
-keeps (tokens x tokens); it is replaced by one that keeps what fused kernels keep. The head is left out and
-added by a formula, since TRL's loss goes through it in tiles.
+The forward and backward pass runs on the meta device, and the bytes of every tensor are counted during its
+lifetime. Attention would fall back to the unfused implementation, which saves (tokens x tokens) matrices; it
+is replaced by one that saves what fused kernels save. The output layer and the loss are added by a formula,
+since TRL computes them in tiles.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_leaves
 
 from folora.adapters.low_rank import narrow_inputs
 
-# TRL's tile of logits: tokens, and width. In torch's own operations, without Triton, some copies of it
-# in float32 are alive at once; measured.
+# Tokens and columns of TRL's tile of logits. Without Triton, several float32 copies of it are alive at the
+# same time (measured).
 TILE, FLOAT32_TILES = (4096, 32768), 7
 
 
@@ -37,52 +37,56 @@ def step_bytes(
     checkpointing: bool = False,
     masked: bool = True,
 ) -> int:
-    """Most bytes that are alive in a step's forward and backward pass, weights left out.
+    """Peak bytes of tensors in a step's forward and backward pass, without weights.
 
-    Rows are taken to be padded, for which transformers repeats shared keys and values. Gradients of
-    the adapter are in it; penalties (KL, Mask-the-Target) and what autocast casts are not.
+    Rows are assumed to be padded; transformers then repeats shared keys and values. Gradients of the
+    adapter are included; KL penalties and autocast copies are not.
 
     Args:
         model: On the meta device, in the dtype of training, in training mode; see `adapter.outline`.
-        rows: Of a batch.
-        tokens: Of a row.
-        on_cpu: Whether the step will be taken there.
-        checkpointing: Whether blocks keep their inputs alone and are run again in the backward pass.
-        masked: Whether the model is handed a ready-made mask, as in a padded batch.
+        rows: Rows per batch.
+        tokens: Tokens per row.
+        on_cpu: Whether training will run on the CPU.
+        checkpointing: Whether gradient checkpointing is on.
+        masked: Whether the model gets a 4D attention mask, as for a padded batch.
     """
     base: Any = model.get_base_model()
-    if checkpointing:  # torch takes function modes away for the length of a backward pass
+    if checkpointing:  # torch disables function modes during the backward pass
         again = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), _FusedAttention())}
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=again)
     ids = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
     mask = torch.zeros(rows, 1, tokens, tokens, dtype=base.dtype, device="meta")
     given = {"attention_mask": mask} if masked else {}
-    padding = mask.numel() * (1 + mask.itemsize) * masked  # as booleans, and as what a kernel adds
-    alive = Alive([*base.parameters(), *base.buffers(), ids, mask])
-    with narrow_inputs(model), _FusedAttention(), alive:
+    padding = mask.numel() * (1 + mask.itemsize) * masked  # as booleans and as an additive mask
+    tracker = AllocationTracker([*base.parameters(), *base.buffers(), ids, mask])
+    with narrow_inputs(model), _FusedAttention(), tracker:
         hidden = base.base_model(input_ids=ids, **given, use_cache=False).last_hidden_state
-        in_loss = alive.now() + loss_bytes(hidden, base.config.get_text_config().vocab_size, on_cpu)
+        vocabulary = base.config.get_text_config().vocab_size
+        in_loss = tracker.allocated() + loss_bytes(hidden, vocabulary, on_cpu)
         hidden.backward(torch.empty_like(hidden))
-    return max(alive.most, in_loss) + padding
+    return max(tracker.peak, in_loss) + padding
 
 
-class Alive(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made while it is entered, until they end.
+class AllocationTracker(TorchDispatchMode):
+    """Counts the bytes of tensors that are created while it is active, until they are freed.
 
     Args:
-        known: Tensors that do not count.
+        known: Tensors that are not counted.
+
+    Attributes:
+        peak: Largest number of bytes allocated so far.
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
-        self.most = 0
+        self.peak = 0
         self._bytes = {StorageWeakRef(t.untyped_storage()): 0 for t in known}
         self._total = 0
 
-    def now(self) -> int:
-        """Bytes that are alive."""
-        for ended in [ref for ref in self._bytes if ref.expired()]:
-            self._total -= self._bytes.pop(ended)
+    def allocated(self) -> int:
+        """Bytes allocated now."""
+        for freed in [ref for ref in self._bytes if ref.expired()]:
+            self._total -= self._bytes.pop(freed)
         return self._total
 
     def __torch_dispatch__(
@@ -100,13 +104,13 @@ class Alive(TorchDispatchMode):
                 if (ref := StorageWeakRef(storage)) not in self._bytes:
                     self._bytes[ref] = storage.nbytes()
                     self._total += storage.nbytes()
-        if self._total > self.most:  # who has ended since is only then of interest
-            self.most = max(self.most, self.now())
+        if self._total > self.peak:  # only then look for freed tensors
+            self.peak = max(self.peak, self.allocated())
         return made
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Puts `_Fused` in the place of torch's attention."""
+    """Replaces torch's scaled_dot_product_attention by `_Fused`."""
 
     def __torch_function__(
         self,
@@ -121,12 +125,12 @@ class _FusedAttention(TorchFunctionMode):
 
 
 class _Fused(torch.autograd.Function):
-    """The shapes of attention by a fused kernel, and what that keeps; no values."""
+    """Output shapes and saved tensors of a fused attention kernel, without values."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         rows, heads, tokens, _ = query.shape
-        # In memory heads lie inside of tokens.
+        # The memory layout is (rows, tokens, heads, features).
         out = query.new_empty(rows, tokens, heads, value.shape[-1]).transpose(1, 2)
         sums = query.new_empty(rows, heads, tokens, dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, sums)
@@ -139,7 +143,7 @@ class _Fused(torch.autograd.Function):
 
 
 def loss_bytes(hidden: Tensor, vocabulary: int, on_cpu: bool) -> int:
-    """Of TRL's loss in its backward pass: a tile of logits, and the gradient of what the head reads."""
+    """Bytes of TRL's loss in its backward pass: a tile of logits, and the gradient of the hidden states."""
     tile = min(hidden[..., 0].numel(), TILE[0]) * min(vocabulary, TILE[1])
     size = hidden.dtype.itemsize
     return tile * (size + 4 * FLOAT32_TILES * on_cpu) + hidden.numel() * (4 + size)

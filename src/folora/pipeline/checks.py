@@ -1,4 +1,4 @@
-"""What can be found out before a long job starts: options, data, folder, model, and what lies there already."""
+"""Checks before a run starts: options, data, output folder, model, and existing results."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ WRITES: dict[str, tuple[type[Stage[Any]], ...]] = {
     "base": (Samples, KeepMoments),
     "compare": (Samples, KeepMoments, TaskMoments),
 }
-"""The stages that a command makes, or finds done already."""
+"""The stages that a command makes, or skips if done."""
 READS: dict[str, tuple[type[Stage[Any]], ...]] = {
     "measure": (Samples,),
     "solve": (KeepMoments, TaskMoments),
     "train": (Samples, Solved),
 }
-"""The stages that a command finds in the folder."""
+"""The stages whose results a command reads from the folder."""
 
 
 def check_options(context: Context, training: Path, *, needs_data: bool, trains: bool) -> None:
-    """Everything that can be found out without loading the model.
+    """All checks that do not need the model's weights.
 
     Args:
         context: Of the run.
         training: Folder for checkpoints.
-        needs_data: Whether the rows of the task are read.
-        trains: Whether training follows; if not, TRL may be missing.
+        needs_data: Whether the task rows are read.
+        trains: Whether training follows; if not, TRL need not be installed.
 
     Raises:
         FoLoraError: With what failed and the remedy.
@@ -60,9 +60,7 @@ def check_options(context: Context, training: Path, *, needs_data: bool, trains:
     check_quantizer(config)
     arguments = _arguments(config, training) if trains or find_spec("trl") is not None else None
     if config.shard and distributed.asks_for_fsdp((config.training.model_extra or {}).get("fsdp")):
-        raise ConfigError(
-            "--shard shares the weights out already; start the processes without FSDP"
-        )
+        raise ConfigError("--shard shards the weights already; start the processes without FSDP")
     if needs_data:
         check_dataset(required(config.dataset, "dataset"))
     if config.base is not None:
@@ -84,10 +82,10 @@ def check_options(context: Context, training: Path, *, needs_data: bool, trains:
 
 
 def check_command(context: Context, store: Folder, command: str) -> None:
-    """Everything else that can be found out before a command's stages begin.
+    """All other checks before a command's stages start.
 
-    Samples fit the context; what it reads of the stages before it is there, and of this model;
-    the weights are sound; the adapter fits the layers; the model can generate.
+    Samples fit the context; results of earlier stages exist and belong to this model; weights are
+    finite; the adapter fits the layers; the model can generate.
 
     Args:
         context: Of the run.
@@ -122,13 +120,13 @@ def check_command(context: Context, store: Folder, command: str) -> None:
 
 
 def check_is_no_model(folder: Path, name: str) -> None:
-    """Refuse an output folder that is the model's own. Raises ConfigError."""
+    """Refuse the model's folder as output folder. Raises ConfigError."""
     if os.path.isdir(name) and os.path.realpath(name) == os.path.realpath(folder):
-        raise ConfigError(f"output {folder} is the folder of the model; give another one")
+        raise ConfigError(f"output {folder} is the folder of the model; choose another output")
 
 
 def _arguments(config: FoLoraConfig, folder: Path) -> Any:
-    """TRL's arguments. Raises ConfigError for what it refuses, also if TRL is missing."""
+    """TRL's arguments. Raises ConfigError if they are invalid or TRL is not installed."""
     from folora.training.trainer import sft_config
 
     on_cpu = device_of(config).type == "cpu"
@@ -136,7 +134,7 @@ def _arguments(config: FoLoraConfig, folder: Path) -> Any:
 
 
 def _check_trainer(context: Context, arguments: Any, task: TaskData) -> None:
-    """What TRL refuses only with rows and a tokenizer. Raises ConfigError."""
+    """Checks by TRL that need rows and a tokenizer. Raises ConfigError."""
     from folora.training.trainer_check import check_trainer
 
     training = context.config.training
@@ -145,16 +143,16 @@ def _check_trainer(context: Context, arguments: Any, task: TaskData) -> None:
 
 
 def _check_sampling(context: Context, store: Folder) -> None:
-    """Samples fit the model's context, and a server that is to generate them is there."""
+    """Samples fit the model's context, and the generation server, if any, responds."""
     sampling = context.config.sampling
     if sampling.server is not None:
         distributed.raise_together(partial(_check_server, context, store))
     longest = context.limits["context"]
     asked = sampling.max_new_tokens
-    if longest is not None and asked >= longest:  # the start token comes in front
+    if longest is not None and asked >= longest:  # the start token is one more
         raise ConfigError(
-            f"sampling.max_new_tokens is {asked}, but {context.name} reads at most {longest} tokens; "
-            f"it must be < {longest}"
+            f"sampling.max_new_tokens is {asked}, but the context of {context.name} is {longest} "
+            f"tokens; it must be < {longest}"
         )
 
 
@@ -162,5 +160,5 @@ def _check_server(context: Context, store: Folder) -> None:
     sampling = context.config.sampling
     assert sampling.server is not None
     done = (store.folder / Samples.path).exists()
-    if not (done and store.manifest(Samples).get("engine") == ENGINE):  # else it may be stopped
+    if not (done and store.manifest(Samples).get("engine") == ENGINE):  # otherwise not needed
         find_server(sampling.server, sampling)

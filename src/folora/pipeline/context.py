@@ -1,6 +1,6 @@
-"""What all stages read: options, model, tokenizer, rows and the layers to adapt.
+"""Inputs of all stages: options, model, tokenizer, rows and the layers to adapt.
 
-Each is loaded or found when it is first asked for, and depends on the config and on what was given alone.
+Each is loaded or computed on first access, from the config and the constructor's arguments only.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Context:
 
     Args:
         config: Options.
-        model: The base model; loaded by ``config.model`` if not given.
-        tokenizer: Of the model; loaded likewise.
-        dataset: Rows, a `datasets.Dataset`, a file or a Hub name; ``config.dataset`` if not given.
+        model: The base model; default is to load ``config.model``.
+        tokenizer: Of the model; default is to load it.
+        dataset: Rows, a `datasets.Dataset`, a file or a Hub name; default is ``config.dataset``.
     """
 
     def __init__(
@@ -63,10 +63,10 @@ class Context:
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The base model, frozen; its weights are checked once.
+        """The base model, frozen, after a check that its weights are finite.
 
         Raises:
-            FoLoraError: It cannot be loaded, or a weight is not finite; the weight is named.
+            FoLoraError: It cannot be loaded, or a weight, which is named, is not finite.
         """
         model = self._model if self._model is not None else load_model(self.config, self.name)
         model.requires_grad_(False)  # before it runs; see load_model
@@ -82,7 +82,7 @@ class Context:
 
     @cached_property
     def model_config(self) -> Any:
-        """The transformers config of the model, which needs no weights."""
+        """The transformers config of the model; weights are not loaded."""
         if self._model is not None:
             return self._model.config
         return load_config(self.config, self.name)
@@ -94,7 +94,7 @@ class Context:
 
     @cached_property
     def limits(self) -> dict[str, int | None]:
-        """The keyword arguments of `check_fits`, None where the model's config does not say."""
+        """Vocabulary size and context length; None where the model's config does not give them."""
         text = self.model_config.get_text_config()
         found = {
             "vocabulary": getattr(text, "vocab_size", None),
@@ -104,7 +104,7 @@ class Context:
 
     @cached_property
     def start_id(self) -> int:
-        """The token that sampling starts from."""
+        """The start token of sampling."""
         if self._model is not None:
             generation = getattr(self._model, "generation_config", None)
         else:
@@ -122,8 +122,8 @@ class Context:
         """The tokenized rows.
 
         Raises:
-            ConfigError: No data set is given.
-            DataError: It cannot be read, or its rows cannot be used.
+            ConfigError: No dataset is given.
+            DataError: It cannot be read, or its rows are invalid.
         """
         dataset = self._dataset
         if dataset is None:
@@ -133,7 +133,7 @@ class Context:
 
     @property
     def ends_early(self) -> bool:
-        """Whether sampling may end early, for which it reads the task."""
+        """Whether sampling may stop early, which requires the task rows."""
         wanted = self.config.sampling.may_end_early and self.config.base is None
         return wanted and self._dataset is not None
 
@@ -144,14 +144,14 @@ class Context:
 
     @cached_property
     def outline(self) -> Coverage:
-        """Which layers are adapted, by the model's config alone."""
+        """Which layers are adapted, found from the model's config without weights."""
         return cover_config(self.config, self.model_config)[1]
 
     @cached_property
     def groups(self) -> list[InputGroup]:
-        """The shared inputs of the layers to adapt, found on the model itself.
+        """The shared inputs of the layers to adapt, found on the loaded model.
 
-        Logged if that was not done before, or if quantized layers differ from the config's.
+        The report is logged if `outline` has not logged the same, as with quantized layers.
         """
         found = coverage_of(self.model, self.config, self.start_id)
         if "outline" not in vars(self) or found.groups != self.outline.groups:
@@ -159,7 +159,7 @@ class Context:
         return found.groups
 
     def engine(self) -> Engine:
-        """What generates the calibration set: the model, ``sampling.sampler_model``, or a server.
+        """The engine that generates the calibration set: the model, ``sampling.sampler_model``, or a server.
 
         Raises:
             FoLoraError: It cannot be loaded or reached, or has another tokenizer.
@@ -168,7 +168,7 @@ class Context:
         return engine_of(self._sampler(), self.start_id, self.eos_ids, config.sampling, config.seed)
 
     def _sampler(self) -> PreTrainedModel:
-        """The model that generates; of a server, the one that it must serve."""
+        """The model that generates; with a server, the model that it must serve."""
         name = self.config.sampling.sampler_model
         if name is None:
             return self.model
@@ -182,16 +182,16 @@ class Context:
 
 
 def coverage_of(model: PreTrainedModel, config: FoLoraConfig, start_id: int) -> Coverage:
-    """Which layers of a model in memory are adapted, found on two rows of a few tokens.
+    """Which layers of a model in memory are adapted, found by a forward pass over two short rows.
 
     Args:
         model: The base model.
-        config: Says which layers, which rank, which method.
-        start_id: The token that rows start with.
+        config: Gives target modules, rank and method.
+        start_id: The first token of each row.
 
     Raises:
-        ConfigError: The model is no causal LM, or has an adapter already; nothing is there to adapt,
-            or the adapter does not fit.
+        ConfigError: The model is not a causal LM or already has an adapter, no layer can be adapted, or
+            the adapter does not fit.
     """
     check_model(model)
     check_causal(model, start_id)

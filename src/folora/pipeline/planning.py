@@ -1,8 +1,8 @@
-"""What a run will need, said before anything starts: layers, bases, memory, disk and time.
+"""Estimate a run's memory, disk and time before it starts.
 
-Sizes follow from the model's skeleton on the meta device, without its weights. Times are estimates
-from measuring on this machine for a moment (a matrix product in the model's dtype, and one in float64),
-good to a factor of about three.
+Sizes are computed on the meta device, without the model's weights. Times are estimated from a short
+benchmark on this machine (a matrix product in the model's dtype, and one in float64), accurate to a factor
+of about three.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from folora.adapters.adapter import outline
-from folora.adapters.coverage import Coverage, cover_config, warn_if_little
+from folora.adapters.coverage import Coverage, cover_config, warn_if_few_adapted
 from folora.adapters.initialization import NONZERO
 from folora.calibration.engine import batch_size_for
 from folora.calibration.moments import GRAM_SHARE, passes, room_for_moments
@@ -34,28 +34,28 @@ from folora.spectral.leading import uses_subspace_iteration
 
 logger = logging.getLogger(__name__)
 
-PROBE = 512
-# Bytes of activations over those of what adapted layers read and give: measured, 2 to 10.
-WIDTHS = 6
-# Tokens of a short row, and seconds that a pass over a whole one may take on the meta device.
-FEW_TOKENS, PATIENCE = 16, 20
-# Of a large product's rate: for one token a row; and in training, where on a CPU TRL's loss takes about half.
+PROBE = 512  # size of the benchmark's matrices
+# Activation memory divided by that of the inputs and outputs of adapted layers; measured 2 to 10.
+ACTIVATION_FACTOR = 6
+# Tokens of a short row, and maximum seconds of a pass over a full row on the meta device.
+SHORT_TOKENS, MAX_SECONDS = 16, 20
+# Relative to the rate of a large product: decoding; and training, where on a CPU TRL's loss takes about half.
 DECODING_EFFICIENCY, TRAINING_EFFICIENCY = 0.15, {"cpu": 0.25}
-# Operations of a solve over the cube of the width, in float64: to reduce it to one matrix, and for all its
-# vectors; and of k leading ones over k times the square of the width. Measured.
+# float64 operations of the eigenproblem, measured: reduction to standard form and all eigenvectors, relative
+# to d_in^3; k leading eigenvectors, relative to k d_in^2.
 REDUCTION, ALL_VECTORS, LEADING_VECTORS = 2.4, 17, 60
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage's needs.
+    """Estimated requirements of one stage.
 
     Attributes:
-        name: Of the stage.
+        name: Name of the stage.
         memory: Bytes.
         disk: Bytes.
-        seconds: At most; None where only the data can tell.
-        soonest: The same if sampling ends at its first look.
+        seconds: Upper estimate; None if it depends on unknown data.
+        soonest: The same if sampling stops at the first check.
     """
 
     name: str
@@ -67,12 +67,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class BasisSize:
-    """What training takes with so many directions of each basis.
+    """Memory of training for a number of eigenvectors per basis.
 
     Attributes:
-        directions: Number of directions; None for all.
+        directions: Number of eigenvectors; None for all.
         bases: Bytes of all bases.
-        training: Bytes of training as a whole.
+        training: Bytes of training in total.
     """
 
     directions: int | None
@@ -82,19 +82,19 @@ class BasisSize:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything `folora plan` prints.
+    """The estimates that `folora plan` prints.
 
     Attributes:
-        coverage: Which layers are adapted, and what is not.
+        coverage: Which layers are adapted.
         groups: Shared inputs.
-        layers: Layers that are adapted.
-        parameters: Of the model.
-        trainable: Of the adapter.
-        stages: What each needs.
-        sizes: Of the bases as configured, then with all directions and with r, where these differ.
-        batch: Rows and tokens of a row that training's memory is counted for.
-        activations: Bytes that a forward and backward pass over them takes, part of training's.
-        free: Bytes that the device has free now.
+        layers: Number of adapted layers.
+        parameters: Number of parameters of the model.
+        trainable: Number of trainable parameters of the adapter.
+        stages: Estimates by stage.
+        sizes: With the configured number of eigenvectors, then with all and with r, where these differ.
+        batch: Rows per batch and tokens per row for which training's memory is computed.
+        activations: Bytes of a forward and backward pass over this batch, included in training's.
+        free: Bytes free on the device now.
     """
 
     coverage: Coverage
@@ -110,7 +110,7 @@ class Plan:
 
     @property
     def advice(self) -> BasisSize | None:
-        """What fits into the free memory: the configured size, or else a smaller one; or None."""
+        """The configured size if it fits into free memory, else a smaller one that fits, else None."""
         most = self.sizes[0].bases
         fitting = (s for s in self.sizes if s.training < self.free and s.bases <= most)
         return next(fitting, None)
@@ -123,29 +123,31 @@ def plan(
     longest: int | None = None,
     processes: int = 1,
 ) -> Plan:
-    """Estimate a run: memory a process, disk and seconds of all together.
+    """Estimate a run: memory per process, disk and seconds in total.
 
     Args:
-        config: With ``model`` given.
+        config: With ``model`` set.
         task_tokens: Tokens of the training rows in one epoch, if known.
         rows: Number of training rows, if known.
-        longest: Tokens of the longest row, if known; else rows are as long as they may be.
-        processes: How many work together, each on an accelerator of its own or all on this CPU.
+        longest: Tokens of the longest row; default is ``data.max_length``.
+        processes: Number of processes, each on its own accelerator or all on this CPU.
 
     Raises:
-        ConfigError: `processes` is less than 1, the model cannot be found, or options do not fit it.
+        ConfigError: `processes` is less than 1, the model is not found, or options do not fit it.
     """
     if processes < 1:
         raise ConfigError(f"--processes is {processes}, but must be >= 1")
-    known = _known(config, processes)
+    known = _workload(config, processes)
     training = config.training
-    # A packed row is as long as rows are packed to.
+    # Packed rows have the length that they are packed to.
     extra = training.model_extra or {}
     packed = extra.get("max_length") if extra.get("packing") else None
     batch = (training.per_device_train_batch_size, packed or longest or config.data.max_length)
     activations = _activations(known, config, batch)
     factors = known.trainable * 4 * (2 if config.method.init in NONZERO else 1)
-    without = known.weights + 3 * factors + activations  # two moments, of frozen halves too
+    without = (
+        known.weights + 3 * factors + activations
+    )  # factors and two moments, also of frozen halves
     sizes = basis_sizes(config, known.groups, without)
     seconds = _training_seconds(known, config, task_tokens, rows)
     checkpoints = 2 * 4 * factors
@@ -170,8 +172,8 @@ def plan(
 
 
 @dataclass(frozen=True)
-class _Known:
-    """What all stages work on, how many processes share them, and how fast each is."""
+class _Workload:
+    """Model, layers, number of processes and speed, on which all estimates are based."""
 
     device: torch.device
     dtype: torch.dtype
@@ -184,11 +186,11 @@ class _Known:
     trainable: int
     processes: int
     weights: int
-    """Bytes of the base in a process."""
+    """Bytes of the base model per process."""
     rate: float
-    """Operations a second of a product in the model's dtype."""
-    wide_rate: float
-    """Likewise in float64."""
+    """Operations per second of a matrix product in the model's dtype."""
+    float64_rate: float
+    """The same in float64."""
 
     @property
     def moments(self) -> int:
@@ -196,11 +198,11 @@ class _Known:
         return sum(4 * g.d_in**2 for g in self.groups)
 
 
-def _known(config: FoLoraConfig, processes: int) -> _Known:
+def _workload(config: FoLoraConfig, processes: int) -> _Workload:
     device = device_of(config)
     model_config = load_config(config, required(config.model, "model"))
     skeleton, coverage = cover_config(config, model_config)
-    warn_if_little(coverage)
+    warn_if_few_adapted(coverage)
     groups, layers = coverage.groups, coverage.layers
     dtype = dtype_for(config, device, model_config) or torch.bfloat16
     parameters = sum(p.numel() for p in skeleton.parameters())
@@ -208,7 +210,7 @@ def _known(config: FoLoraConfig, processes: int) -> _Known:
     if config.shard:
         blocks = model_config.get_text_config().num_hidden_layers
         weights = int(sharded_weight_bytes(weights, blocks, processes))
-    return _Known(
+    return _Workload(
         device=device,
         dtype=dtype,
         model_config=model_config,
@@ -221,19 +223,18 @@ def _known(config: FoLoraConfig, processes: int) -> _Known:
         processes=processes,
         weights=weights,
         rate=_speed(device, dtype),
-        wide_rate=_speed(device, torch.float64),
+        float64_rate=_speed(device, torch.float64),
     )
 
 
-def _activations(known: _Known, config: FoLoraConfig, batch: tuple[int, int]) -> int:
-    """Bytes of a step's forward and backward pass.
+def _activations(known: _Workload, config: FoLoraConfig, batch: tuple[int, int]) -> int:
+    """Bytes of a step's forward and backward pass, computed on the meta device.
 
-    Some architectures take no ready-made mask there; experts are counted in bf16, the only dtype that torch
-    has their grouped products in on the meta device. Where a pass goes token by token (a state-space model
-    without its kernels), rows of few tokens are counted and extrapolated linearly. What does not run there
-    at all is estimated by the widths of the adapted layers.
+    Some architectures accept no 4D mask; experts are computed in bf16, the only dtype of torch's grouped
+    products on the meta device. If a pass is too slow (a state-space model without its kernels), short rows
+    are measured and extrapolated linearly. If it fails, the widths of the adapted layers give an estimate.
     """
-    with suppress(AttributeError, ValueError):  # of older transformers, of a model without experts
+    with suppress(AttributeError, ValueError):  # older transformers; a model without experts
         known.skeleton.set_experts_implementation("grouped_mm")
     model = outline(known.skeleton, known.layers, config.adapter.r, config.method.init).train()
     rows, tokens = batch
@@ -253,21 +254,23 @@ def _activations(known: _Known, config: FoLoraConfig, batch: tuple[int, int]) ->
         for masked in (True, False):
             try:
                 began = time.perf_counter()
-                few = count(FEW_TOKENS, dtype, masked)
+                short = count(SHORT_TOKENS, dtype, masked)
                 seconds = time.perf_counter() - began
-                if seconds * tokens / FEW_TOKENS < PATIENCE:
+                if seconds * tokens / SHORT_TOKENS < MAX_SECONDS:
                     return count(tokens, dtype, masked)
-                a_token = (count(2 * FEW_TOKENS, dtype, masked) - few) / FEW_TOKENS
-                return int(few + a_token * (tokens - FEW_TOKENS))
+                per_token = (count(2 * SHORT_TOKENS, dtype, masked) - short) / SHORT_TOKENS
+                return int(short + per_token * (tokens - SHORT_TOKENS))
             except Exception as error:  # whatever the model's code raises
                 logger.debug("a step on the meta device: %s", error)
-    logger.info("a step's memory is estimated: this architecture does not run without weights")
+    logger.info(
+        "activation memory is a rough estimate: this architecture does not run on the meta device"
+    )
     widths = sum(g.d_in for g in known.groups) + sum(d for _, d in known.layers.values())
-    return WIDTHS * widths * rows * tokens * known.dtype.itemsize
+    return ACTIVATION_FACTOR * widths * rows * tokens * known.dtype.itemsize
 
 
-def _text_stages(known: _Known, config: FoLoraConfig) -> tuple[Stage, Stage]:
-    """Sampling, and measuring what was sampled and the task."""
+def _text_stages(known: _Workload, config: FoLoraConfig) -> tuple[Stage, Stage]:
+    """Estimates of sampling and of measuring the moments."""
     sampling, processes = config.sampling, known.processes
     length = (sampling.min_new_tokens + sampling.max_new_tokens) // 2
     most = 0 if config.base is not None else sampling.num_sequences
@@ -275,8 +278,8 @@ def _text_stages(known: _Known, config: FoLoraConfig) -> tuple[Stage, Stage]:
     at_once = batch_size_for(
         known.device, known.model_config, known.dtype.itemsize, sampling, processes, known.weights
     )
-    a_token = cache_bytes(known.model_config, known.dtype.itemsize)
-    cache = a_token * at_once * sampling.max_new_tokens
+    per_token = cache_bytes(known.model_config, known.dtype.itemsize)
+    cache = per_token * at_once * sampling.max_new_tokens
     room = room_for_moments(known.device, config.statistics.memory_gb, known.weights)
     parts = [sum(4 * g.d_in**2 for g in part) for part in passes(known.groups, room)]
     of_task = config.statistics.task_examples * min(config.data.max_length, 256)
@@ -287,9 +290,9 @@ def _text_stages(known: _Known, config: FoLoraConfig) -> tuple[Stage, Stage]:
     def sampling_seconds(sequences: int) -> float | None:
         if elsewhere:
             return None
-        # Of the busiest process: batches are not divided, and the last is as large as the others.
-        mine = math.ceil(math.ceil(sequences / at_once) / processes) * at_once
-        return forward * mine * length / known.rate / DECODING_EFFICIENCY
+        # For the process with most batches; batches are not divided, and the last counts as full.
+        sequences = math.ceil(math.ceil(sequences / at_once) / processes) * at_once
+        return forward * sequences * length / known.rate / DECODING_EFFICIENCY
 
     def measuring_seconds(sequences: int) -> float:
         tokens = sequences * length + of_task
@@ -313,20 +316,23 @@ def _text_stages(known: _Known, config: FoLoraConfig) -> tuple[Stage, Stage]:
     )
 
 
-def _solving(known: _Known, config: FoLoraConfig) -> Stage:
+def _solving(known: _Workload, config: FoLoraConfig) -> Stage:
     kept = solve_options(config)["directions"]
     bases = sum(4 * g.d_in * min(kept or g.d_in, g.d_in) for g in known.groups)
     widest = max(g.d_in for g in known.groups)
     count = len(known.groups)
-    share = math.ceil(count / known.processes) / count  # of the busiest process
-    seconds = share * sum(_solve_operations(g.d_in, kept) for g in known.groups) / known.wide_rate
-    return Stage("solve", 2 * known.moments + bases + 10 * 8 * widest**2, bases, seconds, seconds)
+    share = math.ceil(count / known.processes) / count  # of the process with most groups
+    seconds = (
+        share * sum(_solve_operations(g.d_in, kept) for g in known.groups) / known.float64_rate
+    )
+    memory = 2 * known.moments + bases + 10 * 8 * widest**2
+    return Stage("solve", memory, bases, seconds, seconds)
 
 
 def _training_seconds(
-    known: _Known, config: FoLoraConfig, task_tokens: int | None, rows: int | None
+    known: _Workload, config: FoLoraConfig, task_tokens: int | None, rows: int | None
 ) -> float | None:
-    """None if the tokens of the rows are not known."""
+    """Seconds of training; None if the number of tokens is not known."""
     if not task_tokens:
         return None
     training = config.training
@@ -341,10 +347,10 @@ def _training_seconds(
 def basis_sizes(
     config: FoLoraConfig, groups: Sequence[InputGroup], without: int
 ) -> list[BasisSize]:
-    """Bytes of the bases by number of directions; see `Plan.sizes`.
+    """Bytes of the bases by number of eigenvectors; see `Plan.sizes`.
 
     Args:
-        config: Says how many directions.
+        config: Gives the number of eigenvectors.
         groups: Shared inputs.
         without: Bytes of training without bases.
     """
@@ -356,7 +362,7 @@ def basis_sizes(
 
 
 def widths(groups: Sequence[InputGroup]) -> list[tuple[int, int, int]]:
-    """(d_in, number of groups, number of layers) for every width, widest first."""
+    """(d_in, number of groups, number of layers) for every width, largest first."""
     found = sorted({g.d_in for g in groups}, reverse=True)
     return [
         (
@@ -369,14 +375,14 @@ def widths(groups: Sequence[InputGroup]) -> list[tuple[int, int, int]]:
 
 
 def _solve_operations(d: int, kept: int | None) -> float:
-    """In float64, for one shared input."""
+    """float64 operations for one shared input."""
     if kept is not None and uses_subspace_iteration(kept, d):
         return REDUCTION * d**3 + LEADING_VECTORS * d**2 * kept
     return (REDUCTION + ALL_VECTORS) * d**3
 
 
 def _speed(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a matrix product."""
+    """Operations per second of a matrix product."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(PROBE, 4 * PROBE, generator=generator).to(device, dtype)
     best = min(_seconds(device, lambda: x @ x.T) for _ in range(5))

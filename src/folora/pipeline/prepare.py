@@ -1,4 +1,4 @@
-"""The stages in memory, for anyone's own training loop or Trainer."""
+"""`prepare`: the stages in memory, for any training loop or Trainer."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def prepare(
 
     Args:
         model: A causal LM on its device; it is frozen, and its layers are wrapped in place, as PEFT does.
-            Processes may share its weights out (transformers' DistributedConfig). Or a Hub name or a
-            folder, loaded by the config's device, dtype, revision and the like.
-        tokenizer: Of the model; loaded with it by default if the model is given by name.
-        dataset: Rows, a `datasets.Dataset`, a local file or a Hub name; ``config.dataset`` by default.
-        config: Options; ``FoLoraConfig()`` by default.
+            Its weights may be sharded (transformers' DistributedConfig). Or a Hub name or folder, loaded
+            with the config's device, dtype, revision and related options.
+        tokenizer: Of the model; required for a model in memory.
+        dataset: Rows, a `datasets.Dataset`, a local file or a Hub name; default is ``config.dataset``.
+        config: Options; default is ``FoLoraConfig()``.
 
     Raises:
-        FoLoraError: Bad data, options or weights; cheap checks come first.
+        FoLoraError: Invalid data, options or weights; cheap checks run first.
     """
     config = config or FoLoraConfig()
     dataset = config.dataset if dataset is None else dataset
@@ -64,7 +64,7 @@ def prepare(
     _ = context.groups
     engine = None
     if config.base is None:
-        engine = context.engine()  # what cannot generate is refused before the task is measured
+        engine = context.engine()  # fails early if the model cannot generate
     else:
         warn_of_dtype(read_base_manifest(Path(config.base), context.facts), context.facts["dtype"])
     store = Memory()
@@ -74,10 +74,10 @@ def prepare(
 
 
 def _check_in_memory(model: PreTrainedModel, config: FoLoraConfig) -> None:
-    """Refuse options of loading that a model in memory contradicts; name those that are not used.
+    """Refuse loading options that a model in memory contradicts; warn of unused ones.
 
     Raises:
-        ConfigError: The model lies on another device, or has another dtype or quantization.
+        ConfigError: The model is on another device, or has another dtype or quantization.
     """
     quantized = getattr(model, "quantization_method", None) is not None
     dtype = str(model.dtype).removeprefix("torch.")
@@ -88,8 +88,8 @@ def _check_in_memory(model: PreTrainedModel, config: FoLoraConfig) -> None:
     ):
         if asked and asked != is_there:
             raise ConfigError(
-                f"{name} is {asked!r}, but the model that is given has {is_there!r}; leave the option "
-                "out, or give the model by its name"
+                f"{name} is {asked!r}, but the model in memory has {is_there!r}; leave the option out, or "
+                "give the model by name"
             )
     unused = sorted({"model", "output", "revision", "shard"} & {*config.differences()})
     if unused:

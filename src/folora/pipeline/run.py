@@ -1,19 +1,19 @@
-"""A run: the stages with a folder as their store, and what leaves it.
+"""`Run`: the stages with a folder as their store, export and report.
 
-A run is a folder::
+The folder::
 
     config.yaml      the options
-    folora.json      which of the files beside it folora wrote
-    1-samples/       text that the model generated, in shards, and the finished calibration set
-    2-statistics/    pre/ (C_pre) belongs to the base model, task/ (C_task) to the data set
+    folora.json      list of the files in this folder that folora wrote
+    1-samples/       self-samples: shards, and the finished calibration set
+    2-statistics/    pre/ (C_pre) depends on the base model, task/ (C_task) also on the dataset
     3-spectrum/      the eigenbasis of every shared input
     4-training/      checkpoints, and result/ with the trained factors
-    5-adapter/       an ordinary PEFT adapter: this is the result
-    report.json      what was learned, what was kept, and the cost
-    compare/         other methods on the same samples and moments, if asked for
+    5-adapter/       the result: an ordinary PEFT adapter
+    report.json      task loss, KL to the base, norms of the update
+    compare/         results of `folora compare`
 
-A stage is skipped if its result was made from the same inputs, resumed if it was interrupted, and made
-again if its inputs have changed; the former result is then kept under ``old/``.
+A stage is skipped if its result was made from the same inputs, resumed if it was interrupted, and rerun if
+its inputs have changed; the outdated result is moved to ``old/``.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from folora.runtime.storage import check_lock, check_writable, exclusive, folder
 CONFIG, REPORT, BASE = "config.yaml", "report.json", "base.safetensors"
 ADAPTER, MERGED, COMPARISON = "5-adapter", "merged", "compare"
 KIND = "run"
-"""What the list of a run's folder says of it; see `ownership`."""
+"""Kind of folder in its list of files; see `ownership`."""
 
 ExportKind = Literal["adapter", "merged"]
 
@@ -58,7 +58,7 @@ R = TypeVar("R")
 
 
 def _alone(method: Callable[Concatenate[Run, P], R]) -> Callable[Concatenate[Run, P], R]:
-    """A method of `Run` during which no other process works in its folder."""
+    """Make a method of `Run` hold the lock of its folder."""
 
     @wraps(method)
     def held(self: Run, /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -69,10 +69,10 @@ def _alone(method: Callable[Concatenate[Run, P], R]) -> Callable[Concatenate[Run
 
 
 class Run:
-    """One run folder and the stages that fill it.
+    """A run folder and the stages that fill it.
 
     Args:
-        config: ``model`` and ``output`` must be given; ``dataset`` from `measure` on.
+        config: Must have ``model`` and ``output``; from `measure` on also ``dataset``.
 
     Raises:
         FoLoraError: From every method, with what failed and the remedy.
@@ -83,34 +83,32 @@ class Run:
         self.context = Context(config)
         self.name = self.context.name
         self.folder = Path(required(config.output, "output"))
-        if os.path.isfile(self.folder):  # False for a name too long, at which Path raises
+        if os.path.isfile(self.folder):  # Path.is_file raises if the name is too long
             raise ConfigError(f"output {self.folder} is a file, but must be a folder")
         self.store = Folder(self.folder)
         self._lock = folder_lock(self.folder)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Hold the folder against other runs; every stage does, for its own time.
+        """Hold the lock of the folder; every stage does so while it runs.
 
         Raises:
-            ArtifactError: Another process of folora works there.
+            ArtifactError: Another folora process is running there.
         """
         with ExitStack() as held:
             distributed.on_rank_zero(lambda: held.enter_context(exclusive(self._lock)))
-            distributed.raise_together(self._check_shared)
+            distributed.raise_together(lambda: _check_shared(self.folder))
             yield
 
     def check(self, *, needs_data: bool, trains: bool = True) -> None:
-        """Everything that can be found out without loading the model; see `check_options`."""
-        self._check_folder()
+        """All checks that do not need the model's weights; see `check_options`."""
+        _check_folder(self.folder, self.config)
         training = (self.folder / Training.path).parent
         check_options(self.context, training, needs_data=needs_data, trains=trains)
 
     def check_command(self, command: str) -> None:
-        """Everything else that can be found out before a command's stages; see `check_command`."""
+        """All other checks before a command's stages; see `checks.check_command`."""
         check_command(self.context, self.store, command)
-
-    # The stages.
 
     def run(self) -> dict[str, Any]:
         """All stages; returns the report."""
@@ -124,7 +122,7 @@ class Run:
 
     @_alone
     def share(self) -> Shared:
-        """Stages 1 and 2: what all methods share."""
+        """Stages 1 and 2, which all methods share."""
         return stages.share(self.context, self.store)
 
     @_alone
@@ -134,7 +132,7 @@ class Run:
 
     @_alone
     def measure(self) -> None:
-        """Stage 2: C_pre, which belongs to the base model, and C_task."""
+        """Stage 2: C_pre and C_task."""
         samples = self.store.read(Samples, self.context)
         self.store.make(KeepMoments(self.context, samples))
         self.store.make(TaskMoments(self.context))
@@ -147,11 +145,11 @@ class Run:
 
     @_alone
     def train(self, source: Run | None = None) -> None:
-        """Stage 4: training, from the latest checkpoint if there is one.
+        """Stage 4: training, resumed from the latest checkpoint if there is one.
 
         Args:
-            source: Another run of the same model and data whose samples and spectrum are used, to compare
-                methods. Default: this one.
+            source: Another run of the same model and data whose samples and spectrum are used. Default is
+                this run.
         """
         store = (source or self).store
         spectrum = store.read(Solved, self.context)
@@ -164,10 +162,10 @@ class Run:
 
     @_alone
     def base(self, path: Path | None = None) -> Path:
-        """Samples and C_pre in one file, for any task on this model; returns its path.
+        """Write samples and C_pre to a base file, for any task on this model; returns its path.
 
         Args:
-            path: The file to make, or a base file to replace. Default is in the run's folder.
+            path: File to write or replace. Default is in the run's folder.
         """
         path = self.base_target(path)
         samples, keep = stages.sample_and_measure(self.context, self.store)
@@ -177,12 +175,12 @@ class Run:
         return path
 
     def base_target(self, path: Path | None) -> Path:
-        """Where `base` writes. Raises ConfigError if something else is there."""
+        """The file that `base` writes. Raises ConfigError if another file is there."""
         path = path or self.folder / BASE
         if os.path.isdir(self.name) and os.path.realpath(path.parent) == os.path.realpath(
             self.name
         ):
-            raise ConfigError(f"{path} would lie among the files of the model; give another folder")
+            raise ConfigError(f"{path} is in the model's folder; give another folder")
         check_base_target(path, Path(self.config.base) if self.config.base else None)
         return path
 
@@ -200,7 +198,7 @@ class Run:
     ) -> ExportReport:
         """Stage 5: an ordinary PEFT adapter, exact or truncated to `rank`, or merged weights."""
         if kind == "merged" and rank is not None:
-            raise ConfigError("a merged export is exact; --rank goes with the adapter alone")
+            raise ConfigError("a merged export is exact; --rank is for adapters only")
         target = path or self.folder / (MERGED if kind == "merged" else ADAPTER)
         if path is None and (why := obstacle(target, folder=True)):
             raise ConfigError(f"{target} {why}, but must be a folder; move it away, or give --to")
@@ -209,7 +207,8 @@ class Run:
 
         def write() -> ExportReport:
             if kind == "merged":
-                return self._write_merged(trained, target)
+                _write_merged(self, trained, target)
+                return ExportReport(0, 0.0, "", 0.0)
             config = LoraConfig(
                 task_type="CAUSAL_LM",
                 base_model_name_or_path=self.name,
@@ -220,20 +219,8 @@ class Run:
         with self.alone():
             return distributed.on_rank_zero(write)
 
-    def _write_merged(self, trained: Trained, target: Path) -> ExportReport:
-        """Loads the model afresh, since training wraps the layers, and whole: one process writes."""
-        whole, facts = self.config.replace(shard=False), trained.facts
-        base = load_model(whole, self.name, as_stored=True)
-        same = weights_fingerprint(base) == facts["model"]
-        if not same and str(base.dtype) != f"torch.{facts['dtype']}":  # rounded when it was trained
-            same = weights_fingerprint(load_model(whole, self.name)) == facts["model"]
-        if not same or config_fingerprint(base.config) != facts["model_config"]:
-            raise MismatchError(f"{self.name} is not the model that was trained in {self.folder}")
-        write_merged(base, base.state_dict(), trained.factors, target, self.context.tokenizer)
-        return ExportReport(0, 0.0, "", 0.0)
-
     def report(self) -> dict[str, Any]:
-        """What was learned, kept and paid; written to ``report.json`` and returned."""
+        """Task loss, KL and norms; written to ``report.json`` and returned."""
         manifest = self.store.manifest(Training)
         tokens = {
             part: self.store.manifest(stage)["tokens"]
@@ -253,55 +240,69 @@ class Run:
 
     @_alone
     def write_config(self) -> None:
-        """Leave the resolved config where a reader looks for it."""
+        """Write the resolved config to ``config.yaml``."""
         text = self.config.to_yaml()
 
         def write() -> None:
-            if not self._config_is_there():
+            if not _config_exists(self.folder, self.config):
                 write_own(self.folder / CONFIG, KIND, lambda file: file.write_text(text, "utf-8"))
 
         distributed.on_rank_zero(write)
 
-    # The folder.
 
-    def _check_shared(self) -> None:
-        if not self.folder.is_dir():
+def _write_merged(run: Run, trained: Trained, target: Path) -> None:
+    """Write merged weights, from a freshly loaded, unsharded model, since training wraps its layers."""
+    config, facts = run.config.replace(shard=False), trained.facts
+    base = load_model(config, run.name, as_stored=True)
+    same = weights_fingerprint(base) == facts["model"]
+    if not same and str(base.dtype) != f"torch.{facts['dtype']}":  # it was cast for training
+        same = weights_fingerprint(load_model(config, run.name)) == facts["model"]
+    if not same or config_fingerprint(base.config) != facts["model_config"]:
+        raise MismatchError(f"{run.name} is not the model that was trained in {run.folder}")
+    write_merged(base, base.state_dict(), trained.factors, target, run.context.tokenizer)
+
+
+def _check_shared(folder: Path) -> None:
+    """Refuse a folder that this process cannot see. Raises ConfigError."""
+    if not folder.is_dir():
+        raise ConfigError(
+            f"process {distributed.rank()} does not see the output folder {folder}; it must be on a file "
+            "system that all machines share"
+        )
+
+
+def _check_folder(folder: Path, config: FoLoraConfig) -> None:
+    """Refuse an output folder in which files of others would be overwritten. Raises ConfigError."""
+    check_writable(folder, "output")
+    check_is_no_model(folder, required(config.model, "model"))
+    parts = {part for stage in STAGES for part in (stage.path, stage.path.partition("/")[0])}
+    for part in sorted({*parts, ADAPTER, OLD}):
+        if why := obstacle(folder / part, folder=True):
             raise ConfigError(
-                f"process {distributed.rank()} does not see the output folder {self.folder}; it must "
-                "be on a file system that all machines share"
+                f"{folder / part} {why}, but must be a folder of this run; move it away, or choose another "
+                "output"
             )
-
-    def _check_folder(self) -> None:
-        """Refuse a folder in which something would be lost. Raises ConfigError."""
-        check_writable(self.folder, "output")
-        check_is_no_model(self.folder, self.name)
-        parts = {part for stage in STAGES for part in (stage.path, stage.path.partition("/")[0])}
-        for part in sorted({*parts, ADAPTER, OLD}):
-            if why := obstacle(self.folder / part, folder=True):
-                raise ConfigError(
-                    f"{self.folder / part} {why}, but must be a folder of this run; move it away, or "
-                    "choose another output"
-                )
-        check_lock(self.folder)
-        check_own(self.folder, KIND, [REPORT])
-        self._config_is_there()
-        check_owned_folder(self.folder / ADAPTER, "adapter", "the export folder")
-        check_checkpoints((self.folder / Training.path).parent, REQUEST)
-
-    def _config_is_there(self) -> bool:
-        """Whether there is a config file of this very config, be it the user's; see `check_own`."""
-        file = self.folder / CONFIG
-        try:
-            check_own(self.folder, KIND, [CONFIG])
-        except ConfigError:
-            if obstacle(file) or not _says(file, self.config):
-                raise
-            return True
-        return False
+    check_lock(folder)
+    check_own(folder, KIND, [REPORT])
+    _config_exists(folder, config)
+    check_owned_folder(folder / ADAPTER, "adapter", "the export folder")
+    check_checkpoints((folder / Training.path).parent, REQUEST)
 
 
-def _says(file: Path, config: FoLoraConfig) -> bool:
-    """Whether a YAML file is of this very config."""
+def _config_exists(folder: Path, config: FoLoraConfig) -> bool:
+    """Whether the folder has a config file equal to this config, possibly the user's. Raises ConfigError."""
+    file = folder / CONFIG
+    try:
+        check_own(folder, KIND, [CONFIG])
+    except ConfigError:
+        if obstacle(file) or not _is_config(file, config):
+            raise
+        return True
+    return False
+
+
+def _is_config(file: Path, config: FoLoraConfig) -> bool:
+    """Whether a YAML file parses to this config."""
     try:
         return FoLoraConfig.from_yaml(file) == config
     except FoLoraError:

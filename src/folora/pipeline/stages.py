@@ -1,7 +1,7 @@
-"""The stages from a model and a data set to a trained adapter.
+"""The stages before training: samples, C_pre, C_task and the spectrum.
 
-Samples and C_pre belong to the base model, C_task to the data set; the spectrum is solved from both, and
-training runs in it. With ``config.base`` the first two are read from a base file instead.
+Samples and C_pre depend on the base model only, C_task also on the dataset; the spectrum is solved from both
+moments. With ``config.base``, samples and C_pre are read from a base file instead.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from folora.config import FoLoraConfig
 from folora.data.rows import Example, TaskData, text_examples
 from folora.errors import ArtifactError, MismatchError
 from folora.pipeline.context import Context
-from folora.pipeline.store import Folder, Made, Memory, Stage
+from folora.pipeline.store import Folder, Memory, Stage, StageResult
 from folora.runtime import distributed
 from folora.runtime.progress import progress
 from folora.runtime.storage import json_fingerprint
@@ -42,13 +42,13 @@ Store = Folder | Memory
 
 
 class Samples(Stage[CalibrationSet]):
-    """Text that the base model generates.
+    """Self-samples: text that the base model generates.
 
     Args:
         context: Of the run.
-        stopping: Ends the sampling early.
+        stopping: Early stopping of the sampling.
         task: C_task, on which `stopping` depends.
-        engine: Generates the text; default is the context's, made if something is left to sample.
+        engine: Generates the text; default is the context's engine, created if needed.
     """
 
     path, kind, command = "1-samples/set", CALIBRATION_SET, "sample"
@@ -57,7 +57,7 @@ class Samples(Stage[CalibrationSet]):
         self,
         context: Context,
         stopping: EarlyStopping | None = None,
-        task: Made[Moments] | None = None,
+        task: StageResult[Moments] | None = None,
         engine: Engine | None = None,
     ) -> None:
         super().__init__(context)
@@ -66,18 +66,18 @@ class Samples(Stage[CalibrationSet]):
         self.config = with_batch_size(context.config.sampling, context.model)
 
     def request(self) -> dict[str, Any]:
-        """What each sequence depends on."""
+        """Fingerprints of what each sequence depends on."""
         found = dict(self.context.facts)
         if self.config.sampler_model:
             found["sampler_model"] = self.config.sampler_model
         if self.config.server:
-            found["engine"] = ENGINE  # whose draws are others; where it runs changes nothing
+            found["engine"] = ENGINE  # its random numbers differ; its address does not matter
         context = self.context
         seed = context.config.seed
         return found | sampling_facts(context.start_id, context.eos_ids, self.config, seed)
 
     def facts(self) -> dict[str, Any]:
-        """The same, and how many sequences there are."""
+        """The same, with the number of sequences and early stopping."""
         decision = None
         if self.stopping is not None and self.task is not None:
             decision = {**self.stopping.facts, "task": self.task.manifest["sha256"]}
@@ -85,7 +85,7 @@ class Samples(Stage[CalibrationSet]):
         return {**self.request(), "asked": asked}
 
     def compute(self, folder: Path | None) -> CalibrationSet:
-        """Sample; batches that are in the folder already are not sampled again."""
+        """Sample; batches already in the folder are reused."""
         context = self.context
         return sample_sequences(
             self.engine,
@@ -102,24 +102,24 @@ class Samples(Stage[CalibrationSet]):
 
     @classmethod
     def load(cls, context: Context, path: Path, expected: Mapping[str, Any]) -> CalibrationSet:
-        """Read the set; the model must know each of its tokens."""
-        return _known(CalibrationSet.load(path, expected), context)
+        """Read the set and check that its tokens are in the vocabulary."""
+        return _checked_vocabulary(CalibrationSet.load(path, expected), context)
 
 
 class BaseSamples(Stage[CalibrationSet]):
-    """The samples of a base file, instead of sampling."""
+    """Self-samples read from a base file."""
 
     path, kind, command = Samples.path, Samples.kind, Samples.command
     load = Samples.load
 
     def facts(self) -> dict[str, Any]:
-        """Of the model and of the text."""
+        """Fingerprints of the model and of the text."""
         manifest = read_base_manifest(_base_path(self.context), self.context.facts)
         return {**self.context.facts, "fingerprint": manifest["samples"]}
 
     def compute(self, folder: Path | None) -> CalibrationSet:
         """Read the file."""
-        return _known(_base_file(self.context).samples, self.context)
+        return _checked_vocabulary(_base_file(self.context).samples, self.context)
 
     def save(self, value: CalibrationSet, path: Path, facts: Mapping[str, Any]) -> None:
         """Write the set."""
@@ -132,7 +132,7 @@ class _Measured(Stage[Moments]):
     kind, command = MOMENTS, "measure"
 
     def facts(self) -> dict[str, Any]:
-        """Of the model and of the layers."""
+        """Fingerprints of the model and of the layers."""
         groups = json_fingerprint([[group.layers, group.d_in] for group in self.context.groups])
         return {**self.context.facts, "layers": groups}
 
@@ -142,13 +142,13 @@ class _Measured(Stage[Moments]):
 
     @classmethod
     def load(cls, context: Context, path: Path, expected: Mapping[str, Any]) -> Moments:
-        """Read the matrices; they must be of the layers to adapt."""
+        """Read the matrices and check that they belong to the layers to adapt."""
         found = Moments.load(path, expected)
         _check_layers(context, found.groups, path, cls.command)
         return found
 
     def _measure(self, examples: list[Example], what: str) -> Moments:
-        first = distributed.rank() == 0  # which writes them
+        first = distributed.rank() == 0  # rank 0 writes them
         context = self.context
         return measure(
             context.model, context.groups, examples, context.config.statistics, what, kept=first
@@ -156,7 +156,7 @@ class _Measured(Stage[Moments]):
 
 
 class TaskMoments(_Measured):
-    """C_task: moments on rows of the task."""
+    """C_task: second moments on task rows."""
 
     path = "2-statistics/task"
 
@@ -166,7 +166,7 @@ class TaskMoments(_Measured):
         return self.context.task.train[: self.context.config.statistics.task_examples]
 
     def facts(self) -> dict[str, Any]:
-        """Of the model, of the layers and of the rows."""
+        """Fingerprints of the model, the layers and the rows."""
         return {**super().facts(), "data": TaskData(self.rows, []).fingerprint}
 
     def compute(self, folder: Path | None) -> Moments:
@@ -175,12 +175,12 @@ class TaskMoments(_Measured):
 
 
 class KeepMoments(_Measured):
-    """C_pre: moments on what the model must keep.
+    """C_pre: second moments on the calibration set.
 
     Args:
         context: Of the run.
         samples: The calibration set.
-        stopping: What ended the sampling early; it may have measured C_pre.
+        stopping: Early stopping of the sampling; its last check may have measured C_pre.
     """
 
     path = "2-statistics/pre"
@@ -188,21 +188,21 @@ class KeepMoments(_Measured):
     def __init__(
         self,
         context: Context,
-        samples: Made[CalibrationSet],
+        samples: StageResult[CalibrationSet],
         stopping: EarlyStopping | None = None,
     ) -> None:
         super().__init__(context)
         self.samples, self.stopping = samples, stopping
 
     def facts(self) -> dict[str, Any]:
-        """Of the model, of the layers and of the text, or of the base file."""
+        """Fingerprints of the model, the layers, the text and the base file, if any."""
         path = self.context.config.base
         base = None if path is None else read_base_manifest(Path(path))["sha256"]
         text = self.samples.manifest["fingerprint"]
         return {**super().facts(), "samples": text, "base": base}
 
     def compute(self, folder: Path | None) -> Moments:
-        """Read the base file, take what early stopping has measured, or measure."""
+        """Read the base file, reuse the matrices of early stopping, or measure."""
         if self.context.config.base is not None:
             return _base_file(self.context).moments(self.context.groups)
         sequences = self.samples.load().calibration
@@ -224,12 +224,14 @@ class Solved(Stage[Spectrum]):
 
     path, kind, command = "3-spectrum", SPECTRUM, "solve"
 
-    def __init__(self, context: Context, keep: Made[Moments], task: Made[Moments]) -> None:
+    def __init__(
+        self, context: Context, keep: StageResult[Moments], task: StageResult[Moments]
+    ) -> None:
         super().__init__(context)
         self.keep, self.task = keep, task
 
     def facts(self) -> dict[str, Any]:
-        """Of the model, of both moments and of the options."""
+        """Fingerprints of the model and of both moments, and the options."""
         moments = [self.keep.manifest["sha256"], self.task.manifest["sha256"]]
         options = solve_options(self.context.config)
         return {**self.context.facts, "statistics": moments, **options}
@@ -245,7 +247,7 @@ class Solved(Stage[Spectrum]):
 
     @classmethod
     def load(cls, context: Context, path: Path, expected: Mapping[str, Any]) -> Spectrum:
-        """Read the bases; they must be of the layers to adapt."""
+        """Read the bases and check that they belong to the layers to adapt."""
         found = Spectrum.load(path, expected)
         _check_layers(context, found.groups, path, cls.command)
         return found
@@ -253,25 +255,25 @@ class Solved(Stage[Spectrum]):
 
 @dataclass(frozen=True)
 class Shared:
-    """What belongs to a model and a data set, whatever the method: the first stages."""
+    """Results of the first stages, which all methods share."""
 
-    samples: Made[CalibrationSet]
-    keep: Made[Moments]
-    task: Made[Moments]
+    samples: StageResult[CalibrationSet]
+    keep: StageResult[Moments]
+    task: StageResult[Moments]
 
 
 def sample(
     context: Context,
     store: Store,
-    task: Made[Moments] | None = None,
+    task: StageResult[Moments] | None = None,
     engine: Engine | None = None,
-) -> tuple[Made[CalibrationSet], EarlyStopping | None]:
-    """The calibration set, and what ended its sampling early.
+) -> tuple[StageResult[CalibrationSet], EarlyStopping | None]:
+    """The calibration set, and the early stopping of its sampling, if any.
 
     Args:
         context: Of the run.
-        store: Where the results go.
-        task: C_task if it is there; otherwise it is made if early stopping needs it.
+        store: Where results are kept.
+        task: C_task; by default it is measured if early stopping needs it.
         engine: Generates the text; default is the context's.
     """
     if context.config.base is not None:
@@ -287,23 +289,23 @@ def sample(
 def sample_and_measure(
     context: Context,
     store: Store,
-    task: Made[Moments] | None = None,
+    task: StageResult[Moments] | None = None,
     engine: Engine | None = None,
-) -> tuple[Made[CalibrationSet], Made[Moments]]:
-    """The calibration set and C_pre, which belong to the base model; arguments as for `sample`."""
+) -> tuple[StageResult[CalibrationSet], StageResult[Moments]]:
+    """The calibration set and C_pre, which depend on the base model; arguments as in `sample`."""
     samples, stopping = sample(context, store, task, engine)
     return samples, store.make(KeepMoments(context, samples, stopping))
 
 
 def share(context: Context, store: Store, engine: Engine | None = None) -> Shared:
-    """The first stages: calibration set, C_pre and C_task; arguments as for `sample`."""
+    """The first stages: calibration set, C_pre and C_task; arguments as in `sample`."""
     task = store.make(TaskMoments(context))
     samples, keep = sample_and_measure(context, store, task, engine)
     return Shared(samples, keep, task)
 
 
 def solve_options(config: FoLoraConfig) -> dict[str, Any]:
-    """The arguments of `solve_all` that a config stands for."""
+    """The arguments of `solve_all` for a config."""
     init = config.method.init
     return {
         "tau": config.spectrum.tau,
@@ -323,15 +325,15 @@ def solve_all(
     null_rank: int,
     directions: int | None,
 ) -> Spectrum:
-    """`solve` on the model's device, with progress.
+    """`solve` on the model's device, with a progress bar.
 
     Args:
         context: Of the run.
         keep: C_pre.
         task: C_task.
         tau: Relative ridge.
-        basis: Which basis; one of `eigenproblem.BASES`.
-        null_rank: Number of eigenvectors of C_pre with the smallest eigenvalues.
+        basis: One of `eigenproblem.BASES`.
+        null_rank: Number of eigenvectors of C_pre with the smallest eigenvalues to keep.
         directions: Number of leading columns of each basis; None for all.
     """
     with progress("solving", len(keep.groups)) as tick:
@@ -341,12 +343,14 @@ def solve_all(
         )  # fmt: skip
 
 
-def _known(samples: CalibrationSet, context: Context) -> CalibrationSet:
-    """The set, if the model knows each of its tokens. Raises ArtifactError."""
+def _checked_vocabulary(samples: CalibrationSet, context: Context) -> CalibrationSet:
+    """The set, if all its tokens are in the model's vocabulary. Raises ArtifactError."""
     known = context.limits["vocabulary"]
     rows = [*samples.calibration, *samples.held_out]
     if known is not None and (token := max(map(max, rows))) >= known:
-        raise ArtifactError(f"the samples hold token {token}, but the model knows {known}")
+        raise ArtifactError(
+            f"the samples contain token {token}, but the model's vocabulary has {known} tokens; sample again"
+        )
     return samples
 
 
@@ -364,6 +368,6 @@ def _check_layers(
 ) -> None:
     if groups != tuple(context.groups):
         raise MismatchError(
-            f"{path} is of other layers than adapter.target_modules "
-            f"{context.config.adapter.target_modules!r}; make it again: folora {command}"
+            f"{path} was made for other layers than adapter.target_modules "
+            f"{context.config.adapter.target_modules!r} selects; rerun folora {command}"
         )

@@ -1,8 +1,7 @@
-"""Where stages leave their results: in memory, or in a folder that is taken up again.
+"""`Stage`, and the two stores of stage results: `Memory` and `Folder`.
 
-A `Stage` says what its result depends on and how it is computed, saved and loaded. A store makes it: the
-folder's takes a result that was made from the same inputs, resumes one that was interrupted, and computes
-all else.
+A `Stage` defines what its result depends on and how it is computed, saved and loaded. `Folder` reuses a
+result that was made from the same inputs, resumes an interrupted one, and otherwise computes it.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ class Stage(ABC, Generic[T]):
     """One step of the pipeline.
 
     Attributes:
-        path: Where its result lies in a run's folder.
-        kind: What the manifest there calls it.
+        path: Path of its result in a run's folder.
+        kind: Kind of artifact in the result's manifest.
         command: The subcommand of ``folora`` that makes it.
     """
 
@@ -45,26 +44,26 @@ class Stage(ABC, Generic[T]):
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """Fingerprints of all that the result depends on; they stand in its manifest."""
+        """Fingerprints of all that the result depends on; stored in its manifest."""
 
     def request(self) -> dict[str, Any] | None:
-        """What unfinished work depends on; None if there is none to resume."""
+        """Fingerprints of what unfinished work depends on; None if it cannot be resumed."""
         return None
 
     def check_folder(self, folder: Path, request: str) -> None:
         """Refuse unfinished work that folora did not write.
 
         Args:
-            folder: Where it lies.
-            request: Name of the file there that says what it depends on.
+            folder: Folder of the unfinished work.
+            request: Name of the file there with its fingerprints.
         """
 
     @abstractmethod
     def compute(self, folder: Path | None) -> T:
-        """The result, made by all processes together.
+        """Compute the result; all processes call it.
 
         Args:
-            folder: For unfinished work, which is resumed from there; None to keep nothing.
+            folder: Folder of unfinished work, from which it is resumed; None to store nothing.
         """
 
     @abstractmethod
@@ -74,16 +73,16 @@ class Stage(ABC, Generic[T]):
     @classmethod
     @abstractmethod
     def load(cls, context: Context, path: Path, expected: Mapping[str, Any]) -> T:
-        """Read the result and check that it fits. Raises ArtifactError, MismatchError."""
+        """Read the result and check its fingerprints. Raises ArtifactError, MismatchError."""
 
 
 @dataclass(frozen=True)
-class Made(Generic[T]):
+class StageResult(Generic[T]):
     """The result of a stage.
 
     Attributes:
-        load: Gives it; what lies on disk is read at each call.
-        manifest: What its manifest says, its fingerprint among it; empty in memory.
+        load: Returns the result; a result on disk is read at each call.
+        manifest: Its manifest, with its fingerprint; empty in memory.
     """
 
     load: Callable[[], T]
@@ -91,16 +90,16 @@ class Made(Generic[T]):
 
 
 class Memory:
-    """Computes every stage and keeps the result in memory."""
+    """Computes every stage and holds the result in memory."""
 
-    def make(self, stage: Stage[T]) -> Made[T]:
+    def make(self, stage: Stage[T]) -> StageResult[T]:
         """Compute a stage."""
         value = stage.compute(None)
-        return Made(lambda: value)
+        return StageResult(lambda: value)
 
 
 class Folder:
-    """Results of stages in a folder.
+    """Stores the results of stages in a folder.
 
     Args:
         folder: The run's folder.
@@ -109,13 +108,13 @@ class Folder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def make(self, stage: Stage[T]) -> Made[T]:
-        """Take the result of a stage if it was made from the same inputs; otherwise make it.
+    def make(self, stage: Stage[T]) -> StageResult[T]:
+        """Return the result of a stage, reusing one that was made from the same inputs.
 
-        What was made from other inputs is kept under ``old/``.
+        A result that was made from other inputs is moved to ``old/``.
 
         Raises:
-            ArtifactError: What is there is damaged.
+            ArtifactError: The existing result is damaged.
         """
         facts = stage.facts()
         path = self.folder / stage.path
@@ -127,17 +126,17 @@ class Folder:
 
     def read(
         self, stage: type[Stage[T]], context: Context, expected: Mapping[str, Any] | None = None
-    ) -> Made[T]:
-        """The result of a stage that was made before.
+    ) -> StageResult[T]:
+        """The existing result of a stage.
 
         Args:
-            stage: Which.
+            stage: Class of the stage.
             context: Of the run.
-            expected: Facts that its manifest must hold; by default those of the model.
+            expected: Facts that its manifest must have; default is those of the model.
 
         Raises:
-            ArtifactError: It is missing, or damaged; its checksum is compared.
-            MismatchError: It is of another model.
+            ArtifactError: It is missing, or damaged according to its checksum.
+            MismatchError: It belongs to another model.
         """
         found = self._made(stage, context, context.facts if expected is None else expected)
         distributed.on_rank_zero(lambda: check_tensors(self.folder / stage.path, found.manifest))
@@ -145,9 +144,9 @@ class Folder:
 
     def _made(
         self, stage: type[Stage[T]], context: Context, expected: Mapping[str, Any]
-    ) -> Made[T]:
+    ) -> StageResult[T]:
         path, manifest = self.folder / stage.path, self.manifest(stage, expected)
-        return Made(lambda: stage.load(context, path, expected), manifest)
+        return StageResult(lambda: stage.load(context, path, expected), manifest)
 
     def manifest(
         self, stage: type[Stage[Any]], expected: Mapping[str, Any] | None = None
@@ -155,11 +154,11 @@ class Folder:
         """The manifest of a result. Raises ArtifactError, MismatchError."""
         path = self.folder / stage.path
         if not path.exists():
-            raise ArtifactError(f"{path} is missing; make it first: folora {stage.command}")
+            raise ArtifactError(f"{path} is missing; run folora {stage.command} first")
         return read_manifest(path, stage.kind, expected)
 
     def check(self, stage: type[Stage[Any]]) -> None:
-        """Refuse something else, or something damaged, in the place of a result. Raises ArtifactError."""
+        """Refuse a damaged result, or another file in its place. Raises ArtifactError."""
         path = self.folder / stage.path
         if (request := path.parent / REQUEST).exists():
             read_sealed(request)
@@ -167,7 +166,7 @@ class Folder:
             self.manifest(stage)
 
     def _is_done(self, stage: Stage[Any], facts: Mapping[str, Any]) -> bool:
-        """Whether the result is there; if not, its place is made ready."""
+        """Whether the result exists with these facts; if not, its location is prepared."""
         path, request = self.folder / stage.path, stage.request()
         if request is not None:
             stage.check_folder(path.parent, REQUEST)
@@ -180,20 +179,20 @@ class Folder:
             return False
         manifest = read_manifest(path, stage.kind)
         if all(manifest.get(name) == value for name, value in facts.items()):
-            logger.info("%s: done already", stage.path)
+            logger.info("%s: already done", stage.path)
             return True
         if request is None:
             self._set_aside(path)
-        else:  # finished parts still serve
+        else:  # finished parts are reused
             logger.info("%s: resumed with other settings", stage.path)
         return False
 
     def _set_aside(self, path: Path) -> None:
-        """Keep a result whose inputs have changed under ``old/``."""
+        """Move a result whose inputs have changed to ``old/``."""
         stem = str(path.relative_to(self.folder)).replace("/", "-")
         taken = {p.name for p in (self.folder / OLD).glob(f"{stem}-*")}
         number = next(n for n in range(1, 10**6) if f"{stem}-{n}" not in taken)
         target = self.folder / OLD / f"{stem}-{number}"
         target.parent.mkdir(parents=True, exist_ok=True)
         path.rename(target)
-        logger.warning("%s was made from other inputs; it is kept as %s", path, target)
+        logger.warning("%s was made from other inputs; moved to %s", path, target)

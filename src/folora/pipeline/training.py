@@ -1,4 +1,4 @@
-"""The training stage: from a spectrum and rows to trained factors and readings."""
+"""The training stage: trained factors and meter readings from a spectrum and rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from folora.config import FoLoraConfig
 from folora.errors import NumericsError
 from folora.metrics.meter import Reading, total_norm
 from folora.pipeline.context import Context
-from folora.pipeline.store import Made, Stage
+from folora.pipeline.store import Stage, StageResult
 from folora.runtime import distributed
 from folora.runtime.artifacts import read_artifact, write_artifact
 from folora.runtime.checkpoints import check_checkpoints
@@ -30,11 +30,11 @@ from folora.training.sft_options import effective
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training leaves.
+    """The result of training.
 
     Attributes:
         factors: A, B and kappa of every adapted layer.
-        facts: Readings and counts, for the report.
+        facts: Meter readings and step counts, for the report.
     """
 
     factors: Factors
@@ -46,24 +46,27 @@ class Training(Stage[Trained]):
 
     Args:
         context: Of the run.
-        samples: Held-out text for the meter.
+        samples: The calibration set; the meter uses its held-out part.
         spectrum: The eigenbases.
     """
 
     path, kind, command = "4-training/result", "training", "train"
 
     def __init__(
-        self, context: Context, samples: Made[CalibrationSet], spectrum: Made[Spectrum]
+        self,
+        context: Context,
+        samples: StageResult[CalibrationSet],
+        spectrum: StageResult[Spectrum],
     ) -> None:
         super().__init__(context)
         self.samples, self.spectrum = samples, spectrum
 
     def request(self) -> dict[str, Any]:
-        """What the checkpoints depend on: all that the result does."""
+        """Checkpoints depend on the same as the result."""
         return self.facts()
 
     def facts(self) -> dict[str, Any]:
-        """Of the model, of the spectrum, of the rows and of the options."""
+        """Fingerprints of the model, the spectrum, the rows and the options."""
         config = self.context.config
         training = config.training
         sections = (config.adapter, config.spectrum, config.method)
@@ -79,7 +82,7 @@ class Training(Stage[Trained]):
             * training.gradient_accumulation_steps,
         }
         if distributed.asks_for_fsdp((training.model_extra or {}).get("fsdp")):
-            found["checkpoints"] = "FSDP"  # of another form
+            found["checkpoints"] = "FSDP"  # another checkpoint format
         return found
 
     def check_folder(self, folder: Path, request: str) -> None:
@@ -87,7 +90,7 @@ class Training(Stage[Trained]):
         check_checkpoints(folder, request)
 
     def compute(self, folder: Path | None) -> Trained:
-        """Train to the end."""
+        """Train to the end, or resume."""
         from folora.training.trainer import train
 
         assert folder is not None
@@ -125,7 +128,7 @@ class Training(Stage[Trained]):
 
 
 def load_trained(path: Path, expected: Mapping[str, Any] | None = None) -> Trained:
-    """The result of a training, which needs no model. Raises ArtifactError, MismatchError."""
+    """Read the result of training without a model. Raises ArtifactError, MismatchError."""
     found = read_artifact(path, Training.kind, expected)
     with malformed_is_damaged(path):
         factors = {
@@ -136,7 +139,7 @@ def load_trained(path: Path, expected: Mapping[str, Any] | None = None) -> Train
 
 
 def check_finite_factors(factors: Factors, steps: int, config: FoLoraConfig) -> None:
-    """Refuse factors after a training that diverged. Raises NumericsError naming the layer."""
+    """Raise NumericsError, naming the layer, if training diverged."""
     for name, (a, b, _) in factors.items():
         if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
             raise NumericsError(
@@ -151,7 +154,7 @@ def _all_conv1d(prepared: Prepared, factors: Mapping[str, Any]) -> bool:
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON has no NaN; a reading that could not be taken is null."""
+    """Replace NaN and Inf by None, since JSON has no NaN."""
     if isinstance(value, dict):
         return {k: _without_nan(v) for k, v in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""TRL's trainer with SAdam: arguments, callbacks, checkpoints, and what a training is given.
+"""TRL's SFTTrainer with SAdam: arguments, callbacks, checkpoints; model, optimizer and data put together.
 
 May import `metrics`, `adapters`, `optim` and all below them.
 """

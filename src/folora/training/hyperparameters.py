@@ -1,4 +1,4 @@
-"""The numbers that the optimizer steps by, from a config or from a Trainer's own arguments."""
+"""The optimizer's hyperparameters, from a config or from a Trainer's arguments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from folora.optim.sadam import SAdam
 
 logger = logging.getLogger(__name__)
 
-OWN_OPTIMIZER = ("optim", "optim_args", "optim_target_modules")
+OPTIMIZER_FIELDS = ("optim", "optim_args", "optim_target_modules")
 
 
 def adam_options(training: TrainingConfig) -> dict[str, Any]:
@@ -22,12 +22,12 @@ def adam_options(training: TrainingConfig) -> dict[str, Any]:
 
 
 def follow_arguments(optimizer: SAdam, args: TrainingArguments, training: TrainingConfig) -> None:
-    """Step by a Trainer's learning rate, decay, betas and epsilon, and say which of them are others.
+    """Set the optimizer's learning rate, weight decay, betas and epsilon to a Trainer's; log what changes.
 
     Args:
-        optimizer: From `optimizer`; its last group is that of all B.
-        args: The Trainer's; B keeps its ratio to A.
-        training: What the optimizer was prepared with.
+        optimizer: From `optimizer`; its last group holds all B.
+        args: The Trainer's; the ratio of B's learning rate to A's is kept.
+        training: The section that the optimizer was prepared with.
     """
     wanted = {
         "learning_rate": (args.learning_rate, training.learning_rate),
@@ -37,9 +37,7 @@ def follow_arguments(optimizer: SAdam, args: TrainingArguments, training: Traini
     }
     for name, (given, prepared) in wanted.items():
         if given != prepared:
-            logger.warning(
-                "%s is %s by the Trainer's arguments, not %s as prepared", name, given, prepared
-            )
+            logger.warning("%s: the Trainer's %s replaces the prepared %s", name, given, prepared)
     for group in optimizer.param_groups:
         ratio = training.lr_b_ratio if group is optimizer.param_groups[-1] else 1.0
         group.pop("initial_lr", None)  # of an earlier schedule
@@ -52,12 +50,12 @@ def follow_arguments(optimizer: SAdam, args: TrainingArguments, training: Traini
 
 
 def check_optimizer(args: TrainingArguments) -> None:
-    """Refuse arguments of a Trainer that name another optimizer. Raises ConfigError."""
+    """Refuse Trainer arguments that select another optimizer. Raises ConfigError."""
     defaults = type(args).__dataclass_fields__
-    for name in OWN_OPTIMIZER:
+    for name in OPTIMIZER_FIELDS:
         given = getattr(args, name, None)
         if given not in (None, defaults[name].default):
             raise ConfigError(
-                f"{name} is {given!r}, but this Trainer steps by the prepared optimizer; leave it out, or "
+                f"{name} is {given!r}, but this Trainer uses the prepared optimizer; leave it out, or "
                 "prepare with method 'lora' for plain LoRA"
             )

@@ -1,4 +1,4 @@
-"""In training Ctrl-C and SIGTERM wait for the end of the step, and a checkpoint is written first."""
+"""Graceful stop: on Ctrl-C or SIGTERM the step is finished and a checkpoint written before training ends."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ logger = logging.getLogger(__name__)
 
 
 class StopAfterStep(TrainerCallback):
-    """Has the Trainer save and stop after the step in which a signal came to one of the processes.
+    """Makes the Trainer save and stop after the step in which any process received a signal.
 
     Attributes:
-        own: The signal that came to this process.
-        signum: The signal that all stop for.
-        began: Whether a step has begun: what was there to be resumed is loaded by then.
+        received: The signal that this process received.
+        signum: The signal for which all processes stop.
+        began: Whether a step has begun, so that a checkpoint to resume from has been loaded.
     """
 
     def __init__(self) -> None:
-        self.own: int | None = None
+        self.received: int | None = None
         self.signum: int | None = None
         self.began = False
 
@@ -48,26 +48,26 @@ class StopAfterStep(TrainerCallback):
     ) -> None:
         """Called by the Trainer after every step."""
         # All processes stop after the same step, or some would wait for the others for ever.
-        self.signum = distributed.all_reduce_max(self.own or 0) or None
+        self.signum = distributed.all_reduce_max(self.received or 0) or None
         if self.signum is not None:
             control.should_save = control.should_training_stop = True
 
 
 @contextmanager
 def finishing_step(stop: StopAfterStep) -> Iterator[None]:
-    """Have signals ask for the end of training instead of ending it; a second one does not wait.
+    """Stop training after the current step on a signal; a second signal stops at once.
 
     Raises:
-        Interrupted: At the end of the block, if a signal came.
+        Interrupted: At the end of the block, if a signal was received.
     """
 
     def ask(signum: int, frame: Any) -> None:
-        if stop.own is not None:  # not what another process was sent a moment before
+        if stop.received is not None:  # a signal to another process does not count as the first
             raise Interrupted(signum)
-        stop.own = signum
-        logger.warning("stopping after this step, with a checkpoint; once more to stop at once")
+        stop.received = signum
+        logger.warning("stopping after this step, with a checkpoint; send it again to stop at once")
 
     with handled_by(ask):
         yield
-    if (signum := stop.signum or stop.own) is not None:
+    if (signum := stop.signum or stop.received) is not None:
         raise Interrupted(signum)

@@ -1,7 +1,6 @@
-"""SAdam for an adapter: A is stepped in the bases of a spectrum, all else by AdamW.
+"""SAdam for an adapter: A is updated in the bases of a spectrum, all other parameters by AdamW.
 
-All that it needs is a PEFT model and a spectrum, wherever they were made: in this process, or in another one
-that saved both.
+It needs a PEFT model and a spectrum, made in this process or loaded from files of another one.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from folora.adapters.adapter import restore_forward
-from folora.adapters.constraint import keep_off
+from folora.adapters.constraint import project_after_step
 from folora.errors import ConfigError
 from folora.optim.fused import FusedSAdam
 from folora.optim.sadam import SAdam
@@ -44,32 +43,32 @@ def optimizer(
 ) -> SAdam:
     """Make the optimizer of an adapter, for any training loop or Trainer.
 
-    The model comes from `attach`, or from ``PeftModel.from_pretrained(base, folder, is_trainable=True)`` where the
-    folder holds a checkpoint or an export. Layers that PEFT has loaded get the forward pass of `attach`; where
-    the second half of an adapter is a frozen initialization (`initialization.NONZERO`), it stays frozen.
-    OPLoRA's protected spaces are not part of a folder: for these call `attach`, then ``load_adapter``.
+    The model comes from `attach`, or from ``PeftModel.from_pretrained(base, folder, is_trainable=True)`` where
+    the folder is a checkpoint or an export. Layers loaded by PEFT get the forward pass of `attach`; a frozen
+    initialization in the second half of an adapter (`initialization.NONZERO`) remains frozen. OPLoRA's
+    protected spaces are not saved with an adapter: call `attach`, then ``load_adapter``.
 
     Args:
-        model: A PEFT model with a LoRA adapter on just the layers of `bases`.
+        model: A PEFT model with a LoRA adapter on exactly the layers of `bases`.
         bases: The spectrum, from `solve` or loaded.
         lr: Learning rate of A and of the modules in ``modules_to_save``.
-        lr_b_ratio: Learning rate of B over that of A.
-        weight_decay: Decoupled weight decay, of all parameters.
-        lam: Gate's lambda, >= 0.
-        s_min: Gate's floor, in [0, 1].
-        directions: Number of leading directions that A moves along, ``"all"`` for all that `bases` have;
-            default is the adapter's rank.
+        lr_b_ratio: Learning rate of B divided by that of A.
+        weight_decay: Decoupled weight decay of all parameters.
+        lam: The gate's lambda, >= 0.
+        s_min: Minimum of the gate, in [0, 1].
+        directions: Number of leading eigenvectors along which A is updated, or ``"all"`` for all columns
+            of `bases`; default is the adapter's rank.
         step_scale: ``"task"``, or ``"paper"`` for none.
         spectral: False for plain AdamW.
         betas: Decay of the two moments.
-        eps: Added to the root of the second moment.
-        fused: `FusedSAdam`; False for the reference, `SAdam`, with the same steps to rounding.
+        eps: Added to the square root of the second moment.
+        fused: Use `FusedSAdam`; False for the reference `SAdam`, equal up to rounding.
         adapter_name: Name of the adapter in PEFT.
 
     Raises:
-        ConfigError: The model has no such adapter, its layers are not those of the spectrum, or nothing of
-            it is trainable.
-        ValueError: A number is outside of its interval.
+        ConfigError: The model has no such adapter, its layers are not those of the spectrum, or it has no
+            trainable parameters.
+        ValueError: A value is outside its interval.
     """
     bases = list(bases)
     _check_adapter(model, bases, adapter_name)
@@ -82,7 +81,7 @@ def optimizer(
     )  # fmt: skip
     kind = FusedSAdam if fused else SAdam
     made = kind(groups, betas=betas, eps=eps)
-    keep_off(made, model, adapter_name)
+    project_after_step(made, model, adapter_name)
     return made
 
 
@@ -100,9 +99,9 @@ def param_groups(
     spectral: bool = True,
     adapter_name: str = "default",
 ) -> list[dict[str, Any]]:
-    """Parameter groups of `optimizer`, which documents the arguments.
+    """Parameter groups of `optimizer`, where the arguments are documented.
 
-    One for A of each shared input, then one for ``modules_to_save`` if there are any, and last one for all B.
+    One group for the A of each shared input, then one for ``modules_to_save`` if any, and one for all B.
     """
     base = model.get_base_model()
     groups: list[dict[str, Any]] = []
@@ -126,12 +125,12 @@ def param_groups(
 def gated_basis(
     b: GroupBasis, lam: float, s_min: float, directions: int | None, step_scaling: str
 ) -> dict[str, Any]:
-    """What a group of `SAdam` holds of a basis: its leading columns, their gate and the scale.
+    """The entries of a group of `SAdam`: leading columns of a basis, their gate and the scale.
 
     Args:
         b: The solved basis.
-        lam: Gate's lambda.
-        s_min: Gate's floor.
+        lam: The gate's lambda.
+        s_min: Minimum of the gate.
         directions: Number of columns; None for all.
         step_scaling: ``"task"`` or ``"paper"``.
     """
@@ -142,7 +141,7 @@ def gated_basis(
 
 
 def _rank(model: PeftModel, basis: GroupBasis, adapter_name: str) -> int:
-    """Number of A's rows that are trained."""
+    """Number of trained rows of A."""
     layer: Any = model.get_base_model().get_submodule(basis.group.name)
     variant = layer.lora_variant.get(adapter_name)
     return getattr(variant, "trained", None) or len(layer.lora_A[adapter_name].weight)
@@ -160,7 +159,7 @@ def _saved_parameters(model: nn.Module, adapter_name: str) -> list[nn.Parameter]
 
 
 def _check_adapter(model: PeftModel, bases: Sequence[GroupBasis], adapter_name: str) -> None:
-    """Refuse an adapter that a spectrum does not fit, or that is not trained. Raises ConfigError."""
+    """Refuse an adapter that does not match the spectrum or is frozen. Raises ConfigError."""
     layers: dict[str, Any] = {
         name: module
         for name, module in model.get_base_model().named_modules()
@@ -169,7 +168,7 @@ def _check_adapter(model: PeftModel, bases: Sequence[GroupBasis], adapter_name: 
     if not layers:
         raise ConfigError(
             f"the model has no LoRA adapter {adapter_name!r}, but {', '.join(model.peft_config)}; "
-            "put one on it by attach, or give its name"
+            "attach one, or give its name"
         )
     widths = {name: b.group.d_in for b in bases for name in b.group.layers}
     if other := sorted(layers.keys() ^ widths.keys()):
@@ -187,5 +186,5 @@ def _check_adapter(model: PeftModel, bases: Sequence[GroupBasis], adapter_name: 
     if not any(layer.lora_B[adapter_name].weight.requires_grad for layer in layers.values()):
         raise ConfigError(
             f"the adapter {adapter_name!r} is frozen. Load it with PeftModel.from_pretrained(..., "
-            f"is_trainable=True), or make it the active one: model.set_adapter({adapter_name!r})"
+            f"is_trainable=True), or activate it: model.set_adapter({adapter_name!r})"
         )

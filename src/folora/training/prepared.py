@@ -1,4 +1,4 @@
-"""What a training needs, put together: the PEFT model, its optimizer, rows and meter."""
+"""`Prepared`: the PEFT model, its optimizer, tokenized rows and meter, ready for training."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from folora.training.optimizer import optimizer, param_groups
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model ready to be trained without forgetting.
+    """All that a training loop needs.
 
     Attributes:
-        model: A PEFT model; its logits are the base model's until the first step.
-        optimizer: From `optimizer`: A is stepped in the basis, B by AdamW.
-        bases: The solved spectrum of every shared input.
+        model: A PEFT model; its logits equal the base model's until the first step.
+        optimizer: From `optimizer`: A is updated in the basis, B by AdamW.
+        bases: The spectrum of every shared input.
         task: The tokenized rows: ``task.train`` and ``task.held_out``.
-        samples: What the base model wrote: ``samples.calibration`` and ``samples.held_out``.
-        meter: Reads what is learned and kept.
-        config: What it was prepared with.
+        samples: Self-samples of the base model: ``samples.calibration`` and ``samples.held_out``.
+        meter: Measures task loss and KL to the base.
+        config: The options that it was prepared with.
     """
 
     model: PeftModel
@@ -48,13 +48,13 @@ class Prepared:
     config: FoLoraConfig
 
     def param_groups(self, **changes: Any) -> list[dict[str, Any]]:
-        """Groups for `SAdam`; `changes` as in `param_groups`, for example ``lr=1e-3``."""
+        """Parameter groups for `SAdam`; `changes` override arguments of `param_groups`, such as ``lr=1e-3``."""
         return param_groups(self.model, self.bases, **(group_options(self.config) | changes))
 
     def train_dataset(self) -> Dataset:
-        """Rows to train on, ``input_ids`` and ``labels``, as TRL and Transformers take them.
+        """Training rows with ``input_ids`` and ``labels``, as TRL and Transformers expect.
 
-        With ``method.replay`` that share of them are self-samples, taken in turn.
+        ``method.replay`` is the fraction of them that are self-samples.
         """
         share = self.config.method.replay
         texts = text_examples(self.samples.calibration)
@@ -64,7 +64,7 @@ class Prepared:
     def export(self, path: str | Path, rank: int | None = None) -> ExportReport:
         """Write an ordinary LoRA adapter; see `export_adapter`.
 
-        Warns of an adapter that another optimizer than `SAdam` has trained.
+        Warns if the adapter was trained by an optimizer other than the prepared one.
         """
         self.meter.check()
         return export_adapter(self.model, path, rank=rank)
@@ -77,7 +77,7 @@ def assemble(
     samples: CalibrationSet,
     config: FoLoraConfig,
 ) -> Prepared:
-    """Adapter, optimizer and meter from what the first three stages found."""
+    """Adapter, optimizer and meter from the results of the first three stages."""
     peft_model = attach_configured(model, bases, config)
     options = group_options(config) | {"directions": config.directions or "all"}
     made = optimizer(peft_model, bases, **options, **adam_options(config.training))
@@ -116,7 +116,7 @@ def to_dataset(examples: Sequence[Example]) -> Dataset:
 
 
 def group_options(config: FoLoraConfig) -> dict[str, Any]:
-    """The keyword arguments of `optimizer` and `param_groups` that a config stands for."""
+    """The keyword arguments of `optimizer` and `param_groups` for a config."""
     spectrum, training = config.spectrum, config.training
     return {
         "lr": training.learning_rate,

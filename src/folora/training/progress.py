@@ -1,4 +1,4 @@
-"""Training shows the bar and the log lines of every other stage instead of the Trainer's own."""
+"""Progress bar and log lines of training, in the same form as those of the other stages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHOWN = {
     "eval_loss": ("task loss", ".4f"),
     "eval_kl": ("KL to the base", ".4f"),
 }
-"""What is shown of the Trainer's logs, as what, and in which format."""
+"""Entries of the Trainer's logs that are shown, with title and format."""
 
 
 class _TrainingProgress(TrainerCallback):
@@ -63,16 +63,16 @@ class _TrainingProgress(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if distributed.rank() == 0 and (said := _in_words(logs or {})):
-            logger.info("step %d of %d: %s", state.global_step, state.max_steps, said)
+        if distributed.rank() == 0 and (text := _formatted(logs or {})):
+            logger.info("step %d of %d: %s", state.global_step, state.max_steps, text)
 
 
 @contextmanager
 def training_progress(trainer: Trainer) -> Iterator[None]:
-    """Show a bar of steps, and a line for what the Trainer logs, while the block trains.
+    """Show a progress bar of steps, and log the Trainer's metrics, during the block.
 
-    The bar ends with the block, also after an error. A Trainer that shows tqdm's bar
-    (``disable_tqdm=False``) is left as it is.
+    The bar is closed at the end of the block, also after an error. With ``disable_tqdm=False`` the
+    Trainer's own progress bar is used instead.
     """
     with ExitStack() as bars:
         if trainer.args.disable_tqdm:
@@ -83,8 +83,8 @@ def training_progress(trainer: Trainer) -> Iterator[None]:
             trainer.remove_callback(shown)
 
 
-def _in_words(logs: Mapping[str, Any]) -> str:
-    """The shown values of a Trainer's log entry; numbers may come as text."""
+def _formatted(logs: Mapping[str, Any]) -> str:
+    """The shown values of a Trainer's log entry; numbers may be strings."""
     return ", ".join(
         f"{title} {float(logs[name]):{style}}"
         for name, (title, style) in SHOWN.items()

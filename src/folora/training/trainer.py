@@ -1,4 +1,4 @@
-"""Training by TRL's SFTTrainer; folora adds its optimizer, its meter, and a result on disk."""
+"""FoLoraTrainer: TRL's SFTTrainer with SAdam, the meter, KL penalties and sealed checkpoints."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ FLAT = (
     "--use_fsdp --fsdp_version 2), which keeps them, or neither: torchrun, or accelerate launch --multi_gpu. "
     "The base is frozen, so its weights need no optimizer state."
 )
-LORA = "lora_"  # in the names of all that belongs to an adapter
+LORA = "lora_"  # in the names of all adapter parameters
 
 
 class AfterStep(TrainerCallback):
     """Calls `act` after every step of a Trainer.
 
     Args:
-        act: Given the Trainer's state, and the control by which it is told to save or stop.
+        act: Called with the Trainer's state and control.
     """
 
     def __init__(self, act: Callable[[TrainerState, TrainerControl], None]) -> None:
@@ -94,7 +94,7 @@ class AfterStep(TrainerCallback):
 
 
 class OwnIntervals(TrainerCallback):
-    """Has a training that is resumed log, save and evaluate at the intervals that it is given now."""
+    """Makes a resumed training log, save and evaluate at today's intervals, not the checkpoint's."""
 
     def on_train_begin(
         self,
@@ -108,20 +108,20 @@ class OwnIntervals(TrainerCallback):
 
 
 class FoLoraTrainer(SFTTrainer):
-    """SFTTrainer on a `Prepared` model: `evaluate` reads the meter and logs what it says.
+    """SFTTrainer on a `Prepared` model: `evaluate` reads the meter and logs its metrics.
 
     A gradient that is not finite never reaches the optimizer: training ends with a NumericsError.
     Checkpoints are sealed; see `checkpoints`.
 
     Args:
         prepared: From `prepare`.
-        args: Any SFTConfig; see `sft_config` for one that follows a config. Its learning
-            rate, weight decay, betas and epsilon are taken, also where those prepared are others.
+        args: Any SFTConfig; `sft_config` makes one from a config. Its learning rate, weight decay, betas
+            and epsilon replace the prepared ones.
         processing_class: The tokenizer.
         kwargs: Passed on to SFTTrainer (callbacks, data_collator, ...).
 
     Raises:
-        ConfigError: `args` asks for another optimizer, or for parameters that are not whole.
+        ConfigError: `args` selects another optimizer, or a sharding that flattens parameters.
     """
 
     def __init__(
@@ -134,14 +134,14 @@ class FoLoraTrainer(SFTTrainer):
         self.prepared = prepared
         check_sharding(args)
         check_optimizer(args)
-        # Of the model, not of the Trainer, which knows it only in later versions of transformers.
+        # Read from the model: the Trainer has this only in later versions of transformers.
         model: Any = prepared.model
         self._loaded_in_parts = getattr(model, "is_distributed_loading_by_transformers", False)
         args = copy(args)
-        # The Trainer deletes whatever is named as a checkpoint; `prune` deletes what we wrote.
+        # The Trainer deletes any folder named like a checkpoint; `prune` only those that folora wrote.
         self._keep, args.save_total_limit = args.save_total_limit, None
         if self._loaded_in_parts:
-            # The Trainer would refuse to save the optimizer of such a model; see `_save_checkpoint`.
+            # The Trainer refuses to save the optimizer of such a model; see `_save_checkpoint`.
             args.save_only_model = True
         held_out = prepared.task.held_out
         super().__init__(
@@ -154,16 +154,18 @@ class FoLoraTrainer(SFTTrainer):
         )
         self.add_callback(OwnIntervals())
         if self.is_fsdp_enabled:
-            # By torch.distributed.checkpoint, which other numbers of processes can read; whole states
-            # are not loaded for an adapter alone (Accelerate 1.15 waits for ever).
+            # torch.distributed.checkpoint can be read by other numbers of processes. Full state dicts
+            # cannot be loaded for an adapter only (Accelerate 1.15 hangs).
             plugin = self.accelerator.state.fsdp_plugin
             plugin.state_dict_config = plugin.optim_state_dict_config = None
             plugin.set_state_dict_type("SHARDED_STATE_DICT")
         elif distributed.asks_for_fsdp(args.fsdp):
-            logger.warning("FSDP is asked for, but Accelerate takes it on accelerators alone")
+            logger.warning(
+                "FSDP is requested, but Accelerate supports it on accelerators only; it is not used"
+            )
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
-        """The prepared optimizer, over parameters that FSDP2 has not shared out yet."""
+        """The prepared optimizer, over parameters that FSDP2 has not sharded yet."""
         if self.optimizer is None:
             self.optimizer = self.prepared.optimizer
             follow_arguments(self.optimizer, self.args, self.prepared.config.training)
@@ -172,24 +174,24 @@ class FoLoraTrainer(SFTTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """The batches of a step, without what Accelerate fills the last one of an epoch up with.
+        """The batches of a step, without the rows with which Accelerate fills up the last batch of an epoch.
 
-        Several processes get as many rows each; those from the epoch's beginning do not count a second
-        time, so that the step is that of one process, which takes a shorter one.
+        Accelerate repeats rows so that all processes get equally many. Their labels are masked, so that
+        the step equals that of one process, whose last batch is smaller.
         """
-        own = map(self._not_filled_up, epoch_iterator)
+        masked = map(self._mask_repeated, epoch_iterator)
         found: tuple[list[Any], Tensor | int | None] = super().get_batch_samples(
-            own, num_batches, device
+            masked, num_batches, device
         )
         return found
 
-    def _not_filled_up(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def _mask_repeated(self, batch: dict[str, Any]) -> dict[str, Any]:
         state = self.accelerator.gradient_state
         if "labels" not in batch or not state.end_of_dataloader or state.remainder <= 0:
             return batch
         labels = batch["labels"]
         real = state.remainder - self.args.process_index * self._train_batch_size
-        if len(labels) == self._train_batch_size or real <= 0:  # or rows were put end to end
+        if len(labels) == self._train_batch_size or real <= 0:  # otherwise rows were packed
             labels = labels.clone()
             labels[max(0, real) :] = IGNORE
         return {**batch, "labels": labels}
@@ -201,49 +203,49 @@ class FoLoraTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """SFTTrainer's loss, plus the complements that the config asks for."""
+        """SFTTrainer's loss plus the KL penalties of the config."""
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         penalty = self._penalty(model, inputs) if model.training else None
         if penalty is None:
             return result
-        # With a token count SFTTrainer leaves averaging over micro-batches to the loss.
+        # Given a token count, SFTTrainer does not average over micro-batches.
         if num_items_in_batch is not None:
             penalty = penalty / self.current_gradient_accumulation_steps
         return (result[0] + penalty, result[1]) if return_outputs else result + penalty
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """SFTTrainer's, with narrow inputs of adapted layers and with folora's progress bar."""
+        """As in SFTTrainer, without PEFT's input casts and with folora's progress bar."""
         with narrow_inputs(self.prepared.model), training_progress(self):
             return super().train(*args, **kwargs)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
-        """SFTTrainer's forward and backward pass, and a look at the gradients before they are used."""
+        """SFTTrainer's forward and backward pass, followed by a check of the gradients."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        # fp16's scaler skips such steps itself, and looks for its scale by them.
+        # The fp16 gradient scaler skips such steps itself and adjusts its scale by them.
         if self.accelerator.scaler is None:
             self._check_gradients(inputs)
         return loss
 
     def _check_gradients(self, inputs: dict[str, Any]) -> None:
-        """End at a gradient that is not finite, before the optimizer sees it. Raises NumericsError."""
+        """Raise NumericsError if a gradient is not finite, before the optimizer step."""
         if not self.accelerator.sync_gradients and distributed.count() > 1:
-            return  # what one process sees alone all see with the last backward pass of the step
-        if not (names := self._unsound_gradients()):
+            return  # after the step's last backward pass all processes see the same gradients
+        if not (names := self._non_finite_gradients()):
             return
         with self.compute_loss_context_manager():
             where = first_non_finite_module(self.prepared.model, inputs)
         rate = self.prepared.config.training.learning_rate
         raise NumericsError(
             f"step {self.state.global_step + 1}: {len(names)} gradients are not finite, such as "
-            f"{names[0]}'s; {where}. The optimizer has seen nothing of it, and checkpoints are sound. Look "
-            f"at the rows of this step; or, if it is the model that overflows, lower "
-            f"training.learning_rate (now {rate:g}), or train in bf16 or fp32."
+            f"{names[0]}'s; {where}. The optimizer was not updated, and checkpoints are valid. Inspect the "
+            f"rows of this step; or, if the model overflows, lower training.learning_rate (now {rate:g}), or "
+            "train in bf16 or fp32."
         )
 
-    def _unsound_gradients(self) -> list[str]:
-        """Their names, the same in all processes."""
+    def _non_finite_gradients(self) -> list[str]:
+        """Names of parameters whose gradient is not finite, the same in all processes."""
         own = non_finite_gradients(self.prepared.model)
         if not self.is_fsdp_enabled:
             return own  # all have the same gradients
@@ -254,17 +256,17 @@ class FoLoraTrainer(SFTTrainer):
         )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """The Trainer's checkpoint, sealed when it is whole. Raises ArtifactError."""
+        """The Trainer's checkpoint, sealed when complete. Raises ArtifactError."""
         step = self.state.global_step
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
         def write() -> None:
             try:
                 super(FoLoraTrainer, self)._save_checkpoint(model, trial)
-                if self._loaded_in_parts:  # the base; the adapter is whole
+                if self._loaded_in_parts:  # only the base is sharded, not the adapter
                     self._save_optimizer_and_scheduler(str(folder))
                     self._save_rng_state(str(folder))
-            except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: of torch.save
+            except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: torch.save
                 raise ArtifactError(f"cannot write the checkpoint {folder}: {error}") from error
 
         def finish() -> None:
@@ -277,12 +279,12 @@ class FoLoraTrainer(SFTTrainer):
         distributed.on_rank_zero(finish)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """SFTTrainer's, which replaces README.md beside the checkpoints, for a push to the Hub alone."""
+        """Only for a push to the Hub: SFTTrainer would replace README.md next to the checkpoints."""
         if self.args.push_to_hub:
             super().create_model_card(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter; whole and as PEFT writes it, also where FSDP2 has shared it out."""
+        """Write the whole adapter as PEFT does, also if FSDP2 has sharded it."""
         if self.is_fsdp_enabled:
             parts = self.prepared.model.state_dict()
             self._save(output_dir, {n: full_tensor(t) for n, t in parts.items() if LORA in n})
@@ -290,21 +292,21 @@ class FoLoraTrainer(SFTTrainer):
             super().save_model(output_dir, _internal_call)
 
     def _penalty(self, model: Any, inputs: dict[str, Any]) -> Tensor | None:
-        """Weighted divergence from the base on self-samples and on the task; None if unweighted."""
+        """Weighted KL to the base on self-samples and on the task rows; None if both weights are 0."""
         config = self.prepared.config.method
         terms = []
         if config.kl_weight:
             texts = self.prepared.samples.calibration
-            # The global generator: the Trainer saves and restores it with a checkpoint.
+            # The global generator is saved and restored with the Trainer's checkpoints.
             chosen = torch.randint(len(texts), (self.args.per_device_train_batch_size,)).tolist()
             batch = pad_batch(text_examples([texts[i] for i in chosen]), 0)
             adapted, base, _ = self._both(model, batch)
             terms.append(config.kl_weight * kl(base, adapted).mean())
         if config.masked_kl_weight:
             adapted, base, targets = self._both(model, inputs)
-            if len(targets):  # no row of the batch may count
-                divergence = masked_target_kl(base, adapted, targets).mean()
-                terms.append(config.masked_kl_weight * divergence)
+            if len(targets):  # all labels of the batch may be masked
+                masked = masked_target_kl(base, adapted, targets).mean()
+                terms.append(config.masked_kl_weight * masked)
         return sum(terms[1:], terms[0]) if terms else None
 
     def _both(self, model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -322,7 +324,7 @@ class FoLoraTrainer(SFTTrainer):
     ) -> dict[str, float]:
         """Read the meter; metrics are named ``{prefix}_loss``, ``_kl``, ``_ce_change``, and norms.
 
-        With an `eval_dataset` of one's own it is SFTTrainer's evaluation instead.
+        With an `eval_dataset` it is SFTTrainer's evaluation instead.
         """
         if eval_dataset is not None:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -337,7 +339,7 @@ class FoLoraTrainer(SFTTrainer):
         }
         model = self.prepared.model
         training = model.training
-        model.eval()  # SFTTrainer.log tells evaluation from training by the model's mode
+        model.eval()  # SFTTrainer.log distinguishes evaluation and training by the model's mode
         self.log(dict(metrics))
         model.train(training)
         self.control = self.callback_handler.on_evaluate(
@@ -453,10 +455,10 @@ def _check_extra(extra: dict[str, Any]) -> None:
             raise ConfigError(f"training.{name} is {value!r}: {reason}") from error
 
 
-def _take_if_finished(trainer: FoLoraTrainer, checkpoint: Path) -> bool:
-    """Take the weights of a checkpoint after which nothing is left to do; False if something is.
+def _load_if_finished(trainer: FoLoraTrainer, checkpoint: Path) -> bool:
+    """Load the weights of a checkpoint of the last step; returns False if steps remain.
 
-    The Trainer would take one step more: it looks for its end after a step.
+    The Trainer would take one more step, because it checks for the end after a step.
     """
     state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     if state.global_step < state.max_steps:
@@ -470,38 +472,38 @@ def _take_if_finished(trainer: FoLoraTrainer, checkpoint: Path) -> bool:
 def train(
     prepared: Prepared, tokenizer: PreTrainedTokenizerBase, folder: Path, **kwargs: Any
 ) -> FoLoraTrainer:
-    """Train to the end, going on from the latest complete checkpoint in `folder`.
+    """Train to the end, resuming from the latest complete checkpoint in `folder`.
 
     Raises:
         ConfigError: TRL refuses a combination of options.
-        ArtifactError: A checkpoint cannot be written, or the latest one is damaged or of another
+        ArtifactError: A checkpoint cannot be written, or the latest one is damaged or belongs to another
             basis or model.
         NumericsError: See `FoLoraTrainer`.
-        Interrupted: Ctrl-C or SIGTERM; a checkpoint was written after the last step.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint of the last step was written.
     """
     config = prepared.config
     on_cpu = prepared.model.device.type == "cpu"
     args = sft_config(config, folder, evaluates=bool(prepared.task.held_out), on_cpu=on_cpu)
     try:
         trainer = FoLoraTrainer(prepared, args, tokenizer, **kwargs)
-    except ValueError as error:  # combinations that TRL looks at only here
+    except ValueError as error:  # combinations that TRL checks only here
         raise ConfigError(f"training: {error}") from error
 
     def latest() -> Path | None:
         if folder.is_dir():
-            sweep(folder)  # a checkpoint that was being deleted
+            sweep(folder)  # a partly deleted checkpoint
         return latest_checkpoint(folder)
 
     checkpoint = distributed.on_rank_zero(latest)
     trainer.add_callback(stop := StopAfterStep())
     try:
-        if checkpoint and _take_if_finished(trainer, checkpoint):
+        if checkpoint and _load_if_finished(trainer, checkpoint):
             return trainer
         with finishing_step(stop), distributed.reporting_lost_processes():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except FoLoraError:
         raise
-    except Exception as error:  # loaders of states raise what they like
+    except Exception as error:  # state loaders raise any type of error
         if checkpoint is None or stop.began:
             raise
         raise ArtifactError(

@@ -1,7 +1,7 @@
-"""Whether TRL will train with these arguments, found out before anything long starts.
+"""Check TRL's arguments before sampling starts, by building a Trainer on a tiny model.
 
-Much is refused only where a Trainer is built, or begins: packages of loggers, combinations of
-options, arguments of schedules and of data loaders. Here one is built on a model of a few numbers.
+TRL and transformers refuse much only when a Trainer is built: missing logger packages, combinations of
+options, arguments of schedules and data loaders.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ def check_trainer(
     """Build a Trainer with its data loader, optimizer and schedule.
 
     Args:
-        args: Of `sft_config`.
+        args: From `sft_config`.
         tokenizer: Of the model.
-        examples: Rows; the first ones are used, or one of four tokens if there are none.
+        examples: Rows; the first few are used, or a dummy row if there are none.
         model_config: The transformers config of the model.
 
     Raises:
-        ConfigError: TRL, transformers or a package that is missing refuses it.
+        ConfigError: TRL or transformers refuses the arguments, or a package is missing.
     """
     if args.use_liger_kernel and not is_liger_kernel_available():
         raise ConfigError("training.use_liger_kernel needs the package liger-kernel")
@@ -53,10 +53,10 @@ def check_trainer(
     coefficient = getattr(args, "router_aux_loss_coef", None)
     if coefficient and not hasattr(model_config.get_text_config(), "output_router_logits"):
         raise ConfigError(
-            "training.router_aux_loss_coef is for models with experts whose router has a loss"
+            "training.router_aux_loss_coef needs a mixture-of-experts model with a router loss"
         )
     args = copy(args)
-    args.full_determinism = False  # which is for the whole process
+    args.full_determinism = False  # it would affect the whole process
     args.router_aux_loss_coef = None
     tiny = LlamaConfig(
         vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
@@ -75,5 +75,5 @@ def check_trainer(
             )
             trainer.get_train_dataloader()
             trainer.create_optimizer_and_scheduler(STEPS)
-    except Exception as error:  # also of packages that an option asks for
+    except Exception as error:  # also missing packages
         raise ConfigError(f"training: {' '.join(str(error).split())}") from error

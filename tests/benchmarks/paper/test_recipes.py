@@ -260,7 +260,7 @@ def test_the_harnesses_own_code_tasks_are_refused_even_with_permission(
     monkeypatch.setattr("folora.metrics.evaluation._harness", lambda _: harness)
     theirs = {"code": {"task": "theirs", "metric": "pass@1"}}
     recipe = read_recipe(small_recipe(tmp_path, target=[], benchmarks=theirs))
-    with pytest.raises(ConfigError, match="'theirs' runs programs"):
+    with pytest.raises(ConfigError, match="'theirs' executes code"):
         scorer(recipe, tokenizer, allow_code=True)
 
 
