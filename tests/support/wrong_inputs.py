@@ -666,7 +666,7 @@ MODELS = [
           "is a model of type 't5', for which transformers has no causal LM", "files"),
     model("a masked model", another(lambda: BertForMaskedLM(bert())), "is a BertForMaskedLM", "files"),
     model("an encoder with a head", another(lambda: BertLMHeadModel(bert())),
-          "BertLMHeadModel attends to tokens that come after .*is_decoder", "files"),
+          "BertLMHeadModel .* tokens that come after .*is_decoder", "files"),
     model("a classifier", another(lambda: LlamaForSequenceClassification(make_llama().config)),
           "is a LlamaForSequenceClassification", "files"),
     model("a classifier of tokens", another(lambda: LlamaForTokenClassification(make_llama().config)),
