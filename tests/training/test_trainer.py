@@ -180,7 +180,7 @@ def test_accumulation_equals_a_larger_batch(tmp_path: Path) -> None:
 def test_prepare_works_with_a_custom_training_loop(tmp_path: Path) -> None:
     one = folora.prepare(make_gpt2(), make_tokenizer(), rows(), tiny_config())
     batch = torch.utils.data.default_collate(
-        [{"input_ids": torch.tensor(one.context.task.train[0].input_ids)}]
+        [{"input_ids": torch.tensor(one.task.train[0].input_ids)}]
     )
     ids = batch["input_ids"]
     first = None
