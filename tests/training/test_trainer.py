@@ -216,7 +216,7 @@ def test_non_causal_models_are_refused_before_sampling() -> None:
         vocab_size=51, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=32, initializer_range=0.5,
     )  # fmt: skip
-    with pytest.raises(ConfigError, match="BertLMHeadModel .* tokens that come after"):
+    with pytest.raises(ConfigError, match=r"BertLMHeadModel .* tokens that come after"):
         folora.prepare(BertLMHeadModel(config).eval(), make_tokenizer(), rows(), tiny_config())
 
 
