@@ -15,6 +15,7 @@ from folora.config import FoLoraConfig
 from folora.errors import ConfigError
 
 PLANS = sorted((Path(__file__).parents[2] / "benchmarks" / "plans").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "benchmarks" / "configs").glob("*.yaml"))
 GOOD: dict[str, Any] = {
     "model": "world", "base": {}, "tasks": ["a"], "seeds": [0], "runs": "r",
     "sweeps": [{"methods": ["lora"], "learning_rates": [1e-3]}],
@@ -37,6 +38,11 @@ def test_committed_plans_are_valid_and_name_every_arm_once(path: Path, data: Non
     base = FoLoraConfig().changed(plan.base)
     for arm in arms:
         base.changed({"method": arm.method, **arm.changes})
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_committed_configs_are_valid(path: Path) -> None:
+    assert FoLoraConfig.from_yaml(path).model is not None
 
 
 def test_arms_are_chosen_by_method_and_learning_rate() -> None:

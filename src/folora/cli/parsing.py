@@ -26,27 +26,22 @@ OPTIONS = option_names()
 INGREDIENTS = [name for name in Method.model_fields if name != "name"]
 SHORT = {"adapter.r": "--r", "training.learning_rate": "--lr", "training.max_steps": "--max-steps"}
 
-MODEL = ("model", "dtype", "quantize", "shard", "device", "revision", "trust_remote_code")
-LAYERS = ("adapter.target_modules", "sampling.start_token")
-SAMPLES = (
-    *MODEL, "output", "dataset", "data", "seed", "base", "sampling", "statistics", "spectrum", "adapter",
-    "method",
-)  # fmt: skip
+MODEL = ("model", "output", "dtype", "quantize", "shard", "device", "revision", "trust_remote_code")
+DATA = ("dataset", "data", "seed")
+ADAPTER = ("method", "adapter", "sampling.start_token")  # the layers are found by a forward pass
+SAMPLES = (*MODEL, *DATA, *ADAPTER, "base", "sampling", "statistics", "spectrum")
 ALL = (*SAMPLES, "training")
 USES: dict[str, tuple[str, ...]] = {
     "run": ALL,
     "plan": ALL,
     "sample": SAMPLES,
-    "measure": (*MODEL, *LAYERS, "output", "dataset", "data", "seed", "base", "statistics"),
-    "solve": (*MODEL, *LAYERS, "output", "spectrum", "adapter", "method"),
-    "train": (
-        *MODEL, *LAYERS, "output", "dataset", "data", "seed", "statistics.batch_size", "spectrum", "adapter",
-        "method", "training",
-    ),
-    "export": (*MODEL, "output"),
+    "measure": (*MODEL, *DATA, *ADAPTER, "base", "statistics"),
+    "solve": (*MODEL, *ADAPTER, "spectrum"),
+    "train": (*MODEL, *DATA, *ADAPTER, "statistics.batch_size", "spectrum", "training"),
+    "export": MODEL,
     "base": SAMPLES,
     "compare": tuple(name for name in ALL if name != "method"),
-}  # fmt: skip
+}
 """The options and sections that each command uses."""
 
 COMMANDS = {
