@@ -78,7 +78,7 @@ def named(cases: list[Case]) -> Any:
 
 def outlined(case: Case) -> Coverage:
     """By the config alone, as `plan` and `run` do."""
-    config = FoLoraConfig(model="tiny", adapter=CONFIG)
+    config = CONFIG.replace(model="tiny")
     return cover_config(config, tiny_config(case.kind, **case.changes))[1]
 
 
@@ -258,7 +258,7 @@ def test_adapting_less_than_half_of_the_weights_warns(
 ) -> None:
     case = next(c for c in CASES if c.kind == "mixtral")
     build(case).save_pretrained(tmp_path)
-    found = plan(FoLoraConfig(model=str(tmp_path), device="cpu", adapter=CONFIG))
+    found = plan(CONFIG.replace(model=str(tmp_path), device="cpu"))
     assert found.layers == 8 and found.activations > 0
     assert "LoRA adapts 19.7 % of the weights outside embeddings" in caplog.text
     said = found.coverage.lines()
@@ -284,4 +284,4 @@ def test_a_run_reports_what_is_adapted(
 def test_a_plan_covers_what_a_run_adapts(kind: str, tmp_path: Path) -> None:
     case = next(c for c in CASES if c.kind == kind)
     tiny_config(kind, **case.changes).save_pretrained(tmp_path)
-    assert plan(FoLoraConfig(model=str(tmp_path), device="cpu", adapter=CONFIG)).activations > 0
+    assert plan(CONFIG.replace(model=str(tmp_path), device="cpu")).activations > 0

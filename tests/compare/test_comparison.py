@@ -155,7 +155,7 @@ def test_what_cannot_be_compared_is_refused_before_the_first_arm(
     comparison = compare(run, tmp_path / "arms.jsonl")
     for arm, words in (
         (Arm("lorra"), "did you mean 'lora'"),
-        (Arm("lora", {"training.leaning_rate": 1.0}), "unknown option"),
+        (Arm("lora", {"training.leaning_rate": 1.0}), "did you mean .learning_rate"),
         (Arm("lora", {"adapter.r": 99}), r"must lie in \[1, 32\]"),
         (Arm("lora", {"adapter.target_modules": "q_proj"}), "target_modules"),
     ):
