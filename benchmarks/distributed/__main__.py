@@ -90,7 +90,7 @@ def breaches(found: Mapping[str, Any]) -> list[str]:
     said += [
         f"{what}: {message}"
         for what, message in found["refused"].items()
-        if f"process 1 of 2 sees another {what} than process 0" not in message
+        if f"process 1 of 2 has another {what} than process 0" not in message
     ]
     return said
 

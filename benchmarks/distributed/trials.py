@@ -63,7 +63,9 @@ def killed(
         "codes": [e.code for e in found],
         "seconds": round(seconds, 2),
         "says": [
-            r for r, e in enumerate(found) if "has lost another one" in " ".join(e.said.split())
+            r
+            for r, e in enumerate(found)
+            if "lost the connection to another process" in " ".join(e.said.split())
         ],
         "checkpoint": reached,
         "then": then,

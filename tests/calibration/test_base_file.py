@@ -42,7 +42,7 @@ def test_the_stored_triangle_restores_the_matrix(d: int, seed: int) -> None:
 
 @pytest.fixture(scope="module")
 def base(finished: FoLoraConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its base file, by the command line and without a data set."""
+    """Its base file, made by the command line without a data set."""
     place = tmp_path_factory.mktemp("shared")
     file, config = place / "llama.safetensors", place / "base.yaml"
     shutil.copytree(str(finished.output), place / "run")
@@ -91,7 +91,7 @@ def test_a_subset_of_layers_is_accepted_and_others_refused(
     Run(few).base(small)
     more = config.changed({"base": str(small), "output": str(tmp_path / "more")})
     with pytest.raises(
-        ConfigError, match=r"small.safetensors has no statistics of what .*q_proj reads"
+        ConfigError, match=r"small.safetensors has no C_pre of the input of .*q_proj;"
     ):
         Run(more).run()
 
@@ -124,8 +124,8 @@ def test_another_model_and_damage_are_refused_before_the_run_starts(
     save_file({name: tensors[name]}, tmp_path / "plain.safetensors")
     (tmp_path / "text.safetensors").write_text("{}")
     for file, message in {
-        "cut": "is no base file", "plain": "is no base file", "text": "is no base file",
-        "absent": "is missing; make it",
+        "cut": "is not a base file", "plain": "is not a base file", "text": "is not a base file",
+        "absent": "is missing; create it",
     }.items():  # fmt: skip
         path = tmp_path / f"{file}.safetensors"
         with pytest.raises(ArtifactError, match=message):
@@ -134,7 +134,7 @@ def test_another_model_and_damage_are_refused_before_the_run_starts(
 
 
 def resealed(base: Path, file: Path, tensors: dict[str, Any], **facts: Any) -> None:
-    """A copy with other tensors and facts, of which every checksum is right."""
+    """A copy with changed tensors and metadata and valid checksums."""
     found = {name: t for name, t in {**load_file(base), **tensors}.items() if t is not None}
     own = {**read_base_manifest(base), "sha256": tensors_sha256(found), **facts}
     manifest = {name: value for name, value in own.items() if value != "gone"}
@@ -147,12 +147,12 @@ GROUP = {"layers": ["x"], "d_in": 3}
 @pytest.mark.parametrize(
     ("tensors", "facts", "message"),
     [
-        ({"tokens": torch.tensor(1)}, {}, "does not hold"),
-        ({"lengths": None}, {}, "does not hold"),
-        ({}, {"sha256": "gone"}, "does not say 'sha256'"),
-        ({}, {"groups": "gone"}, "does not say 'groups'"),
-        ({}, {"held_out": "gone"}, "does not say 'held_out'"),
-        ({}, {"groups": [{"layers": [], "d_in": 3}]}, "is no group of layers"),
+        ({"tokens": torch.tensor(1)}, {}, "has unexpected contents"),
+        ({"lengths": None}, {}, "has unexpected contents"),
+        ({}, {"sha256": "gone"}, "has no entry 'sha256'"),
+        ({}, {"groups": "gone"}, "has no entry 'groups'"),
+        ({}, {"held_out": "gone"}, "has no entry 'held_out'"),
+        ({}, {"groups": [{"layers": [], "d_in": 3}]}, "is not a group of layers"),
         ({}, {"groups": [{**GROUP, "d_in": 10**30}]}, "KeyError"),
         ({"x/c_pre": torch.ones(5)}, {"groups": [GROUP]}, r"\(5,\) values of torch.float32"),
         ({"x/c_pre": torch.ones(6, 1)}, {"groups": [GROUP]}, r"\(6, 1\) values"),
@@ -174,7 +174,7 @@ def test_wrong_contents_with_valid_checksums_are_refused(
 def test_a_file_of_another_dtype_is_refused_or_reported(
     finished: FoLoraConfig, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """These weights are rounded in bfloat16, and are others then; weights that are not are the same."""
+    """Weights that bfloat16 rounds differ from the file's; weights that it represents exactly do not."""
     given = {"base": str(base), "output": str(tmp_path / "run"), "dtype": "bfloat16"}
     with pytest.raises(MismatchError, match=r"another dtype: it was made for float32, .*bfloat16"):
         Run(finished.changed(given)).check_command("run")

@@ -82,7 +82,7 @@ def test_texts_are_judged_independently_and_kept_once(tokens: list[int]) -> None
     assert len(seen) == (first is None)
     if first is None:
         assert len(tokens) >= MIN_TOKENS
-        # Other tokens in the place of these, one for one, change nothing: only equality counts.
+        # Renaming tokens one to one changes nothing: only equality counts.
         assert rejection([1000 - t for t in tokens], seen) in (None, "duplicate")
 
 
@@ -90,7 +90,7 @@ def test_texts_are_judged_independently_and_kept_once(tokens: list[int]) -> None
 def test_order_decides_only_which_of_two_equal_texts_is_the_duplicate(
     batch: list[list[int]], random: Random
 ) -> None:
-    """The reasons, counted, and what is kept are the same in any order."""
+    """The counts of reasons and the accepted texts are the same in any order."""
     batch = batch + batch[:2]
 
     def judged(order: list[list[int]]) -> tuple[Counter[str | None], set[tuple[int, ...]]]:
@@ -109,8 +109,8 @@ def test_order_decides_only_which_of_two_equal_texts_is_the_duplicate(
 def test_the_unique_ngram_ratio_is_a_ratio(tokens: list[int], n: int) -> None:
     ratio = unique_ratio(tokens, n)
     assert 0 < ratio <= 1
-    assert unique_ratio(tokens[::-1], n) == ratio  # backwards as many differ
+    assert unique_ratio(tokens[::-1], n) == ratio  # reversal does not change it
     assert longest_run(tokens[::-1]) == longest_run(tokens) <= len(tokens)
-    if n > 1:  # n-grams that differ at the front differ
+    if n > 1:  # n-grams with different first tokens differ
         count = len(tokens) - n + 1
         assert count <= 0 or ratio * count >= len(set(tokens[:count]))

@@ -35,7 +35,7 @@ def groups_of(model: PreTrainedModel) -> Any:
 
 
 def reference(model: PreTrainedModel, name: str, rows: list[list[int]]) -> torch.Tensor:
-    """Mean outer product over all tokens, each sequence alone and unpadded, in float64."""
+    """Mean outer product over all tokens, one unpadded sequence at a time, in float64."""
     seen: list[torch.Tensor] = []
     handle = model.get_submodule(name).register_forward_pre_hook(
         lambda module, args: seen.append(args[0].detach().double().reshape(-1, args[0].shape[-1]))
@@ -59,7 +59,7 @@ def test_moments_match_the_reference_with_padding(model: PreTrainedModel) -> Non
         matrix = found.matrices[group.name]
         assert matrix.shape == (group.d_in, group.d_in)
         assert matrix.dtype == torch.float32
-        for layer in group.layers:  # what is shared is really the same
+        for layer in group.layers:  # inputs in a group are identical
             expected = reference(model, layer, ROWS)
             assert_near(matrix, expected)
 
@@ -81,7 +81,7 @@ def test_passes_cover_all_groups_in_order_and_fit_the_memory(widths: list[int], 
     assert [g for part in parts for g in part] == groups
     sizes = [[4 * g.d_in**2 for g in part] for part in parts]
     assert all(sum(s) <= room or len(s) == 1 for s in sizes)
-    # No pass could have taken the next group as well.
+    # No pass has room for the next group.
     assert all(sum(a) + b[0] > room for a, b in itertools.pairwise(sizes))
     assert passes(groups, float("inf")) == [groups]
 
@@ -107,7 +107,7 @@ def test_batching_does_not_change_moments(batch_size: int) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5])
 def test_halves_hold_every_other_sequence(batch_size: int) -> None:
-    """The longest come first, whatever the batch; the whole has the same bits as without them."""
+    """Longest sequences come first at any batch size; halves do not change the bits of the full moments."""
     model = make_llama()
     groups = groups_of(model)
     asked = batches(text_examples(ROWS), batch_size)
@@ -126,7 +126,7 @@ def test_halves_hold_every_other_sequence(batch_size: int) -> None:
 
 
 def test_packed_rows_count_every_token() -> None:
-    """One flat row with restarting position_ids equals the sequences alone."""
+    """One packed row with restarting position_ids equals separate sequences."""
     model = make_llama()
     groups = groups_of(model)
     flat = torch.tensor([[t for row in ROWS for t in row]])
@@ -148,7 +148,7 @@ def test_shared_inputs_are_detected_during_a_forward_pass() -> None:
 
 
 class Inplace(nn.Module):
-    """Two layers read one tensor, but it changes in between."""
+    """Two layers with the same input tensor, which is modified in between."""
 
     def __init__(self) -> None:
         super().__init__()

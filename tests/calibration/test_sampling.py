@@ -14,7 +14,7 @@ from transformers import LlamaConfig, TopKLogitsWarper, TopPLogitsWarper
 
 from benchmarks.tiny import make_gpt2, make_llama, make_mistral, make_tokenizer, tiny_config
 from folora.calibration.calibration_set import KIND, CalibrationSet
-from folora.calibration.decoding import LOOK_EVERY, CudaGraphError, Forward, decode
+from folora.calibration.decoding import CHECK_EVERY, CudaGraphError, Forward, decode
 from folora.calibration.engine import HuggingFaceEngine, batch_size_for
 from folora.calibration.logits import MIXTURE, Decoding, decoding_of, inverse_cdf, warp_logits
 from folora.calibration.sampling import sample_sequences, sampling_facts
@@ -47,12 +47,12 @@ def test_batch_size_does_not_change_the_set(batch_size: int) -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_stepwise_decoding_matches_generate(make: Any, attention: str, dtype: torch.dtype) -> None:
-    """Also rows that end in other steps; the graph itself needs a GPU, see test_cuda.py."""
+    """Also rows that end at different steps; CUDA graphs are tested in test_cuda.py."""
     config = CONFIG.replace(num_sequences=64, min_new_tokens=2)
     model = make().to(dtype)
     model.set_attn_implementation(attention)
     generates, loops = (HuggingFaceEngine(model, 1, [2], config) for _ in range(2))
-    assert loops.steps == (make is not make_mistral)  # which has a sliding window
+    assert loops.steps == (make is not make_mistral)  # it has a sliding window
     generates.steps = False
     expected = generates(range(20))
     assert len({len(row) for row in expected}) > 5
@@ -91,7 +91,7 @@ def test_decoding_stops_when_all_sequences_have_ended() -> None:
 
     start = torch.ones(3, 1, dtype=torch.long)
     written = decode(forward, start, choose, [7], 500)
-    assert len(asked) == written.shape[1] == 2 * LOOK_EVERY
+    assert len(asked) == written.shape[1] == 2 * CHECK_EVERY
     assert [row.tolist().index(7) for row in written] == [1, 4, 19]
     assert decode(forward, start, choose, [], 40).shape == (3, 40)
 
@@ -99,7 +99,7 @@ def test_decoding_stops_when_all_sequences_have_ended() -> None:
 def test_out_of_memory_halves_the_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whatever fits, the set is the same; what does not fit with so few rows is an error."""
+    """The set is the same; a batch of the minimum size that does not fit is an error."""
     expected = sample_sequences(engine(), 1, [2], CONFIG)
     config = CONFIG.replace(batch_size=64)
     decoder, seen = engine(config), []
@@ -125,7 +125,7 @@ def test_out_of_memory_halves_the_batch(
 
 @pytest.mark.parametrize(
     ("free", "processes", "size"),
-    # A sequence takes 512 bytes a token of cache, 512 tokens of it, and logits; 36 is least.
+    # A sequence takes 512 bytes of cache for each of 512 tokens, and logits; 36 is the least.
     [(10**10, 1, 1024), (4 * 200 * (512 * 512 + 6 * 4 * 51), 1, 128), (10**10, 10, 128),
      (10**10, 16, 64), (10**6, 1, 64)],
 )  # fmt: skip
@@ -186,7 +186,7 @@ def test_sampled_tokens_follow_the_models_distribution() -> None:
 
 @pytest.mark.parametrize("vocabulary", [1, 51, 256, 700])
 def test_inverse_cdf_sampling_finds_its_token(vocabulary: int) -> None:
-    """Against the whole distribution in float64; forbidden tokens are never found, at either end."""
+    """Against the CDF in float64; forbidden tokens are never sampled, at either end."""
     scores = 3 * torch.randn(400, vocabulary)
     scores[torch.rand_like(scores) < 0.3] = -float("inf")
     scores[:, vocabulary // 2] = 0.0
@@ -195,7 +195,7 @@ def test_inverse_cdf_sampling_finds_its_token(vocabulary: int) -> None:
     cdf = scores.double().softmax(-1).cumsum(-1)
     expected = torch.searchsorted(cdf / cdf[:, -1:], draws[:, None], right=True)[:, 0]
     found = inverse_cdf(scores, draws)
-    # float32 weights move a boundary by 1e-7, so that one draw in many thousands may fall beside it.
+    # float32 weights move a boundary by 1e-7, so one sample in many thousands may differ.
     assert (found == expected).float().mean() > 0.99
     assert torch.isfinite(scores.gather(1, found[:, None])).all()
 
@@ -204,7 +204,7 @@ def test_inverse_cdf_sampling_finds_its_token(vocabulary: int) -> None:
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.95])
 @pytest.mark.parametrize("top_k", [0, 5])
 def test_restrict_agrees_with_transformers(top_p: float, top_k: int, vocabulary: int) -> None:
-    # Rows for which a few tokens will do, and flat ones.
+    # Peaked rows, for which a few tokens suffice, and flat ones.
     spread = torch.tensor([3.0, 0.01]).repeat(8)
     scores = spread[:, None] * torch.randn(16, vocabulary)
     ours = warp_logits(scores, Decoding(1, temperature=1.2, top_p=top_p, top_k=top_k))
@@ -221,7 +221,7 @@ class Interrupted(Exception):
 
 
 class FailingEngine:
-    """Works for some batches, then is interrupted."""
+    """Generates some batches, then is interrupted."""
 
     def __init__(self, batches: int) -> None:
         self.left = batches
@@ -334,7 +334,7 @@ CHATML = (
         (["<|endoftext|>", "<|im_end|>", "<s>"], "<|im_end|>", CHATML, None, "<s>", "<s>"),
         (["<|endoftext|>", "<|im_end|>"], "<|im_end|>", CHATML, None, None, "<|endoftext|>"),
         (["<|end_of_text|>", "<|eot_id|>"], "<|eot_id|>", "{{ eos_token }}", None, None, "<|end_of_text|>"),
-        (["<|endoftext|>"], "<|endoftext|>", None, "a", None, "<|endoftext|>"),  # a default id
+        (["<|endoftext|>"], "<|endoftext|>", None, "a", None, "<|endoftext|>"),  # the default id of a config class
         (["</s>"], "</s>", None, None, None, "</s>"),
         (["</s>", "<end>"], "</s>", "{{ messages[0]['content'] }}<end>", None, None, "</s>"),
         (["<|im_end|>"], "<|im_end|>", CHATML, None, None, None),
@@ -400,12 +400,12 @@ def test_the_config_of_these_tests_is_valid() -> None:
      [[2**70]], [[[4]]], [["\ud800"]]],
 )  # fmt: skip
 def test_a_sealed_shard_with_wrong_contents_is_named(tmp_path: Path, batch: Any) -> None:
-    """Its checksum is right; an empty one would be read for ever."""
+    """Its checksum is valid; reading an empty one would never end."""
     write_sealed(tmp_path / "shard-000000.json", {"sequences": batch})
-    with pytest.raises(ArtifactError, match=r"shard-000000\.json does not hold what it should"):
+    with pytest.raises(ArtifactError, match=r"shard-000000\.json has unexpected contents"):
         sample_sequences(engine(), 1, [2], CONFIG, tmp_path)
     write_sealed(tmp_path / "shard-000000.json", {"sequence": [[4]]})
-    with pytest.raises(ArtifactError, match=r"shard-000000\.json does not say 'sequences'"):
+    with pytest.raises(ArtifactError, match=r"shard-000000\.json has no entry 'sequences'"):
         sample_sequences(engine(), 1, [2], CONFIG, tmp_path)
 
 
@@ -439,5 +439,5 @@ def test_a_sealed_set_with_wrong_contents_is_named(
     assert CalibrationSet.load(tmp_path / "set") == CalibrationSet([[0, 1, 2]], [[3, 4, 5]], {})
     bad = {name: t for name, t in {**good, **tensors}.items() if t is not None}
     write_artifact(tmp_path / "set", KIND, bad, {**said, **facts})
-    with pytest.raises(ArtifactError, match="set does not hold what it should"):
+    with pytest.raises(ArtifactError, match="set has unexpected contents"):
         CalibrationSet.load(tmp_path / "set")

@@ -24,10 +24,10 @@ from folora.spectral.eigenproblem import generalized_eigenbasis, spectral_gate
 from folora.spectral.groups import InputGroup
 from folora.spectral.moments import Moments
 
-LOOKS = (FIRST_LOOK, 2 * FIRST_LOOK, 4 * FIRST_LOOK)
+CHECKS = (FIRST_LOOK, 2 * FIRST_LOOK, 4 * FIRST_LOOK)
 
 
-def test_directions_cost_one_on_their_own_text_and_v_h_v_on_another() -> None:
+def test_the_penalty_is_one_on_the_same_text_and_v_h_v_on_another() -> None:
     a, b, task = moment(10, seed=1), moment(10, rank=200, seed=2), moment(10, seed=3)
     same = agreement(a, a, task, directions=4)
     assert same.penalty == pytest.approx(1.0)
@@ -35,9 +35,9 @@ def test_directions_cost_one_on_their_own_text_and_v_h_v_on_another() -> None:
     there = agreement(a, b, task, directions=4)
     found = generalized_eigenbasis(a, task)
     h = b + 1e-3 * b.diagonal().mean() * torch.eye(10).double()
-    costs = torch.stack([v @ h @ v for v in found.basis[:, :4].T])
-    assert there.penalty == pytest.approx(float(costs.mean()))
-    gates = spectral_gate(found.gamma[:4] / costs) - spectral_gate(found.gamma[:4])
+    penalties = torch.stack([v @ h @ v for v in found.basis[:, :4].T])
+    assert there.penalty == pytest.approx(float(penalties.mean()))
+    gates = spectral_gate(found.gamma[:4] / penalties) - spectral_gate(found.gamma[:4])
     assert there.gate == pytest.approx(float(gates.abs().mean()))
 
 
@@ -46,8 +46,8 @@ def gaussian(d: int, seed: int) -> torch.Tensor:
     return torch.randn(20000, d, generator=generator) * torch.logspace(0, -1, d)
 
 
-def test_more_text_lowers_the_cost_until_convergence() -> None:
-    """Tokens are vectors of a known distribution; a sequence is a row of their numbers."""
+def test_more_text_lowers_the_penalty_until_convergence() -> None:
+    """Tokens are indices of vectors from a known distribution."""
     x = gaussian(24, 0)
     names = ["one", "two"]
 
@@ -55,7 +55,7 @@ def test_more_text_lowers_the_cost_until_convergence() -> None:
         inputs = x[torch.tensor([i for row in sequences for i in row])]
         return Moments({n: inputs.T @ inputs / len(inputs) for n in names}, len(inputs))
 
-    def measure(sequences: Sequence[list[int]], all_of_them: bool) -> Moments:
+    def measure(sequences: Sequence[list[int]], all_groups: bool) -> Moments:
         halves = (moments(sequences[::2]), moments(sequences[1::2]))
         return replace(moments(sequences), halves=halves)
 
@@ -74,25 +74,27 @@ def test_more_text_lowers_the_cost_until_convergence() -> None:
     assert at_once.agreement().penalty == pytest.approx(costs[-1], rel=1e-3)
 
 
-@pytest.mark.parametrize(("keeps", "enough_at"), [(True, 1), (True, 2), (False, 1)])
-def test_moments_of_a_converged_first_check_are_reused(keeps: bool, enough_at: int) -> None:
+@pytest.mark.parametrize(("fits_in_memory", "converged_at"), [(True, 1), (True, 2), (False, 1)])
+def test_moments_of_a_converged_first_check_are_reused(
+    fits_in_memory: bool, converged_at: int
+) -> None:
     asked: list[tuple[int, bool]] = []
 
-    def measure(sequences: Sequence[list[int]], all_of_them: bool) -> Moments:
-        asked.append((len(sequences), all_of_them))
+    def measure(sequences: Sequence[list[int]], all_groups: bool) -> Moments:
+        asked.append((len(sequences), all_groups))
         half = Moments({"one": moment(8, seed=len(asked)).float()}, 1)
-        other = half if len(asked) >= enough_at else Moments({"one": 1e-6 * torch.eye(8)}, 1)
+        other = half if len(asked) >= converged_at else Moments({"one": 1e-6 * torch.eye(8)}, 1)
         return Moments({}, 2, (), (half, other))
 
     task = {"one": moment(8, seed=9).float()}
-    stopping = EarlyStopping(measure, task, 1e-3, 1.0, 0.3, 3, 0.1, keeps)
-    for look, count in enumerate((4, 10)[:enough_at], start=1):
-        said = stopping([[1]] * count)
-        assert look > 1 or said == (enough_at == 1)
+    stopping = EarlyStopping(measure, task, 1e-3, 1.0, 0.3, 3, 0.1, fits_in_memory)
+    for check, count in enumerate((4, 10)[:converged_at], start=1):
+        converged = stopping([[1]] * count)
+        assert check > 1 or converged == (converged_at == 1)
         assert (stopping.moments_of([[1]] * count) is not None) == (
-            keeps and look == enough_at == 1
+            fits_in_memory and check == converged_at == 1
         )
-    assert asked == [(4, keeps), (6, False)][:enough_at]
+    assert asked == [(4, fits_in_memory), (6, False)][:converged_at]
 
 
 @pytest.mark.parametrize("memory_gb", [None, 1e-5])
@@ -102,7 +104,7 @@ def test_c_pre_is_bitwise_the_same_with_and_without_early_stopping_checks(
     memory_gb: float | None,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """With no memory for all inputs at once, and when the run is resumed by another process."""
+    """Also if the matrices of all inputs do not fit into memory, and if another process resumes."""
     caplog.set_level("INFO", "folora")
     config = early.replace(output=str(tmp_path / "run")).changed(
         {"sampling.tolerance": 1e6, "statistics.memory_gb": memory_gb}
@@ -114,14 +116,14 @@ def test_c_pre_is_bitwise_the_same_with_and_without_early_stopping_checks(
         return Run(config).share(), "measured by the last check" in caplog.text
 
     first, measured_by_check = shared()
-    assert len(first.samples.load().calibration) == LOOKS[0] - 16
+    assert len(first.samples.load().calibration) == CHECKS[0] - 16
     assert measured_by_check == (memory_gb is None)
     shutil.rmtree(tmp_path / "run" / "2-statistics")
     again, measured_by_check = shared()
     assert not measured_by_check
     assert again.keep.manifest["sha256"] == first.keep.manifest["sha256"]
-    shutil.rmtree(tmp_path / "run" / "1-samples" / "set")  # so that it is checked anew
-    assert not shared()[1]  # C_pre is done
+    shutil.rmtree(tmp_path / "run" / "1-samples" / "set")  # forces new early-stopping checks
+    assert not shared()[1]  # C_pre is not measured again
 
 
 def test_early_stopping_checks_watch_a_few_inputs_across_the_model() -> None:
@@ -145,24 +147,24 @@ class FakeEngine:
         ]
 
 
-@pytest.mark.parametrize("yes_at", [LOOKS[0], LOOKS[2], None])
-def test_checks_run_at_doublings_and_convergence_ends_sampling(yes_at: int | None) -> None:
+@pytest.mark.parametrize("converged_at", [CHECKS[0], CHECKS[2], None])
+def test_checks_run_at_doublings_and_convergence_ends_sampling(converged_at: int | None) -> None:
     config = folora.SamplingConfig(
         num_sequences=500, min_new_tokens=32, max_new_tokens=40, batch_size=50
     )
     asked: list[int] = []
 
-    def enough(sequences: Sequence[list[int]]) -> bool:
+    def converged(sequences: Sequence[list[int]]) -> bool:
         asked.append(len(sequences))
-        return len(sequences) + 16 == yes_at
+        return len(sequences) + 16 == converged_at
 
-    found = sample_sequences(FakeEngine(), 1, [2], config, enough=enough)
-    all_of_them = sample_sequences(FakeEngine(), 1, [2], config)
-    looks = [look - 16 for look in LOOKS]
-    assert asked == looks[: looks.index(yes_at - 16) + 1 if yes_at else 3]
-    total, held_out = (yes_at, 16) if yes_at else (500, config.num_held_out)
+    found = sample_sequences(FakeEngine(), 1, [2], config, converged=converged)
+    all_sequences = sample_sequences(FakeEngine(), 1, [2], config)
+    checks = [check - 16 for check in CHECKS]
+    assert asked == checks[: checks.index(converged_at - 16) + 1 if converged_at else 3]
+    total, held_out = (converged_at, 16) if converged_at else (500, config.num_held_out)
     assert len(found.calibration) + len(found.held_out) == total
-    assert found.calibration == all_of_them.calibration[: total - held_out]
+    assert found.calibration == all_sequences.calibration[: total - held_out]
     assert len(found.held_out) == held_out
 
 
@@ -170,7 +172,7 @@ def test_checks_run_at_doublings_and_convergence_ends_sampling(yes_at: int | Non
 def early(
     model_folder: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> FoLoraConfig:
-    """A run that ends sampling at a doubling before its ceiling."""
+    """A run that stops sampling early, at a doubling."""
     config = tiny_config(
         model=str(model_folder), dataset=str(rows_file),
         output=str(tmp_path_factory.mktemp("early") / "run"),
@@ -180,14 +182,14 @@ def early(
     return config
 
 
-@pytest.mark.parametrize(("ceiling", "asks"), [(119, False), (120, True)])
-def test_early_stopping_checks_run_only_if_they_can_save_half(ceiling: int, asks: bool) -> None:
+@pytest.mark.parametrize(("maximum", "asks"), [(119, False), (120, True)])
+def test_early_stopping_checks_run_only_if_they_can_save_half(maximum: int, asks: bool) -> None:
     config = folora.SamplingConfig(
-        num_sequences=ceiling, min_new_tokens=32, max_new_tokens=40, batch_size=50
+        num_sequences=maximum, min_new_tokens=32, max_new_tokens=40, batch_size=50
     )
     assert config.may_end_early == asks
-    found = sample_sequences(FakeEngine(), 1, [2], config, enough=lambda sequences: True)
-    assert len(found.calibration) + 16 == (LOOKS[0] if asks else ceiling)
+    found = sample_sequences(FakeEngine(), 1, [2], config, converged=lambda sequences: True)
+    assert len(found.calibration) + 16 == (CHECKS[0] if asks else maximum)
 
 
 @pytest.mark.parametrize("too_short", [0, 4])
@@ -200,7 +202,7 @@ def test_convergence_prevents_the_next_batch(too_short: int) -> None:
     def write(numbers: Sequence[int]) -> list[list[int]]:
         return [row[:10] if i < too_short else row for i, row in enumerate(engine(numbers))]
 
-    found = sample_sequences(write, 1, [2], config, enough=lambda sequences: True)
+    found = sample_sequences(write, 1, [2], config, converged=lambda sequences: True)
     assert engine.written == 64
     assert sum(found.rejected.values()) == too_short
 
@@ -209,10 +211,10 @@ def test_a_run_stops_sampling_early(early: FoLoraConfig) -> None:
     folder = Path(str(early.output))
     manifest = read_json(folder / "1-samples" / "set" / "manifest.json")
     total, held_out = manifest["sequences"]
-    assert total in LOOKS
+    assert total in CHECKS
     assert held_out == 16
     before = (folder / "1-samples" / "set" / "manifest.json").stat().st_mtime_ns
-    Run(early).run()  # nothing is decided again
+    Run(early).run()  # the decision is not repeated
     assert (folder / "1-samples" / "set" / "manifest.json").stat().st_mtime_ns == before
     never = early.replace(output=str(folder.parent / "never")).changed({"sampling.tolerance": None})
     never = never.changed({"sampling.num_sequences": total})
@@ -246,7 +248,7 @@ def test_prepare_stops_sampling_early(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "folora")
     config = tiny_config(sampling={"num_sequences": 500, "tolerance": 0.5})
     prepared = folora.prepare(make_llama(), make_tokenizer(), rows(), config)
-    assert len(prepared.samples.calibration) + 16 in LOOKS
+    assert len(prepared.samples.calibration) + 16 in CHECKS
     said = [record.getMessage() for record in caplog.records]
-    looks = [line for line in said if line.startswith("checking (tokens): took")]
-    assert looks and all(line.endswith("tokens/s") for line in looks)
+    checks = [line for line in said if line.startswith("checking (tokens): took")]
+    assert checks and all(line.endswith("tokens/s") for line in checks)

@@ -1,4 +1,4 @@
-"""Sequences from a vLLM server: by number, checked, resumable. A stand-in speaks its protocol here.
+"""Sequences from a vLLM server: by number, verified, resumable. A fake server implements the protocol.
 
 The real one: ``vllm serve MODEL``, and ``FOLORA_TEST_VLLM="URL MODEL" pytest tests/calibration/test_vllm.py``.
 """
@@ -26,7 +26,7 @@ from benchmarks.tiny import make_llama, make_tokenizer, tiny_config
 from folora.calibration.engine import Engine
 from folora.calibration.logits import MIXTURE, Decoding, decoding_of, stream_seed, warp_logits
 from folora.calibration.sampling import sample_sequences
-from folora.calibration.vllm import PROBED, VllmEngine, engine_of, find_server
+from folora.calibration.vllm import PROBE_TOKENS, VllmEngine, engine_of, find_server
 from folora.config import SamplingConfig
 from folora.errors import ConfigError, MismatchError, ServerError
 from folora.pipeline.prepare import prepare
@@ -37,11 +37,11 @@ START, EOS = 1, 2
 CONFIG = SamplingConfig(num_sequences=32, min_new_tokens=32, max_new_tokens=36, batch_size=12)
 
 
-class StandIn(ThreadingHTTPServer):
-    """Answers as `vllm serve` 0.32 does to what is asked of it here; `fault` changes an answer."""
+class FakeServer(ThreadingHTTPServer):
+    """Answers the requests of these tests as `vllm serve` 0.32 does; `fault` changes an answer."""
 
     daemon_threads = True
-    request_queue_size = 64  # connections that wait to be taken
+    request_queue_size = 64  # pending connections
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
@@ -50,13 +50,13 @@ class StandIn(ThreadingHTTPServer):
         self.key: str | None = None
         self.context = 256
         self.fault: Any = lambda answer: answer
-        self.drops: int | None = None  # a seed; its request gets no answer
-        self.refuses: int | None = None  # a seed; all others wait meanwhile
+        self.drops: int | None = None  # seed of the request that gets no answer
+        self.refuses: int | None = None  # seed of the request that is refused while others wait
         self.going_on = Event()
         self.waited_in_vain = False
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exception(), ConnectionError):  # whoever asked has given up
+        if not isinstance(sys.exception(), ConnectionError):  # the client has disconnected
             super().handle_error(request, client_address)
 
     @property
@@ -64,7 +64,7 @@ class StandIn(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def completion(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """Written with the request's own settings and seed, one token after the other."""
+        """Tokens sampled with the settings and seed of the request."""
         self.requests.append(asked)
         generator = torch.Generator().manual_seed(asked["seed"])
         setting = Decoding(0, asked["temperature"], asked["top_p"], asked["top_k"])
@@ -88,7 +88,7 @@ class StandIn(ThreadingHTTPServer):
 
 
 class Answer(BaseHTTPRequestHandler):
-    server: StandIn
+    server: FakeServer
 
     def do_GET(self) -> None:
         adapter = {"id": "adapter", "parent": "base", "max_model_len": 1}
@@ -124,8 +124,8 @@ class Answer(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(model: PreTrainedModel) -> Iterator[StandIn]:
-    server = StandIn(model)
+def serving(model: PreTrainedModel) -> Iterator[FakeServer]:
+    server = FakeServer(model)
     thread = Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
@@ -137,20 +137,20 @@ def serving(model: PreTrainedModel) -> Iterator[StandIn]:
 
 
 @pytest.fixture
-def server() -> Iterator[StandIn]:
+def server() -> Iterator[FakeServer]:
     with serving(make_llama()) as found:
         yield found
 
 
-def engine(server: StandIn, config: SamplingConfig = CONFIG) -> VllmEngine:
+def engine(server: FakeServer, config: SamplingConfig = CONFIG) -> VllmEngine:
     return VllmEngine(find_server(server.url, config), START, [EOS], config, 51)
 
 
-def test_every_sequence_is_requested_with_its_own_seed(server: StandIn) -> None:
+def test_every_sequence_is_requested_with_its_own_seed(server: FakeServer) -> None:
     written = engine(server)(range(20))
     assert engine(server)(range(7, 12)) == written[7:12]
     for number in range(20):
-        seed = stream_seed(CONFIG.seed, number)
+        seed = stream_seed(0, number)
         asked = next(r for r in server.requests if r["seed"] == seed)
         setting = decoding_of(number)
         assert asked["prompt"] == [START] and asked["stop_token_ids"] == [EOS]
@@ -158,29 +158,29 @@ def test_every_sequence_is_requested_with_its_own_seed(server: StandIn) -> None:
             setting.temperature, setting.top_p, setting.top_k,
         )  # fmt: skip
         assert (asked["min_tokens"], asked["max_tokens"]) == (32, 36)
-        assert asked["repetition_penalty"] == 1.0  # whatever generation_config.json says
+        assert asked["repetition_penalty"] == 1.0  # overrides generation_config.json
     assert len({r["seed"] for r in server.requests}) == 20
 
 
-def test_a_calibration_set_from_a_server(server: StandIn) -> None:
+def test_a_calibration_set_from_a_server(server: FakeServer) -> None:
     found = sample_sequences(engine(server), START, [EOS], CONFIG)
     rows = [*found.calibration, *found.held_out]
     assert len(rows) == 32 and len({tuple(row) for row in rows}) == 32
     assert all(row[0] == START and 33 <= len(row) <= 37 for row in rows)
 
 
-def test_a_server_with_another_model_is_refused(server: StandIn) -> None:
+def test_a_server_with_another_model_is_refused(server: FakeServer) -> None:
     config = CONFIG.replace(server=server.url + "/v1/")
     engine_of(make_llama(), START, [EOS], config)
-    assert server.requests[-1]["max_tokens"] == PROBED
+    assert server.requests[-1]["max_tokens"] == PROBE_TOKENS
     with pytest.raises(MismatchError, match="nats a token"):
         engine_of(make_llama(seed=1), START, [EOS], config)
-    another = config.replace(sampler_model="another")  # which is then taken at its word
+    another = config.replace(sampler_model="another")  # the server's model is not verified then
     engine_of(make_llama(seed=1), START, [EOS], another)
 
 
 def changed(name: str, value: Any) -> Any:
-    """A fault of completions."""
+    """A fault in the answers to completion requests."""
 
     def fault(answer: Any) -> Any:
         return answer | {"choices": [c | {name: value} for c in answer.get("choices", [])]}
@@ -195,21 +195,21 @@ def changed(name: str, value: Any) -> Any:
         (lambda _: {"choices": []}, "without a completion"),
         (lambda _: [1], "without a completion"),
         (changed("token_ids", None), "without token_ids"),
-        (changed("token_ids", [5, 51]), "token 51, but the model knows 51"),
+        (changed("token_ids", [5, 51]), "token 51, but the model has 51"),
         (changed("token_ids", [5, True]), "token True"),
         (changed("token_ids", [-1]), "token -1"),
     ],
 )
-def test_an_invalid_response_is_named(server: StandIn, fault: Any, message: str) -> None:
+def test_an_invalid_response_is_named(server: FakeServer, fault: Any, message: str) -> None:
     draw = engine(server)
     server.fault = fault
     with pytest.raises(ServerError, match=message):
         draw([0, 1, 2])
 
 
-def test_a_failed_request_does_not_wait_for_other_sequences(server: StandIn) -> None:
+def test_a_failed_request_does_not_wait_for_other_sequences(server: FakeServer) -> None:
     draw = engine(server)
-    server.refuses = stream_seed(CONFIG.seed, 3)
+    server.refuses = stream_seed(0, 3)
     with pytest.raises(ServerError, match=r"answers 400: .*not this one"):
         draw(range(6))
     assert not server.waited_in_vain
@@ -217,36 +217,38 @@ def test_a_failed_request_does_not_wait_for_other_sequences(server: StandIn) -> 
 
 
 @pytest.mark.parametrize("logprobs", [None, {}, {"token_logprobs": [0.0]}, {"token_logprobs": "x"}])
-def test_a_probe_without_valid_logprobs_is_refused(server: StandIn, logprobs: Any) -> None:
+def test_a_probe_without_valid_logprobs_is_refused(server: FakeServer, logprobs: Any) -> None:
     draw = engine(server)
     server.fault = changed("logprobs", logprobs)
     with pytest.raises(ServerError, match="without log-probabilities"):
         draw.check_serves(make_llama())
-    server.fault = changed("logprobs", {"token_logprobs": [math.nan] * PROBED})
+    server.fault = changed("logprobs", {"token_logprobs": [math.nan] * PROBE_TOKENS})
     with pytest.raises(MismatchError):
         draw.check_serves(make_llama())
 
 
-def test_an_unsuitable_server_is_refused(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unsuitable_server_is_refused(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server.context = 36
-    with pytest.raises(ServerError, match=r"at most 36 tokens.*--max-model-len"):
+    with pytest.raises(ServerError, match=r"context of 36 tokens.*--max-model-len"):
         find_server(server.url, CONFIG)
     server.context = 37
     monkeypatch.setenv("VLLM_API_KEY", "secret")
     server.key = "secret"
     assert find_server(server.url, CONFIG).name == "base"
     monkeypatch.setenv("VLLM_API_KEY", "wrong")
-    with pytest.raises(ServerError, match=r"401.*belongs into VLLM_API_KEY"):
+    with pytest.raises(ServerError, match=r"401.*set its API key in VLLM_API_KEY"):
         find_server(server.url, CONFIG)
     server.key, server.fault = None, lambda _: {"data": [{"id": "base"}]}
-    with pytest.raises(ServerError, match="as a vLLM server does"):
+    with pytest.raises(ServerError, match="not that of a vLLM server"):
         find_server(server.url, CONFIG)
 
 
 def test_an_unreachable_server_is_refused_before_the_model_is_loaded(
-    server: StandIn, model_folder: Path, tmp_path: Path
+    server: FakeServer, model_folder: Path, tmp_path: Path
 ) -> None:
-    """Found out before the model is loaded."""
+    """The model's weights are not loaded."""
     url = server.url
     server.shutdown()
     server.server_close()
@@ -271,8 +273,8 @@ def test_a_run_resumes_after_a_server_failure(
             output=str(tmp_path / "a"),
             sampling=small,
         )
-        server.drops = stream_seed(config.seed, 23)  # of the third batch
-        with pytest.raises(ServerError, match="Samples that were written before are kept"):
+        server.drops = stream_seed(config.seed, 23)  # in the third batch
+        with pytest.raises(ServerError, match="finished batches are on disk"):
             Run(config).sample()
         kept = sorted(p.name for p in (tmp_path / "a" / "1-samples").glob("shard-*"))
         assert kept == ["shard-000000.json", "shard-000010.json"]
@@ -283,14 +285,14 @@ def test_a_run_resumes_after_a_server_failure(
         assert asked == {
             stream_seed(config.seed, number) for number in range(20, config.sampling.num_sequences)
         }
-    # Nobody serves any more. What is there is enough for the stages that follow.
+    # The server has stopped; the later stages do not need it.
     again = Run(config)
     again.check_command("run")
     assert again.sample() == found
-    # Another engine has other draws: its shards and these are kept apart.
+    # Another engine has other random streams, so its shards are separate.
     own = Run(config.replace(sampling=config.sampling.replace(server=None)))
     assert own.sample() != found
-    with pytest.raises(ServerError):  # before those are moved away for nothing
+    with pytest.raises(ServerError):  # raised before the existing shards are moved away
         again.check_command("run")
     assert (tmp_path / "a" / Samples.path).exists() and (tmp_path / "a" / "old").exists()
 
@@ -312,7 +314,7 @@ REAL = os.environ.get("FOLORA_TEST_VLLM")
 
 @pytest.mark.skipif(REAL is None, reason="FOLORA_TEST_VLLM names no server and model")
 def test_vllm_matches_the_model() -> None:
-    """Tokens come from the distribution that our own settings make of the model's logits."""
+    """Tokens follow the distribution of the model's logits under our decoding settings."""
     url, name = str(REAL).split()
     model = AutoModelForCausalLM.from_pretrained(name)
     config = SamplingConfig(server=url, min_new_tokens=64, max_new_tokens=80, num_sequences=100)
@@ -342,4 +344,4 @@ def test_vllm_matches_the_model() -> None:
             tokens += len(own)
         print(f"{setting}: z {surprise / variance**0.5:.2f}, outside {outside} of {tokens}")
         assert abs(surprise) < 4 * variance**0.5
-        assert outside <= 0.01 * tokens  # roundings at the edge of the nucleus
+        assert outside <= 0.01 * tokens  # rounding at the boundary of top-p

@@ -48,9 +48,9 @@ def test_wrong_input_of_every_kind(
         length = ["--sampling.max_new_tokens", "200"]  # the tiny model reads 256
         return fails(["run", *flags, *length, "--device", "cpu", *(extra or [])], capsys)
 
-    assert "--model is needed" in run(model=None)
-    assert "--output is needed" in run(output=None)
-    assert "--dataset is needed" in run(dataset=None)
+    assert "--model is required" in run(model=None)
+    assert "--output is required" in run(output=None)
+    assert "--dataset is required" in run(dataset=None)
     assert "does not exist" in run(dataset=str(tmp_path / "no.jsonl"))
     assert "is empty" in run(dataset=str(tmp_path / "empty.jsonl"))
     assert "cannot be read" in run(dataset=str(tmp_path / "broken.jsonl"))

@@ -1,4 +1,4 @@
-"""Chats with any template: the assistant's tokens are found, and nothing is dropped silently."""
+"""Chat templates: the assistant's tokens are found, and no message is dropped silently."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ END, CLOSED = "<|im_end|>", "<|im_end|>\n"
 
 
 def learned(tokenizer: PreTrainedTokenizerFast, row: Row) -> list[str]:
-    """The texts that the loss falls on, run by run."""
+    """The texts with loss, one for each run of tokens."""
     (example,) = prepare_task([row], tokenizer, LONG).train
     runs: list[list[int]] = []
     on = False
@@ -77,7 +77,7 @@ FOUND = {
     "prompt begins to think": (t.BEGINS_THINKING, ONE, ["two<|end|>"]),
     "prompt begins to think, two turns": (t.BEGINS_THINKING, MORE, ["two<|end|>", "four<|end|>"]),
     "empty thinking": (t.EMPTY_THINKING, MORE, ["</think>two" + CLOSED, "</think>four" + CLOSED]),
-    "prompt's thinking goes on": (t.EMPTY_THINKING, THOUGHT, ["why\n</think>\n\ntwo" + CLOSED]),
+    "the generation prompt begins the reasoning": (t.EMPTY_THINKING, THOUGHT, ["why\n</think>\n\ntwo" + CLOSED]),
     "another end": (t.DATED, MORE, ["<|message|>two<|end|>", "<|message|>four<|return|>"]),
     "one EOS": (t.ENDS_ONCE, MORE, ["two<|end|>", "four<|end|>\n</s>"]),
     "markers": (t.MARKED, MORE, ["two" + END, "four" + END]),
@@ -125,7 +125,7 @@ def test_messages_that_a_template_drops_are_refused(case: tuple[str, Row, str]) 
 
 
 def test_templates_may_drop_earlier_reasoning_outside_the_loss() -> None:
-    """A template drops it in use as well."""
+    """A template drops it at inference as well."""
     tokenizer = t.byte_tokenizer(t.STRIPS_THINKING)
     row = {"prompt": THOUGHTS[:3], "completion": THOUGHTS[3:]}
     assert learned(tokenizer, row) == ["<think>\nhow\n</think>\n\nfour" + CLOSED]
@@ -136,7 +136,10 @@ def test_templates_may_drop_earlier_reasoning_outside_the_loss() -> None:
 @pytest.mark.parametrize("as_json", [False, True])
 def test_tools_and_their_calls_reach_the_template(as_json: bool) -> None:
     tokenizer = t.byte_tokenizer(t.TOOLS)
-    row: Row = {"messages": CALLS, "tools": [TOOL["function"]]}  # bare, as some data sets have them
+    row: Row = {
+        "messages": CALLS,
+        "tools": [TOOL["function"]],
+    }  # without "type", as in some data sets
     if as_json:
         arguments = {"name": "weather", "arguments": '{"city": "Oslo"}'}
         call = says(None, tool_calls=[{"type": "function", "function": arguments}])
@@ -176,7 +179,7 @@ def test_message_weights_and_template_options() -> None:
     for key in ("weight", "train"):
         messages = [user("one?"), says("two", **{key: 0}), user("three?"), says("four", **{key: 1})]
         assert learned(tokenizer, {"messages": messages}) == ["four" + CLOSED]
-    with pytest.raises(DataError, match=r"weight 0\.5, but must have 0 or 1"):
+    with pytest.raises(DataError, match=r"weight 0\.5, but weights must be 0 or 1"):
         learned(tokenizer, {"messages": [user("a"), says("b", weight=0.5)]})
     optional = t.byte_tokenizer("{% if loud %}LOUD{% endif %}" + t.CHATML)
     row = {"messages": ONE, "chat_template_kwargs": {"loud": True}}
@@ -200,7 +203,7 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
 def test_the_loss_covers_assistant_tokens_only_in_any_chat(template: str) -> None:
-    """Random chats: where one is read, the loss falls on every answer with a weight and on no other."""
+    """Random chats: if one is accepted, exactly the answers with a nonzero weight have loss."""
     draw = random.Random(7)
     tokenizer = t.byte_tokenizer(template)
     for _ in range(25):
@@ -225,7 +228,7 @@ def test_the_loss_covers_assistant_tokens_only_in_any_chat(template: str) -> Non
             assert (message["content"].strip() in text) == wanted, (messages, text)
 
 
-# The models' own templates, as TRL has them
+# Templates of real models, from TRL
 
 FOLDER = (
     Path(find_spec("trl").origin or "").parent / "chat_templates" if find_spec("trl") else Path()
@@ -236,7 +239,7 @@ FAMILIES = sorted(p.stem for p in FOLDER.glob("*.jinja") if not p.stem.endswith(
 @pytest.mark.parametrize("trl", [True, False], ids=["with TRL", "without TRL"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_templates_of_models(family: str, trl: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One and two turns; every answer begins behind its header and ends by a special token."""
+    """One and two turns; every answer begins after its generation prompt and ends with a special token."""
     if not trl:
         monkeypatch.setattr(folora.data.chats, "find_spec", lambda _: None)
     tokenizer = t.byte_tokenizer((FOLDER / f"{family}.jinja").read_text(encoding="utf-8"))
@@ -267,7 +270,7 @@ DROPS_REASONING = {
     "family", ["qwen3", "qwen3_6", "gptoss", "phi3", "deepseekv3", "nemotron_3_nano"]
 )
 def test_the_loss_mask_matches_trl(family: str) -> None:
-    """Apart from the header of an answer, which the prompt gives already."""
+    """Except for the header of an answer, which the generation prompt contains."""
     from trl.chat_template_utils import get_training_chat_template
 
     tokenizer = t.byte_tokenizer((FOLDER / f"{family}.jinja").read_text(encoding="utf-8"))
@@ -277,7 +280,7 @@ def test_the_loss_mask_matches_trl(family: str) -> None:
         return_assistant_tokens_mask=True,
     )  # fmt: skip
     ours = [label != IGNORE for label in example.labels]
-    if family != "gptoss":  # whose template has today's date
+    if family != "gptoss":  # its template renders the current date
         assert example.input_ids == theirs["input_ids"]
     extra = [
         token

@@ -1,6 +1,6 @@
-"""Every format of rows: how it is used, or refused with a remedy; no column is lost unsaid.
+"""Every format of rows is used or refused with a remedy; no column is dropped silently.
 
-TRL's formats and types, and rows as the best-known instruction sets have them.
+TRL's formats and types, and the columns of well-known instruction sets.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TEMPLATE = (
 
 
 def read(rows: Sequence[Row], chat: bool = True, **options: Any) -> tuple[str, str]:
-    """What the model reads of the rows, and the part that the loss falls on."""
+    """The text that the model reads of the rows, and the part with loss."""
     tokenizer = chat_templates.byte_tokenizer(TEMPLATE if chat else None)
     task = prepare_task(rows, tokenizer, DataConfig(eval_rows=0, **options))
     ids = [token for e in task.train for token in e.input_ids]
@@ -220,7 +220,7 @@ SETS: dict[str, tuple[Row, str | tuple[str, str]]] = {
     ),
 }  # fmt: skip
 
-# Tokens, and columns at odds with each other.
+# Tokens, and columns that contradict each other.
 
 TOKENS: dict[str, tuple[Row, str | tuple[str, str]]] = {
     "tokens": ({"input_ids": [64, 65]}, ("ab", "ab")),
@@ -239,7 +239,7 @@ TOKENS: dict[str, tuple[Row, str | tuple[str, str]]] = {
     "shifted labels": ({"input_ids": [64, 65], "labels": [65, -100]}, "not shifted"),
     "labels of another length": ({"input_ids": [64, 65], "labels": [65]}, "1 entries, but 'input_ids' 2"),
     "no tokens": ({"input_ids": [], "labels": []}, "must hold token ids"),
-    "lists of lists": ({"input_ids": [[64], [65]]}, "list of whole numbers"),
+    "lists of lists": ({"input_ids": [[64], [65]]}, "list of integers"),
     "packed": ({"input_ids": [64, 65], "position_ids": [0, 0]}, "'position_ids' changes"),
     "a number for input": ({"instruction": "i", "input": 0, "output": "a"}, "'input' holds int, not text"),
     "two system prompts": (
@@ -252,7 +252,7 @@ TOKENS: dict[str, tuple[Row, str | tuple[str, str]]] = {
     ),
     "system beside another": (
         {"messages": [turn("system", "s"), *CHAT], "system": "t"},
-        "its own column and that of the messages differ",
+        "the system prompts in the column and in the messages differ",
     ),
     "system before text": ({"prompt": "u", "completion": "a", "system": "s"}, "'system' is for chats"),
     "tools before text": ({"prompt": "u", "completion": "a", "tools": TOOLS}, "'tools' is for chats"),
@@ -352,7 +352,7 @@ def test_truncated_rows_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     read(
         [{"prompt": "u", "completion": "a" * 20}, {"prompt": "u", "completion": "a"}], max_length=5
     )
-    assert "1 of 2 rows cut to data.max_length = 5 tokens" in caplog.text
+    assert "1 of 2 rows truncated to data.max_length = 5 tokens" in caplog.text
 
 
 def test_a_bos_in_the_row_is_not_doubled() -> None:
@@ -374,7 +374,7 @@ def test_splits_of_a_dataset() -> None:
     both = DatasetDict(train=Dataset.from_list(ROWS[:8]), test=Dataset.from_list(ROWS[8:]))
     assert load_rows(both) == ROWS[:8]
     assert load_rows(both, "test") == ROWS[8:]
-    with pytest.raises(DataError, match=r"no split 'dev', but \['test', 'train'\]"):
+    with pytest.raises(DataError, match=r"no split 'dev', only \['test', 'train'\]"):
         load_rows(both, "dev")
 
 
@@ -387,8 +387,8 @@ def test_columns_of_tensors_are_read() -> None:
     ("given", "message"),
     [
         (IterableDataset.from_generator(lambda: iter(ROWS)), r"list\(dataset.take\(10000\)\)"),
-        ((row for row in ROWS), "generator does not say how many rows"),
-        ({"prompt": ["u"], "completion": ["a"]}, r"no split 'train', but \['completion', 'prompt'\]"),
+        ((row for row in ROWS), "generator has no length"),
+        ({"prompt": ["u"], "completion": ["a"]}, r"no split 'train', only \['completion', 'prompt'\]"),
         (["u", "a"], "row 0 of the data set is str, but must be a dict"),
         ([{1: "u", 2: "a"}], "dict of named columns"),
         (Dataset.from_list(ROWS).to_pandas(), r"frame.to_dict\('records'\)"),

@@ -1,4 +1,4 @@
-"""Rows to tokens: the loss covers the response only, in every format."""
+"""Tokenized rows: only the response has loss, in every format."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from datasets import Dataset
 
 from benchmarks.tiny import make_tokenizer
 from folora.config import DataConfig
+from folora.data.contents import IGNORE
 from folora.data.files import load_rows, local_format
-from folora.data.formats import IGNORE, choose_format
+from folora.data.formats import choose_format
 from folora.data.rows import ALPACA, Example, Formatter, batches, pad_batch, prepare_task
 from folora.errors import DataError
 
@@ -112,7 +113,7 @@ ROWS = [{"prompt": "p" * (n % 7 + 1), "completion": "c" * (n % 3 + 1)} for n in 
 def test_a_compressed_file_larger_than_memory_is_refused(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two million bytes of rows, and 4 MB of free memory."""
+    """Two million bytes of rows with 4 MB of free memory."""
     path = tmp_path / name
     given = [{"prompt": "x" * 1000, "completion": f"{i}{'y' * 1000}"} for i in range(1000)]
     lines = "\n".join(map(json.dumps, given)).encode()
@@ -142,7 +143,7 @@ def test_local_files(tmp_path: Path, name: str) -> None:
 
 
 def test_json_values_are_read_verbatim(tmp_path: Path) -> None:
-    """Dates stay text; a byte order mark, a spread object and several on a line do no harm."""
+    """Dates stay text; a byte order mark, multi-line objects and several on a line are accepted."""
     row = {"prompt": "when", "completion": "2020-01-02"}
     for text in (json.dumps(row), "\ufeff" + json.dumps(row), json.dumps(row, indent=1)):
         (tmp_path / "rows.json").write_text(text, encoding="utf-8")
@@ -179,7 +180,7 @@ def test_the_split_is_seeded_and_complete() -> None:
     assert a == b
     assert a.fingerprint == b.fingerprint != c.fingerprint
     assert (len(a.train), len(a.held_out)) == (27, 3)
-    assert len(prepare_task(ROWS, tokenizer, DataConfig()).held_out) == 3  # a tenth at most
+    assert len(prepare_task(ROWS, tokenizer, DataConfig()).held_out) == 3  # at most a tenth
     assert len(prepare_task(ROWS[:1], tokenizer, DataConfig()).train) == 1
 
 
@@ -206,7 +207,7 @@ def test_batches_are_padded_and_masked() -> None:
 def test_reading_requests_no_more_memory_than_a_file_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However much is free: reading up to a limit by one call asks for as much as the limit."""
+    """One read() up to the memory limit would allocate as much as the limit."""
     free = SimpleNamespace(available=2**60)
     monkeypatch.setattr("folora.data.files.psutil.virtual_memory", lambda: free)
     content = (json.dumps(ROWS[0]) + "\n").encode()

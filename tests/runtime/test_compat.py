@@ -1,4 +1,4 @@
-"""Replacements for parts of other libraries that older versions lack; `make matrix` runs those versions."""
+"""Replacements for functions that older versions of other libraries lack; `make matrix` tests those versions."""
 
 from __future__ import annotations
 

@@ -37,12 +37,12 @@ def test_two_processes_match_one(bench: Bench) -> None:
     found = same_as_one(bench, (2,))
     assert list(found["2"]) == list(ROUNDING)
     assert breaches({**NOTHING, "same": found}) == []
-    assert found["2"]["4-training/result"] > 0  # else it would be the same run
+    assert found["2"]["4-training/result"] > 0  # otherwise the runs would be identical
 
 
 def test_padding_rows_of_the_last_step_do_not_count(bench: Bench) -> None:
-    """36 rows in steps of 8: in the fifth process 1 has none of its own. Counted, they make 14 %."""
-    masked = {"method.masked_kl_weight": 0.1}  # is a mean over rows that count
+    """36 rows in steps of 8: process 1 has only padding rows in the fifth. Counting them changes it by 14 %."""
+    masked = {"method.masked_kl_weight": 0.1}  # a mean over rows that count
     for name, count, size in (("short", 1, 8), ("filled", 2, 4)):
         changes = {"training.per_device_train_batch_size": size, "training.max_steps": 5, **masked}
         assert not any(e.code for e in ended(bench.start(name, count, **changes)))
@@ -68,12 +68,12 @@ def test_processes_with_different_inputs_are_refused(bench: Bench) -> None:
 
 
 def test_an_error_in_one_process_ends_all(bench: Bench) -> None:
-    """A file that only process 1 cannot read, and a fork that leaves at once."""
+    """A file that only process 1 cannot read, and a fork that exits at once."""
     missing = {1: ["--dataset", str(bench.place / "missing.jsonl")]}
     found = ended(bench.start("missing", 2, missing))
     assert [e.code for e in found] == [2, 2]
     assert "does not exist" in found[1].said
-    assert "has lost another one" in " ".join(found[0].said.split())
+    assert "lost the connection to another process" in " ".join(found[0].said.split())
     assert all("Traceback" not in e.said for e in found)
 
 
@@ -83,11 +83,11 @@ def test_compare_refuses_several_processes(bench: Bench) -> None:
         patched.setattr(bench, "words", lambda *args, **kwargs: ["compare", *words[1:]])
         found = ended(bench.start("compare", 2))
     assert [e.code for e in found] == [2, 2]
-    # One may leave before the other has reached it.
+    # One may exit before the other reaches the check.
     assert any("works in one process" in " ".join(e.said.split()) for e in found)
 
 
-# The functions of ranks, each in three processes.
+# The collectives, each in three processes.
 
 
 def test_shards_cover_every_item_once() -> None:
@@ -139,7 +139,7 @@ def test_only_rank_zero_works_and_all_ranks_get_the_result() -> None:
 def test_every_process_names_the_difference() -> None:
     found = in_processes(3, lambda: distributed.check_same("data set", distributed.rank() == 2))
     assert found == [
-        "MismatchError: process 2 of 3 sees another data set than process 0. All need the same "
+        "MismatchError: process 2 of 3 has another data set than process 0. Start all with the same "
         "command, files and versions."
     ] * 3  # fmt: skip
     assert in_processes(2, lambda: distributed.check_same("data set", "x")) == [None, None]
@@ -153,7 +153,9 @@ def test_waiting_for_a_dead_process_raises() -> None:
 
     found = in_processes(2, work)
     assert found[1] == "gone"
-    assert found[0].startswith("ProcessError: process 0 of 2 has lost another one")
+    assert found[0].startswith(
+        "ProcessError: process 0 of 2 lost the connection to another process"
+    )
 
 
 def test_an_unreachable_process_group_raises(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,15 +188,15 @@ def test_a_single_process_communicates_nothing() -> None:
         pytest.raises(RuntimeError, match="gloo") as raised,
         distributed.reporting_lost_processes(),
     ):
-        raise RuntimeError("gloo")  # with one process it is not a loss
+        raise RuntimeError("gloo")  # with one process no other can be lost
     assert not isinstance(raised.value, ProcessError)
 
 
 def test_other_strategies_match_ddp(bench: Bench) -> None:
     found = other_ways(bench, (2,))
     assert breaches({**NOTHING, "ways": found}) == []
-    assert found["FSDP2"]["2"] > 0  # which adds up in another order
-    assert found["--shard"]["2"] == 0  # of two numbers there is but one sum
+    assert found["FSDP2"]["2"] > 0  # another order of summation
+    assert found["--shard"]["2"] == 0  # the sum of two numbers has one order
 
 
 def test_a_fsdp2_run_resumes_with_one_process(bench: Bench) -> None:
@@ -204,7 +206,7 @@ def test_a_fsdp2_run_resumes_with_one_process(bench: Bench) -> None:
     assert folder is not None
     parts = {p.name for p in (folder / "optimizer_0").iterdir()}
     assert parts == {".metadata", "__0_0.distcp", "__1_0.distcp"}
-    # A checkpoint is an adapter that PEFT reads, also where each process has a part of it.
+    # A checkpoint is an adapter that PEFT reads, even if weights are sharded.
     last = load_file(folder / "adapter_model.safetensors")
     result = bench.tensors("FSDP2-2", Training.path)
     a = f"{next(iter(result)).removesuffix('/A').removesuffix('/B')}"
@@ -212,7 +214,7 @@ def test_a_fsdp2_run_resumes_with_one_process(bench: Bench) -> None:
 
 
 def test_a_run_with_a_sharded_base_resumes_without_sharding(bench: Bench) -> None:
-    """Its checkpoints, statistics and fingerprints are those of a whole base."""
+    """Its checkpoints, statistics and fingerprints are those of an unsharded base."""
     stopped = [killed(bench, 2, 1, 2, "--shard", "DDP")]
     assert breaches({**NOTHING, "killed": stopped}) == []
     names = bench.undisturbed(1), bench.undisturbed(2, "--shard")
@@ -276,7 +278,9 @@ def test_options_that_lose_rows_are_refused_first(
     what: str, bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     variables, given, message = REFUSED[what]
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")  # which transformers sets, to be undone
+    monkeypatch.setenv(
+        "ACCELERATE_USE_FSDP", "false"
+    )  # transformers sets it; monkeypatch restores it
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     words = bench.words("flat", 1)

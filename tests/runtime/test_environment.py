@@ -33,7 +33,7 @@ def pipe_without_reader() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     os.dup2(writer, 1)
-    KEPT.append(sys.stdout)  # which would close it
+    KEPT.append(sys.stdout)  # garbage collection would close it
     sys.stdout = os.fdopen(1, "w", closefd=False)
 
 
@@ -54,7 +54,7 @@ def deleted_directory() -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """An environment: what it does to the process, and how ``folora plan`` ends there."""
+    """An environment: how it changes the process, and how ``folora plan`` ends in it."""
 
     prepare: Callable[[], Any] = lambda: None
     variables: Mapping[str, str] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class Case:
     said: str = ""
 
 
-STALE = "Start several processes by torchrun"
+STALE = "Start several processes with torchrun"
 CASES = {
     "nothing strange": Case(code=0),
     "a full disk behind stdout": Case(full_stdout, said="No space left on device"),
@@ -99,7 +99,7 @@ def test_plan_in_unusual_environments(name: str, model_folder: Path, tmp_path: P
 
 
 def test_characters_the_terminal_cannot_encode_are_replaced(tmp_path: Path) -> None:
-    """The message names a file whose letters ASCII lacks."""
+    """The message names a file with letters outside ASCII."""
 
     def prepare() -> None:
         gc.freeze()
@@ -160,7 +160,7 @@ def test_text_options_are_taken_verbatim(option: str, text: str, value: object) 
     assert config == value
 
 
-# `prepare` in memory honours what the command line honours.
+# `prepare` in memory accepts the same options as the command line.
 
 
 def prepare(model: Any, **changes: Any) -> folora.Prepared:
@@ -182,7 +182,7 @@ def test_prepare_uses_samples_and_moments_of_a_base_file(
 def test_a_model_that_cannot_generate_needs_a_base_file(
     finished: FoLoraConfig, tmp_path: Path
 ) -> None:
-    """Which is what the error says, so it must be true."""
+    """The remedy of the error message works."""
 
     def no_cache(_: Any, args: Any, given: Mapping[str, Any]) -> None:
         if given.get("past_key_values") is not None:

@@ -57,7 +57,7 @@ CHANGES: dict[str, tuple[Edit, str]] = {
 
 def facts_of(folder: Path, **changes: Any) -> dict[str, str]:
     config = tiny_config(model=str(folder), output=str(folder / "run"), **changes)
-    return Run(config).model_facts
+    return Run(config).context.facts
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -76,11 +76,11 @@ def test_a_copied_model_has_the_same_fingerprint(model_folder: Path, tmp_path: P
     setting(transformers_version="4.0.0", use_cache=False)(tmp_path / "elsewhere")
     found = facts_of(tmp_path / "elsewhere")
     assert found == facts_of(model_folder)
-    assert found == model_facts(make_llama(), make_tokenizer())  # in memory, never on disk
+    assert found == model_facts(make_llama(), make_tokenizer())  # never saved to disk
 
 
 def test_lossless_dtype_changes_keep_the_fingerprint() -> None:
-    """A bfloat16 checkpoint widened to float32 is the same model; rounding makes another one."""
+    """A bfloat16 checkpoint converted to float32 is the same model; rounding makes a different one."""
     torch.manual_seed(0)
     exact = make_llama().bfloat16()
     narrow = weights_fingerprint(exact)

@@ -57,7 +57,7 @@ def test_a_requested_slow_dtype_is_used_with_a_warning(
     assert "slower" not in caplog.text
     cpu_of(monkeypatch, slow=True)
     assert load_model(asked, str(narrow)).dtype == getattr(torch, dtype)
-    assert f"multiplies {dtype} many times slower" in caplog.text
+    assert f"matrix products in {dtype} are many times slower" in caplog.text
 
 
 @pytest.mark.parametrize("slow", [True, False])

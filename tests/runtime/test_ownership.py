@@ -42,7 +42,7 @@ def text(content: str) -> Callable[[Path], object]:
 
 
 def killed_at(number: int, work: Callable[[], None]) -> None:
-    """Do the work in a fork that is killed before the n-th file is renamed or removed."""
+    """Do the work in a fork that is killed before the n-th rename or removal."""
     count = 0
 
     def watch(event: str, _: Any) -> None:
@@ -87,7 +87,7 @@ def test_an_export_killed_at_any_moment_ends_with_the_same_bytes_when_rerun(tmp_
             for n in ("config.json", "weights")
             if (here / "a" / n).exists()
         }
-        assert len(loadable) <= 1  # never a mixture
+        assert len(loadable) <= 1  # never a mixture of both
         write_owned_folder(here / "a", "x", folder_of(LATER))
         assert snapshot(here / "a") == wanted
         assert [p.name for p in here.iterdir()] == ["a"]
@@ -118,7 +118,7 @@ def test_names_in_an_ownership_list_cannot_escape_the_folder(tmp_path: Path, nam
     write_owned_folder(folder, "x", folder_of({"b": "1"}))
     file("out")(tmp_path)
     write_sealed(folder / LIST, {"kind": "x", "files": {name: [file_sha256(tmp_path / "out")]}})
-    with pytest.raises(ArtifactError, match="does not hold what it should"):
+    with pytest.raises(ArtifactError, match="has unexpected contents"):
         write_owned_folder(folder, "x", folder_of({"b": "2"}))
     assert (tmp_path / "out").read_text() == "mine"
 
@@ -132,7 +132,7 @@ def test_names_in_an_ownership_list_cannot_escape_the_folder(tmp_path: Path, nam
 )  # fmt: skip
 def test_only_our_own_temporary_files_are_deleted(tmp_path: Path, name: str) -> None:
     file(name)(tmp_path)
-    file(".a.json.folora-0123456789abcdef.tmp")(tmp_path)  # of a writer that was killed
+    file(".a.json.folora-0123456789abcdef.tmp")(tmp_path)  # left by a killed writer
     file(".a.json.folora-0123456789abcdef.old/x")(tmp_path)
     write_text(tmp_path / "a.json", "{}")
     assert snapshot(tmp_path).keys() == {"a.json", name, *([name.split("/")[0]])}
@@ -142,7 +142,7 @@ def test_only_our_own_temporary_files_are_deleted(tmp_path: Path, name: str) -> 
     "put", [file("a/x"), link("a", "b"), fifo("a"), both(file("a"), read_only("a"))]
 )
 def test_a_writer_replaces_regular_files_only(tmp_path: Path, put: Put) -> None:
-    """The last line, behind the checks before work: in no way does a writer replace anything else."""
+    """The final safeguard, after the checks before work."""
     file("b/x")(tmp_path)
     put(tmp_path)
     before = snapshot(tmp_path)
@@ -152,7 +152,7 @@ def test_a_writer_replaces_regular_files_only(tmp_path: Path, put: Put) -> None:
 
 
 def test_a_device_file_is_not_replaced() -> None:
-    """Who may write everywhere would put a file in its place, for all processes of the machine."""
+    """As root, a rename would replace it for all processes of the machine."""
     assert obstacle(Path("/dev/null")) == "is not a regular file"
 
 
@@ -169,7 +169,7 @@ def checkpoints(folder: Path) -> list[str]:
 
 
 def test_only_our_own_checkpoints_are_deleted(tmp_path: Path) -> None:
-    """Complete ones that are as they were written; not copies, nor what the user changed or added to."""
+    """Complete and unchanged ones; not copies, nor any that the user changed or added files to."""
     for step in (2, 4, 6, 8, 10, 12):
         file(f"checkpoint-{step}/weights", str(step))(tmp_path)
         seal_checkpoint(tmp_path / f"checkpoint-{step}")

@@ -1,4 +1,4 @@
-"""Progress of long work, logged where there is no terminal."""
+"""Progress of long tasks, logged where there is no terminal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_progress_reports_time_left_and_time_taken(
         tick(4, tokens=80)
     first, last = (record.getMessage() for record in caplog.records)
     assert first.startswith("reading: 4 of 10, 0 s left ") and first.endswith("tokens/s")
-    assert last.startswith("reading: took 0.0 s ")  # though it ended before its ceiling
+    assert last.startswith("reading: took 0.0 s ")  # although it ended early
 
 
 def test_failed_work_is_not_reported_as_done(caplog: pytest.LogCaptureFixture) -> None:

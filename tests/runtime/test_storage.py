@@ -69,7 +69,7 @@ DTYPES = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64,
 )  # fmt: skip
-any_text = st.text(st.characters())  # half surrogate pairs too, which JSON can hold
+any_text = st.text(st.characters())  # includes lone surrogates, which JSON can hold
 
 
 @settings(max_examples=60)
@@ -84,7 +84,7 @@ any_text = st.text(st.characters())  # half surrogate pairs too, which JSON can 
 def test_any_metadata_and_tensors_round_trip(
     facts: dict[str, Any], wanted: dict[str, tuple[torch.dtype, list[int], int]]
 ) -> None:
-    """Bit for bit, NaN and -0 among them, also when they are no contiguous part of memory."""
+    """Bitwise, including NaN and -0 and non-contiguous tensors."""
     tensors = {}
     for name, (dtype, shape, seed) in wanted.items():
         generator = torch.Generator().manual_seed(seed % 2**63)
@@ -112,15 +112,15 @@ def test_missing_manifest_entries_are_named(tmp_path: Path) -> None:
     write_artifact(tmp_path / "a", "samples", {"x": torch.ones(3)}, {"made": 1})
     manifest = read_manifest(tmp_path / "a", "samples")
     assert (manifest["made"], manifest.get("held_out")) == (1, None)
-    with pytest.raises(ArtifactError, match=r"a/manifest.json does not say 'held_out'"):
+    with pytest.raises(ArtifactError, match=r"a/manifest.json has no entry 'held_out'"):
         manifest["held_out"]
 
 
 @pytest.mark.parametrize("text", ["[" * 70 + "]" * 70, '{"a":' * 500 + "1" + "}" * 500])
 def test_deeply_nested_json_is_refused_before_it_is_traversed(tmp_path: Path, text: str) -> None:
-    """Python reads more brackets than it can then compare, write or copy."""
+    """Python parses deeper nesting than it can compare, write or copy."""
     (tmp_path / "x.json").write_text(text)
-    with pytest.raises(ArtifactError, match=r"x.json cannot be read: .*brackets in brackets"):
+    with pytest.raises(ArtifactError, match=r"x.json cannot be read: .*nested more than"):
         read_json(tmp_path / "x.json")
 
 
@@ -142,7 +142,7 @@ def test_every_flipped_bit_of_a_sealed_file_is_detected(data: st.DataObject) -> 
         found = unsealed(json.loads(content.decode()), Path("x.json"))
     except (ArtifactError, ValueError):
         return
-    assert found == values  # a blank became another blank
+    assert found == values  # only whitespace changed
 
 
 @pytest.mark.parametrize("version", [None, 1, FORMAT_VERSION + 1, "2"])
@@ -158,7 +158,7 @@ def test_a_manifest_with_a_changed_number_is_damaged(tmp_path: Path) -> None:
     write_artifact(tmp_path / "a", "training", {"x": torch.ones(3)}, {"scaling": {"q": 1.0}})
     file = tmp_path / "a" / "manifest.json"
     file.write_text(file.read_text().replace('"q": 1.0', '"q": 9.0'))
-    with pytest.raises(ArtifactError, match=r"manifest.json is damaged.*Delete .*/a; it will"):
+    with pytest.raises(ArtifactError, match=r"manifest.json is damaged.*Delete .*/a and rerun"):
         read_manifest(tmp_path / "a", "training")
 
 
@@ -182,7 +182,7 @@ def test_a_read_only_folder_is_named() -> None:
     folder.chmod(0o555)
     user = os.geteuid()
     try:
-        if user == 0:  # who may write everywhere
+        if user == 0:  # root can write everywhere
             os.seteuid(65534)
         with pytest.raises(ArtifactError, match=f"cannot write {folder / 'b.json'}"):
             write_sealed(folder / "b.json", {})
@@ -211,7 +211,7 @@ def test_a_folder_deleted_during_a_write_is_named(tmp_path: Path) -> None:
 def test_files_are_synced_before_they_are_renamed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By inode: every file and folder of the artifact, then the rename, then the parent."""
+    """By inode: every file and folder of the artifact is synced, then renamed, then the parent is synced."""
     done: list[Any] = []
     fsync, replace = os.fsync, os.replace
 
@@ -234,7 +234,7 @@ def test_files_are_synced_before_they_are_renamed(
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
 def test_file_permissions_follow_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
-    """Also of what safetensors writes, which by itself is for the owner alone."""
+    """Also for safetensors files, which are created readable by the owner only."""
     former = os.umask(umask)
     try:
         write_artifact(tmp_path / "folder", "samples", {"x": torch.zeros(2)}, {})
@@ -277,7 +277,7 @@ def test_the_lock_admits_one_process_at_a_time(
     other.start()
     assert held.wait(60)
     lock = folder_lock(tmp_path)
-    taken = pytest.raises(ArtifactError, match=f"another process of folora works in {tmp_path}")
+    taken = pytest.raises(ArtifactError, match=f"another process of folora is using {tmp_path}")
     with taken, exclusive(lock):
         pass
     if end == "leaves":
@@ -285,5 +285,5 @@ def test_the_lock_admits_one_process_at_a_time(
     else:
         other.kill()
     other.join()
-    with exclusive(lock), exclusive(lock):  # who holds it may take it again
+    with exclusive(lock), exclusive(lock):  # reentrant
         pass

@@ -1,4 +1,4 @@
-"""Eq. 10-17 against an independent solver, and what must be refused."""
+"""Eq. 10-17 against an independent solver, and invalid inputs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ SPECTRA = {
 @pytest.mark.parametrize("name", SPECTRA)
 @pytest.mark.parametrize("count", [1, 16, 50])
 def test_leading_eigenpairs_match_the_full_solve_for_any_spectrum(name: str, count: int) -> None:
-    """Each value within 1e-9 of its own size, small ones beside a large one too."""
+    """Relative error below 1e-9 for each value, also for small ones beside a large one."""
     generator = torch.Generator().manual_seed(1)
     q = torch.linalg.qr(torch.randn(200, 200, generator=generator, dtype=torch.float64)).Q
     matrix = (q * SPECTRA[name]) @ q.T
@@ -76,7 +76,7 @@ def test_leading_eigenpairs_match_the_full_solve_for_any_spectrum(name: str, cou
 
 @pytest.mark.parametrize("count", [None, 5])
 def test_eigenvector_signs_are_fixed(count: int | None) -> None:
-    """More processes, or another device, round otherwise, and must not turn columns round."""
+    """Another number of processes or device rounds differently, and must not flip signs."""
     pre, task = moment(64, seed=1, decay=1), moment(64, seed=2, decay=1)
     h = pre + 1e-3 * pre.diagonal().mean() * torch.eye(64).double()
     rotation = (
@@ -97,7 +97,7 @@ def test_slow_convergence_falls_back_to_the_full_solve(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("kind", sorted(BASES))
 @pytest.mark.parametrize("count", [1, 3, 15, 40])
 def test_a_truncated_basis_is_the_first_columns_of_the_full_one(kind: str, count: int) -> None:
-    """With 1 and 3 of 20 the leading vectors alone are sought; 40 is all there is."""
+    """1 and 3 of 20 use subspace iteration; 40 exceeds the width."""
     pre, task = moment(20, seed=1, decay=2), moment(20, seed=2)
     whole, part = BASES[kind](pre, task), BASES[kind](pre, task, directions=count)
     kept = min(count, 20)
@@ -204,7 +204,7 @@ def test_eigenvalues_are_refused_below_the_tolerance(scale: float) -> None:
     rotation = torch.linalg.qr(moment(200)).Q
 
     def with_smallest(value: float) -> torch.Tensor:
-        """Of Frobenius norm 1, but for the last eigenvalue."""
+        """Frobenius norm 1 up to the last eigenvalue."""
         eigenvalues = torch.full((200,), 199**-0.5, dtype=torch.float64)
         eigenvalues[-1] = value
         found = (rotation * eigenvalues) @ rotation.T * scale
@@ -255,7 +255,7 @@ def test_invalid_gate_options_are_refused(gamma: list[float], lam: float, s_min:
 
 
 def test_step_scale_makes_task_responses_equal() -> None:
-    """Random unit steps in the scaled, gated basis move the task response as far as Adam's do."""
+    """Random unit steps in the scaled, gated basis change the output on the task as much as Adam's."""
     found = generalized_eigenbasis(moment(12, seed=1, decay=2), moment(12, seed=2))
     gate = spectral_gate(found.gamma)
     t = found.basis * step_scale(found.gamma, gate, found.task_trace)
@@ -303,7 +303,7 @@ def test_any_pair_agrees_with_scipy(drawn: tuple[int, int, float, float]) -> Non
     t = found.basis
     assert_near(t.T @ h @ t, torch.eye(d).double(), roundings=5e7)
     assert_near(t.T @ task @ t, torch.diag(found.gamma), roundings=5e7)
-    # T T' = H^-1, so that the gammas sum to trace(H^-1 C_task), and T'HT to the width.
+    # T T' = H^-1, so the gammas sum to trace(H^-1 C_task), and trace(T'HT) is the width.
     assert_near(t @ t.T @ h, torch.eye(d).double(), roundings=5e9)
     assert float(found.gamma.sum()) == pytest.approx(float(torch.linalg.solve(h, task).trace()))
 
@@ -355,8 +355,8 @@ gammas = st.lists(st.floats(0, 1e12), min_size=1, max_size=20).map(
 def test_the_gate_is_monotone_and_bounded(gamma: torch.Tensor, lam: float, s_min: float) -> None:
     gate = spectral_gate(gamma, lam, s_min)
     assert bool((gate >= s_min).all() and (gate <= 1).all())
-    rounding = 2 * torch.finfo(torch.float64).eps  # of a gate next to 1
-    assert bool((gate[:-1] >= gate[1:] - rounding).all())  # as gamma is
+    rounding = 2 * torch.finfo(torch.float64).eps  # of a gate near 1
+    assert bool((gate[:-1] >= gate[1:] - rounding).all())  # monotone in gamma
     assert bool((spectral_gate(gamma, 2 * lam + 1, s_min) <= gate + rounding).all())
     assert bool((spectral_gate(gamma, lam, 1.0) == 1).all())
     assert torch.equal(gate, spectral_gate(gamma, lam, 0.0).clamp(min=s_min))
@@ -364,7 +364,7 @@ def test_the_gate_is_monotone_and_bounded(gamma: torch.Tensor, lam: float, s_min
 
 @given(gammas, st.floats(0, 1))
 def test_the_gate_reaches_its_limits(gamma: torch.Tensor, s_min: float) -> None:
-    """No lambda: open wherever there is any use. An endless one: closed to the floor."""
+    """lambda = 0: 1 wherever gamma > 0. A very large lambda: s_min."""
     used = gamma > 0
     assert bool((spectral_gate(gamma, 0.0, s_min)[used] == 1).all())
     assert bool((spectral_gate(gamma, 0.0, s_min)[~used] == s_min).all())

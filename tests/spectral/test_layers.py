@@ -85,7 +85,7 @@ def test_moments_of_other_layers_are_refused() -> None:
 
 
 def spoiled(kind: str, folder: Path) -> Path:
-    """A spectrum whose parts do not fit each other, as a file of the right checksum may have it."""
+    """A spectrum with inconsistent tensors, as a file with a valid checksum may hold."""
     solve(*(Moments(m.matrices, 1, GROUPS[:2]) for m in (PRE, TASK)), tau=1e-3, null_rank=2).save(
         folder / "good"
     )
@@ -126,5 +126,5 @@ def spoiled(kind: str, folder: Path) -> Path:
      "no trace", "a huge trace", "no list", "no facts", "a mapping"],
 )  # fmt: skip
 def test_mismatched_tensors_are_refused(kind: str, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="spectrum does not hold what it should"):
+    with pytest.raises(ArtifactError, match="spectrum has unexpected contents"):
         Spectrum.load(spoiled(kind, tmp_path))

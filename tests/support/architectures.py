@@ -1,4 +1,4 @@
-"""The matrix of architectures: one tiny random model of each, and what becomes of it.
+"""The matrix of architectures: one tiny random model of each, and the expected result.
 
 A row says which layers are adapted and which are left out, or why the model is refused. It is the source of
 docs/compatibility/architectures.json (``python -m tests.support.architectures``).
@@ -34,7 +34,7 @@ SHAPE: dict[str, Any] = {
     "mamba_headdim": 8, "n_mamba_heads": 2, "mamba_dt_rank": 4,
     "embed_dim": 32, "projection_dim": 32, "image_size": 16, "patch_size": 8,
 }  # fmt: skip
-"""Small values of whatever of these a config has."""
+"""Small values for the options that a config has."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def tiny_config(kind: str, **changes: Any) -> PretrainedConfig:
 
 
 def build(case: Case) -> PreTrainedModel:
-    """The model with random weights, the same every time, all of which matter."""
+    """The model with seeded random weights, all of which affect the output."""
     torch.manual_seed(0)
     config = tiny_config(case.kind, **case.changes)
     if case.head:
@@ -100,7 +100,7 @@ LLAMA = "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj"
 ATTENTION = "k_proj o_proj q_proj v_proj"
 LATENT = "kv_a_proj_with_mqa kv_b_proj o_proj q_a_proj q_b_proj"
 DENSE_MLP = "model.layers.*.mlp.*_proj"
-"""Dense layers and shared experts, whose names PEFT takes for those of fused experts."""
+"""Dense layers and shared experts whose names PEFT mistakes for those of fused experts."""
 
 CASES = [
     Case("llama", "dense", LLAMA),
@@ -241,7 +241,7 @@ COLUMNS = ["architecture", "family", "outcome", "adapted", "linear layers left o
 
 
 def table() -> list[dict[str, str]]:
-    """What docs/compatibility.md says of every case."""
+    """The expected table in docs/compatibility.md."""
     return [
         {
             "architecture": case.head

@@ -1,4 +1,4 @@
-"""Chat templates that behave as those of well-known models do, each in a few lines, and a tokenizer.
+"""Short chat templates that behave like those of well-known models, and a tokenizer.
 
 Written for these tests; TRL's copies of the models' own templates are read where TRL is installed.
 """
@@ -24,7 +24,7 @@ DEFAULT_SYSTEM = (
     + CHATML
 )
 TRIMS = HEAD + "{{ m.content | trim }}" + FOOT + PROMPT
-# Qwen3's way: earlier turns lose their reasoning, the last one has a block of it, empty or not.
+# Qwen3's: earlier turns lose their reasoning, the last one has a block of it, empty or not.
 STRIPS_THINKING = (
     HEAD + "{% if m.role == 'assistant' %}{% set parts = m.content.split('</think>') %}"
     "{% if loop.last %}<think>\n{{ parts[0].split('<think>')[-1].strip('\n') if parts[1:] }}\n"
@@ -32,30 +32,30 @@ STRIPS_THINKING = (
     + FOOT
     + PROMPT
 )
-# DeepSeek-R1's: the prompt begins the reasoning, and answers lose theirs.
+# DeepSeek-R1's: the generation prompt begins the reasoning, and answers lose theirs.
 BEGINS_THINKING = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<|User|>{{ m.content }}"
     "{% else %}<|Assistant|>{{ m.content.split('</think>')[-1] }}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
 )
-# Nemotron's: the prompt begins the reasoning otherwise than an answer without any does.
+# Nemotron's: the generation prompt begins the reasoning differently from an answer without reasoning.
 EMPTY_THINKING = (
     HEAD + "{% if m.role == 'assistant' and '<think>' not in m.content %}<think></think>{% endif %}"
     "{{ m.content }}" + FOOT + PROMPT.replace("assistant\n", "assistant\n<think>\n")
 )
-# gpt-oss's: today's date, and the last answer ends by another token.
+# gpt-oss's: the current date, and the last answer ends with another token.
 DATED = (
     "<|start|>system<|message|>Current date: {{ strftime_now('%Y-%m-%d') }}<|end|>"
     "{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}"
     "{{ '<|return|>' if loop.last and m.role == 'assistant' else '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
-# Phi-3's: EOS behind the whole chat.
+# Phi-3's: EOS after the whole chat.
 ENDS_ONCE = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
 )
-# SmolLM3's: earlier turns lose their reasoning, and what is generated is marked.
+# SmolLM3's: earlier turns lose their reasoning; generation markers.
 MARKED = (
     HEAD + "{% if m.role == 'assistant' %}{% generation %}"
     "{{ m.content if loop.last else m.content.split('</think>')[-1] }}<|im_end|>{% endgeneration %}\n"
@@ -84,7 +84,7 @@ NO_END = (
     "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
-# Those of models that see: contents are blocks.
+# Multimodal models': contents are lists of blocks.
 BLOCKS = (
     HEAD + "{% for b in m.content %}{{ b.text if b.type == 'text' }}{% endfor %}" + FOOT + PROMPT
 )
@@ -105,7 +105,7 @@ COUNTS = "{{ messages|length }}" + CHATML
 
 
 def byte_tokenizer(template: str | dict[str, str] | None) -> PreTrainedTokenizerFast:
-    """One token a byte, and one for each special token that the template writes."""
+    """One token for each byte, and for each special token of the template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

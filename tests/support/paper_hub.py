@@ -168,7 +168,7 @@ HUB: dict[str, dict[str, list[Row]]] = {
         ]
     },
 }
-NAMES = {  # configurations that the recipes have to ask for
+NAMES = {  # configurations that the recipes must request
     "mandarjoshi/trivia_qa": "rc.nocontext",
     "openai/gsm8k": "main",
     "google-research-datasets/mbpp": "full",

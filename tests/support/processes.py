@@ -17,7 +17,7 @@ PATIENCE = 60  # seconds
 
 
 def in_processes(count: int, work: Callable[[], Any]) -> list[Any]:
-    """What `work` returns or raises in each process; the processes end with it.
+    """Run `work` in each process and return its result or error, by rank.
 
     Tensors do not outlive the process that made them; return arrays.
     """
@@ -26,7 +26,7 @@ def in_processes(count: int, work: Callable[[], Any]) -> list[Any]:
 
     def run(rank: int) -> None:
         torch.set_num_threads(1)  # a fork inherits no threads
-        gc.freeze()  # to collect what the parent left would wait for threads that are not here
+        gc.freeze()  # collecting the parent's objects would wait for threads that the fork lacks
         try:
             os.environ |= point.place_among(rank, count)
             distributed.join("cpu")

@@ -8,5 +8,5 @@ from folora.runtime.storage import LOCK
 
 
 def temporary(folder: Path) -> list[Path]:
-    """Hidden files in a folder and below, without its lock, which stays for good."""
+    """Hidden files in a folder and its subfolders, except its lock, which is permanent."""
     return [p for p in folder.rglob(".*") if p.name != LOCK]

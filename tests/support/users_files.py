@@ -17,7 +17,7 @@ Put = Callable[[Path], None]
 
 
 def file(name: str, content: str = "mine") -> Put:
-    """A text file, its folders included."""
+    """A text file and its parent folders."""
 
     def put(here: Path) -> None:
         (here / name).parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def link(name: str, target: str) -> Put:
 
 
 def fifo(name: str) -> Put:
-    """A FIFO, which whoever opens it waits for."""
+    """A named pipe, on which opening blocks."""
 
     def put(here: Path) -> None:
         (here / name).parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def fifo(name: str) -> Put:
 
 
 def socket_at(name: str) -> Put:
-    """Neither a file nor a folder, as a device is not; HERE is the working directory."""
+    """Neither a file nor a folder, like a device; HERE is the working directory."""
 
     def put(_: Path) -> None:
         with socket.socket(socket.AF_UNIX) as opened:
@@ -67,7 +67,7 @@ def socket_at(name: str) -> Put:
 
 
 def appended(name: str, text: str) -> Put:
-    """The user changes a file of folora's."""
+    """The user modifies a file that folora wrote."""
 
     def put(here: Path) -> None:
         (here / name).write_text((here / name).read_text() + text)
@@ -76,12 +76,12 @@ def appended(name: str, text: str) -> Put:
 
 
 def read_only(name: str) -> Put:
-    """The user protects a file."""
+    """The user makes a file read-only."""
     return lambda here: (here / name).chmod(0o444)
 
 
 def both(*puts: Put) -> Put:
-    """One after the other."""
+    """Several in sequence."""
 
     def put(here: Path) -> None:
         for one in puts:

@@ -1,4 +1,4 @@
-"""A corpus of wrong inputs: what is given, what must be said about it, and how soon.
+"""A corpus of wrong inputs: the input, the required error message, and how early it is raised.
 
 Every case is a command line (on top of one that works, see `test_wrong_inputs`) with the files it
 needs. ``HERE`` in arguments and messages is the folder that these files are written to.
@@ -38,8 +38,8 @@ from benchmarks.tiny import CHAT, make_llama, make_tokenizer
 from folora.runtime.storage import read_sealed, write_sealed
 
 Found = Literal["options", "files", "model", "work"]
-"""What had to be read until it was found: the command line (and config file) alone; data, tokenizer
-and config.json; the weights; or only the computation itself can tell."""
+"""What must be read to detect it: the command line (and config file) only; data, tokenizer and
+config.json; the weights; or the computation itself."""
 
 Edit = Callable[[Path], None]
 
@@ -90,7 +90,7 @@ def file(name: str, content: str | bytes, message: str) -> Wrong:
 
 
 def options_file(name: str, content: str, message: str) -> Wrong:
-    """A config file that is sound YAML with wrong options."""
+    """A config file of valid YAML with wrong options."""
     return Wrong(name, "--config HERE/c.yaml", message, files={"c.yaml": content}, alone=True)
 
 
@@ -109,7 +109,7 @@ def data(
 
 
 def chat(name: str, row: Any, message: str, template: str | None = CHAT) -> Wrong:
-    """A chat, or what is given for one, and a tokenizer with a chat template."""
+    """A chat, or an invalid one, and a tokenizer with a chat template."""
     return data(name, json.dumps(row), message, model=tokenizer(template=template))
 
 
@@ -128,7 +128,7 @@ def json_file(name: str, **changes: Any) -> Edit:
 
 
 def resealed(name: str, **changes: Any) -> Edit:
-    """Set values in a sealed JSON file, as whoever may write it could."""
+    """Set values in a sealed JSON file and update its checksum."""
 
     def edit(folder: Path) -> None:
         write_sealed(folder / name, read_sealed(folder / name) | changes)
@@ -153,7 +153,7 @@ def removed(*patterns: str) -> Edit:
 
 
 def cut(name: str, size: int) -> Edit:
-    """Keep the first bytes of a file, or with a negative size lose the last ones."""
+    """Truncate a file to a size; a negative size removes bytes from the end."""
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size]) and None
 
 
@@ -182,7 +182,7 @@ def tokenizer(
 
 
 def without_bos(**changes: Any) -> Edit:
-    """Neither the tokenizer nor the model has one; the default id of a config class is a letter's."""
+    """Neither tokenizer nor model has one; the default id of the config class is an ordinary token."""
 
     def edit(folder: Path) -> None:
         tokenizer(bos=False, **changes)(folder)
@@ -229,7 +229,7 @@ class FlatConfig(PretrainedConfig):
 
 
 class Flat(PreTrainedModel):
-    """A causal LM of an embedding alone."""
+    """A causal LM that is only an embedding."""
 
     config_class = FlatConfig
 
@@ -276,13 +276,13 @@ COMMANDS = [
     Wrong("a switch with a value", "--verbose=3", "'--verbose' does not take a value"),
     Wrong("an option of another command", "--methods lora", "unknown option --methods"),
     Wrong("rank outside of export", "--rank 2", "unknown option --rank"),
-    Wrong("no model", "--dataset d --output o", "--model is needed", alone=True),
-    Wrong("no dataset", "--model m --output HERE", "--dataset is needed", alone=True),
-    Wrong("no output", "--model m --dataset d", "--output is needed", alone=True),
-    Wrong("no model for a plan", "", "--model is needed", command="plan", alone=True),
-    Wrong("an empty model", "--model ''", "--model is needed"),
-    Wrong("an empty output", "--output ''", "--output is needed"),
-    Wrong("a model of null", "--model null", "--model is needed"),
+    Wrong("no model", "--dataset d --output o", "--model is required", alone=True),
+    Wrong("no dataset", "--model m --output HERE", "--dataset is required", alone=True),
+    Wrong("no output", "--model m --dataset d", "--output is required", alone=True),
+    Wrong("no model for a plan", "", "--model is required", command="plan", alone=True),
+    Wrong("an empty model", "--model ''", "--model is required"),
+    Wrong("an empty output", "--output ''", "--output is required"),
+    Wrong("a model of null", "--model null", "--model is required"),
     Wrong("a model named like a number", "--model 3", "model '3' cannot be loaded", "files"),
     Wrong("a model named like a comment", "--model 'm #1'", "model 'm #1' cannot be loaded", "files"),
     Wrong("a model named like a mapping", "--model '{a: 1}'", "model '{a: 1}' cannot be loaded", "files"),
@@ -298,7 +298,7 @@ COMMANDS = [
     value("device", "0", "Invalid device string"),
 ]  # fmt: skip
 
-# 2. Values outside of their intervals, for every option that has one.
+# 2. Values outside their intervals, for every option that has one.
 
 NUMBER = "valid number|valid integer|as an integer"
 VALUES = [
@@ -475,8 +475,8 @@ FILES = [
     file("utf-16", "model: m\n".encode("utf-16"), "utf-8.*can't decode"),
     file("zero bytes", b"\0\0\0", "special characters are not allowed"),
     file("a data set", b"# " + b"x" * 2**20, "more than 1048576 bytes"),
-    options_file("an empty file", "", "--model is needed"),
-    options_file("comments alone", "# model: m\n", "--model is needed"),
+    options_file("an empty file", "", "--model is required"),
+    options_file("comments alone", "# model: m\n", "--model is required"),
     options_file("an unknown section", "optimizer: {lr: 1}", "unknown option 'optimizer'"),
     options_file("an unknown option", "adapter: {rank: 4}", r"unknown option 'adapter\.rank'"),
     options_file("an option with a typo", "statistics: {batchsize: 4}", r"did you mean 'statistics\.batch_size'"),
@@ -516,7 +516,7 @@ DATA = [
     Wrong("a data file named too long", f"--dataset {'x' * 300}.jsonl", r"x\.jsonl does not exist"),
     Wrong("an address", "--dataset http://example.org/rows.jsonl", "http.* does not exist"),
     Wrong("no such data set on the Hub", "--dataset nobody/nothing-of-this-name",
-          r"'nobody/nothing-of-this-name' is neither a local .* nor to be had from the Hub", "files"),
+          r"'nobody/nothing-of-this-name' is neither a local .* nor available from the Hub", "files"),
     data("an empty file", "", r"rows\.jsonl is empty", found="options"),
     data("another ending", "a,b\n", r"rows\.csv must end in", file="rows.csv", found="options"),
     data("no ending", GOOD_ROW, "rows must end in", file="rows", found="options"),
@@ -573,10 +573,10 @@ DATA = [
          r"data\.max_length = 64; raise it"),
     data("every token masked", GOOD_ROW, r"data\.max_length = 2; raise it", "--data.max_length 2"),
     data("a row longer than the context", '{"prompt": "' + "x" * 300 + '", "completion": "y"}',
-         r"a row has 302 tokens, but the model reads at most 256; give --data\.max_length 256",
+         r"a row has 302 tokens, but the model's context is 256; set --data\.max_length 256",
          "--data.max_length 500"),
     data("a chat template that is not there", '{"question": "x", "answer": "y"}',
-         r"data\.chat_template is on, but this tokenizer has no chat template", "--data.chat_template true"),
+         r"data\.chat_template is true, but this tokenizer has no chat template", "--data.chat_template true"),
     data("nine rows to compare on", GOOD_ROW * 9, "9 rows. Give at least 10", "--methods lora",
          command="compare", found="model"),
     data("no rows held out to compare on", GOOD_ROW * 20, r"held-out rows .*data\.eval_rows > 0",
@@ -675,7 +675,7 @@ MODELS = [
           another(lambda: LlamaModel(make_llama().config), tie_word_embeddings=False), r"lacks 1 of the weights, such as lm_head\.weight"),
     model("a model of pictures", another(vit), "is a ViTModel, for which transformers has no causal LM", "files"),
     model("EOS that the model does not know", content("generation_config.json", '{"eos_token_id": [2, 99]}'),
-          "ends sequences at token 99, but the model knows 51"),
+          "ends sequences at token 99, but the model has 51"),
     model("a context shorter than a sample", json_file("config.json", max_position_embeddings=40),
           r"sampling\.max_new_tokens is 40, but the context of .* is 40 tokens", "files"),
     Wrong("samples longer than the context", "--sampling.max_new_tokens 256",
@@ -721,7 +721,7 @@ MODELS = [
           r"step \d: \d+ gradients are not finite.*lower training\.learning_rate \(now 1e\+30\)", "work"),
     Wrong("a loss that TRL does not know", "--training.loss_type nlll", "training: .*nlll", "files"),
     model("no ridge for a basis that needs one", weights(lambda t: t[NORM][3].zero_()),
-          r"model\.layers\.1\.self_attn\.q_proj: C_pre .* positive definite. Give a larger tau", "work",
+          r"model\.layers\.1\.self_attn\.q_proj: C_pre .* positive definite. Raise tau", "work",
           arguments="--spectrum.tau 0 --method.basis whitening"),
     model("nothing but dead layers", weights(lambda t: t["model.embed_tokens.weight"].zero_()),
           "passed the filter|is zero", "work"),
@@ -747,9 +747,9 @@ TOKENIZERS = [
           r"sampling\.start_token '<\|begin\|>' is not a token", "files"),
     Wrong("a start token of two", "--sampling.start_token 'ab'", "'ab' is not a token", "files"),
     model("more tokens than the model knows", tokenizer(lambda t: t.add_tokens(["0+", "1+", "2+"])),
-          r"tokenizer gives '.\+' the id 5., but the model knows 51", "files"),
+          r"tokenizer gives '.\+' the id 5., but the model has 51", "files"),
     model("a model that knows fewer tokens", json_file("config.json", vocab_size=8),
-          "but the model knows 8 tokens", "files"),
+          "but the model has 8 tokens", "files"),
     model("a padding token that the model does not know",
           tokenizer(lambda t: (t.add_tokens(["Q"]), t.add_special_tokens({"pad_token": "<new>"}))),
           "gives '<new>' the id 51", "files"),
@@ -761,15 +761,15 @@ TOKENIZERS = [
           "gives '<new>' the id 51", "files"),
 ]  # fmt: skip
 
-# 7. The output folder, and what lies in it.
+# 7. The output folder and its contents.
 
 OUTPUTS = [
     Wrong("a file for output", "--output HERE/x", "output HERE/x is a file", files={"x": ""}),
     Wrong("an output below a file", "--output HERE/x/run", "HERE/x is a file", files={"x": ""}),
     Wrong("an output deep below a file", "--output HERE/x/a/b/c", "HERE/x is a file", files={"x": ""}),
-    Wrong("an output named too long", f"--output HERE/{'x' * 300}", "no name that a folder can have"),
+    Wrong("an output named too long", f"--output HERE/{'x' * 300}", "not a valid folder name"),
     options_file("an output with a zero byte", 'model: m\ndataset: d.jsonl\noutput: "a\\0b"\n',
-                 "no name that a folder can have"),
+                 "not a valid folder name"),
     *(
         Wrong(f"{command} before its turn", "--output HERE/new",
               rf"{part} is missing; run folora {before} first", "files", command=command)
@@ -792,7 +792,7 @@ def damaged(
     command: str = "run",
     arguments: str = "",
 ) -> Wrong:
-    """A finished run, in which something was changed."""
+    """A finished run with a modified file."""
     return Wrong(name, arguments, message, found, command=command, run=edit)
 
 

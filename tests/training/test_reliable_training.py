@@ -210,7 +210,10 @@ def test_training_stops_before_a_non_finite_gradient(tmp_path: Path, accumulatio
         train(p, make_tokenizer(), tmp_path, callbacks=[bad.callback, note])
     said = str(stopped.value)
     assert "step 5: " in said
-    assert "model.layers.1.mlp.down_proj.base_layer is the first to give values" in said
+    assert (
+        "model.layers.1.mlp.down_proj.base_layer is the first module with a non-finite output"
+        in said
+    )
     assert "lora_" in said
     assert "lower training.learning_rate (now 0.01)" in said
     assert torch.equal(flat(p), seen[0])
@@ -260,9 +263,9 @@ def test_the_layer_of_an_fp16_overflow_is_named() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "does not say 'files'"),
-        ({"files": 3}, "does not hold what it should"),
-        ({"files": ["a"]}, "does not hold what it should"),
+        ({}, "has no entry 'files'"),
+        ({"files": 3}, "has unexpected contents"),
+        ({"files": ["a"]}, "has unexpected contents"),
         ({"files": {"a": None}}, "checkpoint-2/a is damaged"),
         ({"files": {"a": "x", "../checkpoint-1/b": "x"}}, "checkpoint-1/b is missing|a is damaged"),
         ({"files": {"\0": "x"}}, "is missing"),

@@ -1,4 +1,4 @@
-"""What to keep: text that the base model generates, and the second moments of the layers' inputs.
+"""Calibration: sample text from the base model and measure second moments of the layers' inputs.
 
 May import `spectral`, `data` and `runtime`.
 """

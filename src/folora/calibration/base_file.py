@@ -1,8 +1,8 @@
-"""What belongs to a base model alone, in one file: text that it wrote, and C_pre measured on it.
+"""The base file: a model's calibration set and C_pre in one file, to reuse for any task and to share.
 
-Sampling is the dear part of a run, and has nothing to do with the task. The file serves every task on
-the same model and can be given to others: safetensors with second moments as upper triangles, which
-loses nothing, and a manifest with fingerprints and a checksum in its header.
+Sampling takes most of a run's time and does not depend on the task. The file is safetensors: token ids, the
+upper triangles of the second moments (lossless), and in the header a manifest with fingerprints and a
+checksum.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ from folora.spectral.moments import Moments
 logger = logging.getLogger(__name__)
 
 KIND = "base"
-HEADER = "folora"  # the key of the manifest in the safetensors header
+HEADER = "folora"  # key of the manifest in the safetensors header
 
 
 @dataclass(frozen=True)
 class BaseFile:
-    """A file's contents.
+    """The contents of a base file.
 
     Attributes:
-        samples: The sampled text.
-        groups: Shared inputs that were measured.
+        samples: The calibration set.
+        groups: The layer inputs that were measured.
         triangles: By group name, the upper triangle of C_pre, row by row, (d (d + 1) / 2,) float32.
         manifest: Fingerprints and counts.
-        path: Where it lies.
+        path: Path of the file.
     """
 
     samples: CalibrationSet
@@ -61,18 +61,18 @@ class BaseFile:
     path: Path
 
     def moments(self, groups: Sequence[InputGroup]) -> Moments:
-        """C_pre of the groups; a group may hold fewer layers than the file's.
+        """C_pre of the groups; a group may be a subset of one in the file.
 
         Raises:
-            ConfigError: A group's input was not measured.
+            ConfigError: The input of a group was not measured.
         """
         found = {}
         for group in groups:
             home = next((g for g in self.groups if {*group.layers} <= {*g.layers}), None)
             if home is None or home.d_in != group.d_in:
                 raise ConfigError(
-                    f"{self.path} has no statistics of what {group.name} reads; it was made for other "
-                    "target modules. Make one for these, or for all: folora base"
+                    f"{self.path} has no C_pre of the input of {group.name}; it was made for other target "
+                    "modules. Make one for these or for all layers: folora base"
                 )
             found[group.name] = unpacked(self.triangles[home.name], group.d_in)
         return Moments(found, int(self.manifest["tokens"]), tuple(groups))
@@ -99,10 +99,10 @@ def write_base_file(
     """Write a base file atomically.
 
     Args:
-        path: The file to make or replace; see `check_base_target`.
-        samples: The sampled text.
+        path: The file to create or replace; see `check_base_target`.
+        samples: The calibration set.
         moments: C_pre.
-        facts: Fingerprints of model and tokenizer.
+        facts: Fingerprints of model and tokenizer, for the manifest.
 
     Raises:
         ArtifactError: It cannot be written.
@@ -125,51 +125,51 @@ def write_base_file(
 
 
 def check_base_target(path: Path, source: Path | None) -> None:
-    """Refuse, before any work, to write a base file over something else.
+    """Refuse a path where a base file must not be written.
 
     Args:
-        path: The file to make or replace.
-        source: The base file that is read for it, if there is one.
+        path: The file to create or replace.
+        source: The base file that is read, if there is one.
 
     Raises:
-        ConfigError: `path` is no file, is `source`, or holds something that folora did not write.
+        ConfigError: `path` is not a regular file, is `source`, or was not written by folora.
     """
     check_target(path)
     if not path.exists():
         return
     if source is not None and source.exists() and source.samefile(path):
-        raise ConfigError(f"{path} is the base file that is read; give another one to write to")
+        raise ConfigError(f"{path} is the base file that is read; choose another path to write to")
     try:
         read_base_manifest(path)
     except ArtifactError as error:
         raise ConfigError(
-            f"{path} would be replaced, but folora did not write it ({error}); move it away, or give "
-            "another file"
+            f"{path} would be replaced, but folora did not write it ({error}); move it away, or choose "
+            "another path"
         ) from error
 
 
 def read_base_manifest(path: Path, expected: Mapping[str, Any] | None = None) -> Facts:
-    """The manifest alone, without reading the tensors.
+    """Read and verify the manifest without reading the tensors.
 
     Args:
         path: The file.
-        expected: `fingerprints.model_facts` of the model that it is for. The dtype may be another one
-            if it holds the same weights: the text and the rounding of C_pre are then of that dtype.
+        expected: `fingerprints.model_facts` of the model to adapt. Another dtype is accepted if the weights
+            are the same; samples and C_pre were then computed in that dtype.
 
     Raises:
-        ArtifactError: Missing, damaged, or something else.
-        MismatchError: Of another model or tokenizer than `expected`.
+        ArtifactError: Missing, damaged, or not a base file.
+        MismatchError: Made from another model or tokenizer.
     """
     check_regular_file(path)
     try:
         with safe_open(path, "pt") as file:
             manifest = checked_depth(json.loads((file.metadata() or {}).get(HEADER, "null")))
     except FileNotFoundError:
-        raise ArtifactError(f"{path} is missing; make it: folora base") from None
+        raise ArtifactError(f"{path} is missing; create it with folora base") from None
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        raise ArtifactError(f"{path} is no base file: {error}") from error
+        raise ArtifactError(f"{path} is not a base file: {error}") from error
     if manifest is None:
-        raise ArtifactError(f"{path} is no base file: its header says nothing of folora")
+        raise ArtifactError(f"{path} is not a base file: its header has no entry {HEADER!r}")
     found = check_manifest(manifest, path, path, KIND)
     if expected and found.get("model") == expected["model"]:
         expected = {name: value for name, value in expected.items() if name != "dtype"}
@@ -177,23 +177,23 @@ def read_base_manifest(path: Path, expected: Mapping[str, Any] | None = None) ->
 
 
 def warn_of_dtype(manifest: Facts, dtype: str) -> None:
-    """Say that a base file was made in another dtype than the model has here."""
+    """Log a warning if a base file was made in another dtype than `dtype`."""
     if manifest["dtype"] != dtype:
         logger.warning(
-            "%s was made in %s, but the model is loaded in %s: C_pre has the rounding of the former. "
-            "--dtype %s gives the same numbers.",
+            "%s was made in %s, but the model is loaded in %s, so C_pre is rounded differently; use "
+            "--dtype %s for identical numbers",
             manifest.file, manifest["dtype"], dtype, manifest["dtype"],
         )  # fmt: skip
 
 
 def read_base_file(path: Path, expected: Mapping[str, Any] | None = None) -> BaseFile:
-    """Read a base file after checking manifest and checksum; see `read_base_manifest`."""
+    """Read a base file and verify its manifest and checksum; see `read_base_manifest`."""
     manifest = read_base_manifest(path, expected)
     tensors = read_tensors(path)
     if (found := tensors_sha256(tensors)) != manifest["sha256"]:
         raise ArtifactError(
-            f"{path} is damaged: its checksum is {found[:12]}, its header says "
-            f"{str(manifest['sha256'])[:12]}. Get or make it again."
+            f"{path} is damaged: its checksum is {found[:12]}, its header records "
+            f"{str(manifest['sha256'])[:12]}. Download it again, or recreate it with folora base."
         )
     with malformed_is_damaged(path):
         groups = [group_of(fact) for fact in manifest["groups"]]
@@ -210,12 +210,12 @@ def read_base_file(path: Path, expected: Mapping[str, Any] | None = None) -> Bas
 
 
 def _size(d: int) -> int:
-    """How many numbers are in the upper triangle of a (d, d) matrix."""
+    """Number of entries in the upper triangle of a (d, d) matrix."""
     return d * (d + 1) // 2
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes."""
+    """SHA-256 over names, dtypes, shapes and bytes."""
     result = hashlib.sha256()
     for name in sorted(tensors):
         t = tensors[name].contiguous()

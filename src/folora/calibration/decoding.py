@@ -1,9 +1,8 @@
-"""Decoding, one token of every row at a time, from a cache that is written in place.
+"""Batched decoding with a static KV cache; on a GPU each step replays a CUDA graph.
 
-On a GPU it is the host that a step waits for, whatever the number of rows. There a step is one CUDA graph,
-the same work on the same memory for every token: the host asks for all of its kernels once, and for one
-replay a token from then on. Keys and values lie in transformers' static cache, which counts its tokens on
-the device. On the CPU a step attends to what has been written, and not to the room for the rest.
+Without a graph, decoding on a GPU is bound by kernel launches from the host at any batch size. The graph
+needs fixed memory, so keys and values are in transformers' static cache, which counts its tokens on the
+device. On the CPU a step attends only to the written part of the cache.
 """
 
 from __future__ import annotations
@@ -21,23 +20,23 @@ from folora.runtime.contexts import is_sharded
 
 logger = logging.getLogger(__name__)
 
-COUNT = "cumulative_length"  # of tokens, in a layer of Transformers 5's static cache
-EAGER_STEPS = 2  # before a graph is taken: libraries set themselves up in the first
-LOOK_EVERY = 16  # tokens, for whether all rows have ended
-MASKED = ("sdpa", "eager")  # attention that is told which keys of the cache are written yet
+COUNT = "cumulative_length"  # the device's token count in Transformers 5's static cache
+EAGER_STEPS = 2  # before the graph is captured: libraries initialize in the first
+CHECK_EVERY = 16  # tokens between tests whether all rows have ended
+MASKED = ("sdpa", "eager")  # attention implementations with a mask for unwritten cache entries
 
 
 class CudaGraphError(Exception):
-    """A model's step asks the host for something, so that no graph can be taken of it."""
+    """A model's forward pass cannot be captured in a CUDA graph."""
 
 
 def is_steppable(model: Any) -> bool:
-    """Whether `Forward` may run a model: alone, with a static cache, the same kernels for every token."""
+    """Whether `Forward` supports a model: not sharded, and with a static cache."""
     return not is_sharded(model) and _reads_static_cache(model)
 
 
 def _reads_static_cache(model: Any) -> bool:
-    """By what transformers says of it; caches of sliding windows count on the host."""
+    """Whether transformers supports a static cache for it; sliding-window caches count on the host."""
     quantizer = getattr(model, "hf_quantizer", None)
     return (
         model.device.type in ("cuda", "cpu")
@@ -52,10 +51,10 @@ def _reads_static_cache(model: Any) -> bool:
     )
 
 
-class _WrittenPart(StaticLayer):
-    """A layer of the cache that hands out what is written. The host counts it, so no graph may hold it."""
+class _TrimmedLayer(StaticLayer):
+    """A cache layer that returns only its written part. Its length is on the host: not for CUDA graphs."""
 
-    is_compileable = False  # no mask is made then
+    is_compileable = False  # so that no mask is created
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -72,13 +71,13 @@ def _cache(model: Any, length: int) -> Cache:
     cache = StaticCache(config=model.config, max_cache_len=length)
     if model.device.type == "cuda":
         return cache
-    return Cache(layers=[_WrittenPart(length) for _ in cache.layers])
+    return Cache(layers=[_TrimmedLayer(length) for _ in cache.layers])
 
 
 def generate_cache_options(model: Any, length: int) -> dict[str, Any]:
-    """What makes ``generate`` use the cache that `Forward` would, on the CPU to the bit.
+    """Options with which ``generate`` uses the same cache as `Forward`, bitwise identical on the CPU.
 
-    On an accelerator nothing: there it would compile the model for a static cache.
+    Empty on an accelerator, where ``generate`` would compile the model for a static cache.
     """
     if model.device.type != "cpu":
         return {}
@@ -88,11 +87,11 @@ def generate_cache_options(model: Any, length: int) -> dict[str, Any]:
 
 
 class Forward:
-    """The forward pass for one more token of every row; on a GPU a graph, after `EAGER_STEPS`.
+    """One decoding step for every row; on a GPU a CUDA graph after `EAGER_STEPS` steps.
 
     Args:
-        model: In eval mode; see `is_steppable`.
-        length: Tokens of a row at most.
+        model: In evaluation mode; see `is_steppable`.
+        length: Maximum number of tokens of a row.
     """
 
     def __init__(self, model: Any, length: int) -> None:
@@ -103,10 +102,10 @@ class Forward:
         self.tokens = self.logits = torch.empty(0)
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Logits of the next token, (rows, vocabulary), given the last one of each row, (rows, 1).
+        """Logits of the next token, (rows, vocabulary), given the last token of each row, (rows, 1) int64.
 
         Raises:
-            CudaGraphError: In the step in which the graph is taken.
+            CudaGraphError: The graph cannot be captured.
         """
         self.steps += 1
         if tokens.device.type != "cuda" or self.steps <= EAGER_STEPS:
@@ -118,7 +117,7 @@ class Forward:
         return self.logits
 
     def _capture(self, tokens: Tensor) -> None:
-        """Record a step, which runs nothing."""
+        """Capture one step without running it."""
         self.tokens, self.graph = tokens.clone(), torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(self.graph):
@@ -139,27 +138,27 @@ def decode(
     start: Tensor,
     choose: Callable[[Tensor, Tensor], Tensor],
     eos_ids: Sequence[int],
-    most: int,
+    max_new_tokens: int,
 ) -> Tensor:
-    """Tokens one after the other, until every row has ended.
+    """Decode until every row has ended.
 
     Args:
         forward: See `Forward`.
         start: The first token of every row, (rows, 1) int64.
-        choose: Given what is there, (rows, tokens) int64, and the scores of the next token, (rows,
-            vocabulary), which it must not change, that token, (rows,) int64.
-        eos_ids: What ends a row; what stands in it afterwards means nothing.
-        most: Tokens a row.
+        choose: Returns the next tokens, (rows,) int64, given the tokens so far, (rows, tokens) int64,
+            and the logits, (rows, vocabulary), which it must not modify.
+        eos_ids: Tokens that end a row; later tokens of that row are undefined.
+        max_new_tokens: Maximum number of tokens per row.
 
     Returns:
         (rows, tokens) int64, without `start`.
     """
     ends = torch.tensor(eos_ids, dtype=start.dtype, device=start.device)
     ended = torch.zeros(len(start), dtype=torch.bool, device=start.device)
-    written = start.repeat(1, 1 + most)
-    for n in range(1, 1 + most):
+    written = start.repeat(1, 1 + max_new_tokens)
+    for n in range(1, 1 + max_new_tokens):
         written[:, n] = choose(written[:, :n], forward(written[:, n - 1 : n]))
         ended |= torch.isin(written[:, n], ends)
-        if eos_ids and n % LOOK_EVERY == 0 and bool(ended.all()):
+        if eos_ids and n % CHECK_EVERY == 0 and bool(ended.all()):
             return written[:, 1 : n + 1]
     return written[:, 1:]

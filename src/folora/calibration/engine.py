@@ -1,6 +1,6 @@
-"""Turns sequence numbers into tokens, with the model at hand.
+"""Generate token sequences by number: the `Engine` interface, and an engine on a transformers model.
 
-`Engine` is the seam for other engines; `serving` has one that asks a server.
+`vllm` has an engine on a vLLM server.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ from folora.runtime.progress import progress
 
 logger = logging.getLogger(__name__)
 
-# Matrix products of fewer rows take other kernels, which round differently; measured on CPU.
+# Matrix products with fewer rows use other kernels, which round differently (measured on the CPU).
 MIN_ROWS = 8
-BATCH_SIZES = (64, 128, 256, 512, 1024)  # of which an accelerator takes what fits
-EARLY_STOPPING_BATCH = 256  # sequences at once where so many may be enough; fewer take as long
-SERVER_BATCH = 256  # sequences that a server is asked for at once; vLLM takes as many by default
-LOGITS = 6  # copies in float32, of a row
-TRIAL_TOKENS = 2  # tokens, before anything long starts
-NO_TOKEN = -1  # None would make generate fall back on the model's own EOS
+BATCH_SIZES = (64, 128, 256, 512, 1024)  # an accelerator uses the largest that fits
+EARLY_STOPPING_BATCH = 256  # limit if sampling may stop early; smaller batches are no faster
+SERVER_BATCH = 256  # concurrent requests to a server; vLLM's default maximum
+LOGITS_COPIES = 6  # float32 copies of a row's logits in memory at once
+TRIAL_TOKENS = 2  # decoded to find out whether a model can generate
+NO_TOKEN = -1  # with None generate would use the model's EOS
 
 
 class Engine(Protocol):
-    """Writes sequences by number; the only thing that another decoding engine has to offer."""
+    """Generates sequences by number; the interface of decoding engines."""
 
     def __call__(self, numbers: Sequence[int]) -> list[list[int]]:
-        """Generated tokens of each sequence, without the start token, up to and with EOS."""
+        """Generated tokens of each sequence, without the start token, up to and including EOS."""
         ...
 
 
 def with_batch_size(config: SamplingConfig, model: Any) -> SamplingConfig:
-    """The config with the batch size that a loaded model, or a server, decodes with."""
+    """The config with the batch size for a loaded model or a server filled in."""
     if config.server is not None:
         return config.replace(batch_size=config.batch_size or SERVER_BATCH)
     size = batch_size_for(
@@ -67,36 +67,38 @@ def batch_size_for(
     processes: int,
     taken: int = 0,
 ) -> int:
-    """How many sequences to decode at once, the same in all processes.
+    """Number of sequences to decode at once, the same in all processes.
 
     Args:
-        device: Where the model computes.
-        model_config: Of transformers.
-        itemsize: Bytes of a number of the model.
-        config: Its ``batch_size`` holds, if it is given.
-        processes: How many share the sequences.
-        taken: Bytes that something else will have taken by then.
+        device: The model's device.
+        model_config: The model's transformers config.
+        itemsize: Bytes per value of the model's dtype.
+        config: If it sets ``batch_size``, that is returned.
+        processes: World size.
+        taken: Bytes of memory that will be used for something else by then.
 
     Returns:
-        64, or on an accelerator the largest power of two from there to 1024 for which cache and logits
-        take no more than a quarter of what is free, and which leaves a batch for each process; to 256
-        if sampling may end early.
+        64, or on an accelerator the largest power of two from 64 to 1024 for which KV cache and logits
+        fit into a quarter of the free memory, and which leaves a batch for each process; at most 256
+        if sampling may stop early.
     """
     if config.batch_size is not None or device.type == "cpu":
         return config.batch_size or BATCH_SIZES[0]
     vocabulary = model_config.get_text_config().vocab_size
-    row = cache_bytes(model_config, itemsize) * config.max_new_tokens + LOGITS * 4 * vocabulary
-    fitting = min(distributed.all_gather((free_bytes(device) - taken) // 4 // row))
-    fitting = min(fitting, config.num_sequences // processes)
+    row = (
+        cache_bytes(model_config, itemsize) * config.max_new_tokens + LOGITS_COPIES * 4 * vocabulary
+    )
+    size = min(distributed.all_gather((free_bytes(device) - taken) // 4 // row))
+    size = min(size, config.num_sequences // processes)
     if config.may_end_early:
-        fitting = min(fitting, EARLY_STOPPING_BATCH)
-    return max((n for n in BATCH_SIZES if n <= fitting), default=BATCH_SIZES[0])
+        size = min(size, EARLY_STOPPING_BATCH)
+    return max((n for n in BATCH_SIZES if n <= size), default=BATCH_SIZES[0])
 
 
 class HuggingFaceEngine:
-    """A model of transformers, with random draws that belong to the sequence, not to the batch.
+    """An engine on a transformers model, with a random stream per sequence instead of per batch.
 
-    Decoded step by step where the model allows it (see `decoding`), else by ``generate``.
+    Uses `decoding` for models that support it, otherwise ``generate``.
     """
 
     def __init__(
@@ -115,59 +117,69 @@ class HuggingFaceEngine:
         self.steps = is_steppable(model)
 
     def __call__(self, numbers: Sequence[int]) -> list[list[int]]:
-        """See `Engine`. What does not fit the memory at once is decoded in halves."""
+        """See `Engine`. After an out-of-memory error the batch is split in half."""
         try:
             what = f"decoding {len(numbers)} sequences (tokens each)"
-            return self._decoded(numbers, self.config.max_new_tokens, what)
+            return self._decode(numbers, self.config.max_new_tokens, what)
         except torch.OutOfMemoryError:
             half = len(numbers) // 2
-            # Processes that share the weights out would wait for one that begins anew.
+            # With sharded weights the other processes would wait for one that retries.
             if half < MIN_ROWS or is_sharded(self.model):
                 raise
-            logger.warning("%d sequences at once do not fit the memory, half as many", len(numbers))
+            logger.warning(
+                "out of memory decoding %d sequences at once; retrying with half as many",
+                len(numbers),
+            )
         return [*self(numbers[:half]), *self(numbers[half:])]
 
     def check_decodes(self) -> None:
-        """Decode two tokens: transformers has models that run, but cannot be decoded.
+        """Decode two tokens: some models of transformers run but cannot generate.
 
         Raises:
-            ConfigError: With the reason.
+            ConfigError: The model cannot generate; the reason is named.
         """
         try:
-            self._decoded([0], TRIAL_TOKENS, "trying to decode (tokens)")
+            self._decode([0], TRIAL_TOKENS, "test decoding (tokens)")
         except (FoLoraError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever the model's code raises
             reason = " ".join(str(error).split())
             raise ConfigError(
                 f"{type(self.model).__name__} cannot generate text here ({type(error).__name__}: "
-                f"{reason:.200}). Let another model with its tokenizer write it: --sampling.sampler_model, "
-                "or take a file of 'folora base': --base"
+                f"{reason:.200}). Generate with another model that has the same tokenizer "
+                "(--sampling.sampler_model), or use a file of 'folora base' (--base)."
             ) from error
 
     @torch.inference_mode()
-    def _decoded(self, numbers: Sequence[int], most: int, what: str) -> list[list[int]]:
-        """At most so many tokens. Fewer than `MIN_ROWS` numbers are decoded beside copies of the last."""
-        wanted = list(numbers) + [numbers[-1]] * max(0, MIN_ROWS - len(numbers))
-        start = torch.full((len(wanted), 1), self.start_id, device=self.model.device)
+    def _decode(self, numbers: Sequence[int], most: int, what: str) -> list[list[int]]:
+        """At most `most` tokens of each sequence. Batches smaller than `MIN_ROWS` are padded with copies."""
+        padded = list(numbers) + [numbers[-1]] * max(0, MIN_ROWS - len(numbers))
+        start = torch.full((len(padded), 1), self.start_id, device=self.model.device)
         with evaluating(self.model), progress(what, most) as tick:
-            draws = partial(
-                PerSequenceSampler, self.model, wanted, self.eos_ids, self.config, self.seed, tick
+            sampler = partial(
+                PerSequenceSampler, self.model, padded, self.eos_ids, self.config, self.seed, tick
             )
-            written = self._stepped(start, draws(), most) if self.steps else None
+            written = self._decode_stepwise(start, sampler(), most) if self.steps else None
             if written is None:
-                written = self._generated(start, draws(), most)
+                written = self._decode_with_generate(start, sampler(), most)
         return [_until_eos(row, self.eos_ids) for row in written[: len(numbers)].tolist()]
 
-    def _stepped(self, start: Tensor, draws: PerSequenceSampler, most: int) -> Tensor | None:
+    def _decode_stepwise(
+        self, start: Tensor, sampler: PerSequenceSampler, most: int
+    ) -> Tensor | None:
         try:
-            return decode(Forward(self.model, most), start, draws.choose, self.eos_ids, most)
+            return decode(Forward(self.model, most), start, sampler.choose, self.eos_ids, most)
         except CudaGraphError as error:
-            logger.warning("no CUDA graph of a step of decoding, generate is slower: %s", error)
+            logger.warning(
+                "decoding cannot use a CUDA graph and falls back to generate, which is slower: %s",
+                error,
+            )
             self.steps = False
             return None
 
-    def _generated(self, start: Tensor, draws: PerSequenceSampler, most: int) -> Tensor:
+    def _decode_with_generate(
+        self, start: Tensor, sampler: PerSequenceSampler, most: int
+    ) -> Tensor:
         written: Tensor = self.model.generate(
             input_ids=start,
             attention_mask=torch.ones_like(start),
@@ -180,10 +192,10 @@ class HuggingFaceEngine:
                 pad_token_id=self.eos_ids[0] if self.eos_ids else 0,
                 repetition_penalty=1.0,
             ),
-            logits_processor=LogitsProcessorList([draws]),
+            logits_processor=LogitsProcessorList([sampler]),
             **generate_cache_options(self.model, most),
         )
-        if draws.unsound:
+        if sampler.non_finite:
             raise NumericsError(NON_FINITE_LOGITS.format(""))
         return written[:, 1:]
 

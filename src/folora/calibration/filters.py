@@ -1,7 +1,7 @@
-"""Is a sampled token sequence worth keeping? Pure rules on token ids (paper, B.4).
+"""Filter sampled sequences by rules on token ids (paper, B.4).
 
-A pretrained model that is sampled from BOS alone sometimes repeats itself. Such text would count
-one activation thousands of times, so it is rejected; the reason is returned, to be counted.
+A pretrained model that generates from BOS only sometimes repeats itself. Such text would count the same
+activation thousands of times, so it is rejected; rejections are counted by reason.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def longest_run(tokens: Sequence[int]) -> int:
 
 
 def unique_ratio(tokens: Sequence[int], n: int = 1) -> float:
-    """Share of different n-grams among all n-grams; 1.0 when there is none."""
+    """Number of distinct n-grams over the number of n-grams; 1.0 if there are none."""
     count = len(tokens) - n + 1
     if count <= 0:
         return 1.0
@@ -43,14 +43,14 @@ def unique_ratio(tokens: Sequence[int], n: int = 1) -> float:
 
 
 def rejection(tokens: Sequence[int], seen: set[str]) -> str | None:
-    """Say why a sequence is rejected, or return None and remember it in `seen`.
+    """Return why a sequence is rejected, or None if it is accepted, and then add it to `seen`.
 
     Args:
         tokens: Generated token ids, without BOS, EOS and padding.
         seen: Digests of the sequences accepted so far; updated in place on acceptance.
 
     Returns:
-        One of `REASONS`, or None when the sequence is kept.
+        One of `REASONS`, or None.
     """
     if len(tokens) < MIN_TOKENS:
         return "too_short"

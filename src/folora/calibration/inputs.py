@@ -26,10 +26,10 @@ Batch = dict[str, Tensor]
 
 
 def linear_dims(module: nn.Module) -> tuple[int, int] | None:
-    """(d_in, d_out) of a linear layer: nn.Linear, its quantized kin, GPT-2's Conv1D; else None."""
+    """(d_in, d_out) of a linear layer (nn.Linear, quantized linear, GPT-2's Conv1D), or None."""
     if isinstance(module, Conv1D):
         return int(module.weight.shape[0]), int(module.weight.shape[1])
-    if isinstance(module, nn.Linear):  # bitsandbytes' and torchao's layers derive from it
+    if isinstance(module, nn.Linear):  # includes bitsandbytes and torchao layers
         return module.in_features, module.out_features
     if hasattr(module, "qweight") and hasattr(module, "in_features"):  # GPTQ, AWQ
         return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
@@ -42,14 +42,13 @@ def target_layers(
     """Names of the linear layers to adapt, with (d_in, d_out), in the order of the model.
 
     Args:
-        model: The base model, or its skeleton on the meta device.
-        target_modules: ``"all-linear"`` (all but the output layer), a list of names of which each
-            matches a layer's whole name or its end after a dot, or a regular expression that
-            matches the whole name. The same meanings as in PEFT.
+        model: The base model, or one without weights on the meta device.
+        target_modules: As in PEFT: ``"all-linear"`` (all but the output layer), a list of names, each
+            of which matches a layer's full name or its end after a dot, or a regular expression that
+            matches the full name.
 
     Raises:
-        ConfigError: Nothing matches, a named module is missing or is no linear layer, or the output
-            layer is among them.
+        ConfigError: Nothing matches, a name matches no linear layer, or the output layer is included.
     """
     linear = {n: dims for n, m in model.named_modules() if (dims := linear_dims(m)) is not None}
     if not linear:
@@ -73,8 +72,8 @@ def target_layers(
         raise ConfigError(f"adapter.target_modules {target_modules!r} matches no layer of {ends}")
     if outputs := [n for n in names if model.get_submodule(n) is head]:
         raise ConfigError(
-            f"adapter.target_modules takes in the output layer {outputs[0]}, which TRL's losses and "
-            "models with tied embeddings read without an adapter. Leave it out."
+            f"adapter.target_modules includes the output layer {outputs[0]}, whose weights TRL's losses "
+            "and tied embeddings use without the adapter. Leave it out."
         )
     return {n: linear[n] for n in names}
 
@@ -84,7 +83,7 @@ class LayerCall:
     """One call of a layer in a forward pass.
 
     Attributes:
-        tensor: Which tensor it read: identity and version, the same for layers that share an input.
+        tensor: Identity and version of its input tensor, equal for layers that share an input.
         input_shape: Shape of its input; empty if that is no tensor.
         output_shape: Shape of its output; empty if that is no tensor.
     """
@@ -95,17 +94,17 @@ class LayerCall:
 
 
 def trace_calls(model: nn.Module, names: Iterable[str], batch: Batch) -> dict[str, list[LayerCall]]:
-    """Watch one forward pass: the calls of every named layer, in the order of the first call.
+    """Record the calls of the named layers in one forward pass, in the order of the first calls.
 
-    Layers that are not called are missing.
+    Layers that are not called are missing from the result.
 
     Args:
-        model: The base model (a meta-device skeleton with a meta batch will do).
-        names: Of the layers.
-        batch: ``input_ids`` and ``attention_mask``, shape (batch, tokens); small is enough.
+        model: The base model (on the meta device, with a batch there, is enough).
+        names: Names of the layers.
+        batch: ``input_ids`` and ``attention_mask``, shape (batch, tokens); a small one is enough.
     """
     found: dict[str, list[LayerCall]] = {}
-    alive: list[Any] = []  # keeps identities unique for the length of the pass
+    alive: list[Any] = []  # keeps ids unique during the pass
 
     def before(name: str, x: Any) -> None:
         alive.append(x)
@@ -123,11 +122,11 @@ def trace_calls(model: nn.Module, names: Iterable[str], batch: Batch) -> dict[st
 def group_by_input(
     seen: Mapping[str, Sequence[LayerCall]], layers: Mapping[str, tuple[int, int]]
 ) -> list[InputGroup]:
-    """Put together the layers that read the same tensor in their first call.
+    """Group the layers whose first call has the same input tensor.
 
     Args:
         seen: From `trace_calls`.
-        layers: (d_in, d_out) of the layers that count, all of them in `seen`.
+        layers: (d_in, d_out) by name of the layers to group, which must all be in `seen`.
     """
     sharing: dict[tuple[int, int], list[str]] = {}
     for name, calls in seen.items():
@@ -139,20 +138,20 @@ def group_by_input(
 def find_groups(
     model: nn.Module, layers: dict[str, tuple[int, int]], batch: Batch
 ) -> list[InputGroup]:
-    """Watch one forward pass and put together the layers that are handed the same tensor.
+    """Run one forward pass and group the layers with the same input tensor.
 
     Args:
-        model: The base model (a meta-device skeleton with a meta batch will do).
+        model: The base model (on the meta device, with a batch there, is enough).
         layers: From `target_layers`.
         batch: As in `trace_calls`.
 
     Raises:
-        ConfigError: A layer is not reached by the forward pass.
+        ConfigError: The forward pass does not call a layer.
     """
     seen = trace_calls(model, layers, batch)
     if missing := [name for name in layers if name not in seen]:
         raise ConfigError(
-            f"{len(missing)} of the layers to adapt take no part in the forward pass, such as "
+            f"{len(missing)} of the layers to adapt are not called in the forward pass, such as "
             f"{missing[0]}. Leave them out of adapter.target_modules."
         )
     return group_by_input(seen, layers)
@@ -167,25 +166,25 @@ def layer_hooks(
 ) -> Iterator[None]:
     """Call `before(name, input)` before each named layer runs and `after(name, output)` after it.
 
-    No hook outlives the block.
+    The hooks are removed at exit.
     """
     handles = []
 
-    def hook_for(name: str) -> Callable[..., None]:
+    def pre_hook(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             before(name, args[0] if args else next(iter(kwargs.values())))
 
         return hook
 
-    def hook_behind(name: str, see: Callable[[str, Any], None]) -> Callable[..., None]:
-        return lambda module, args, output: see(name, output)
+    def post_hook(name: str, callback: Callable[[str, Any], None]) -> Callable[..., None]:
+        return lambda module, args, output: callback(name, output)
 
     try:
         for name in names:
             module = model.get_submodule(name)
-            handles.append(module.register_forward_pre_hook(hook_for(name), with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(pre_hook(name), with_kwargs=True))
             if after is not None:
-                handles.append(module.register_forward_hook(hook_behind(name, after)))
+                handles.append(module.register_forward_hook(post_hook(name, after)))
         yield
     finally:
         for handle in handles:
@@ -193,10 +192,7 @@ def layer_hooks(
 
 
 def minimal_forward_options(model: nn.Module) -> dict[str, Any]:
-    """Keyword arguments of a forward pass that reads layers' inputs alone: no cache, and no logits.
-
-    With a large vocabulary logits are a good part of the pass.
-    """
+    """Keyword arguments that skip what layers' inputs do not need: the KV cache and all but the last logits."""
     known = inspect.signature(model.forward).parameters
     generates = isinstance(model, PreTrainedModel) and model.can_generate()
     found: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}

@@ -1,7 +1,7 @@
-"""Which token comes next: how a sequence is decoded, and the random draws that are its own.
+"""Logits processing: decoding settings and a random stream for each sequence.
 
-Setting and draws are functions of the sequence's number and the seed alone, so that what is written
-depends neither on the batch nor on where an interrupted run went on.
+Both are functions of the sequence's number and the seed only, so that a sequence depends neither on its
+batch nor on where an interrupted run resumed.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from folora.errors import NumericsError
 from folora.runtime.contexts import is_sharded
 from folora.runtime.finiteness import first_non_finite_module
 
-BLOCK = 256  # tokens whose probabilities are summed as one at first
-CANDIDATES = 1024  # a sort of the whole vocabulary is rarely needed to find top-p
+BLOCK = 256  # tokens per block of the two-level cumulative sum
+CANDIDATES = 1024  # top-p rarely needs a sort of the whole vocabulary
 NON_FINITE_LOGITS = (
-    "the model's logits are not finite while sampling{}. Its weights hold NaN or overflow in this dtype. "
-    "Check the weights, or load the model in bf16 or fp32."
+    "the model's logits are not finite while sampling{}. The weights hold NaN, or values overflow in this "
+    "dtype. Check the weights, or load the model in bf16 or fp32 (--dtype)."
 )
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """One decoding setting and how often it is used (in tenths)."""
+    """A decoding setting, and for how many of ten sequences it is used."""
 
     tenths: int
     temperature: float = 1.0
@@ -38,7 +38,7 @@ class Decoding:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is the model's own distribution."""
+        """Whether it leaves the model's distribution unchanged."""
         return (self.temperature, self.top_p, self.top_k) == (1.0, 1.0, 0)
 
 
@@ -53,25 +53,25 @@ _SCHEDULE = tuple(setting for setting in MIXTURE for _ in range(setting.tenths))
 
 
 def decoding_of(number: int) -> Decoding:
-    """Setting of a sequence: 7, 2 and 1 of every ten, spread out evenly."""
+    """Setting of a sequence: 7, 2 and 1 of every ten, interleaved."""
     return _SCHEDULE[number * 3 % 10]
 
 
 def stream_seed(seed: int, number: int) -> int:
-    """The seed of a sequence's own stream, in [0, 2^63)."""
+    """The seed of a sequence's random stream, in [0, 2^63)."""
     return (seed * 0x9E3779B97F4A7C15 + number * 0xBF58476D1CE4E5B9 + 1) % 2**63
 
 
-def _draws(seed: int, number: int, count: int) -> Tensor:
-    """The uniform draws of one sequence, shape (count,) float64 in [0, 1)."""
+def _uniforms(seed: int, number: int, count: int) -> Tensor:
+    """Uniform random numbers of one sequence, shape (count,) float64 in [0, 1)."""
     generator = torch.Generator().manual_seed(stream_seed(seed, number))
     return torch.rand(count, generator=generator, dtype=torch.float64)
 
 
 class PerSequenceSampler(LogitsProcessor):
-    """Chooses each row's next token by inverting its CDF at a draw of the row's own stream.
+    """Sample each row's next token by inverse CDF at a uniform number of the row's random stream.
 
-    To generate it returns scores whose argmax is the choice, so that greedy search takes it.
+    As a LogitsProcessor it returns scores whose argmax is the sampled token, for greedy search.
     """
 
     def __init__(
@@ -85,8 +85,8 @@ class PerSequenceSampler(LogitsProcessor):
     ) -> None:
         self.model = model
         self.on_token = on_token
-        self.shared_out = is_sharded(model)
-        self.unsound = False
+        self.is_sharded = is_sharded(model)
+        self.non_finite = False
         settings = [decoding_of(n) for n in numbers]
         self.rows = {
             setting: torch.tensor([i for i, s in enumerate(settings) if s == setting]).to(
@@ -95,49 +95,53 @@ class PerSequenceSampler(LogitsProcessor):
             for setting in set(settings)
             if not setting.is_plain
         }
-        self.draws = torch.stack(
-            [_draws(seed, number, config.max_new_tokens) for number in numbers]
+        self.uniforms = torch.stack(
+            [_uniforms(seed, number, config.max_new_tokens) for number in numbers]
         ).to(model.device)
         self.eos_ids = eos_ids
         self.min_new_tokens = config.min_new_tokens
         self.step = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores whose argmax is each row's choice."""
+        """Scores whose argmax is each row's sampled token."""
         choice = self.choose(input_ids, scores)
         return torch.full_like(scores, -1.0).scatter_(1, choice[:, None], 1.0)
 
     def choose(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """The next token of each row, (rows,) int64, given what is there and the model's scores of it."""
+        """The next token of each row, (rows,) int64, given its tokens so far and its logits."""
         scores = scores.to(torch.float32, copy=True)
-        extremes = torch.stack(scores.aminmax())  # NaN is both; ten times as fast as to ask of all
+        extremes = torch.stack(
+            scores.aminmax()
+        )  # aminmax propagates NaN; ten times as fast as isfinite of all
         if not torch.isfinite(extremes).all():
-            if not self.shared_out:
+            if not self.is_sharded:
                 where = first_non_finite_module(
                     self.model, {"input_ids": input_ids, "use_cache": False}
                 )
                 raise NumericsError(NON_FINITE_LOGITS.format(f": {where}"))
-            self.unsound = True  # the others run the model with this process until all have ended
+            self.non_finite = (
+                True  # no error yet: the others need this process in every forward pass
+            )
             scores = torch.zeros_like(scores)
         if self.step < self.min_new_tokens and self.eos_ids:
             scores[:, self.eos_ids] = -float("inf")
         for setting, rows in self.rows.items():
             scores[rows] = warp_logits(scores[rows], setting)
-        choice = inverse_cdf(scores, self.draws[:, self.step])
+        choice = inverse_cdf(scores, self.uniforms[:, self.step])
         self.step += 1
         self.on_token()
         return choice
 
 
-def inverse_cdf(scores: Tensor, draws: Tensor) -> Tensor:
-    """The token of each row whose share of the cumulative distribution holds the row's draw.
+def inverse_cdf(scores: Tensor, uniforms: Tensor) -> Tensor:
+    """Sample from each row's distribution by inverting its CDF at a uniform number.
 
-    Blocks of tokens are summed first, and tokens inside of the one block that is hit. The sums run on in
-    float64; that of a block is in float32, whose pairwise sum of so few is exact to its rounding.
+    The cumulative sum has two levels: over blocks of tokens, then within the selected block. It is float64
+    but for the sums of blocks, which are float32.
 
     Args:
         scores: Unnormalized log-probabilities, (rows, vocabulary) float32, -inf where forbidden.
-        draws: Uniform in [0, 1), (rows,) float64.
+        uniforms: In [0, 1), (rows,) float64.
 
     Returns:
         Token ids, (rows,) int64.
@@ -148,14 +152,14 @@ def inverse_cdf(scores: Tensor, draws: Tensor) -> Tensor:
     blocks = weights.unflatten(1, (-1, BLOCK))
     shares = blocks.sum(-1)
     upto = shares.cumsum(-1, dtype=torch.float64)
-    draw = draws[:, None] * upto[:, -1:]
-    hit = torch.searchsorted(upto, draw, right=True).clamp_(max=upto.shape[1] - 1)
+    target = uniforms[:, None] * upto[:, -1:]
+    hit = torch.searchsorted(upto, target, right=True).clamp_(max=upto.shape[1] - 1)
     block = blocks.gather(1, hit[..., None].expand(-1, 1, BLOCK))[:, 0].double()
     inside = block.cumsum(-1) + (upto - shares).gather(1, hit)
-    # Rounding may leave a draw just beyond the sum; then it is the last token that is allowed.
+    # If rounding puts the target beyond the total, take the last allowed token.
     places = torch.arange(BLOCK, device=scores.device)
     last = torch.where(block > 0, places, 0).amax(-1, keepdim=True)
-    within = torch.searchsorted(inside, draw, right=True).minimum(last)
+    within = torch.searchsorted(inside, target, right=True).minimum(last)
     return (hit * BLOCK + within)[:, 0]
 
 
@@ -171,12 +175,12 @@ def warp_logits(scores: Tensor, setting: Decoding) -> Tensor:
 
 
 def _nucleus(scores: Tensor, top_p: float, candidates: int) -> Tensor:
-    """The smallest set of each row's tokens that reaches top_p; candidates are the likeliest, which often do."""
+    """Top-p filtering among the `candidates` likeliest tokens, or all for rows where these do not reach top_p."""
     whole = scores.logsumexp(-1, keepdim=True)
     ordered, order = scores.topk(min(candidates, scores.shape[-1]))
     shares = (ordered - whole).exp()
     upto = shares.cumsum(-1)
-    # Drop what comes after it was reached.
+    # Drop the tokens after top_p is reached.
     kept = ordered.masked_fill(upto - shares >= top_p, -float("inf"))
     found = torch.full_like(scores, -float("inf")).scatter_(1, order, kept)
     flat = (upto[:, -1] < top_p).nonzero()[:, 0]

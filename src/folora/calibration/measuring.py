@@ -1,4 +1,4 @@
-"""Second moments on texts and rows: with progress, in as many passes as the memory asks for."""
+"""Measure second moments on tokenized examples, with progress, in as many passes as fit the memory."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def measure(
     examples: Sequence[Example],
     config: StatisticsConfig,
     what: str,
-    kept: bool = True,
+    store: bool = True,
 ) -> Moments:
-    """`second_moments` over examples, with progress, in as many passes as the memory asks for.
+    """`second_moments` over examples, with progress, in as many passes as fit the memory.
 
     Args:
         model: The base model.
         groups: From `find_groups`.
-        examples: Texts.
-        config: Batch size and memory.
-        what: For the progress line.
-        kept: Whether this process needs the matrices. After several passes they lie on the host.
+        examples: Tokenized texts or rows.
+        config: Batch size and memory limit.
+        what: Label of the progress bar.
+        store: Whether this process needs the matrices. After several passes they are on the host.
     """
     parts = _in_passes(model, groups, config)
     matrices: dict[str, Tensor] = {}
@@ -42,7 +42,7 @@ def measure(
             found = second_moments(
                 model, part, batches(examples, config.batch_size), lambda n: tick(n, n)
             )
-            if kept:
+            if store:
                 several = len(parts) > 1
                 matrices |= {n: m.cpu() if several else m for n, m in found.matrices.items()}
     return Moments(matrices, found.tokens, tuple(groups))
@@ -54,23 +54,23 @@ def early_stopping(
     c_task: Mapping[str, Tensor],
     config: FoLoraConfig,
 ) -> EarlyStopping | None:
-    """What ends sampling early; None if it always goes on to ``sampling.num_sequences``.
+    """The early-stopping criterion of sampling; None if it always runs to ``sampling.num_sequences``.
 
     Args:
         model: The base model.
         groups: From `find_groups`.
         c_task: C_task by group name, (d_in, d_in).
-        config: Tolerance and the options of the spectrum.
+        config: Its tolerance and its options of the spectrum are used.
     """
     tolerance = config.sampling.tolerance
     if tolerance is None or not config.sampling.may_end_early:
         return None
     chosen = watched(groups)
 
-    def measured(sequences: Sequence[list[int]], all_of_them: bool) -> Moments:
+    def measured(sequences: Sequence[list[int]], all_groups: bool) -> Moments:
         examples = text_examples(sequences)
         texts = batches(examples, config.statistics.batch_size)
-        where = groups if all_of_them else chosen
+        where = groups if all_groups else chosen
         with progress("checking (tokens)", sum(len(e.input_ids) for e in examples)) as tick:
             return second_moments(model, where, texts, lambda n: tick(n, n), apart=chosen)
 
@@ -82,12 +82,12 @@ def early_stopping(
         config.spectrum.s_min,
         config.directions or config.adapter.r,
         tolerance,
-        keeps=len(_in_passes(model, groups, config.statistics)) == 1,
+        fits_in_memory=len(_in_passes(model, groups, config.statistics)) == 1,
     )
 
 
 def _in_passes(
     model: PreTrainedModel, groups: Sequence[InputGroup], config: StatisticsConfig
 ) -> list[list[InputGroup]]:
-    """The groups that are measured in one pass over the text, and in the next."""
+    """The groups that are measured in each pass over the text."""
     return passes(groups, room_for_moments(model.device, config.memory_gb))

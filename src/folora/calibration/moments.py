@@ -1,8 +1,7 @@
-"""Second moments of what the adapted layers read: C = X'X / tokens (B.2).
+"""Measure second moments of the adapted layers' inputs: C = X'X / tokens (B.2).
 
-Layers that read the same tensor (q, k and v; gate and up) share one matrix. Which ones do is found
-by watching one forward pass: two layers belong together if they are handed the very same tensor
-object, unchanged in between. Padding never counts.
+Layers with the same input tensor (q, k and v; gate and up) share one matrix; `inputs.find_groups` finds
+them in one forward pass. Padding is excluded.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ from folora.spectral.moments import Moments
 
 logger = logging.getLogger(__name__)
 
-GRAM_BLOCKS = 4  # of columns
-GRAM_SHARE = (GRAM_BLOCKS + 1) / (2 * GRAM_BLOCKS)  # of the products that are left then
-# Rows of bf16 or fp16 in one sum of CUDA's matrix units: of 4096 the largest sums are 1e-5 too small, of 1024 2e-6,
-# and float32's own (no matrix units) are off by up to 5e-6.
+GRAM_BLOCKS = 4  # column blocks
+GRAM_SHARE = (GRAM_BLOCKS + 1) / (2 * GRAM_BLOCKS)  # fraction of the products that is computed
+# bf16 or fp16 rows per product on CUDA tensor cores, which truncate sums: with 4096 rows the largest entries are 1e-5
+# too small, with 1024 2e-6; float32 without tensor cores is off by up to 5e-6.
 NARROW_ROWS = 1024
-LOOK_EVERY = 16  # batches
+CHECK_EVERY = 16  # batches between checks for NaN and Inf
 SHARE_OF_FREE = 0.5  # of an accelerator's memory; the rest is for the forward pass
 
 
@@ -48,7 +47,7 @@ def passes(groups: Sequence[InputGroup], room: float) -> list[list[InputGroup]]:
 
     Args:
         groups: From `find_groups`.
-        room: Bytes for the matrices of a part; a group that needs more has a part of its own.
+        room: Bytes for the matrices of a part; a larger group is a part by itself.
     """
     parts: list[list[InputGroup]] = []
     left = 0.0
@@ -68,10 +67,10 @@ def room_for_moments(
     """Bytes that second moments may take on a device, the same in all processes.
 
     Args:
-        device: Where the model computes.
-        memory_gb: As many, if given; otherwise half of what is free on an accelerator, and no limit on
-            the CPU, where they stay anyway.
-        taken: Bytes that something else will have taken by then.
+        device: The model's device.
+        memory_gb: The limit in GB; None for half of the free memory of an accelerator, and no limit on
+            the CPU, where all matrices end up anyway.
+        taken: Bytes of memory that will be used for something else by then.
     """
     if memory_gb is not None:
         return memory_gb * 1e9
@@ -88,11 +87,11 @@ def calibrate(
     Args:
         model: Any module; it runs in evaluation mode, without gradients.
         batches: Keyword arguments of its forward pass, tensors with the batch first. Tokens whose
-            ``attention_mask`` is 0 do not count; ``labels`` are ignored.
-        layers: Which layers, as PEFT's ``target_modules``.
+            ``attention_mask`` is 0 are excluded; ``labels`` are ignored.
+        layers: The layers, as PEFT's ``target_modules``.
 
     Raises:
-        ConfigError: No layer matches, or one takes no part in the forward pass.
+        ConfigError: No layer matches, or the forward pass does not call one.
         NumericsError: An input is not finite; the layer is named.
         DataError: There are no batches, or a layer's input does not have the shape of the batch.
     """
@@ -111,20 +110,20 @@ def second_moments(
     on_batch: Callable[[int], None] = lambda tokens: None,
     apart: Sequence[InputGroup] = (),
 ) -> Moments:
-    """Average x x' over the unmasked tokens of all batches, for every group.
+    """Mean of x x' over the unmasked tokens of all batches, for every group.
 
-    Of several processes each takes its share of the batches; all get the same matrices.
+    With several processes the batches are sharded over them; all get the same matrices.
 
     Args:
         model: The base model, any dtype or quantization; products are full float32.
         groups: From `find_groups`.
-        batches: Model inputs, tensors with the batch first. Tokens whose ``attention_mask`` is 0 do not
-            count; without a mask (packed rows, with ``position_ids``) all count. ``labels`` are ignored.
-        on_batch: Called with the tokens of each batch, for progress.
-        apart: Which of the groups are averaged over the even rows of all batches and over the odd ones, too.
+        batches: Model inputs, tensors with the batch first. Tokens whose ``attention_mask`` is 0 are
+            excluded; without a mask (packed rows, with ``position_ids``) none are. ``labels`` are ignored.
+        on_batch: Called with the number of tokens of each batch, for progress.
+        apart: Groups that are also averaged over the even and the odd rows of all batches separately.
 
     Returns:
-        One float32 matrix a group, on the device where its layer lives; two `halves` if any are apart.
+        One float32 matrix for each group, on its layer's device; with two `halves` if `apart` is not empty.
 
     Raises:
         NumericsError: An activation is not finite; the layer is named.
@@ -133,8 +132,8 @@ def second_moments(
     leaders = {group.name: group for group in groups}
     halved = {group.name: group for group in apart}
     whole, halves = _Accumulator(), (_Accumulator(), _Accumulator())
-    mask: Tensor | None = None  # (batch, tokens) bool: what counts
-    even = torch.empty(0)  # of the tokens that count, bool: whether they are of even rows
+    mask: Tensor | None = None  # (batch, tokens) bool: tokens that count
+    even = torch.empty(0)  # bool, of the tokens that count: whether they are in even rows
 
     def accumulate(name: str, x: Tensor) -> None:
         if not counts:
@@ -143,8 +142,8 @@ def second_moments(
         if mask is not None:
             if mask.numel() != len(rows):
                 raise DataError(
-                    f"{name} reads {len(rows)} tokens of a batch of {mask.numel()}, so padding "
-                    "cannot be told from text there. Leave it out of adapter.target_modules."
+                    f"the input of {name} has {len(rows)} tokens, but the batch {mask.numel()}, so padding "
+                    "cannot be excluded. Leave the layer out of adapter.target_modules."
                 )
             rows = rows[mask.reshape(-1).to(rows.device)]
         whole.add(name, rows)
@@ -153,14 +152,14 @@ def second_moments(
             for half, part in zip(halves, (rows[here], rows[~here]), strict=True):
                 half.add(name, part)
 
-    shared_out = is_sharded(model)
+    sharded = is_sharded(model)
     counts = True
     options, device = minimal_forward_options(model), _device(model)
 
-    def own_share() -> None:
+    def accumulate_shard() -> None:
         nonlocal mask, even, counts
         remaining = iter(batches)
-        row = 0  # of all processes together
+        row = 0  # over all processes
         for number in count(1):
             together = [*islice(remaining, distributed.count())]
             if not together:
@@ -168,7 +167,7 @@ def second_moments(
             counts = distributed.rank() < len(together)
             own = distributed.rank() if counts else 0
             sizes = [len(next(iter(batch.values()))) for batch in together]
-            if counts or shared_out:  # the others need this process's part of the weights
+            if counts or sharded:  # the others need this process's shard of the weights
                 inputs = _inputs(together[own], device)
                 given = inputs.get("attention_mask")
                 mask = None if given is None else given.bool()
@@ -180,7 +179,7 @@ def second_moments(
             if counts:
                 on_batch(int(_ids(inputs).numel() if mask is None else mask.sum()))
             row += sum(sizes)
-            if number % LOOK_EVERY == 0:  # hours may be left
+            if number % CHECK_EVERY == 0:  # fail early: a pass may take hours
                 distributed.raise_together(lambda: _check_finite(whole.matrices))
         _check_finite(whole.matrices)
 
@@ -190,7 +189,7 @@ def second_moments(
         torch.no_grad(),
         full_fp32_matmul(),
     ):
-        distributed.raise_together(own_share)
+        distributed.raise_together(accumulate_shard)
     found = whole.averaged(leaders, device)
     if not halved:
         return found
@@ -199,7 +198,7 @@ def second_moments(
 
 @dataclass
 class _Accumulator:
-    """Sums of x x' so far, of which the upper triangles count, and their numbers of rows."""
+    """Running sums of x x', valid in the upper triangle, and their numbers of rows."""
 
     matrices: dict[str, Tensor] = field(default_factory=dict)
     rows: Counter[str] = field(default_factory=Counter)
@@ -212,7 +211,7 @@ class _Accumulator:
         self.rows[name] += len(rows)
 
     def averaged(self, groups: Mapping[str, InputGroup], device: torch.device) -> Moments:
-        """Over the rows of all processes. Raises DataError."""
+        """Means over the rows of all processes. Raises DataError."""
         own = torch.tensor([self.rows[name] for name in groups], device=device)
         rows = dict(zip(groups, distributed.all_reduce_(own).tolist(), strict=True))
         tokens = max(rows.values(), default=0)
@@ -220,7 +219,9 @@ class _Accumulator:
             raise DataError("no tokens to measure: every batch is empty or fully masked")
         for name, group in groups.items():
             if rows[name] == 0:
-                raise DataError(f"{name} saw no input in {tokens} tokens")
+                raise DataError(
+                    f"{name} was called on none of {tokens} tokens; leave it out of adapter.target_modules"
+                )
             if name not in self.matrices:  # fewer batches than processes
                 self.matrices[name] = torch.zeros(group.d_in, group.d_in, device=device)
             whole = distributed.all_reduce_(self.matrices[name].triu_())
@@ -238,20 +239,20 @@ def _inputs(batch: Batch, device: torch.device) -> Batch:
 
 
 def _ids(inputs: Batch) -> Tensor:
-    """What has an entry for every token: ``input_ids``, or the first tensor of another modality."""
+    """The input with an entry per token: ``input_ids``, or the first tensor of another modality."""
     return inputs.get("input_ids", next(iter(inputs.values())))
 
 
 def _even_rows(mask: Tensor, first: int) -> Tensor:
-    """Of the shape of a mask (rows, tokens), of which the first is row `first`."""
+    """Whether each token is in an even row; the shape of `mask`, whose first row has the number `first`."""
     numbers = first + torch.arange(len(mask), device=mask.device)
     return (numbers % 2 == 0)[:, None].expand_as(mask)
 
 
 def _check_finite(sums: dict[str, Tensor]) -> None:
-    """Raise NumericsError naming the first layer of the forward pass that read NaN, Inf or too much.
+    """Raise NumericsError naming the first layer whose input has NaN or Inf, or overflows when squared.
 
-    No product is larger than the largest square, so the diagonal tells.
+    Every entry is bounded by the diagonal, so only that is checked.
     """
     for name, total in sums.items():
         if not bool(torch.isfinite(total.diagonal()).all()):
@@ -262,15 +263,15 @@ def _check_finite(sums: dict[str, Tensor]) -> None:
 
 
 def add_upper_gram(total: Float[Tensor, "d d"], rows: Float[Tensor, "n d"]) -> None:
-    """Add x'x to the upper triangle of `total`, in place; what lies below it is left undefined.
+    """Add x'x to the upper triangle of `total`, in place; entries below the diagonal are undefined.
 
-    The product is symmetric, so that blocks below the diagonal need not be computed. Products of two
-    16-bit numbers are exact in float32, so CUDA's matrix units form the whole of it from the rows as they
-    are; the units cut off what a sum has no digits for, so they add up few rows at a time.
+    Blocks below the diagonal are not computed, as the product is symmetric. On CUDA, 16-bit rows are not
+    converted: products of two 16-bit numbers are exact in float32. Tensor cores truncate sums, so few rows
+    are added at a time.
 
     Args:
-        total: Float32.
-        rows: Any floating dtype.
+        total: (d, d) float32.
+        rows: (n, d), any floating dtype.
     """
     if rows.is_cuda and torch.version.cuda is not None and rows.dtype.itemsize == 2:
         for part in rows.split(NARROW_ROWS):

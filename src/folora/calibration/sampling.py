@@ -1,8 +1,9 @@
-"""Sampling the calibration set: text that the pretrained model generates itself (paper 3.4, B.4).
+"""Sample the calibration set: text that the base model generates (paper 3.4, B.4).
 
-Every sequence has a number. Its decoding setting and its random draws are functions of that number
-and the seed alone, so the set is the same whatever the batch size (but for a draw that falls between
-the roundings of two sizes, one sequence in some dozens), and an interrupted run is resumed. Sequences are judged in the order of their numbers until enough have passed.
+Every sequence has a number. Its decoding setting and its random stream are functions of that number and
+the seed only. So the set does not depend on the batch size, except where different rounding changes a
+sampled token (one sequence in some dozens), and an interrupted run can resume. Sequences are filtered in
+the order of their numbers until the requested number is accepted.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from folora.runtime.storage import json_fingerprint, malformed_is_damaged, read_
 logger = logging.getLogger(__name__)
 
 LARGEST_VOCABULARY = 2**31
-ATTEMPTS_A_SEQUENCE = 10
-HOPELESS_AFTER = 256
+MAX_ATTEMPTS_PER_SEQUENCE = 10
+MIN_ATTEMPTS = 256  # with none accepted, before giving up
 
 
 def sample(
@@ -41,13 +42,13 @@ def sample(
     config: SamplingConfig | None = None,
     seed: int = 0,
 ) -> CalibrationSet:
-    """Text that a model generates itself, from its start token on (paper 3.4, B.4).
+    """Sample text from a model, beginning with its start token (paper 3.4, B.4).
 
     Args:
         model: A causal LM on its device.
-        tokenizer: Of the model.
-        config: Counts and lengths. Early stopping needs the task and is not used here.
-        seed: Of the random draws; each sequence has its own stream.
+        tokenizer: The model's tokenizer.
+        config: Counts and lengths. Early stopping needs the task and is not used.
+        seed: Seed of the random streams, one for each sequence.
 
     Raises:
         FoLoraError: The model cannot generate, has no start token, or most sequences are rejected.
@@ -66,30 +67,30 @@ def sample_sequences(
     eos_ids: Sequence[int],
     config: SamplingConfig,
     shards: Path | None = None,
-    enough: Callable[[Sequence[list[int]]], bool] | None = None,
+    converged: Callable[[Sequence[list[int]]], bool] | None = None,
 ) -> CalibrationSet:
-    """Sample until enough sequences have passed the filter.
+    """Sample until the requested number of sequences passes the filter, or until convergence.
 
     Args:
-        engine: Writes sequences by number.
-        start_id: Put in front of every sequence.
-        eos_ids: Ending tokens; not counted by the filter.
+        engine: Generates sequences by number.
+        start_id: First token of every sequence.
+        eos_ids: Tokens that end a sequence; the filter ignores them.
         config: Counts and lengths.
-        shards: Folder for one file a batch; what is already there is not sampled again.
-        enough: Asked with the sequences for C_pre when there are `FIRST_LOOK` sequences, twice as
-            many, and so on up to half the ceiling; at a yes sampling ends. Later calls bring all that
-            earlier ones did.
+        shards: Folder with one file per batch; batches that are already there are not sampled again.
+        converged: Early-stopping criterion, called with all sequences for C_pre so far, at `FIRST_LOOK`
+            accepted sequences and at each doubling up to half of ``num_sequences``; sampling ends when it
+            returns True.
 
     Raises:
-        DataError: So many sequences are rejected that going on is hopeless; reasons are named.
+        DataError: Too many sequences are rejected; the reasons are named.
         ArtifactError: A shard is damaged.
     """
     seen: set[str] = set()
     accepted: list[list[int]] = []
     rejected: Counter[str] = Counter()
     attempts = 0
-    looks = _check_points(config.num_sequences) if enough else iter(())
-    look = next(looks, None)
+    check_points = _check_points(config.num_sequences) if converged else iter(())
+    check_point = next(check_points, None)
     with progress("sampling", config.num_sequences) as tick:
         for batch in _batches(engine, config.batch_size or BATCH_SIZES[0], shards):
             before = len(accepted)
@@ -103,20 +104,20 @@ def sample_sequences(
                     rejected[reason] += 1
                     continue
                 accepted.append([start_id, *tokens])
-                if enough and len(accepted) == look:  # before another batch is decoded
+                if converged and len(accepted) == check_point:  # before another batch is decoded
                     found = _split(accepted, config, rejected)
-                    if enough(found.calibration):
+                    if converged(found.calibration):
                         return found
-                    look = next(looks, None)
+                    check_point = next(check_points, None)
             tick(len(accepted) - before, sum(map(len, batch)))
             if len(accepted) == config.num_sequences:
                 break
-            hopeless = attempts >= HOPELESS_AFTER and not accepted
-            if hopeless or attempts >= ATTEMPTS_A_SEQUENCE * config.num_sequences:
+            hopeless = attempts >= MIN_ATTEMPTS and not accepted
+            if hopeless or attempts >= MAX_ATTEMPTS_PER_SEQUENCE * config.num_sequences:
                 raise DataError(
                     f"of {attempts} sampled sequences only {len(accepted)} passed the filter "
-                    f"({dict(rejected)}). Does the model write text from this start token? "
-                    "Try another --sampling.start_token, or another --sampling.sampler_model."
+                    f"(rejected: {dict(rejected)}). The model may not generate text from this start token; "
+                    "try another --sampling.start_token or --sampling.sampler_model."
                 )
     return _split(accepted, config, rejected)
 
@@ -124,16 +125,16 @@ def sample_sequences(
 def _split(
     accepted: list[list[int]], config: SamplingConfig, rejected: Counter[str]
 ) -> CalibrationSet:
-    """What there is so far: the first for C_pre, the last for the meter."""
+    """The accepted sequences as a calibration set: the first for C_pre, the last held out."""
     cut = len(accepted) - config.replace(num_sequences=len(accepted)).num_held_out
     counted = {reason: rejected[reason] for reason in REASONS}
     return CalibrationSet(accepted[:cut], accepted[cut:], counted)
 
 
-def _check_points(ceiling: int) -> Iterator[int]:
-    """Numbers of sequences after which it is asked, as long as a yes saves as many again."""
+def _check_points(maximum: int) -> Iterator[int]:
+    """Numbers of sequences at which convergence is tested: doublings up to half of the maximum."""
     count = FIRST_LOOK
-    while 2 * count <= ceiling:
+    while 2 * count <= maximum:
         yield count
         count *= 2
 
@@ -141,7 +142,7 @@ def _check_points(ceiling: int) -> Iterator[int]:
 def sampling_facts(
     start_id: int, eos_ids: Sequence[int], config: SamplingConfig, seed: int = 0
 ) -> dict[str, Any]:
-    """What each sequence depends on besides the model and its number, as a fingerprint."""
+    """Fingerprint of the settings that a sequence depends on besides the model and its number."""
     settings = {
         "settings": [vars(setting) for setting in MIXTURE],
         "start_id": start_id,
@@ -154,7 +155,7 @@ def sampling_facts(
 
 
 class LazyEngine:
-    """An engine that is made on first use: finished shards need no model."""
+    """An engine that is created on first use: finished shards need no model."""
 
     def __init__(self, make: Callable[[], Engine]) -> None:
         self.make = make
@@ -168,15 +169,15 @@ class LazyEngine:
 
 
 def _batches(engine: Engine, size: int, shards: Path | None) -> Iterator[list[list[int]]]:
-    """Endless batches in the order of sequence numbers, from shards as far as they go.
+    """Endless batches in the order of sequence numbers, from shards where they exist.
 
-    Several processes decode as many batches at once; the first one keeps the files.
+    Each process decodes a batch at a time; rank 0 writes the files.
     """
     number = 0
     ahead: dict[int, list[list[int]]] = {}
     while True:
         if number not in ahead:
-            ahead |= distributed.on_rank_zero(partial(_kept, shards, number))
+            ahead |= distributed.on_rank_zero(partial(_stored, shards, number))
         if number not in ahead:
             due = distributed.on_rank_zero(partial(_missing, shards, number, size))
             own = due[distributed.rank()]
@@ -184,7 +185,7 @@ def _batches(engine: Engine, size: int, shards: Path | None) -> Iterator[list[li
                 distributed.raise_together(partial(engine, range(own, own + size)))
             )
             ahead = dict(zip(due, decoded, strict=True))
-            distributed.on_rank_zero(partial(_keep, shards, ahead))
+            distributed.on_rank_zero(partial(_store, shards, ahead))
         batch = ahead.pop(number)
         yield batch
         number += len(batch)
@@ -194,15 +195,15 @@ def _shard(shards: Path, number: int) -> Path:
     return shards / f"shard-{number:06d}.json"
 
 
-def _kept(shards: Path | None, number: int) -> dict[int, list[list[int]]]:
-    """The batch that begins with a number, if it was decoded before. Raises ArtifactError."""
+def _stored(shards: Path | None, number: int) -> dict[int, list[list[int]]]:
+    """The stored batch that begins with a number, if there is one. Raises ArtifactError."""
     if shards is None or not _shard(shards, number).exists():
         return {}
     return {number: _read_shard(_shard(shards, number))}
 
 
 def _missing(shards: Path | None, number: int, size: int) -> list[int]:
-    """Where the next batches begin that are not there yet, one for each process."""
+    """The first numbers of the next batches that are not stored, one for each process."""
     found: list[int] = []
     while len(found) < distributed.count():
         if shards is None or not _shard(shards, number).exists():
@@ -211,7 +212,7 @@ def _missing(shards: Path | None, number: int, size: int) -> list[int]:
     return found
 
 
-def _keep(shards: Path | None, batches: Mapping[int, list[list[int]]]) -> None:
+def _store(shards: Path | None, batches: Mapping[int, list[list[int]]]) -> None:
     if shards is not None:
         for number, batch in batches.items():
             write_sealed(_shard(shards, number), {"sequences": batch})
@@ -221,12 +222,12 @@ def _read_shard(file: Path) -> list[list[int]]:
     """The sequences in a shard. Raises ArtifactError."""
     batch = read_sealed(file)["sequences"]
     with malformed_is_damaged(file):
-        if not batch:  # of which reading on would never come to an end
+        if not batch:  # reading would never advance
             raise ValueError("it has no sequences")
         return [[_token(t) for t in row] for row in batch]
 
 
 def _token(value: Any) -> int:
     if type(value) is not int or not 0 <= value < LARGEST_VOCABULARY:
-        raise ValueError(f"{value!r:.80} is no token")
+        raise ValueError(f"{value!r:.80} is not a token id")
     return value

@@ -1,11 +1,10 @@
-"""Early stopping of sampling: it has converged when the leading eigenvectors of one half hold on the other.
+"""Early stopping of sampling, by cross-validation of the leading eigenvectors on two halves of the text.
 
-On the text that C_pre was measured on every column v of T has v'Hv = 1, by construction. On other text it
-has more, and the more so the fewer tokens there were: among many directions some look unused by chance. The
-two halves of the text show how much, long before the largest number of sequences is reached.
+On the text that C_pre was measured on, every column v of T has v'Hv = 1 by construction. On other text
+v'Hv is larger, and more so the fewer tokens there were: among many directions some have a small variance
+by chance. Sampling has converged when v'Hv on the other half is close to 1.
 
-The pass over the text that the first check takes measures C_pre as well: if that much text is enough, C_pre
-is done.
+The first check measures C_pre in the same pass: if it finds convergence, no further pass is needed.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ from folora.spectral.moments import Moments
 
 logger = logging.getLogger(__name__)
 
-WATCHED = 8  # shared inputs, evenly over the model; all of them would say the same
+WATCHED = 8  # layer inputs, evenly over the model; a sample represents all
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well directions chosen on one text hold on another.
+    """How well eigenvectors computed on one text generalize to another.
 
     Attributes:
-        penalty: Mean of v'Hv over the directions, with H of the other text; 1 on their own.
-        gate: Mean change of their gate when gamma is taken with that penalty.
+        penalty: Mean of v'Hv over the eigenvectors with H of the other text; 1 on the same text.
+        gate: Mean absolute change of their gate when gamma is divided by v'Hv.
     """
 
     penalty: float
@@ -51,17 +50,17 @@ def agreement(
     directions: int,
     name: str = "layer",
 ) -> Agreement:
-    """Solve on one C_pre, and see what the leading directions cost on another.
+    """Compute eigenvectors with one C_pre, and evaluate v'Hv with another.
 
     Args:
-        chosen_on: C_pre of the text that the directions are chosen on, (d, d).
-        c_pre: C_pre of the text that they are tried on, (d, d).
+        chosen_on: C_pre that the eigenvectors are computed with, (d, d).
+        c_pre: C_pre that they are evaluated with, (d, d).
         c_task: C_task, (d, d).
-        tau: Ridge, in both.
-        lam: Gate's lambda.
-        s_min: Gate's floor.
-        directions: How many leading directions; all if there are not so many.
-        name: Layer to name in messages.
+        tau: Relative ridge of both.
+        lam: The gate's lambda.
+        s_min: The gate's minimum.
+        directions: Number of leading eigenvectors; all if there are fewer.
+        name: Name of the layer, for messages.
 
     Raises:
         NumericsError: See `generalized_eigenbasis`.
@@ -77,18 +76,18 @@ def agreement(
 
 @dataclass
 class EarlyStopping:
-    """Called with more and more sequences; returns whether they are enough.
+    """The criterion: called with a growing list of sequences, returns whether it has converged.
 
     Args:
-        measure: Second moments on sequences, with `Moments.halves` of the watched inputs. Also asked for
-            those of all inputs if its second argument is true, otherwise for no more than it needs.
+        measure: Returns second moments on sequences with `Moments.halves` of the watched inputs: of all
+            inputs if its second argument is true, else of the watched ones.
         c_task: C_task of the watched inputs, by group name.
-        tau: Ridge.
-        lam: Gate's lambda, for the log.
-        s_min: Gate's floor, likewise.
-        directions: Number of leading eigenvectors that must hold.
-        tolerance: Largest excess of v'Hv over 1 on the other half. The gate converges long before.
-        keeps: Whether the matrices of all inputs fit the memory.
+        tau: Relative ridge.
+        lam: The gate's lambda, for the log.
+        s_min: The gate's minimum, for the log.
+        directions: Number of leading eigenvectors to test.
+        tolerance: Largest mean of v'Hv - 1 on the other half at convergence. The gate converges earlier.
+        fits_in_memory: Whether the matrices of all inputs fit into memory at once.
     """
 
     measure: Callable[[Sequence[list[int]], bool], Moments]
@@ -98,16 +97,16 @@ class EarlyStopping:
     s_min: float
     directions: int
     tolerance: float
-    keeps: bool = False
-    _kept: tuple[Sequence[list[int]], Moments] | None = None
+    fits_in_memory: bool = False
+    _result: tuple[Sequence[list[int]], Moments] | None = None
     _seen: int = 0
     _halves: tuple[dict[str, Tensor], dict[str, Tensor]] = field(default_factory=lambda: ({}, {}))
     _tokens: list[int] = field(default_factory=lambda: [0, 0])
 
     def __call__(self, sequences: Sequence[list[int]]) -> bool:
-        """Whether these, which begin with those of the last call, are enough."""
-        keeps = self.keeps and self._seen == 0
-        moments = self.measure(sequences[self._seen :], keeps)
+        """Whether sampling has converged on these sequences, which extend those of the last call."""
+        all_inputs = self.fits_in_memory and self._seen == 0
+        moments = self.measure(sequences[self._seen :], all_inputs)
         self._seen = len(sequences)
         for half, part in enumerate(moments.halves):
             self._tokens[half] += part.tokens
@@ -117,20 +116,20 @@ class EarlyStopping:
                 sums[name] = sums[name] + total if name in sums else total
         found = self.agreement()
         logger.info(
-            "after %d sequences: v'Hv of the leading eigenvectors is %.2f on the other half (converged: "
-            "%.2f), their gate moves by %.2f",
+            "after %d sequences: v'Hv of the leading eigenvectors is %.2f on the other half (converged: at "
+            "most %.2f), their gate changes by %.2f",
             len(sequences), found.penalty, 1 + self.tolerance, found.gate,
         )  # fmt: skip
-        is_enough = found.penalty <= 1 + self.tolerance
-        self._kept = (list(sequences), moments) if keeps and is_enough else None
-        return is_enough
+        converged = found.penalty <= 1 + self.tolerance
+        self._result = (list(sequences), moments) if all_inputs and converged else None
+        return converged
 
     def moments_of(self, sequences: Sequence[list[int]]) -> Moments | None:
-        """C_pre on just these sequences, if the check that ended the sampling measured it."""
-        return self._kept[1] if self._kept and self._kept[0] == list(sequences) else None
+        """C_pre on exactly these sequences, if the last check measured it; otherwise None."""
+        return self._result[1] if self._result and self._result[0] == list(sequences) else None
 
     def agreement(self) -> Agreement:
-        """The mean over the watched inputs, and over which half is which."""
+        """The mean over the watched inputs and both roles of the halves."""
         means = [
             {name: total / self._tokens[half] for name, total in self._halves[half].items()}
             for half in (0, 1)
@@ -149,12 +148,12 @@ class EarlyStopping:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the decision depends on beside the sequences and the task, for manifests."""
+        """The options that the decision depends on, for manifests."""
         names = ("tau", "directions", "tolerance")
         return {**{name: getattr(self, name) for name in names}, "watched": sorted(self.c_task)}
 
 
 def watched(groups: Sequence[InputGroup]) -> list[InputGroup]:
-    """`WATCHED` of the groups, evenly."""
+    """`WATCHED` of the groups, evenly spaced."""
     count = min(WATCHED, len(groups))
     return [groups[(2 * i + 1) * len(groups) // (2 * count)] for i in range(count)]

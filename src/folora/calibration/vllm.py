@@ -1,9 +1,9 @@
-"""Sequences that a vLLM server writes: an `Engine` behind the same seam as `generate`.
+"""An `Engine` that generates sequences on a vLLM server.
 
-vLLM is made for decoding many sequences at once, but asks for other versions of torch and transformers
-than folora does. So it stays in an environment of its own (``vllm serve MODEL``), on this machine or
-another, and tokens go back and forth, no text. Decoding setting and seed of a sequence are functions of its number
-here too. The draws are vLLM's: another set than `generate`'s, from the same distribution.
+vLLM needs other versions of torch and transformers than folora, so it runs in a separate environment
+(``vllm serve MODEL``), on this machine or another. Requests and answers hold token ids, not text. Decoding
+setting and seed are functions of a sequence's number as in `HuggingFaceEngine`. The random streams are
+vLLM's: the sequences differ, but have the same distribution.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from folora.data.special_tokens import known_tokens
 from folora.errors import MismatchError, ServerError
 from folora.runtime.contexts import evaluating
 
-ENGINE = "vllm"  # as manifests call it
-PROBED = 64  # tokens by which a server's model is told from another
-SAME = 0.2  # nats a token; bf16 in other kernels is .05 off, SmolLM2 with 2 % of noise on its weights .23
+ENGINE = "vllm"  # in manifests
+PROBE_TOKENS = 64  # for the check that a server has the same model
+# Nats per token. bf16 in other kernels differs by .05; SmolLM2 with 2 % noise on its weights by .23.
+LOGPROB_TOLERANCE = 0.2
 
 
 @dataclass(frozen=True)
 class Server:
-    """What a vLLM server offers.
+    """A vLLM server.
 
     Attributes:
-        url: Where it is, such as ``http://localhost:8000``.
-        name: Of its model.
+        url: Its address, such as ``http://localhost:8000``.
+        name: Name of its model.
     """
 
     url: str
@@ -41,42 +42,43 @@ class Server:
 
 
 def find_server(url: str, config: SamplingConfig) -> Server:
-    """Ask a server what it serves.
+    """Connect to a vLLM server and read the name of its model.
 
     Args:
         url: Such as ``http://localhost:8000``, with or without ``/v1``.
-        config: Its sequences must fit the server's context.
+        config: Its sequences must fit into the server's context.
 
     Raises:
-        ServerError: Nothing answers there, it is no vLLM server, or its context is too short.
+        ServerError: It does not answer, is not a vLLM server, or its context is too short.
     """
     url = url.rstrip("/").removesuffix("/v1")
     answer = _request_json("GET", f"{url}/v1/models")[0]
     try:
-        own = next(m for m in answer["data"] if m.get("parent") is None)  # others are its adapters
-        name, context = str(own["id"]), int(own["max_model_len"])
+        base = next(m for m in answer["data"] if m.get("parent") is None)  # the others are adapters
+        name, context = str(base["id"]), int(base["max_model_len"])
     except (KeyError, TypeError, ValueError, AttributeError, StopIteration):
-        raise ServerError(f"{url}/v1/models does not answer as a vLLM server does") from None
-    if context <= config.max_new_tokens:  # the start token comes in front
+        raise ServerError(f"the answer of {url}/v1/models is not that of a vLLM server") from None
+    if context <= config.max_new_tokens:  # plus the start token
         raise ServerError(
-            f"the server at {url} reads at most {context} tokens, but must read more than "
+            f"the server at {url} has a context of {context} tokens, but needs more than "
             f"sampling.max_new_tokens ({config.max_new_tokens}); start it with a larger --max-model-len"
         )
     return Server(url, name)
 
 
 class VllmEngine:
-    """Sequences by number from a vLLM server; see `Engine`.
+    """An engine on a vLLM server; see `Engine`.
 
     Args:
         server: From `find_server`.
         start_id: The prompt of every sequence.
-        eos_ids: Ending tokens.
+        eos_ids: Tokens that end a sequence.
         config: Lengths.
-        known: How many tokens the model knows.
+        known: The model's vocabulary size.
+        seed: Seed of the random streams, one for each sequence.
 
     Raises:
-        ServerError: From a call: the server is gone, refuses, or answers with something else.
+        ServerError: From a call: the server does not answer, refuses, or its answer is invalid.
     """
 
     def __init__(
@@ -96,38 +98,38 @@ class VllmEngine:
         self.seed = seed
 
     def __call__(self, numbers: Sequence[int]) -> list[list[int]]:
-        """See `Engine`; as many are asked for at once as there are numbers."""
+        """See `Engine`; all sequences are requested concurrently."""
         requests = [self._request(number, decoding_of(number)) for number in numbers]
         return [self._tokens(choice) for choice in self._choices(requests)]
 
     def check_serves(self, model: PreTrainedModel) -> None:
-        """Refuse a server of other weights: log-probabilities of what it writes must be the model's.
+        """Refuse a server with other weights, by the log-probabilities of a sequence that it generates.
 
         Raises:
-            MismatchError: They are further than `SAME` from the model's own.
+            MismatchError: Their mean absolute difference per token from the model's exceeds `LOGPROB_TOLERANCE`.
         """
-        wanted = {"logprobs": 0, "max_tokens": PROBED, "min_tokens": PROBED}
+        wanted = {"logprobs": 0, "max_tokens": PROBE_TOKENS, "min_tokens": PROBE_TOKENS}
         choice = self._choices([self._request(0, Decoding(1)) | wanted])[0]
         tokens = self._tokens(choice)
         ids = torch.tensor([[self.start_id, *tokens]], device=model.device)
         with torch.inference_mode(), evaluating(model):
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-        own = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].cpu()
+        ours = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].cpu()
         try:
             theirs = torch.tensor([float(x) for x in choice["logprobs"]["token_logprobs"]])
-            apart = float((theirs.reshape(own.shape) - own).abs().mean())
+            apart = float((theirs.reshape(ours.shape) - ours).abs().mean())
         except (KeyError, TypeError, ValueError, RuntimeError):
             raise self._unexpected("log-probabilities of its tokens") from None
-        if not apart <= SAME:
+        if not apart <= LOGPROB_TOLERANCE:
             raise MismatchError(
                 f"the server at {self.server.url} serves {self.server.name}, whose log-probabilities "
-                f"are {apart:.2g} nats a token from those of the model here (allowed: {SAME:g}). "
-                "Serve the same weights in the same precision; or, if another model is meant to write "
-                "the text, name it: --sampling.sampler_model"
+                f"are {apart:.2g} nats a token from those of the model here (allowed: {LOGPROB_TOLERANCE:g}). "
+                "Serve the same weights in the same precision, or, to sample from another "
+                "model on purpose, name it with --sampling.sampler_model"
             )
 
     def _request(self, number: int, setting: Decoding) -> dict[str, Any]:
-        """What the server is asked for one sequence."""
+        """The request for one sequence."""
         config = self.config
         return {
             "model": self.server.name,
@@ -139,9 +141,9 @@ class VllmEngine:
             "top_p": setting.top_p,
             "top_k": setting.top_k,
             "stop_token_ids": self.eos_ids,
-            "ignore_eos": True,  # the server's own choice of them
+            "ignore_eos": True,  # those of the server; ours are stop_token_ids
             "return_token_ids": True,
-            # All that a model's generation_config.json may set otherwise.
+            # Defaults that a model's generation_config.json may change.
             "min_p": 0.0,
             "repetition_penalty": 1.0,
             "presence_penalty": 0.0,
@@ -149,7 +151,7 @@ class VllmEngine:
         }
 
     def _choices(self, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The sequences as the server tells them."""
+        """The server's answers."""
         answers = _request_json("POST", f"{self.server.url}/v1/completions", requests)
         try:
             return [answer["choices"][0] for answer in answers]
@@ -164,8 +166,8 @@ class VllmEngine:
             )
         if wrong := [t for t in found if type(t) is not int or not 0 <= t < self.known]:
             raise ServerError(
-                f"the server at {self.server.url} wrote the token {wrong[0]!r:.80}, but the model knows "
-                f"{self.known}; it serves another model"
+                f"the server at {self.server.url} generated the token {wrong[0]!r:.80}, but the model has "
+                f"{self.known} tokens; it serves another model"
             )
         return found
 
@@ -180,25 +182,25 @@ def engine_of(
     config: SamplingConfig,
     seed: int = 0,
 ) -> Engine:
-    """The engine that a config asks for.
+    """The engine that a config selects.
 
     Args:
-        model: Writes the text, or is what the server must serve; with ``sampler_model`` the server
-            is taken at its word.
-        start_id: In front of every sequence.
-        eos_ids: Ending tokens.
+        model: Generates the text, or is the model that the server must serve; with ``sampler_model`` the
+            server's model is not verified.
+        start_id: First token of every sequence.
+        eos_ids: Tokens that end a sequence.
         config: Lengths and server.
-        seed: Of the random draws; each sequence has its own stream.
+        seed: Seed of the random streams, one for each sequence.
 
     Raises:
-        ConfigError: transformers cannot decode with this model; two tokens are tried.
-        ServerError: The server is not there or not fit.
+        ConfigError: The model cannot generate; two tokens are decoded to find out.
+        ServerError: The server does not answer or cannot be used.
         MismatchError: It serves another model.
     """
     if config.server is None:
-        own = HuggingFaceEngine(model, start_id, eos_ids, config, seed)
-        own.check_decodes()
-        return own
+        local = HuggingFaceEngine(model, start_id, eos_ids, config, seed)
+        local.check_decodes()
+        return local
     server = find_server(config.server, config)
     engine = VllmEngine(server, start_id, eos_ids, config, known_tokens(model), seed)
     if config.sampler_model is None:
@@ -207,7 +209,7 @@ def engine_of(
 
 
 def _request_json(method: str, url: str, requests: Sequence[Any] = (None,)) -> list[Any]:
-    """`client.asked`, whose packages are an extra."""
+    """`vllm_client.request_json`, imported late because its packages are an extra."""
     from folora.calibration.vllm_client import request_json
 
     return request_json(method, url, requests)

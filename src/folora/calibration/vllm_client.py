@@ -1,4 +1,4 @@
-"""JSON over HTTP, many requests at once: how a vLLM server is asked. Needs the extra ``folora[vllm]``."""
+"""JSON over HTTP with concurrent requests, for a vLLM server. Needs the extra ``folora[vllm]``."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ with needed_by("sampling.server", "vllm"):
     import httpx2
     from anyio.from_thread import start_blocking_portal
 
-KEY = "VLLM_API_KEY"  # where `vllm serve` itself looks for it
-CONNECT_S, ANSWER_S = 10.0, 3600.0  # a sequence may wait for its turn
+KEY = "VLLM_API_KEY"  # the variable that `vllm serve` reads
+CONNECT_S, ANSWER_S = 10.0, 3600.0  # timeouts; a request may be queued for long
 
 
 def request_json(method: str, url: str, requests: Sequence[Any]) -> list[Any]:
-    """What a server answers to requests that are made at once, from JSON. Raises ServerError.
+    """Send requests concurrently and return the parsed JSON answers. Raises ServerError.
 
-    Every other one is let go when one fails, or at Ctrl-C. The event loop is another thread's, since a
-    notebook's own thread has one already.
+    When one fails, or at Ctrl-C, the others are cancelled. The event loop runs in another thread, because
+    a notebook's thread already has one.
     """
     with start_blocking_portal() as portal:
         try:
@@ -50,11 +50,11 @@ async def _one(client: httpx2.AsyncClient, method: str, url: str, request: Any) 
         answer = await client.request(method, url, json=request)
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
         raise ServerError(
-            f"{url} does not answer ({str(error) or type(error).__name__}). Is `vllm serve` running there? Samples "
-            "that were written before are kept; give the same command again"
+            f"{url} does not answer ({str(error) or type(error).__name__}). Check that `vllm serve` is running "
+            "there and rerun the command; finished batches are on disk"
         ) from error
     if answer.status_code != httpx2.codes.OK:
-        hint = f"; its key belongs into {KEY}" if answer.status_code in (401, 403) else ""
+        hint = f"; set its API key in {KEY}" if answer.status_code in (401, 403) else ""
         raise ServerError(f"{url} answers {answer.status_code}: {answer.text[:300]}{hint}")
     try:
         return answer.json()

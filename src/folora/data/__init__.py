@@ -1,4 +1,4 @@
-"""From a user's rows to token ids and labels: files, formats, chat templates, special tokens.
+"""Data: turn users' rows into token ids and labels (files, formats, chat templates, special tokens).
 
 May import `runtime`.
 """

@@ -1,8 +1,8 @@
-"""A chat by a tokenizer's chat template, and which of its tokens the assistant says.
+"""Tokenize chats with a tokenizer's chat template, and find the tokens of the assistant's messages.
 
 Templates are programs: some render a turn differently once others follow, drop its reasoning, or
-begin the answer in the prompt. So several ways are tried, the strictest first; a way is taken only
-if the template shows every message and the tokens of every answer are found.
+begin the answer in the generation prompt. So several methods are tried, the strictest first. One is used
+only if the template renders every message and it finds the tokens of every answer.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from folora.data.formats import Chat, check_unicode
+from folora.data.contents import Chat, check_unicode
 from folora.data.messages import WEIGHTS, Message
 from folora.errors import DataError
 
 MARKERS = re.compile(r"\{%-?\s*generation\b")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
-# For templates that write today's date: the same rows must give the same tokens tomorrow.
-DATE = datetime(2024, 7, 26, tzinfo=UTC)  # what Llama 3's write where they know none
+# A fixed date for templates that render the current one, so that tokens are reproducible.
+DATE = datetime(2024, 7, 26, tzinfo=UTC)  # the default of Llama 3's templates
 DIFFERENT = (
     "this chat template renders a turn differently once others follow, so the assistant's tokens "
     "cannot be found. Give prompt/completion rows, or a template with {% generation %} markers "
@@ -43,24 +43,24 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Rendered:
-    """The tokens of a chat, and where those of each learned answer begin and end."""
+    """The tokens of a chat, and the start and end of each answer with loss."""
 
     input_ids: list[int]
     answers: list[Span]
 
 
 class ChatTokenizer:
-    """Tokenizes chats by one tokenizer's template.
+    """Tokenizes chats with one tokenizer's template.
 
     Attributes:
-        ways: How often each way of finding the answers was taken.
-        unended: How many chats end without a token that the model could stop by.
-        unused: Fields of messages that the template does not read.
+        methods: How often each method of finding the answers was used.
+        unended: Number of chats that do not end with a special token.
+        unused: Fields of messages that the template does not use.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self.ways: Counter[str] = Counter()
+        self.methods: Counter[str] = Counter()
         self.unended = 0
         self.unused: set[str] = set()
 
@@ -68,60 +68,60 @@ class ChatTokenizer:
         """The tokens of a chat.
 
         Raises:
-            DataError: The template refuses the chat or leaves something of it out, or the tokens of
-                an answer cannot be found.
+            DataError: The template raises an error or omits part of the chat, or the tokens of an answer
+                cannot be found.
         """
         if self.tokenizer.chat_template is None:
             raise DataError(
-                "the data are chats, but this tokenizer has no chat template. Take the tokenizer of "
-                "an instruction-tuned model, or give prompt/completion rows"
+                "the rows are chats, but this tokenizer has no chat template. Use the tokenizer of "
+                "an instruction-tuned model, or prompt/completion rows"
             )
-        own = self.tokenizer.get_chat_template(tools=[*chat.tools] or None)
+        template = self.tokenizer.get_chat_template(tools=[*chat.tools] or None)
         last: DataError | None = None
-        for way, find in self._ways(chat, own):
+        for method, find in self._methods(chat, template):
             try:
                 found = find()
             except DataError as error:
                 last = error
                 continue
-            self.ways[way] += 1
+            self.methods[method] += 1
             self.unended += not self._ends(found)
-            self.unused |= {k for m in chat.messages for k in m if k not in own} - {
+            self.unused |= {k for m in chat.messages for k in m if k not in template} - {
                 *WEIGHTS,
                 *REASONING,
             }
             return found
         raise last or DataError(DIFFERENT)
 
-    def _ways(self, chat: Chat, own: str) -> Iterator[tuple[str, Callable[[], Rendered]]]:
+    def _methods(self, chat: Chat, template: str) -> Iterator[tuple[str, Callable[[], Rendered]]]:
         yield STRICT, lambda: self._by_prefixes(chat, strict=True)
-        if MARKERS.search(own):
-            yield "the generation markers", lambda: self._by_markers(chat, own)
+        if MARKERS.search(template):
+            yield "the generation markers", lambda: self._by_markers(chat, template)
         if training := self._training_template:
             yield "TRL's training template", lambda: self._by_markers(chat, training)
         yield "the chat template and the contents", lambda: self._by_prefixes(chat)
 
     @cached_property
     def _training_template(self) -> str | None:
-        """TRL's version of this template that is fit for training, if TRL is there and has one."""
+        """TRL's training version of this template, if TRL is installed and has one."""
         if find_spec("trl") is None:
             return None
         try:
             found: str | None = import_module("trl.chat_template_utils").get_training_chat_template(
                 self.tokenizer
             )
-        except Exception:  # a template that it does not know, or an older TRL
+        except Exception:  # an unknown template, or an older TRL
             return None
         return found
 
-    # Ways to find the answers
+    # Methods to find the answers
 
     def _by_prefixes(self, chat: Chat, *, strict: bool = False) -> Rendered:
-        """An answer is what follows the messages before it and the header of an answer.
+        """Find an answer as what follows the previous messages and the generation prompt.
 
-        Strictly, the prompt and the chat up to the answer must be prefixes of the whole chat, and the
-        answer must end by a special token. Else an answer may begin where its prompt and the chat
-        part, and end by the first special token behind its content.
+        If `strict`, the prompt and the chat up to the answer must be prefixes of the whole chat, and the
+        answer must end with a special token. Otherwise an answer may begin where its prompt and the chat
+        diverge, and end with the first special token after its content.
         """
         ids = self._tokens(self._whole(chat))
         answers = []
@@ -130,7 +130,9 @@ class ChatTokenizer:
             start = _common(prompt, ids)
             upto = self._tokens(self._render(chat, i + 1))
             end = len(upto) if ids[: len(upto)] == upto else None
-            if i and start < len(prompt):  # it begins the answer, with "<think>" for example
+            if i and start < len(
+                prompt
+            ):  # the prompt begins the answer, for example with "<think>"
                 before = _common(self._tokens(self._render(chat, i)), ids)
                 if strict or start <= before:
                     raise DataError(DIFFERENT)
@@ -146,24 +148,24 @@ class ChatTokenizer:
         return found
 
     def _by_markers(self, chat: Chat, template: str) -> Rendered:
-        """An answer is what the template marks, without what its prompt gives already."""
+        """Find an answer by the template's generation markers, excluding the generation prompt."""
         self._whole(chat, template)
         try:
             read: Any = self.tokenizer.apply_chat_template(
-                self._given(chat.messages), tokenize=True, return_dict=True,
+                self._template_messages(chat.messages), tokenize=True, return_dict=True,
                 return_assistant_tokens_mask=True, **self._arguments(chat, template),
             )  # fmt: skip
-        except Exception as error:  # a template is a program; a slow tokenizer has no offsets
+        except Exception as error:  # any error of the template; slow tokenizers have no offsets
             raise DataError(f"the markers of the chat template fail: {error}") from error
         ids, marked = read["input_ids"], _runs(read["assistant_masks"])
-        said = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant"]
-        if len(marked) == len(said):
+        assistant = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant"]
+        if len(marked) == len(assistant):
             answers = [
                 (max(start, min(_common(self._prompt(chat, i, template), ids), end - 1)), end)
-                for i, (start, end) in zip(said, marked, strict=True)
+                for i, (start, end) in zip(assistant, marked, strict=True)
                 if i in chat.learned
             ]
-        elif marked and [*chat.learned] == said:  # several marks in one answer
+        elif marked and [*chat.learned] == assistant:  # several marks in one answer
             answers = marked
         else:
             raise DataError(DIFFERENT)
@@ -174,10 +176,10 @@ class ChatTokenizer:
         return found
 
     def _prompt(self, chat: Chat, i: int, template: str | None = None) -> list[int]:
-        """What the model reads before answer `i`, up to where it writes itself.
+        """The tokens before answer `i`, including the generation prompt.
 
-        Before the first message there is no chat to render; the chat with another content there begins
-        by the same tokens.
+        For the first message there is nothing to render; then the whole chat is rendered with another
+        first content, which begins with the same tokens.
         """
         if i:
             return self._tokens(self._render(chat, i, template, prompt=True))
@@ -189,7 +191,7 @@ class ChatTokenizer:
     # Where an answer ends
 
     def _end(self, ids: list[int], start: int, messages: Sequence[Message]) -> int:
-        """Behind the first special token that comes after the content of the first message."""
+        """The position after the first special token that follows the content of the first message."""
         content = _squeezed(messages[0]["content"])
         merged = any(message["role"] == "assistant" for message in messages[1:])
         if content and not merged and "tool_calls" not in messages[0]:
@@ -199,7 +201,7 @@ class ChatTokenizer:
         raise DataError(DIFFERENT)
 
     def _ends(self, found: Rendered) -> bool:
-        """Whether the last answer ends by a special token, so that a model learns to stop."""
+        """Whether the last answer ends with a special token, so that a model learns to stop."""
         answer = found.input_ids[slice(*found.answers[-1])]
         last = next((token for token in reversed(answer) if self._decode([token]).strip()), None)
         return last in self._special
@@ -215,7 +217,7 @@ class ChatTokenizer:
     # Rendering
 
     def _whole(self, chat: Chat, template: str | None = None) -> str:
-        """The text of a chat, if the template leaves nothing of it out."""
+        """The text of a chat. Raises DataError if the template omits part of it."""
         count = len(chat.messages)
         text = self._render(chat, count, template)
         shown = _squeezed(text)
@@ -236,7 +238,7 @@ class ChatTokenizer:
         return text
 
     def _attempt(self, chat: Chat, template: str | None) -> str | None:
-        """The text of a chat; None if the template refuses it."""
+        """The text of a chat; None if the template raises an error."""
         try:
             return self._render(chat, len(chat.messages), template)
         except DataError:
@@ -245,19 +247,19 @@ class ChatTokenizer:
     def _render(
         self, chat: Chat, count: int, template: str | None = None, *, prompt: bool = False
     ) -> str:
-        """The text of the first messages; with `prompt` the header of an answer follows."""
+        """The text of the first `count` messages, followed by the generation prompt if `prompt`."""
         if not count:
             return ""
         text = self._apply(
-            self._given(chat.messages[:count]), add_generation_prompt=prompt, **self._arguments(chat, template),
+            self._template_messages(chat.messages[:count]), add_generation_prompt=prompt, **self._arguments(chat, template),
         )  # fmt: skip
-        check_unicode(text, "the chat")  # a role, or whatever the template adds
+        check_unicode(text, "the chat")  # includes roles and what the template adds
         return text
 
     def _apply(self, messages: list[Message], **arguments: Any) -> str:
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **arguments))
-        except Exception as error:  # a template is a program, and may raise what it likes
+        except Exception as error:  # a template may raise any error
             raise DataError(f"the tokenizer's chat template refuses this chat: {error}") from error
 
     def _arguments(self, chat: Chat, template: str | None) -> dict[str, Any]:
@@ -265,14 +267,14 @@ class ChatTokenizer:
         text = template or self.tokenizer.get_chat_template(tools=tools)
         return {"tools": tools, "chat_template": NOW.sub(_date, text), **chat.options}
 
-    def _given(self, messages: Sequence[Message]) -> list[Message]:
-        """Messages as the template takes them."""
+    def _template_messages(self, messages: Sequence[Message]) -> list[Message]:
+        """Messages in the form that the template expects."""
         plain = [{k: v for k, v in m.items() if k not in WEIGHTS} for m in messages]
         return [_in_blocks(m) for m in plain] if self._takes_blocks else plain
 
     @cached_property
     def _takes_blocks(self) -> bool:
-        """Whether the template shows contents as lists of blocks alone, as those for pictures do."""
+        """Whether the template renders only contents in lists of blocks, as multimodal templates do."""
         message = {"role": "user", "content": "0#folora#0"}
         for given in (message, _in_blocks(message)):
             try:
@@ -288,7 +290,7 @@ class ChatTokenizer:
 
 
 def _parts(message: Message, *, learned: bool) -> Iterator[tuple[str, str]]:
-    """What must be seen of a message; earlier reasoning may go, as it does in use."""
+    """Texts of a message that the template must render; earlier reasoning may be dropped, as at inference."""
     if learned or message["role"] != "assistant":
         yield "the content", message["content"]
     if learned:
@@ -296,7 +298,7 @@ def _parts(message: Message, *, learned: bool) -> Iterator[tuple[str, str]]:
 
 
 def _left_out(what: str) -> str:
-    return f"the chat template leaves out {what}. Remove it, or take a template that shows it"
+    return f"the chat template leaves out {what}. Remove it, or use a template that renders it"
 
 
 def _date(call: re.Match[str]) -> str:
@@ -308,12 +310,12 @@ def _in_blocks(message: Message) -> Message:
 
 
 def _squeezed(text: str) -> str:
-    """Without white space, which templates trim and add."""
+    """Without whitespace, which templates strip and add."""
     return "".join(text.split())
 
 
 def _quoted(text: str) -> str:
-    """As it stands in JSON, in which some templates show what a tool gave."""
+    """Escaped as in JSON, as some templates render tool results."""
     return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
@@ -323,7 +325,7 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _runs(mask: Sequence[int]) -> list[Span]:
-    """Where the mask is 1, run by run."""
+    """Start and end of each run of ones."""
     edges = [i for i, (a, b) in enumerate(pairwise([0, *mask, 0])) if a != b]
     return list(zip(edges[::2], edges[1::2], strict=True))
 

@@ -1,4 +1,4 @@
-"""Rows from files, from the Hub and from memory."""
+"""Load rows from local files, from the Hub and from memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import psutil
 from datasets import Dataset, DatasetDict, load_dataset
 from pyarrow.parquet import ParquetFile
 
-from folora.data.formats import Row
+from folora.data.contents import Row
 from folora.errors import DataError
 
 CHUNK = 2**20  # bytes
@@ -32,10 +32,10 @@ def local_format(name: str) -> str | None:
 def load_rows(
     dataset: str | Dataset | DatasetDict | Sequence[Row], split: str = "train"
 ) -> list[Row]:
-    """Rows of a local file, of a Hub data set, or of what is already in memory.
+    """Rows of a local file, of a Hub data set, or of an object in memory.
 
     Raises:
-        DataError: The file is missing, empty, or cannot be parsed; no such split; or what is in
+        DataError: The file is missing, empty, or cannot be parsed; there is no such split; or an object in
             memory has no length (IterableDataset) or no rows with named columns.
     """
     if isinstance(dataset, str):
@@ -48,7 +48,7 @@ def load_rows(
             except Exception as error:  # the Hub's client raises many kinds
                 raise DataError(
                     f"data set {dataset!r} is neither a local .json, .jsonl or .parquet file nor "
-                    f"to be had from the Hub (split {split!r}): {error}"
+                    f"available from the Hub (split {split!r}): {error}"
                 ) from error
     else:
         rows = _rows_in_memory(dataset, split)
@@ -61,13 +61,13 @@ def _rows_in_memory(dataset: Any, split: str) -> list[Row]:
     if isinstance(dataset, Mapping):  # DatasetDict: one data set for each split
         if split not in dataset:
             raise DataError(
-                f"the data set has no split {split!r}, but {sorted(map(str, dataset))}; give one with "
+                f"the data set has no split {split!r}, only {sorted(map(str, dataset))}; choose one with "
                 "data.split"
             )
         dataset = dataset[split]
     if not hasattr(dataset, "__len__"):
         raise DataError(
-            f"a {type(dataset).__name__} does not say how many rows it has; give a list, for example "
+            f"a {type(dataset).__name__} has no length; give a list, for example "
             "list(dataset.take(10000))"
         )
     rows = list(dataset)
@@ -81,9 +81,9 @@ def _rows_in_memory(dataset: Any, split: str) -> list[Row]:
 
 
 def check_dataset(name: str) -> None:
-    """Refuse, before anything is loaded, a local file that cannot be read. Raises DataError."""
+    """Refuse a local file that cannot be read. Raises DataError."""
     kind = local_format(name)
-    if kind is None and not os.path.exists(name):  # which a name too long does not either
+    if kind is None and not os.path.exists(name):  # False for a name that is too long
         if name.startswith((".", "/", "~")):
             raise DataError(f"data file {name} does not exist")
         return  # a Hub name
@@ -117,8 +117,8 @@ def _read_local(path: Path, kind: str | None) -> list[Row]:
 def _read_json(path: Path) -> list[Row]:
     """Rows of a JSON list, or of JSON objects one after another.
 
-    By Python's own reader: Arrow's takes texts that look like dates for dates, and ends the process
-    on a line that holds null.
+    With Python's parser: Arrow's turns texts that look like dates into dates, and crashes on a line that
+    holds null.
     """
     try:
         content = _read_bytes(path)
@@ -136,11 +136,11 @@ def _read_json(path: Path) -> list[Row]:
 
 
 def _read_bytes(path: Path) -> bytes:
-    """The file's bytes, unpacked, if there is room for them and for what is made of them."""
+    """The file's bytes, decompressed. Raises ValueError if they are more than `_most_bytes`."""
     most = _most_bytes()
     content = bytearray()
     with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-        while part := file.read(CHUNK):  # read(most) would ask for that much memory at once
+        while part := file.read(CHUNK):  # read(most) would allocate that much memory at once
             content += part
             if len(content) > most:
                 raise ValueError(_too_large(most))
@@ -148,23 +148,23 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _most_bytes() -> int:
-    """How large a data file may be, so that there is room for what is made of it."""
+    """Size limit of a data file, which leaves memory for the parsed rows."""
     return psutil.virtual_memory().available // 4
 
 
 def _too_large(most: int) -> str:
-    return f"it holds more than {most / 1e9:.3g} GB, a quarter of the memory that is free"
+    return f"it holds more than {most / 1e9:.3g} GB, a quarter of the free memory"
 
 
 def _json_values(text: str) -> Iterator[Any]:
-    decoder = json.JSONDecoder(object_pairs_hook=_without_doubles)
+    decoder = json.JSONDecoder(object_pairs_hook=_unique_columns)
     end = 0
     while (start := SPACE.match(text, end).end()) < len(text):  # type: ignore[union-attr]
         value, end = decoder.raw_decode(text, start)
         yield value
 
 
-def _without_doubles(pairs: list[tuple[str, Any]]) -> Row:
+def _unique_columns(pairs: list[tuple[str, Any]]) -> Row:
     row = dict(pairs)
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]

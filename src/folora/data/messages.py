@@ -1,7 +1,7 @@
-"""Messages of a chat, in the layouts in use, as the list that chat templates expect.
+"""Convert the messages of a chat from common layouts to the list that chat templates expect.
 
-A message is ``{"role", "content", ...}``; read are also ShareGPT's ``{"from", "value"}``, Capybara's
-``{"input", "output"}``, contents in text blocks and tool calls whose arguments are JSON text.
+A message is ``{"role", "content", ...}``. ShareGPT's ``{"from", "value"}``, Capybara's ``{"input",
+"output"}``, contents in text blocks and tool calls whose arguments are JSON text are converted.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ WEIGHTS = ("weight", "train")
 
 
 def read_messages(given: Any, *, texts: bool = False) -> list[Message]:
-    """The messages of a chat; with `texts`, a list of texts is user and assistant in turn.
+    """The messages of a chat; if `texts`, a list of strings alternates between user and assistant.
 
     Raises:
-        DataError: Something else than messages, an unknown sender, or content that is no text.
+        DataError: The value is not a list of messages, a sender is unknown, or a content is not text.
     """
     if not isinstance(given, list):
         raise DataError(NO_CHAT)
@@ -38,15 +38,15 @@ def read_messages(given: Any, *, texts: bool = False) -> list[Message]:
 
 
 def learns(message: Message) -> bool:
-    """Whether the loss falls on a message: OpenAI's ``weight`` and Axolotl's ``train`` say so."""
+    """Whether a message has loss, by OpenAI's ``weight`` and Axolotl's ``train``."""
     weights = [message[key] for key in WEIGHTS if key in message]
     if not all(weight in (0, 1) for weight in weights):
-        raise DataError(f"a message has the weight {weights[0]!r}, but must have 0 or 1")
+        raise DataError(f"a message has the weight {weights[0]!r}, but weights must be 0 or 1")
     return all(weights)
 
 
 def read_tools(given: Any) -> list[Any]:
-    """JSON schemas of tools, given as a list or as JSON text, as chat templates expect them."""
+    """JSON schemas of tools, from a list or JSON text, in the form that chat templates expect."""
     tools = without_nulls(from_json(given, "column 'tools'", list)) or []
     if not all(isinstance(tool, dict) for tool in tools):
         raise DataError("column 'tools' must hold a list of JSON schemas")
@@ -54,7 +54,7 @@ def read_tools(given: Any) -> list[Any]:
 
 
 def from_json(value: Any, what: str, kind: type) -> Any:
-    """A value that may be given as JSON text; None where nothing is given."""
+    """A value of type `kind`, which may be given as JSON text; None if there is none."""
     if isinstance(value, str):
         try:
             value = json.loads(value or "null")
@@ -66,7 +66,7 @@ def from_json(value: Any, what: str, kind: type) -> Any:
 
 
 def without_nulls(value: Any) -> Any:
-    """Without keys that hold nothing: Arrow gives every row the keys of all rows."""
+    """Remove keys whose value is None, recursively: Arrow gives every row the keys of all rows."""
     if isinstance(value, Mapping):
         return {k: without_nulls(v) for k, v in value.items() if v is not None}
     return [without_nulls(v) for v in value] if isinstance(value, list) else value
@@ -110,7 +110,7 @@ def _content(content: Any) -> str:
 
 
 def _tool_call(call: Any) -> Any:
-    """A tool call whose arguments are an object, as chat templates expect it, not JSON text."""
+    """A tool call whose arguments are an object instead of JSON text, as chat templates expect."""
     if not isinstance(call, dict):
         raise DataError("a message's tool_calls must be a list of objects")
     if isinstance(call.get("function"), dict):

@@ -1,6 +1,6 @@
-"""Rows of a data set -> token ids with a loss mask on the response.
+"""Tokenize rows and mask the loss to the response.
 
-`formats.FORMATS` lists the rows that are read, `chats.ChatTokenizer` finds the answers of a chat.
+`formats.FORMATS` lists the supported formats; `chats.ChatTokenizer` finds the answers of a chat.
 Labels are -100 where there is no loss.
 """
 
@@ -16,16 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from folora.config import DataConfig
 from folora.data.chats import STRICT, ChatTokenizer
-from folora.data.formats import (
-    IGNORE,
-    Chat,
-    Format,
-    Plain,
-    Row,
-    Tokens,
-    choose_format,
-    columns_of,
-)
+from folora.data.contents import IGNORE, Chat, Plain, Row, Tokens
+from folora.data.formats import Format, choose_format, columns_of
 from folora.errors import DataError
 from folora.runtime.fingerprints import tokens_fingerprint
 from folora.runtime.progress import progress
@@ -48,7 +40,7 @@ class Example:
 
 @dataclass(frozen=True)
 class TaskData:
-    """The target task: rows to train on and rows held out for the task loss."""
+    """The target task: rows for training and rows held out for the task loss."""
 
     train: list[Example]
     held_out: list[Example]
@@ -56,7 +48,7 @@ class TaskData:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of tokens and labels, and of where the held-out rows begin."""
+        """SHA-256 of tokens, labels and the split."""
         train, held_out = ([e.input_ids + e.labels for e in p] for p in (self.train, self.held_out))
         return tokens_fingerprint([*train, [], *held_out])
 
@@ -65,8 +57,8 @@ class Formatter:
     """Turns rows into examples for one tokenizer; the format is chosen once, from all columns.
 
     Raises:
-        DataError: No known format, or a refused one; a named column that is not there; a row with
-            something else than its format has; a chat whose answers cannot be found.
+        DataError: The format is unknown or refused, a named column is missing, a row does not match
+            the format, or the answers of a chat cannot be found.
     """
 
     def __init__(
@@ -75,21 +67,21 @@ class Formatter:
         self.tokenizer = tokenizer
         self.config = config
         self.format = choose_format(columns, config)
-        self.cut = 0
+        self.truncated = 0
         self.chats = ChatTokenizer(tokenizer)
         template = tokenizer.chat_template is not None
         self.use_template = template if config.chat_template is None else config.chat_template
         if self.use_template and not template:
-            raise DataError("data.chat_template is on, but this tokenizer has no chat template")
+            raise DataError("data.chat_template is true, but this tokenizer has no chat template")
 
     def __call__(self, row: Row, number: int) -> Example:
-        """One row, cut to `max_length`; `number` is for messages."""
+        """One row, truncated to `max_length`; `number` is for messages."""
         try:
             example = self._example(row)
         except DataError as error:
             raise DataError(f"row {number}: {error}") from error
         end = self.config.max_length
-        self.cut += len(example.input_ids) > end
+        self.truncated += len(example.input_ids) > end
         return Example(example.input_ids[:end], example.labels[:end])
 
     def _example(self, row: Row) -> Example:
@@ -110,22 +102,22 @@ class Formatter:
         return self._plain(system + ALPACA.format(instruction=content.prompt), content.response)
 
     def _plain(self, prompt: str, response: str) -> Example:
-        """Text before text; the response ends with EOS."""
+        """Prompt and response without a template; the response ends with EOS."""
         if not response:
             raise DataError("the response is empty")
         tokenizer = self.tokenizer
         before = tokenizer(prompt)["input_ids"]
         if before and before[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id:
-            before = before[:-1]  # tokenizers that close every text
+            before = before[:-1]  # the tokenizer appends EOS to every text
         after = tokenizer(response, add_special_tokens=False)["input_ids"]
         if tokenizer.eos_token_id is not None and after[-1:] != [tokenizer.eos_token_id]:
             after = [*after, tokenizer.eos_token_id]
         if before and (before[1:] + after)[:1] == before[:1] == [tokenizer.bos_token_id]:
-            before = before[1:]  # the text has its own
+            before = before[1:]  # the text already begins with BOS
         return Example([*before, *after], [IGNORE] * len(before) + after)
 
     def _chat(self, chat: Chat) -> Example:
-        """A chat with loss on its learned answers."""
+        """A chat with loss on the selected answers."""
         found = self.chats(chat)
         labels = [IGNORE] * len(found.input_ids)
         for start, end in found.answers:
@@ -136,32 +128,32 @@ class Formatter:
 def prepare_task(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig, seed: int = 0
 ) -> TaskData:
-    """Tokenize all rows and set some aside, chosen by a seed.
+    """Tokenize all rows and hold some out, chosen by a seed.
 
-    Rows whose response is cut away by `max_length` are dropped and counted.
+    Rows whose response is truncated away by `max_length` are dropped and counted.
 
     Raises:
-        DataError: See `Formatter`; also when no row is left.
+        DataError: See `Formatter`; also if no row remains.
     """
     columns = columns_of(rows)
     formatter = Formatter(columns, tokenizer, config)
-    _say_format(formatter.format, columns)
+    _log_format(formatter.format, columns)
     examples = []
     with progress("tokenizing rows", len(rows)) as tick:
         for number, row in enumerate(rows):
             examples.append(formatter(row, number))
             tick(tokens=len(examples[-1].input_ids))
-    _say_chats(formatter.chats)
+    _log_chats(formatter.chats)
     usable = [e for e in examples if any(label != IGNORE for label in e.labels[1:])]
     dropped = len(examples) - len(usable)
     if not usable:
         raise DataError(
             f"no row has a response token within data.max_length = {config.max_length}; raise it"
         )
-    if formatter.cut:
+    if formatter.truncated:
         logger.warning(
-            "%d of %d rows cut to data.max_length = %d tokens",
-            formatter.cut,
+            "%d of %d rows truncated to data.max_length = %d tokens",
+            formatter.truncated,
             len(rows),
             config.max_length,
         )
@@ -178,18 +170,18 @@ def prepare_task(
     return TaskData([usable[i] for i in train], [usable[i] for i in held_out], dropped)
 
 
-def _say_format(chosen: Format, columns: Collection[str]) -> None:
-    """Name the columns before work starts, those that are not used above all."""
+def _log_format(chosen: Format, columns: Collection[str]) -> None:
+    """Log which columns are used and which are not."""
     used = [name for name in columns if name not in chosen.unused(columns)]
     logger.info("rows are read as %s: columns %s", chosen.name, ", ".join(used))
     if unused := chosen.unused(columns):
         logger.info("columns not used: %s", ", ".join(unused))
 
 
-def _say_chats(chats: ChatTokenizer) -> None:
-    if set(chats.ways) - {STRICT}:
-        ways = ", ".join(f"{count} by {way}" for way, count in chats.ways.most_common())
-        logger.info("answers of the chats were found %s", ways)
+def _log_chats(chats: ChatTokenizer) -> None:
+    if set(chats.methods) - {STRICT}:
+        methods = ", ".join(f"{count} by {name}" for name, count in chats.methods.most_common())
+        logger.info("answers of the chats were found %s", methods)
     if chats.unused:
         logger.info("fields of messages not used: %s", ", ".join(sorted(chats.unused)))
     if chats.unended:
@@ -206,17 +198,17 @@ def check_fits(
     vocabulary: int | None,
     context: int | None,
 ) -> None:
-    """Refuse tokens that the model has no embedding of, and rows longer than it can read.
+    """Refuse tokens without an embedding in the model, and rows longer than its context.
 
     Args:
         task: The tokenized rows.
-        tokenizer: Whose tokens they are.
+        tokenizer: The tokenizer they come from.
         start_id: The token that sampling starts from.
-        vocabulary: How many tokens the model knows; None if its config does not say.
-        context: How many tokens it reads at most; likewise.
+        vocabulary: The model's vocabulary size; None if its config has none.
+        context: The model's maximum number of tokens; None if its config has none.
 
     Raises:
-        DataError: Naming the token, or the length.
+        DataError: A token or row does not fit; the token or the length is named.
     """
     rows = [*task.train, *task.held_out]
     if vocabulary is not None:
@@ -224,19 +216,19 @@ def check_fits(
         if (largest := max(used)) >= vocabulary:
             token = tokenizer.convert_ids_to_tokens(largest)
             raise DataError(
-                f"the tokenizer gives {token!r} the id {largest}, but the model knows {vocabulary} "
-                "tokens. Is it the model's own tokenizer?"
+                f"the tokenizer gives {token!r} the id {largest}, but the model has {vocabulary} "
+                "tokens. Use the model's own tokenizer."
             )
     longest = max((len(e.input_ids) for e in rows), default=0)
     if context is not None and longest > context:
         raise DataError(
-            f"a row has {longest} tokens, but the model reads at most {context}; give "
+            f"a row has {longest} tokens, but the model's context is {context}; set "
             f"--data.max_length {context}"
         )
 
 
 def pad_batch(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
-    """Right-padded ``input_ids``, ``attention_mask`` and ``labels``, each (batch, longest)."""
+    """Right-padded ``input_ids``, ``attention_mask`` and ``labels``, each (batch, longest) int64."""
     longest = max(len(e.input_ids) for e in examples)
 
     def padded(rows: Iterable[list[int]], value: int) -> Tensor:
@@ -252,7 +244,7 @@ def pad_batch(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
 def batches(
     examples: Sequence[Example], batch_size: int, pad_id: int = 0
 ) -> Iterator[dict[str, Tensor]]:
-    """Padded batches, longest examples first, so that little is padded and memory peaks early."""
+    """Padded batches, longest examples first, so that there is little padding and memory peaks early."""
     ordered = sorted(examples, key=lambda e: -len(e.input_ids))
     for i in range(0, len(ordered), batch_size):
         yield pad_batch(ordered[i : i + batch_size], pad_id)

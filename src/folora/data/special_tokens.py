@@ -1,4 +1,4 @@
-"""The tokens that a sampled sequence starts from and ends with."""
+"""The start token and the end tokens of sampled sequences."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def start_token_id(tokenizer: PreTrainedTokenizerBase, choice: str | None, *conf
     """The token that sampling starts from.
 
     Args:
-        tokenizer: Of the model.
+        tokenizer: The model's tokenizer.
         choice: None for the tokenizer's BOS, ``"eos"``, or the text of a token.
-        configs: Of the model and of its generation. Without a BOS in the tokenizer theirs is taken,
-            then the token that separates documents; the log says which.
+        configs: The model config and the generation config. If the tokenizer has no BOS, theirs is used,
+            then the token that separates documents; the log names it.
 
     Raises:
-        DataError: Nothing was chosen and there is no such token, or the chosen one does not exist.
+        DataError: The chosen token does not exist, or none was chosen and there is no default.
     """
     if choice is None:
         if tokenizer.bos_token_id is not None:
@@ -43,7 +43,7 @@ def start_token_id(tokenizer: PreTrainedTokenizerBase, choice: str | None, *conf
 
 
 def _document_start(tokenizer: PreTrainedTokenizerBase, configs: Sequence[Any]) -> int:
-    """What stands at the start of documents, for a tokenizer without BOS. Raises DataError."""
+    """The token at the start of documents, for a tokenizer without BOS. Raises DataError."""
     for number, why in _candidates(tokenizer, configs):
         if number is None or not _is_special(tokenizer, number):
             continue
@@ -55,8 +55,8 @@ def _document_start(tokenizer: PreTrainedTokenizerBase, configs: Sequence[Any]) 
     eos = f"eos (which is {tokenizer.eos_token!r})" if tokenizer.eos_token else "TOKEN"
     raise DataError(
         "this tokenizer has no BOS token to start sampling from, and neither the model's config nor a "
-        f"document separator gives another. Choose one: --sampling.start_token {eos}, or the text of "
-        "a token that stood at the start of documents in pretraining."
+        f"document separator provides one. Choose one with --sampling.start_token {eos}, or with the "
+        "text of a token that began documents in pretraining."
     )
 
 
@@ -77,7 +77,7 @@ def _candidates(
 
 
 def _is_special(tokenizer: PreTrainedTokenizerBase, number: int) -> bool:
-    """Whether a token is no text. A config class may have a default id that means a letter here."""
+    """Whether a token is special. The default id of a config class may be an ordinary token here."""
     added = tokenizer.added_tokens_decoder.get(number)
     return number in tokenizer.all_special_ids or (added is not None and added.special)
 
@@ -86,25 +86,25 @@ def ending_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     """The tokens that end a sampled sequence.
 
     Raises:
-        DataError: The model has no logit for one of them.
+        DataError: One is outside the model's vocabulary.
     """
     found = eos_token_ids(model, tokenizer)
     known = known_tokens(model)
     if wrong := [i for i in found if not 0 <= i < known]:
         raise DataError(
-            f"the model's generation config ends sequences at token {wrong[0]}, but the model knows "
+            f"the model's generation config ends sequences at token {wrong[0]}, but the model has "
             f"{known} tokens; correct eos_token_id there"
         )
     return found
 
 
 def known_tokens(model: PreTrainedModel) -> int:
-    """How many tokens the model has embeddings for."""
+    """Number of token embeddings of the model."""
     return len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """All tokens that end a sequence, by the model's generation config or the tokenizer."""
+    """All tokens that end a sequence, from the model's generation config or the tokenizer."""
     generation = getattr(model, "generation_config", None)
     found = getattr(generation, "eos_token_id", None)
     if found is None:
@@ -117,10 +117,10 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 def check_same_tokenizer(
     tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, name: str
 ) -> None:
-    """Refuse a sampler model whose tokenizer gives other ids. Raises DataError."""
+    """Refuse a sampler model whose tokenizer has other token ids. Raises DataError."""
     if tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(other):
         raise DataError(
             f"the sampler model {name} has another tokenizer than the model ({len(other)} against "
-            f"{len(tokenizer)} tokens, or other ids), so its tokens mean nothing to the model. "
-            "Choose a sampler of the same family, or leave sampling.sampler_model out."
+            f"{len(tokenizer)} tokens, or other ids), so its token ids differ. "
+            "Choose a sampler of the same family, or unset sampling.sampler_model."
         )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from folora.data.formats import IGNORE
+from folora.data.contents import IGNORE
 from folora.runtime.shapes import Float, Int
 
 

@@ -16,8 +16,8 @@ from folora.adapters.coverage import Coverage, check_causal, cover, cover_config
 from folora.calibration.engine import Engine
 from folora.calibration.vllm import engine_of
 from folora.config import FoLoraConfig
+from folora.data.contents import Row
 from folora.data.files import load_rows
-from folora.data.formats import Row
 from folora.data.rows import TaskData, prepare_task
 from folora.data.special_tokens import check_same_tokenizer, ending_ids, start_token_id
 from folora.runtime import distributed

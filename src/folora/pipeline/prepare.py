@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from folora.calibration.base_file import read_base_manifest, warn_of_dtype
 from folora.config import FoLoraConfig
+from folora.data.contents import Row
 from folora.data.files import check_dataset
-from folora.data.formats import Row
 from folora.data.rows import check_fits
 from folora.errors import ConfigError
 from folora.pipeline.context import Context

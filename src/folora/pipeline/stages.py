@@ -151,7 +151,7 @@ class _Measured(Stage[Moments]):
         first = distributed.rank() == 0  # rank 0 writes them
         context = self.context
         return measure(
-            context.model, context.groups, examples, context.config.statistics, what, kept=first
+            context.model, context.groups, examples, context.config.statistics, what, store=first
         )
 
 

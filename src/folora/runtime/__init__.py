@@ -1,4 +1,4 @@
-"""Where and how folora runs: processes, devices, model loading, files, checkpoints, progress.
+"""Runtime support: processes, devices, model loading, atomic files, checkpoints, progress, signals.
 
 May import `folora.config` and `folora.errors`.
 """

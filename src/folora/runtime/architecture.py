@@ -1,7 +1,7 @@
-"""Which models are accepted: causal language models, which predict the next token from text alone.
+"""Which models are accepted: causal language models, which predict the next token of a text.
 
-`check_config` decides by ``config.json``, before weights are loaded; `check_model` by the model itself.
-Both name the architecture, say what it is, and what would be accepted.
+`check_config` decides from ``config.json``, before weights are loaded; `check_model` from the model
+itself. Both errors name the architecture, its task and what is accepted.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ TASKS = {
         "TEXT_TO_WAVEFORM",
     ),
 }
-"""What transformers' auto classes of these tasks load; of several tasks the first counts."""
+"""Tasks of transformers' auto classes, by the kind of model; the first kind wins where several match."""
 MULTIMODAL = ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
 
 
 def _names(task: str) -> dict[str, str]:
-    """Model type to class name; empty where this version of transformers lacks the task."""
+    """Class names by model type; empty if this version of transformers lacks the task."""
     found = getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES", {})
     return {kind: name for kind, name in found.items() if isinstance(name, str)}
 
@@ -64,18 +64,18 @@ OTHER_ARCHITECTURES = {
     for name in _names(task).values()
     if name not in CAUSAL
 }
-"""What AutoModelForCausalLM refuses, or loads with a head that was never trained for it."""
+"""Architectures that AutoModelForCausalLM refuses, or loads with an untrained head; by name, their kind."""
 
 
 def check_config(model_config: Any, name: str) -> None:
-    """Refuse what is no causal LM, by its config.
+    """Refuse a model that is not a causal LM, from its config.
 
     Args:
         model_config: From transformers' AutoConfig.
-        name: Of the model, for the message.
+        name: Name of the model, for the message.
 
     Raises:
-        ConfigError: With the architecture and what it is.
+        ConfigError: It is not a causal LM; the architecture is named.
     """
     kind = getattr(model_config, "model_type", None)
     named = getattr(model_config, "architectures", None) or []
@@ -100,20 +100,20 @@ def check_config(model_config: Any, name: str) -> None:
 
 
 def check_model(model: Any) -> None:
-    """Refuse what is no causal LM, or has an adapter already, by its class and config.
+    """Refuse a model that is not a causal LM or already has an adapter, from its class and config.
 
     Args:
-        model: What the caller gave, or a skeleton on the meta device.
+        model: The caller's model, or one without weights on the meta device.
 
     Raises:
-        ConfigError: With the class and the remedy.
+        ConfigError: The model is refused; the message names its class and a remedy.
     """
     what = type(model).__name__
     if isinstance(model, PeftModel) or (
         isinstance(model, nn.Module) and any(isinstance(m, BaseTunerLayer) for m in model.modules())
     ):
         raise ConfigError(
-            f"the model has an adapter already ({what}). Merge it first (model = "
+            f"the model already has an adapter ({what}). Merge it first (model = "
             "model.merge_and_unload()), or remove it (model = model.unload())."
         )
     if not isinstance(model, PreTrainedModel):

@@ -1,8 +1,8 @@
-"""What stages leave on disk: tensors in safetensors, facts about them in a sealed manifest.
+"""Artifacts of stages on disk: tensors in safetensors, metadata in a manifest with checksums.
 
-An artifact is a folder with ``tensors.safetensors`` and ``manifest.json``, there as a whole or not at
-all. The manifest says what the artifact belongs to (fingerprints of model, tokenizer and data) and
-carries the checksum of the tensors; reading compares both before anything is trusted.
+An artifact is a folder with ``tensors.safetensors`` and ``manifest.json``, written atomically. The
+manifest holds the fingerprints of what the artifact was made from (model, tokenizer, data) and the
+checksum of the tensors. Both are verified on reading.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ TENSORS, MANIFEST = "tensors.safetensors", "manifest.json"
 
 @dataclass(frozen=True)
 class Artifact:
-    """Tensors by name, and the manifest that came with them."""
+    """Tensors by name, and their manifest."""
 
     tensors: dict[str, Tensor]
     manifest: Facts
 
 
 def software_versions() -> dict[str, str]:
-    """Versions of the packages that shape a result."""
+    """Installed versions of the packages that affect results."""
     found = {}
     for package in ("folora", "torch", "transformers", "peft", "trl", "safetensors"):
         try:
@@ -58,9 +58,9 @@ def write_artifact(
 
     Args:
         path: The folder to make.
-        kind: What it is, for example ``"statistics"``; reading asks for the same word.
-        tensors: Any devices and dtypes; stored contiguous on the CPU.
-        facts: JSON values for the manifest, fingerprints among them.
+        kind: Type of artifact, for example ``"moments"``; reading must ask for the same one.
+        tensors: On any device, of any dtype; stored contiguously.
+        facts: JSON values for the manifest, such as fingerprints.
     """
 
     def write(target: Path) -> None:
@@ -80,16 +80,16 @@ def write_artifact(
 
 
 def read_manifest(path: Path, kind: str, expected: Mapping[str, Any] | None = None) -> Facts:
-    """Read and check an artifact's manifest alone.
+    """Read and verify an artifact's manifest without its tensors.
 
     Args:
         path: The artifact's folder.
-        kind: What it must be.
-        expected: Facts that must stand in the manifest with the same values.
+        kind: The required type of artifact.
+        expected: Values that the manifest must hold.
 
     Raises:
         ArtifactError: Missing, damaged, or of another kind or format.
-        MismatchError: Made from something else than `expected`.
+        MismatchError: A value differs from `expected`.
     """
     file = Path(path) / MANIFEST
     return check_manifest(read_json(file), file, Path(path), kind, expected)
@@ -102,10 +102,7 @@ def check_manifest(
     kind: str,
     expected: Mapping[str, Any] | None = None,
 ) -> Facts:
-    """A manifest that was read from a file of an artifact, if it is one of this kind.
-
-    See `read_manifest` for what is raised.
-    """
+    """Verify a parsed manifest and return its values; see `read_manifest` for arguments and errors."""
     facts = unsealed(manifest, file, artifact)
     if facts.get("kind") != kind:
         raise ArtifactError(f"{file} holds {facts.get('kind')!r:.80}, but {kind!r} is needed here")
@@ -113,31 +110,31 @@ def check_manifest(
         if facts.get(name) != value:
             raise MismatchError(
                 f"{artifact} belongs to another {name.replace('_', ' ')}: it was made for "
-                f"{_short(facts.get(name))}, this run has {_short(value)}. Give the right model "
-                "and data, or make it again in another folder."
+                f"{_short(facts.get(name))}, this run has {_short(value)}. Use the model and data "
+                "that it was made for, or choose another output folder."
             )
     return facts
 
 
 def read_artifact(path: Path, kind: str, expected: Mapping[str, Any] | None = None) -> Artifact:
-    """Read an artifact after checking manifest and checksum; see `read_manifest`."""
+    """Read an artifact and verify its manifest and checksum; see `read_manifest`."""
     manifest = read_manifest(path, kind, expected)
     check_tensors(path, manifest)
     return Artifact(read_tensors(Path(path) / TENSORS), manifest)
 
 
 def check_tensors(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Compare an artifact's tensors with the checksum in its manifest. Raises ArtifactError."""
+    """Verify the checksum of an artifact's tensors. Raises ArtifactError."""
     file = Path(path) / TENSORS
     try:
-        check_fits_memory(file)  # before it is hashed for hours
+        check_fits_memory(file)  # hashing a file that cannot be loaded wastes time
         checksum = file_sha256(file)
     except OSError as error:
         raise ArtifactError(f"{file} cannot be read: {error}") from error
     if checksum != manifest.get("sha256"):
         raise ArtifactError(
             f"{file} is damaged: its checksum is {checksum[:12]}, its manifest says "
-            f"{str(manifest.get('sha256'))[:12]}. Delete the folder {path} and make it again."
+            f"{str(manifest.get('sha256'))[:12]}. Delete the folder {path} and rerun the command."
         )
 
 
@@ -146,7 +143,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         check_fits_memory(file)
         return load_file(file)
-    except (OSError, SafetensorError, KeyError) as error:  # KeyError: a type that torch has not
+    except (OSError, SafetensorError, KeyError) as error:  # KeyError: a dtype that torch lacks
         raise ArtifactError(f"{file} cannot be read: {error}") from error
 
 

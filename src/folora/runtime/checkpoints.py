@@ -1,8 +1,8 @@
-"""The Trainer's checkpoints: which are whole, and whether they still say what was written.
+"""Integrity of the Trainer's checkpoints: incomplete and damaged ones are detected.
 
-The Trainer writes a checkpoint file by file. Before, folora marks the folder as its own by an empty list
-of files; after, it syncs the files and fills the list with their checksums. A folder with an empty list
-was not written to the end; one without a list is not ours, and is neither used nor written to.
+The Trainer writes a checkpoint file by file. folora first writes an empty list of files to the folder;
+afterwards it syncs the files and stores their checksums in the list. A folder with an empty list is
+incomplete. A folder without a list was not written by folora and is neither read nor modified.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def check_checkpoints(folder: Path, request: str) -> None:
     """Refuse a training folder with checkpoints that folora did not write.
 
     Args:
-        folder: Of the training; may be missing.
-        request: Name of the file in it that says what is trained.
+        folder: The training folder; may be missing.
+        request: Name of the file in it that describes the training.
 
     Raises:
-        ConfigError: A checkpoint is somebody else's, or a link; it is named.
+        ConfigError: A checkpoint was not written by folora, or is a link; it is named.
     """
     for step, path in _numbered(folder):
         if why := obstacle(path, folder=True):
@@ -51,27 +51,27 @@ def check_checkpoints(folder: Path, request: str) -> None:
         if not ours and any(not is_temporary(p.name) for p in path.iterdir()):
             raise ConfigError(
                 f"{path} was not written by this training (it has no {SEAL}, or {folder} no {request}); "
-                f"move it away, so that it is not taken for the checkpoint of step {step}"
+                f"move it away, so that it is not mistaken for the checkpoint of step {step}"
             )
 
 
 def begin_checkpoint(folder: Path) -> None:
-    """Mark a checkpoint's folder as ours before anything is in it. Raises ArtifactError."""
+    """Mark a checkpoint's folder as written by folora before files are added. Raises ArtifactError."""
     if not (folder / SEAL).exists():
         write_sealed(folder / SEAL, {"files": {}})
 
 
 def prune(folder: Path, keep: int, best: str | None = None) -> None:
-    """Delete all but the latest checkpoints; one that is not as it was written is kept.
+    """Delete all but the latest checkpoints; modified or damaged ones are not deleted.
 
     Args:
-        folder: Of the training.
-        keep: How many are left, `best` among them.
-        best: One that is never deleted.
+        folder: The training folder.
+        keep: Number of checkpoints to retain, including `best`.
+        best: A checkpoint that is never deleted.
     """
     complete = []
     for _, path in sorted(_numbered(folder)):
-        with contextlib.suppress(ArtifactError):  # a damaged one is kept
+        with contextlib.suppress(ArtifactError):  # damaged ones are not deleted
             complete += [path] if _is_complete(path) else []
     kept = {complete[-1], *([Path(best)] if best else [])} if complete else set()
     for path in reversed(complete):
@@ -81,11 +81,11 @@ def prune(folder: Path, keep: int, best: str | None = None) -> None:
             check_checkpoint(path)
             discard(path)
         except (ArtifactError, OSError) as error:
-            logger.warning("the former checkpoint %s is kept: %s", path, error)
+            logger.warning("the old checkpoint %s is not deleted: %s", path, error)
 
 
 def seal_checkpoint(folder: Path) -> None:
-    """Add the checksums of all files, after these have reached the disk. Raises ArtifactError."""
+    """Sync all files and store their checksums. Raises ArtifactError."""
     try:
         sync(folder)
         files = {p.relative_to(folder).as_posix(): file_sha256(p) for p in _files(folder)}
@@ -95,7 +95,7 @@ def seal_checkpoint(folder: Path) -> None:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The latest checkpoint of a training that was written to the end; None if there is none.
+    """The latest complete checkpoint of a training folder; None if there is none.
 
     Raises:
         ArtifactError: It is damaged; the file is named.
@@ -104,19 +104,19 @@ def latest_checkpoint(folder: Path) -> Path | None:
         if _is_complete(path):
             check_checkpoint(path)
             return path
-        logger.info("%s was not written to the end and is skipped", path)
+        logger.info("%s is incomplete and is skipped", path)
     return None
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Compare every file with its checksum. Raises ArtifactError naming the one that differs."""
+    """Verify the checksum of every file. Raises ArtifactError naming the first that differs."""
     listed = read_sealed(folder / SEAL)["files"]
     with malformed_is_damaged(folder / SEAL):
         listed = {str(name): str(checksum) for name, checksum in listed.items()}
     there = {p.relative_to(folder).as_posix() for p in _files(folder)}
     for name, checksum in listed.items():
         file = folder / name
-        if name not in there:  # and is not looked for outside of the folder
+        if name not in there:  # names cannot point outside the folder
             raise ArtifactError(f"{file} is missing. {remedy(folder)}")
         try:
             found = file_sha256(file)
@@ -134,7 +134,7 @@ def check_checkpoint(folder: Path) -> None:
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:
-    """Checkpoints with their steps, by the Trainer's names; a user's copy has another one."""
+    """Steps and paths of the folders that are named as the Trainer names checkpoints."""
     names = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-([0-9]+)")
     found = [(names.fullmatch(p.name), p) for p in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
     return [(int(match[1]), path) for match, path in found if match]
@@ -151,7 +151,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def remedy(folder: Path) -> str:
-    """What to do about a checkpoint that cannot be used, for a message."""
+    """The remedy for a checkpoint that cannot be used, for a message."""
     return (
-        f"Delete {folder}; training then goes on from the checkpoint before it, or from the start."
+        f"Delete {folder} and rerun: training resumes from the checkpoint before it, or restarts."
     )

@@ -1,6 +1,6 @@
-"""What differs between the versions of other libraries that folora runs with: one function for each.
+"""Differences between supported versions of other libraries, one function each.
 
-Everything else is written for the newest; docs/compatibility.md says what was run.
+All other code is written for the newest versions; docs/compatibility.md lists those that are tested.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def base_state_fallback(model: Any) -> dict[str, Tensor]:
-    """The base model's state by its own names, where PEFT does not give it."""
+    """The base model's state dict by its original names, for versions of PEFT that lack a function for it."""
     return {
         name.replace(".base_layer.", ".").replace(".original_module.", "."): tensor
         for name, tensor in model.get_base_model().state_dict().items()
@@ -24,20 +24,20 @@ def base_state_fallback(model: Any) -> dict[str, Tensor]:
 base_state: Callable[[Any], dict[str, Tensor]] = getattr(
     save_and_load, "get_base_model_state_dict", base_state_fallback
 )
-"""PEFT's own since 0.19."""
+"""PEFT's function since version 0.19."""
 
 
 def trainer_options(values: Mapping[str, Any], types: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of TrainingArguments by the names that the installed Transformers knows.
+    """Rename options of TrainingArguments for the installed version of Transformers.
 
     Args:
-        values: By their names in Transformers 5.23.
-        types: Names and types of the options that there are.
+        values: Options by their names in Transformers 5.23.
+        types: Names and types of the options of the installed version.
     """
     found = dict(values)
     if "activation_checkpointing" not in types:  # before Transformers 5.23
         found["gradient_checkpointing"] = found.pop("activation_checkpointing")
-    if types["warmup_steps"] is int:  # before Transformers 5, which takes a share there, too
+    if types["warmup_steps"] is int:  # before Transformers 5, which also accepts a ratio there
         steps = found.pop("warmup_steps")
         found |= {"warmup_ratio": steps} if steps < 1 else {"warmup_steps": int(steps)}
     return found

@@ -1,4 +1,4 @@
-"""Evaluation mode, or the base model alone, for a while; afterwards everything is as it was."""
+"""Context managers that change a model's state temporarily: evaluation mode, base model, whole weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode while the block runs, whatever happens in it."""
+    """Put a model in evaluation mode; every module's mode is restored afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -23,13 +23,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether processes have a part each of the weights, so that all must run the model together."""
+    """Whether FSDP2 shards the weights over processes, so that all must run the model together."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 @contextmanager
 def gathered(model: nn.Module, name: str) -> Iterator[None]:
-    """Have a layer's weights whole while the block runs, in all processes that share them."""
+    """Unshard a layer's weights while the block runs; all processes must enter it."""
     path = name.split(".")
     holders = (model.get_submodule(".".join(path[:n])) for n in range(len(path), -1, -1))
     holder = next((module for module in holders if isinstance(module, FSDPModule)), None)
@@ -45,9 +45,10 @@ def gathered(model: nn.Module, name: str) -> Iterator[None]:
 
 @contextmanager
 def without_adapter(model: PeftModel) -> Iterator[None]:
-    """The base model while the block runs.
+    """Disable the adapter while the block runs.
 
-    PEFT's own context leaves every weight of the adapter trainable, also those that were frozen.
+    PEFT's `disable_adapter` makes frozen weights of the adapter trainable; this one restores
+    ``requires_grad``.
     """
     trained = [(p, p.requires_grad) for p in model.parameters()]
     try:

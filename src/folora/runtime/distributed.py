@@ -1,9 +1,8 @@
-"""One process or several: who does what, and all of them agreeing on what was found.
+"""Collectives over the processes of a run: the few that stages need, on torch.distributed.
 
-`torchrun` and `accelerate launch` start the processes, torch.distributed connects them; this file says
-what stages need of it. With one process every function does the obvious thing and sends nothing. Files
-are read and written by the first process, errors of one are raised by all, so that none waits for
-another that has given up.
+`torchrun` and `accelerate launch` start the processes. With one process no function communicates.
+Files are read and written by rank 0. An error of one process is raised by all, so that none waits
+for a process that has failed.
 """
 
 from __future__ import annotations
@@ -24,23 +23,23 @@ T = TypeVar("T")
 
 _RENDEZVOUS = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
 _STALE = (
-    "Start several processes by torchrun or accelerate launch, which set what is needed; for one, unset "
-    "WORLD_SIZE, RANK and LOCAL_RANK."
+    "Start several processes with torchrun or accelerate launch, which set these variables; for one "
+    "process unset WORLD_SIZE, RANK and LOCAL_RANK."
 )
-TIMEOUT = timedelta(hours=2)  # the first process may solve and write while others wait
+TIMEOUT = timedelta(hours=2)  # rank 0 may solve and write while the others wait
 LOST = ("gloo", "nccl", "connection", "socket", "store")
-"""What the messages of torch.distributed name when another process has gone."""
+"""Words in the messages of torch.distributed when another process has ended."""
 
 
 def join(device: str) -> None:
-    """Connect to the other processes, if this one was started as one of several.
+    """Initialize the process group, if a launcher started several processes.
 
     Args:
-        device: ``"auto"`` or a device's name; on the CPU they talk by gloo.
+        device: ``"auto"`` or a device's name; on the CPU the backend is gloo.
 
     Raises:
-        ConfigError: The environment has variables of a launcher, but not all that it sets.
-        ProcessError: They are not to be reached.
+        ConfigError: Some of a launcher's environment variables are missing or contradict each other.
+        ProcessError: The other processes cannot be reached.
     """
     if _launched() > 1 and not dist.is_initialized():
         accelerator = None if device == "cpu" else torch.accelerator.current_accelerator()
@@ -51,23 +50,23 @@ def join(device: str) -> None:
             dist.init_process_group(dist.get_default_backend_for_device(kind), timeout=TIMEOUT)
         except RuntimeError as error:
             raise ProcessError(
-                f"process {os.environ.get('RANK')} of {os.environ['WORLD_SIZE']} cannot reach the other "
-                f"ones: {str(error).splitlines()[0]}"
+                f"process {os.environ.get('RANK')} of {os.environ['WORLD_SIZE']} cannot reach the "
+                f"others: {str(error).splitlines()[0]}"
             ) from error
 
 
 def asks_for_fsdp(given: Any) -> bool:
-    """Whether FSDP is asked for, by the launcher or by the training option ``fsdp``."""
+    """Whether the launcher or the training option ``fsdp`` enables FSDP."""
     return bool(given) or is_set("ACCELERATE_USE_FSDP")
 
 
 def is_set(variable: str) -> bool:
-    """Whether a launcher has set a switch in the environment."""
+    """Whether a boolean environment variable is set to true."""
     return os.environ.get(variable, "").lower() in ("1", "true")
 
 
 def _launched() -> int:
-    """How many processes the launcher started, by its environment variables. Raises ConfigError."""
+    """World size according to the launcher's environment variables. Raises ConfigError."""
     numbers = {}
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         if (text := os.environ.get(name, "")).strip():
@@ -85,28 +84,28 @@ def _launched() -> int:
 
 
 def leave() -> None:
-    """Let go of the other processes, at the end of all work."""
+    """Destroy the process group, at the end of all work."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def count() -> int:
-    """How many processes there are."""
+    """World size."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """The number of this one, from 0."""
+    """Rank of this process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def local_rank() -> int:
-    """Its number on this machine, which is that of its accelerator."""
+    """Rank on this machine, which is the index of the accelerator."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def shard(items: Sequence[T]) -> Sequence[T]:
-    """Every `count`-th item from `rank` on."""
+    """The items of this process: every `count`-th, starting at `rank`."""
     return items[rank() :: count()]
 
 
@@ -121,7 +120,7 @@ def all_gather(value: T) -> list[T]:
 
 
 def broadcast(value: T, owner: int = 0) -> T:
-    """The value that process `owner` has. Raises ProcessError."""
+    """The value of rank `owner`. Raises ProcessError."""
     if count() == 1:
         return value
     held = [value]
@@ -150,10 +149,10 @@ def all_reduce_max(value: int) -> int:
 
 
 def raise_together(call: Callable[[], T]) -> T:
-    """Call in every process; if one of them raises an error of folora's, all do.
+    """Call in every process; if one raises a FoLoraError, all do.
 
     Raises:
-        FoLoraError: The error of the first process that has one.
+        FoLoraError: The error of the lowest rank that has one.
     """
     if count() == 1:
         return call()
@@ -164,10 +163,10 @@ def raise_together(call: Callable[[], T]) -> T:
 
 
 def on_rank_zero(call: Callable[[], T]) -> T:
-    """Call in the first process alone; all get its result, or raise its error.
+    """Call on rank 0 only; all processes get its result or raise its error.
 
     Raises:
-        FoLoraError: As the call.
+        FoLoraError: The error of the call.
     """
     if count() == 1:
         return call()
@@ -178,31 +177,31 @@ def on_rank_zero(call: Callable[[], T]) -> T:
 
 
 def check_same(what: str, value: Any) -> None:
-    """Refuse processes that do not see the same. Raises MismatchError in all of them.
+    """Refuse different values in different processes. Raises MismatchError in all of them.
 
     Args:
-        what: For the message.
+        what: Name of the value, for the message.
         value: Anything that can be compared.
     """
     found = all_gather(value)
     if other := [r for r, v in enumerate(found) if v != found[0]]:
         raise MismatchError(
-            f"process {other[0]} of {len(found)} sees another {what} than process 0. All need the same "
-            "command, files and versions."
+            f"process {other[0]} of {len(found)} has another {what} than process 0. Start all with the "
+            "same command, files and versions."
         )
 
 
 @contextmanager
 def reporting_lost_processes() -> Iterator[None]:
-    """Say in folora's words that another process is gone. Raises ProcessError."""
+    """Turn torch.distributed's errors about an ended process into ProcessError."""
     try:
         yield
     except RuntimeError as error:
         if not _is_loss(error):
             raise
         raise ProcessError(
-            f"process {rank()} of {count()} has lost another one, whose own message says why. What is "
-            "finished is on disk; start all of them again to go on."
+            f"process {rank()} of {count()} lost the connection to another process, whose message says why. "
+            "Finished stages are on disk; restart all processes to resume."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Optional packages: what is missing is named, with the command that installs it."""
+"""Optional packages: errors name the missing package and the command that installs it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from folora.errors import ConfigError
 
 @contextmanager
 def needed_by(what: str, extra: str) -> Iterator[None]:
-    """Import the packages of an extra inside; a missing one is a ConfigError.
+    """Turn a failed import of an optional package in the block into a ConfigError.
 
     Args:
-        what: What needs them, as the message calls it.
-        extra: Of folora, such as ``"trl"``.
+        what: The feature that needs the package, for the message.
+        extra: The extra of folora that installs it, such as ``"trl"``.
 
     Raises:
         ConfigError: A package is not installed.

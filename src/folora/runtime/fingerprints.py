@@ -1,8 +1,8 @@
-"""What a result was made from: SHA-256 of weights, model config, tokenizer and tokens.
+"""SHA-256 fingerprints of what a result was made from: weights, model config, tokenizer and tokens.
 
-Two models have the same fingerprints exactly if they compute the same: every weight counts, wherever
-it was loaded from. The values are hashed as they lie in memory, in as many threads as PyTorch uses;
-measured with SHA instructions: 1.3 GB/s a core in bfloat16, .8 in float32, less time than loading takes.
+Two models have the same fingerprints if and only if all their weights and configs are the same,
+wherever they were loaded from. Values are hashed in memory, in as many threads as PyTorch uses. With SHA
+instructions a core hashes 1.3 GB/s in bfloat16 and 0.8 GB/s in float32, faster than loading.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ WIDE = (torch.float16, torch.float32, torch.float64)
 WITHOUT_EFFECT = frozenset(
     {"transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"}
 )
-"""Entries of a model's config that change nothing about what it computes; the dtype is told apart."""
+"""Entries of a model's config that do not change what it computes; the dtype is recorded separately."""
 
 
 def model_facts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """What a manifest says of a model and its tokenizer; of shared-out weights all processes must call it."""
+    """Dtype and fingerprints of a model and its tokenizer, for manifests; a collective if weights are sharded."""
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
         "model_config": config_fingerprint(model.config),
@@ -43,7 +43,7 @@ def model_facts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> d
 
 
 def config_fingerprint(config: Any) -> str:
-    """SHA-256 of a transformers config: what differs from its class's defaults and has an effect."""
+    """SHA-256 of the non-default entries of a transformers config that have an effect."""
     return json_fingerprint(_effective(json.loads(config.to_json_string(use_diff=True))))
 
 
@@ -61,23 +61,23 @@ def _effective(value: Any) -> Any:
 def weights_fingerprint(model: nn.Module) -> str:
     """SHA-256 over names, shapes and all values of parameters and saved buffers.
 
-    Each value is hashed in the narrowest dtype that holds it exactly. The same checkpoint in bfloat16
-    or widened to float32 therefore agrees, but one that is rounded to fewer bits does not. Of weights
-    that processes share out, each process hashes a part; all must call it.
+    Each value is hashed in the narrowest dtype that holds it exactly, so that a bfloat16 checkpoint and
+    its conversion to float32 have the same fingerprint, but a rounded one does not. If weights are
+    sharded, each process hashes some of them, and all must call this function.
     """
     for module in model.modules():
-        if isinstance(module, FSDPModule):  # after a forward pass tied weights may be there twice
+        if isinstance(module, FSDPModule):  # after a forward pass tied weights may appear twice
             module.reshard()
     state = {n: t for n, t in sorted(model.state_dict().items()) if isinstance(t, Tensor)}
-    shared_out = {n: t for n, t in state.items() if isinstance(t, DTensor)}
+    sharded = {n: t for n, t in state.items() if isinstance(t, DTensor)}
     digests: dict[str, str] = {}
-    for index, (name, tensor) in enumerate(shared_out.items()):
-        gathered = full_tensor(tensor)  # by all processes together
+    for index, (name, tensor) in enumerate(sharded.items()):
+        gathered = full_tensor(tensor)  # a collective
         if index % distributed.count() == distributed.rank():
             digests[name] = _digest(gathered)
-    if shared_out:
+    if sharded:
         digests = {n: d for part in distributed.all_gather(digests) for n, d in part.items()}
-    own = [name for name in state if name not in shared_out]
+    own = [name for name in state if name not in sharded]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         digests |= zip(own, pool.map(lambda name: _digest(state[name]), own), strict=True)
     return json_fingerprint([[name, list(t.shape), digests[name]] for name, t in state.items()])
@@ -86,7 +86,7 @@ def weights_fingerprint(model: nn.Module) -> str:
 def _digest(tensor: Tensor) -> str:
     result = hashlib.sha256()
     for part in _parts(tensor):
-        # A copy, since numpy would fix the size of the weights' own storage, which FSDP changes.
+        # A copy: numpy would pin the size of the storage, which FSDP resizes.
         narrow = _narrowest(part).cpu().clone()
         result.update(f"{narrow.dtype}".encode())
         result.update(narrow.view(torch.uint8).numpy().data)
@@ -99,7 +99,7 @@ def _parts(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _narrowest(values: Tensor) -> Tensor:
-    """The same values in 16 bits if that loses nothing."""
+    """The same values in 16 bits if that is lossless."""
     if values.dtype in WIDE:
         for dtype in NARROW:
             narrow = values.to(dtype)
@@ -111,7 +111,7 @@ def _narrowest(values: Tensor) -> Tensor:
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of the vocabulary: equal for tokenizers that give every token the same id.
 
-    Templates and special tokens show in the tokens of the rows, which have a fingerprint of their own.
+    Templates and special tokens are covered by the fingerprint of the tokenized rows.
     """
     return json_fingerprint(sorted(tokenizer.get_vocab().items()))
 

@@ -1,4 +1,4 @@
-"""Models and tokenizers by name, with what can go wrong said in plain words."""
+"""Load models and tokenizers by name; every failure becomes a ConfigError with a remedy."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ LONGEST_REASON = 300
 
 
 def required(value: str | None, option: str) -> str:
-    """A top-level option that this command cannot do without. Raises ConfigError."""
+    """The value of an option that a command requires. Raises ConfigError."""
     if not value:
-        raise ConfigError(f"--{option} is needed here")
+        raise ConfigError(f"--{option} is required")
     return value
 
 
 def check_model_name(name: str) -> None:
-    """Refuse, before anything is loaded, a folder that holds no model. Raises ConfigError."""
+    """Refuse a path without a model before anything is loaded. Raises ConfigError."""
     if os.path.isdir(name):  # False for a name too long, at which Path raises
         if not os.path.isfile(os.path.join(name, "config.json")):
             raise ConfigError(f"the folder {name} holds no model: config.json is missing")
@@ -57,7 +57,7 @@ def check_quantizer(config: FoLoraConfig) -> None:
 
 
 def device_of(config: FoLoraConfig) -> torch.device:
-    """The device that ``--device`` stands for. Raises ConfigError if it is not there."""
+    """The device of ``--device``. Raises ConfigError if it is not available."""
     if config.device == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         if accelerator is None:
@@ -92,7 +92,7 @@ def load_config(config: FoLoraConfig, name: str) -> Any:
 
 
 def load_generation_config(config: FoLoraConfig, name: str) -> GenerationConfig | None:
-    """The model's generation config; None if it has no such file."""
+    """The model's generation config; None if it has none."""
     try:
         return GenerationConfig.from_pretrained(name, revision=config.revision or "main")
     except OSError:
@@ -100,10 +100,10 @@ def load_generation_config(config: FoLoraConfig, name: str) -> GenerationConfig 
 
 
 def dtype_for(config: FoLoraConfig, device: torch.device, model_config: Any) -> torch.dtype | None:
-    """The dtype to load a model in, on a device; None if nothing but its weights tells.
+    """The dtype to load a model in, on a device; None if its config names none.
 
-    ``--dtype auto`` is the checkpoint's, but float32 on a CPU that has no products of its 16-bit numbers:
-    one with AVX2 alone takes 28 times as long for a product in bf16.
+    ``--dtype auto`` is the checkpoint's dtype, but float32 on a CPU without matrix products in that dtype:
+    with AVX2 only, a product in bf16 takes 28 times as long.
     """
     if config.dtype != "auto":
         return getattr(torch, config.dtype)  # type: ignore[no-any-return]
@@ -113,12 +113,12 @@ def dtype_for(config: FoLoraConfig, device: torch.device, model_config: Any) -> 
 
 
 def fast_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """A checkpoint's dtype, but float32 on a CPU that has no products of it."""
+    """A checkpoint's dtype, or float32 on a CPU without matrix products in it."""
     return torch.float32 if device.type == "cpu" and is_slow_here(stored) else stored
 
 
 def is_slow_here(dtype: torch.dtype) -> bool:
-    """Whether this CPU has no products of such numbers, by what torch's own kernels for it say."""
+    """Whether oneDNN has no matrix products in this dtype on this CPU."""
     if dtype == torch.bfloat16:
         has_products = torch.ops.mkldnn._is_mkldnn_bf16_supported
     elif dtype == torch.float16:
@@ -129,18 +129,18 @@ def is_slow_here(dtype: torch.dtype) -> bool:
 
 
 def warn_if_slow(dtype: torch.dtype | None, device: torch.device) -> None:
-    """Say so if this is a CPU that has no products of such numbers."""
+    """Log a warning if the device is a CPU without matrix products in this dtype."""
     if dtype is not None and fast_dtype(dtype, device) != dtype:
         name = str(dtype).removeprefix("torch.")
         logger.warning(
-            "this CPU multiplies %s many times slower than float32, which --dtype auto takes here; "
-            "from_pretrained takes it by dtype=torch.float32",
+            "matrix products in %s are many times slower than in float32 on this CPU; use --dtype auto, "
+            "or from_pretrained(..., dtype=torch.float32)",
             name,
         )
 
 
 def load_skeleton(config: FoLoraConfig, model_config: Any) -> PreTrainedModel:
-    """The model without its weights, on torch's default device. Raises ConfigError."""
+    """The model with uninitialized weights, on torch's default device. Raises ConfigError."""
     return _load(
         lambda name, **options: AutoModelForCausalLM.from_config(model_config, **options),
         required(config.model, "model"),
@@ -149,7 +149,7 @@ def load_skeleton(config: FoLoraConfig, model_config: Any) -> PreTrainedModel:
 
 
 def load_tokenizer(config: FoLoraConfig, name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer, padding on the right. Raises ConfigError."""
+    """The tokenizer, with right padding. Raises ConfigError."""
     check_model_name(name)
     tokenizer = _load(
         AutoTokenizer.from_pretrained,
@@ -167,15 +167,16 @@ def load_tokenizer(config: FoLoraConfig, name: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(config: FoLoraConfig, name: str, as_stored: bool = False) -> PreTrainedModel:
-    """The causal LM in evaluation mode on its device.
+    """Load a causal LM in evaluation mode, with frozen weights, on its device.
 
     Args:
-        config: Tells device, dtype and the like.
-        name: Of the model.
-        as_stored: ``--dtype auto`` is the checkpoint's dtype, also where it is slow; see `dtype_for`.
+        config: Device, dtype, revision, quantization and sharding.
+        name: Name or folder of the model.
+        as_stored: Whether ``--dtype auto`` is the checkpoint's dtype even where it is slow; see
+            `dtype_for`.
 
     Raises:
-        ConfigError: It cannot be loaded, or lacks weights.
+        ConfigError: It cannot be loaded, or weights are missing.
     """
     check_quantizer(config)
     device = device_of(config)
@@ -196,11 +197,11 @@ def load_model(config: FoLoraConfig, name: str, as_stored: bool = False) -> PreT
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
     if config.shard and distributed.count() > 1:
-        # Each process has its part from here on; blocks are gathered while they run.
+        # FSDP2: each process holds a shard; blocks are unsharded while they run.
         options["distributed_config"] = DistributedConfig(fsdp_size=distributed.count())
-    # Accelerate's switch, read by transformers: it leaves all but one process without weights.
+    # With this switch, transformers would load weights on one process only.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    # Weights of a wrong shape are named below; transformers names them in its log alone.
+    # Weights of a wrong shape are refused below; transformers only logs them.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = _load(AutoModelForCausalLM.from_pretrained, name, **options)
     if info["mismatched_keys"]:
@@ -216,23 +217,23 @@ def load_model(config: FoLoraConfig, name: str, as_stored: bool = False) -> PreT
         )
     if config.quantize == "none" and not is_sharded(model):
         model = model.to(device)
-    # Frozen before it first runs: FSDP2 makes its whole weights then, once, as they are now.
+    # Frozen before the first forward pass, at which FSDP2 fixes which weights are trainable.
     return model.requires_grad_(False).eval()
 
 
 def _load(load: Any, name: str, what: str = "model", **options: Any) -> Any:
-    """Call a from_pretrained; the Hub's, safetensors' and transformers' errors become ours."""
+    """Call a `from_pretrained`; any error becomes a ConfigError."""
     try:
         return load(name, **options)
     except Exception as error:  # OSError, ValueError, SafetensorError, ImportError, HTTP errors ...
         where = "" if os.path.exists(name) else _offline_hint()
         reason = repr(error) if isinstance(error, KeyError) else " ".join(str(error).split())
-        if len(reason) > LONGEST_REASON:  # such as the names of all models there are
+        if len(reason) > LONGEST_REASON:  # such as a list of all model types
             reason = f"{reason[:LONGEST_REASON]} ..."
         raise ConfigError(f"{what} {name!r} cannot be loaded: {reason}{where}") from error
 
 
 def _offline_hint() -> str:
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        return " (HF_HUB_OFFLINE is set, so only the local cache was looked at)"
+        return " (HF_HUB_OFFLINE is set, so only the local cache was searched)"
     return ""

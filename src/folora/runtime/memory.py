@@ -1,4 +1,4 @@
-"""How much memory is free, and what fits into it."""
+"""Free memory, and estimates of what needs memory."""
 
 from __future__ import annotations
 
@@ -13,36 +13,39 @@ from folora.errors import ArtifactError
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free where a device computes."""
+    """Free bytes of a GPU's memory, or of the host's for any other device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
 
 
 def check_fits_memory(path: Path) -> None:
-    """Refuse, before it is read, a file that is larger than what is free. Raises ArtifactError."""
+    """Refuse a file that is larger than the host's free memory. Raises ArtifactError."""
     size, free = os.path.getsize(path), free_bytes(torch.device("cpu"))
     if size > free:
         raise ArtifactError(f"{path} has {size / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free")
 
 
 def sharded_weight_bytes(weights: float, blocks: int, processes: int) -> float:
-    """Bytes of weights in each process that shares them out: a part, and two blocks whole.
+    """Bytes of weights in each process under FSDP2: its shard, and two unsharded blocks.
 
-    Embedding and head, which transformers' plan leaves whole after the first forward pass, are left out.
+    Embedding and head, which transformers' plan leaves unsharded after the first forward pass, are not
+    counted.
 
     Args:
-        weights: Bytes of all.
-        blocks: How many transformer blocks they are in; one is in use while another is on its way.
-        processes: How many share them.
+        weights: Bytes of all weights.
+        blocks: Number of transformer blocks; one is in use while the next is prefetched.
+        processes: World size.
     """
     return weights if processes == 1 else weights / processes + 2 * weights / blocks
 
 
 def cache_bytes(model_config: Any, itemsize: int) -> int:
-    """Bytes that keys and values of one token take while decoding, by a transformers config.
+    """Bytes of the KV cache per token, from a transformers config; 0 for a model without attention.
 
-    None where there is no attention: a state-space model keeps a state of fixed size.
+    Args:
+        model_config: The model's config.
+        itemsize: Bytes per value.
     """
     text = model_config.get_text_config()
     if not getattr(text, "num_attention_heads", None):

@@ -1,9 +1,9 @@
-"""What folora wrote in a folder where the user may have files too: a sealed list with checksums.
+"""Protect users' files: only files that folora wrote, and that are unchanged, are replaced or deleted.
 
-Beside the files that folora writes for the user lies ``folora.json``. Only what it lists, and what is
-still as it was written, is replaced or deleted; everything else is refused by name, and files under
-other names are left alone. The list is written before the files, so that a process that is killed
-leaves nothing of its own that it would not recognize.
+A folder that folora writes for the user holds ``folora.json``, a list of the files it wrote with their
+checksums. A file that is not listed, or was changed since, is not replaced: the error names it. Other
+files in the folder are not touched. The list is written before the files, so that a killed process
+leaves no file that the next one would not recognize.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ LIST = "folora.json"
 LONGEST_TARGET = LONGEST_NAME - len("..folora-0123456789abcdef.tmp")  # bytes
 
 Files = dict[str, list[str]]
-"""By name, the checksums that the file may have: of what is there, and of what is about to be."""
+"""By name, the checksums that a file may have: the present one and the one about to be written."""
 
 
 def check_own(folder: Path, kind: str, names: Iterable[str] | None = None) -> Files:
-    """Refuse to replace files that are not as folora wrote them.
+    """Refuse to replace files that folora did not write, or that were changed since.
 
     Args:
-        folder: Where they are, or will be.
-        kind: What the folder's list must say of it, if there is one.
-        names: The files that are about to be written; default is all that are listed.
+        folder: Where the files are or will be.
+        kind: The required kind of folder, if it has a list.
+        names: Files that are about to be written; default is all that are listed.
 
     Returns:
-        What the list says; empty if there is none.
+        The list; empty if there is none.
 
     Raises:
-        ConfigError: A file is somebody else's, or was changed; it is named.
+        ConfigError: A file is not folora's, or was changed; it is named.
         ArtifactError: The list is damaged.
     """
     listed = _listed(folder, kind)
@@ -71,46 +71,46 @@ def check_own(folder: Path, kind: str, names: Iterable[str] | None = None) -> Fi
 
 
 def check_owned_folder(folder: Path, kind: str, what: str) -> None:
-    """Refuse a folder for an export that is neither new, nor empty, nor one that folora wrote.
+    """Refuse an export folder that is neither new, nor empty, nor written by folora.
 
     Raises:
-        ConfigError: It holds something else, or what folora wrote there was changed.
+        ConfigError: It holds other files, or folora's files were changed.
     """
     check_writable(folder, what)
     _check_length(folder)
     names = [] if os.path.lexists(folder / LIST) or not folder.is_dir() else os.listdir(folder)
     if names:
         raise ConfigError(
-            f"{folder} holds {min(names)!r}, and no {LIST} that says that folora wrote it; give a new "
-            "or an empty folder, or move that away"
+            f"{folder} holds {min(names)!r}, and no {LIST} that says that folora wrote it; choose a new "
+            "or an empty folder, or move that file away"
         )
     check_own(folder, kind)
 
 
 def check_target(file: Path) -> None:
-    """Refuse what no file can be written to: a folder, a link, a device, or where there is no room.
+    """Refuse a path that no regular file can be written to: a folder, a link, a device, a long name.
 
     Raises:
-        ConfigError: The file is named.
+        ConfigError: The path is named.
     """
     check_writable(file.parent, "the folder of")
     _check_length(file)
     if why := obstacle(file):
-        raise ConfigError(f"{file} {why}, but must be a file to make or replace")
+        raise ConfigError(f"{file} {why}, but must be a new or a regular file")
 
 
 def write_own(file: Path, kind: str, write: Callable[[Path], object]) -> None:
-    """Write a file in a folder that may hold others' files too, and list it.
+    """Write a file into a folder that may hold users' files, and list it.
 
-    Nothing is done if the file is the same already.
+    Nothing is written if the file has the same bytes already.
 
     Args:
-        file: The file to make or replace.
-        kind: What the list says of the folder.
-        write: Given the path to write to.
+        file: The file to create or replace.
+        kind: The kind of folder, for its list.
+        write: Called with the path to write to.
 
     Raises:
-        ConfigError: The file that is there is not folora's; see `check_own`.
+        ConfigError: The existing file is not folora's; see `check_own`.
         ArtifactError: It cannot be written.
     """
 
@@ -128,15 +128,15 @@ def write_own(file: Path, kind: str, write: Callable[[Path], object]) -> None:
 
 
 def write_owned_folder(folder: Path, kind: str, write: Callable[[Path], object]) -> None:
-    """Write a folder with a list of its files; into one that is there, file by file.
+    """Write a folder with a list of its files; an existing folder is updated file by file.
 
-    Files that folora did not write stay. What was listed before is removed before the new files
-    come, so that no mixture of both can be loaded. Nothing is done if all files are the same already.
+    Users' files stay. Files that were listed before are removed first, so that no mixture of old and new
+    files can be loaded. Nothing is written if all files have the same bytes already.
 
     Args:
-        folder: The folder to make, or one that `check_owned_folder` lets pass.
-        kind: What the list says of the folder.
-        write: Given the path of the folder to make; it may make subfolders.
+        folder: The folder to create, or one that passes `check_owned_folder`.
+        kind: The kind of folder, for its list.
+        write: Called with the path of the folder to create; it may create subfolders.
 
     Raises:
         ConfigError: See `check_owned_folder`.
@@ -152,15 +152,15 @@ def write_owned_folder(folder: Path, kind: str, write: Callable[[Path], object])
         (target / LIST).write_text(text, encoding="utf-8")
 
     def put(temporary: Path, folder: Path) -> None:
-        files, former = _listed(temporary, kind), check_own(folder, kind)
+        files, old = _listed(temporary, kind), check_own(folder, kind)
         there = _names(folder)
-        if files == former and set(files) <= there:
+        if files == old and set(files) <= there:
             return
-        if others := sorted({*files} & there - {*former}):
+        if others := sorted({*files} & there - {*old}):
             raise ConfigError(
                 f"{folder / others[0]} would be replaced, but folora did not write it; move it away"
             )
-        for name in sorted({*former} & there):  # and is not looked for outside of the folder
+        for name in sorted({*old} & there):  # names cannot point outside the folder
             (folder / name).unlink()
         for name in (LIST, *sorted(files)):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -171,12 +171,12 @@ def write_owned_folder(folder: Path, kind: str, write: Callable[[Path], object])
 
 
 def _listed(folder: Path, kind: str) -> Files:
-    """What the list of a folder says; empty if there is none. Raises FoLoraError."""
+    """The list of a folder; empty if there is none. Raises FoLoraError."""
     file = folder / LIST
     if not os.path.lexists(file):
         return {}
     if why := obstacle(file):
-        raise ConfigError(f"{file} {why}, so it is no list of folora's; move it away")
+        raise ConfigError(f"{file} {why}, so it is not a list of folora's; move it away")
     found = read_sealed(file)
     if found.get("kind") != kind:
         raise ConfigError(
@@ -186,7 +186,7 @@ def _listed(folder: Path, kind: str) -> Files:
     with malformed_is_damaged(file):
         files = {str(n): [str(c) for c in checksums] for n, checksums in found["files"].items()}
         if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
-            raise ValueError("a name leads out of the folder")
+            raise ValueError("a name points outside the folder")
         return files
 
 
@@ -195,14 +195,16 @@ def _facts(kind: str, files: Files) -> dict[str, Any]:
 
 
 def _names(folder: Path) -> set[str]:
-    """Files in a folder and its subfolders, without the list; links are not followed."""
+    """Files in a folder and its subfolders except the list; links are not followed."""
     files = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
     return {p.relative_to(folder).as_posix() for p in files if p != folder / LIST}
 
 
 def _check_length(path: Path) -> None:
     if len(os.fsencode(path.name)) > LONGEST_TARGET:
-        raise ConfigError(f"the name of {path} is too long; it may have {LONGEST_TARGET} bytes")
+        raise ConfigError(
+            f"the name of {path} is too long; it may have at most {LONGEST_TARGET} bytes"
+        )
 
 
 def _sha256(file: Path) -> str:

@@ -1,4 +1,4 @@
-"""Progress of long work: a Rich bar with rate and time left, or log lines where there is no terminal."""
+"""Progress of long tasks: a Rich bar with rate and time left, or log lines without a terminal."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from folora.runtime import distributed
 
 logger = logging.getLogger(__name__)
 
-LOG_SECONDS = (5.0, 30.0)  # between log lines: early in the work, and once it takes many minutes
-LOGS_AN_ELAPSED = 20  # in between, so many lines in the time that has passed
-STDERR = Console(stderr=True)  # one, so that bars and lines do not overwrite each other
+LOG_SECONDS = (5.0, 30.0)  # shortest and longest interval between log lines
+LOG_FRACTION = 20  # in between, the interval is the elapsed time over this
+STDERR = Console(stderr=True)  # shared, so that bars and log lines do not overwrite each other
 
 
 class Tick(Protocol):
-    """Called with units of work done, and tokens handled if that is what the rate counts."""
+    """Called with the units of work done, and the tokens processed if the rate counts tokens."""
 
     def __call__(self, units: int = 1, tokens: int = 0) -> None:
         """Count `units` as done."""
@@ -37,11 +37,11 @@ class Tick(Protocol):
 
 @contextmanager
 def progress(what: str, total: int, already: int = 0) -> Iterator[Tick]:
-    """Show the progress of some work on stderr while the block runs; blocks may be nested.
+    """Show progress on stderr while the block runs; blocks may be nested.
 
     Args:
         what: Label of the bar and of the log lines.
-        total: Units of work in all.
+        total: Units of work.
         already: Units that an earlier, interrupted run did.
     """
     started = time.monotonic()
@@ -81,9 +81,9 @@ def progress(what: str, total: int, already: int = 0) -> Iterator[Tick]:
 
 
 def _log_interval(elapsed: float) -> float:
-    """Seconds until the next log line, after so many seconds of work."""
+    """Seconds until the next log line, after `elapsed` seconds of work."""
     shortest, longest = LOG_SECONDS
-    return min(longest, max(shortest, elapsed / LOGS_AN_ELAPSED))
+    return min(longest, max(shortest, elapsed / LOG_FRACTION))
 
 
 def _rate(tokens: int, seconds: float) -> str:

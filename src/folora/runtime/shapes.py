@@ -1,7 +1,6 @@
 """Shapes and dtypes in annotations: ``Float[Tensor, "d_in r"]``.
 
-mypy, readers and the tests read them, and the tests alone need jaxtyping; without it they are what
-they are to mypy: annotated tensors.
+They are checked by the tests, which need jaxtyping. Without it they are plain annotations.
 """
 
 from importlib.util import find_spec

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end the work at once."""
+"""Ctrl-C and SIGTERM raise `Interrupted`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the work.
+    """A signal was received.
 
     Args:
-        signum: Which.
+        signum: Number of the signal.
     """
 
     def __init__(self, signum: int = signal.SIGINT) -> None:
@@ -25,37 +25,37 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Have signals raise Interrupted, whatever the code makes of it that they come in.
+    """Raise Interrupted on a signal, even if the interrupted code raises another error instead.
 
-    A library in C may turn what a signal handler raises into an error of its own.
+    A C library may turn the exception of a signal handler into one of its own.
 
     Raises:
-        Interrupted: A signal came.
+        Interrupted: A signal was received.
     """
-    came: list[int] = []
+    received: list[int] = []
 
     def stop(signum: int, frame: Any) -> None:
-        came.append(signum)
+        received.append(signum)
         raise Interrupted(signum)
 
     with handled_by(stop):
         try:
             yield
         except Exception as error:
-            if came:
-                raise Interrupted(came[0]) from error
+            if received:
+                raise Interrupted(received[0]) from error
             raise
 
 
 @contextmanager
 def handled_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Handle both signals; they belong to the main thread, on another one nothing is changed."""
+    """Install a handler for both signals; does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    former = {signum: signal.signal(signum, handler) for signum in SIGNALS}
+    previous = {signum: signal.signal(signum, handler) for signum in SIGNALS}
     try:
         yield
     finally:
-        for signum, restored in former.items():
+        for signum, restored in previous.items():
             signal.signal(signum, restored)

@@ -1,8 +1,8 @@
-"""Files that are there as a whole or not at all, and that tell when they are damaged.
+"""Atomic writes, JSON with checksums, and folder locks.
 
-Everything is written under a temporary name beside its place, synced, and renamed. JSON that a later
-stage relies on is sealed: it carries the checksum of what it says. One process at a time works in a
-folder.
+A file or folder is written under a temporary name beside its target, synced, and renamed. JSON that a
+later stage reads is *sealed*: it holds a format version and a checksum of its values. A lock admits one
+process at a time to a folder.
 """
 
 from __future__ import annotations
@@ -31,38 +31,40 @@ T = TypeVar("T")
 FORMAT_VERSION = 3
 VERSION, CHECKSUM = "format_version", "checksum"
 LOCK = ".folora.lock"
-LOCK_SECONDS = 3.0  # to wait for another process
-LONGEST_NAME = 255  # bytes; what common file systems take
-TEMPORARY = r"\.{}\.folora-[0-9a-f]{{16}}\.(tmp|old)"  # names beside a target that are our own
+LOCK_SECONDS = 3.0  # timeout
+LONGEST_NAME = 255  # bytes, on common file systems
+TEMPORARY = r"\.{}\.folora-[0-9a-f]{{16}}\.(tmp|old)"  # our temporary names beside a target
 LARGEST_JSON = 2**28  # bytes
-DEEPEST_JSON = 64  # brackets in brackets
+DEEPEST_JSON = 64  # nested brackets
 
 
 class Facts(dict[str, Any]):
-    """Values of a sealed file. One that is asked for and not there is an ArtifactError."""
+    """Values of a sealed file; a missing key raises ArtifactError instead of KeyError."""
 
     def __init__(self, values: Mapping[str, Any], file: Path) -> None:
         super().__init__(values)
         self.file = file
 
     def __missing__(self, name: str) -> Any:
-        raise ArtifactError(f"{self.file} does not say {name!r}; it was not written by this folora")
+        raise ArtifactError(
+            f"{self.file} has no entry {name!r}; it was not written by this version of folora"
+        )
 
 
 @contextlib.contextmanager
 def malformed_is_damaged(what: object) -> Iterator[None]:
-    """Take apart what was read from a file of the right checksum, whoever wrote it.
+    """Turn errors of parsing a file's values into ArtifactError: a valid checksum proves no valid contents.
 
     Raises:
-        ArtifactError: It holds other names, types or shapes than it should; `what` is named.
+        ArtifactError: `what` holds unexpected names, types or shapes.
     """
     try:
         yield
     except FoLoraError:
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
-        said = f"{type(e).__name__}: {e}"
-        raise ArtifactError(f"{what} does not hold what it should: {said:.200}") from e
+        reason = f"{type(e).__name__}: {e}"
+        raise ArtifactError(f"{what} has unexpected contents: {reason:.200}") from e
 
 
 def write_atomically(
@@ -72,20 +74,20 @@ def write_atomically(
 ) -> None:
     """Call `write` with a temporary path beside `path`, sync what it wrote, and rename it.
 
-    Works for a file and for a folder. A folder that is already there is replaced if it holds nothing
-    but files of the same names. Who may read it is what the umask says.
+    Works for a file and for a folder. An existing folder is replaced only if all its files have the same
+    names as new ones. Permissions follow the umask.
 
     Args:
-        path: The file or folder to make or replace.
-        write: Given a path at which there is nothing; it makes a file or a folder there.
-        put: Given the temporary path and `path`; moves one to the other in another way.
+        path: The file or folder to create or replace.
+        write: Called with a path that does not exist; creates a file or a folder there.
+        put: Called with the temporary path and `path`; replaces the final rename.
 
     Raises:
-        ArtifactError: The disk or the folder does not allow it, or something is in the way; the
-            message names the path.
+        ArtifactError: It cannot be written, or `path` is occupied by something else; the message
+            names the path.
     """
     path = Path(path)
-    # Beside the target and not in a folder of its own: killed after the rename, nothing is left.
+    # Beside the target, not in a temporary folder: a process killed after the rename leaves nothing.
     temporary = path.with_name(f".{path.name}.folora-{secrets.token_hex(8)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +95,9 @@ def write_atomically(
         mode = _mode_of_new(temporary)
         write(temporary)
         for file in _files(temporary):
-            if stat.S_IMODE(file.stat().st_mode) != mode:  # safetensors lets only the owner read
+            if (
+                stat.S_IMODE(file.stat().st_mode) != mode
+            ):  # safetensors makes files readable by the owner only
                 file.chmod(mode)
         sync(temporary)
         (put or _replace)(temporary, path)
@@ -108,7 +112,7 @@ def write_atomically(
 
 
 def _replace(temporary: Path, path: Path) -> None:
-    """Give what was written its name. Raises ArtifactError if something else has it."""
+    """Rename the temporary path. Raises ArtifactError if the target is occupied by something else."""
     folder = temporary.is_dir()
     if why := obstacle(path, folder):
         raise ArtifactError(f"cannot write {path}: it {why}; move it away")
@@ -117,7 +121,7 @@ def _replace(temporary: Path, path: Path) -> None:
         if others:
             raise ArtifactError(
                 f"cannot replace {path}: it holds {min(others)!r}, which folora did not write; move "
-                "that away"
+                "that file away"
             )
         old = temporary.with_suffix(".old")
         path.rename(old)
@@ -131,14 +135,14 @@ def _replace(temporary: Path, path: Path) -> None:
 
 
 def obstacle(path: Path, folder: bool = False) -> str | None:
-    """Why a file (or a folder) may not be put at a path: what is there is not a plain one.
+    """Why a file (or a folder) must not be written at a path: a link, device or wrong type is there.
 
     Returns:
-        The rest of a sentence that begins with the path, or None if nothing is in the way.
+        The end of a sentence that begins with the path, or None if it can be written.
     """
     try:
         mode = os.lstat(path).st_mode
-    except (OSError, ValueError):  # nothing is there, or writing will say why it cannot be
+    except (OSError, ValueError):  # nothing is there, or writing will raise
         return None
     if stat.S_ISLNK(mode):
         return "is a symbolic link"
@@ -150,14 +154,14 @@ def obstacle(path: Path, folder: bool = False) -> str | None:
 
 
 def discard(path: Path) -> None:
-    """Remove a file or a folder of our own; if this is interrupted, `sweep` removes the rest."""
+    """Remove a file or a folder; after an interruption `sweep` removes the rest."""
     temporary = path.with_name(f".{path.name}.folora-{secrets.token_hex(8)}.tmp")
     path.rename(temporary)
     _remove(temporary)
 
 
 def sweep(folder: Path, target: str | None = None) -> None:
-    """Remove what writers of a target in a folder (default: of any) left there when they were killed.
+    """Remove temporary files that killed writers of a target (default: any) left in a folder.
 
     Raises:
         OSError: The folder cannot be read.
@@ -168,13 +172,13 @@ def sweep(folder: Path, target: str | None = None) -> None:
 
 
 def is_temporary(name: str, target: str | None = None) -> bool:
-    """Whether a name is one that `write_atomically` makes beside a target (default: any)."""
+    """Whether a name is a temporary one of `write_atomically` for a target (default: any)."""
     pattern = TEMPORARY.format(".+" if target is None else re.escape(target))
     return re.fullmatch(pattern, name, re.DOTALL) is not None
 
 
 def _mode_of_new(path: Path) -> int:
-    """The mode of a file that is made at a path where there is none."""
+    """The mode that a new file at a path gets."""
     path.touch(exist_ok=False)
     mode = stat.S_IMODE(path.stat().st_mode)
     path.unlink()
@@ -182,13 +186,13 @@ def _mode_of_new(path: Path) -> int:
 
 
 def _files(path: Path) -> list[Path]:
-    """A file, or all files in a folder."""
+    """The file itself, or all files in a folder."""
     inside = path.rglob("*") if path.is_dir() else [path]
     return [p for p in inside if p.is_file() and not p.is_symlink()]
 
 
 def sync(path: Path) -> None:
-    """Have a file, or a folder with all that is in it, reach the disk. Raises OSError."""
+    """Sync a file, or a folder and everything in it, to disk. Raises OSError."""
     if path.is_dir():
         for inside in sorted(path.rglob("*")):
             sync_one(inside)
@@ -224,7 +228,7 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(text: str, place: object) -> Any:
-    """The value of a JSON text. Raises ArtifactError naming the place if the text is damaged."""
+    """Parse JSON. Raises ArtifactError naming the place if the text is damaged."""
     try:
         return checked_depth(json.loads(text))
     except (ValueError, RecursionError) as error:
@@ -237,7 +241,7 @@ def read_json(path: Path) -> Any:
 
 
 def checked_depth(value: T) -> T:
-    """A JSON value that Python can take apart by recursion. Raises ValueError."""
+    """Refuse a JSON value that is nested too deeply for recursion. Raises ValueError."""
     level: list[Any] = [value]
     for _ in range(DEEPEST_JSON):
         lists = [
@@ -245,40 +249,40 @@ def checked_depth(value: T) -> T:
         ]
         level = [inner for outer in lists for inner in outer]
     if level:
-        raise ValueError(f"it has more than {DEEPEST_JSON} brackets in brackets")
+        raise ValueError(f"it is nested more than {DEEPEST_JSON} levels deep")
     return value
 
 
 def sealed(values: dict[str, Any]) -> dict[str, Any]:
-    """Values for JSON with the version of their format and a checksum; see `unsealed`."""
+    """Add the format version and a checksum to JSON values; see `unsealed`."""
     versioned = json.loads(json.dumps({VERSION: FORMAT_VERSION, **values}))  # as it will be read
     return {**versioned, CHECKSUM: json_fingerprint(versioned)}
 
 
 def unsealed(found: Any, file: Path, owner: Path | None = None) -> Facts:
-    """The values of a sealed JSON object.
+    """Verify the version and checksum of a sealed JSON object and return its values.
 
     Args:
-        found: What was parsed.
-        file: Where it was read, for messages.
-        owner: The folder that is worth nothing without this file, if there is one.
+        found: The parsed JSON.
+        file: The file it comes from, for messages.
+        owner: The folder that is useless without this file, if there is one, for the remedy.
 
     Raises:
-        ArtifactError: It is of another version, or not what was written.
+        ArtifactError: It has another version, or the checksum differs.
     """
     version = found.get(VERSION) if isinstance(found, dict) else None
     if version != FORMAT_VERSION:
         raise ArtifactError(
             f"{file} has format version {version if version is not None else 1}, this folora reads "
-            f"{FORMAT_VERSION}; move {owner or file} away, so that it is made again"
+            f"{FORMAT_VERSION}; move {owner or file} away and rerun the command"
         )
     values = {name: value for name, value in found.items() if name != CHECKSUM}
     checksum = json_fingerprint(values)
     del values[VERSION]
     if checksum != found.get(CHECKSUM):
         raise ArtifactError(
-            f"{file} is damaged: its checksum is {checksum[:12]}, but it says "
-            f"{str(found.get(CHECKSUM))[:12]}. Delete {owner or file}; it will be made again."
+            f"{file} is damaged: its checksum is {checksum[:12]}, but the recorded one is "
+            f"{str(found.get(CHECKSUM))[:12]}. Delete {owner or file} and rerun the command."
         )
     return Facts(values, file)
 
@@ -289,7 +293,7 @@ def write_sealed(path: Path, values: dict[str, Any]) -> None:
 
 
 def read_sealed(path: Path) -> Facts:
-    """Read a sealed JSON file. Raises ArtifactError as `read_json` and `unsealed`."""
+    """Read and verify a sealed JSON file. Raises ArtifactError; see `read_json` and `unsealed`."""
     return unsealed(read_json(path), Path(path))
 
 
@@ -306,45 +310,47 @@ def file_sha256(path: Path) -> str:
 
 
 def check_regular_file(path: Path) -> None:
-    """Refuse what would be waited for: a named pipe or a device. Raises ArtifactError.
+    """Refuse a named pipe or a device, on which reading would block. Raises ArtifactError.
 
-    A file that is missing, or a folder, is for the caller to name.
+    Missing files and folders pass; the caller reports them.
     """
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
         raise ArtifactError(f"{path} is a named pipe or a device, but must be a regular file")
 
 
 def check_writable(folder: Path, what: str) -> None:
-    """Refuse, before any work is done for it, a folder that cannot be. Raises ConfigError."""
+    """Refuse a folder that cannot be created or written. Raises ConfigError."""
     place = os.path.abspath(folder)
     while not os.path.lexists(place) and os.path.dirname(place) != place:
         if "\0" in place or len(os.fsencode(os.path.basename(place))) > LONGEST_NAME:
-            raise ConfigError(f"{what} {str(folder)!r} is no name that a folder can have")
+            raise ConfigError(f"{what} {str(folder)!r} is not a valid folder name")
         place = os.path.dirname(place)
     if not os.path.isdir(place):
-        raise ConfigError(f"{what} {folder} must be a folder, or become one, but {place} is a file")
+        raise ConfigError(f"{what} {folder} must be a folder or a new path, but {place} is a file")
     if not os.access(place, os.W_OK | os.X_OK):
         raise ConfigError(f"{what} {folder} cannot be written: no permission in {place}")
 
 
 def folder_lock(folder: Path, seconds: float = LOCK_SECONDS) -> FileLock:
-    """The lock of a folder, for `exclusive`, which waits `seconds` for it; its holder may take it again."""
+    """The reentrant lock of a folder, for `exclusive`; `seconds` is the timeout."""
     return FileLock(folder / LOCK, timeout=seconds)
 
 
 def check_lock(folder: Path) -> None:
-    """Refuse a file of somebody else's in the lock's place. Raises ConfigError."""
+    """Refuse a lock file that folora did not create. Raises ConfigError."""
     file = folder / LOCK
     if (why := obstacle(file)) or (file.exists() and file.stat().st_size):
-        raise ConfigError(f"{file} {why or 'is not empty'}, so it is no lock; move it away")
+        raise ConfigError(
+            f"{file} {why or 'is not empty'}, so it is not a lock file of folora; move it away"
+        )
 
 
 @contextlib.contextmanager
 def exclusive(lock: FileLock) -> Iterator[None]:
-    """Work in a folder with no other process of folora in it; the system frees it after a kill.
+    """Hold a folder's lock while the block runs; the system releases it if the process is killed.
 
     Raises:
-        ArtifactError: Another process works there, or the folder cannot be written.
+        ArtifactError: Another process holds it, or the folder cannot be written.
     """
     folder = Path(lock.lock_file).parent
     try:
@@ -353,10 +359,10 @@ def exclusive(lock: FileLock) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise ArtifactError(
-            f"another process of folora works in {folder}; wait for it, or choose another output"
+            f"another process of folora is using {folder}; wait for it, or choose another output folder"
         ) from None
     except NotImplementedError:  # some network file systems
-        logger.warning("%s cannot be locked; let no other process work there", folder)
+        logger.warning("%s cannot be locked; make sure that no other process uses it", folder)
     except OSError as error:
         raise ArtifactError(f"cannot write {folder}: {error}") from error
     try:
@@ -366,7 +372,7 @@ def exclusive(lock: FileLock) -> Iterator[None]:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or a folder if it is there and can be; a link is removed, not followed."""
+    """Remove a file or a folder if possible; a link is removed, not followed."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -375,7 +381,7 @@ def _remove(path: Path) -> None:
 
 
 def sync_one(path: Path) -> None:
-    """Have a file, or a folder's list of names, reach the disk. Raises OSError."""
+    """Sync one file, or a folder's entries, to disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Tensors across precisions and processes: full fp32 products, local parts, gathered wholes."""
+"""Full-precision fp32 products, and local and full tensors of FSDP2."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 @contextmanager
 def full_fp32_matmul() -> Iterator[None]:
-    """Run fp32 matrix products in full fp32, whatever TF32 or bf16 switch the user has set."""
+    """Run fp32 matrix products in full fp32, whatever TF32 or bf16 setting is active."""
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     try:
@@ -26,10 +26,10 @@ def full_fp32_matmul() -> Iterator[None]:
 
 
 def to_local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process has; all of it, unless it is shared out."""
+    """The local shard of a DTensor; any other tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor, gathered from all processes if it is shared out."""
+    """The full tensor of a DTensor, gathered from all processes; any other tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,8 +1,8 @@
 """From two second moments to a gated eigenbasis: pure functions of matrices (Eq. 10-17).
 
-How useful is an update direction v to the task, and how much does it disturb what the model
-already does? With inputs x, an update along v moves the response by v'x, so its mean square is
-v' C_task v on the task and v' C_pre v on the model's own text. The quotient of the two,
+How useful is an update direction v for the task, and how much does it change the model's existing
+behaviour? With inputs x, an update along v changes the output by v'x, whose mean square is
+v' C_task v on the task and v' C_pre v on the calibration set. The quotient of the two,
 
     gamma = (v' C_task v) / (v' H v),        H = C_pre + tau * mean(diag C_pre) * I,
 
@@ -27,23 +27,23 @@ from folora.spectral.leading import eigh, largest_eigenpairs
 
 logger = logging.getLogger(__name__)
 
-ASYMMETRY = 1e-4  # of the largest entry; fp32 accumulation leaves about 1e-6
-NEGATIVITY = 1e-5  # of the Frobenius norm; likewise
+ASYMMETRY = 1e-4  # relative to the largest entry; fp32 accumulation gives about 1e-6
+NEGATIVITY = 1e-5  # relative to the Frobenius norm; likewise
 RESIDUAL = 1e-6
 RIDGE_RETRIES = 6
 SMALLEST_RIDGE = 1e-10
-SOLVE_BLOCKS = 4  # of rows
+SOLVE_BLOCKS = 4  # row blocks of the triangular solve
 
 
 @dataclass(frozen=True)
 class Eigenpairs:
-    """Generalized eigenbasis of one pair (C_task, H), or its first k columns; everything float64.
+    """Generalized eigenbasis of one pair (C_task, H), or its first k columns; all tensors float64.
 
     Attributes:
         basis: T, shape (d, k), columns v_i in the order of `gamma`.
         gamma: Shape (k,), descending, >= 0.
-        tau: The relative ridge that was used; larger than asked for if Cholesky needed it.
-        task_trace: trace(C_task), which `step_scale` needs.
+        tau: The relative ridge that was used; larger than requested if Cholesky failed with that one.
+        task_trace: trace(C_task), for `step_scale`.
         orthogonality: max |T' H T - I|.
         diagonality: max |T' C_task T - diag(gamma)| over max(gamma[0], tiny).
     """
@@ -57,11 +57,11 @@ class Eigenpairs:
 
 
 def checked_moment(matrix: Tensor, what: str) -> Float64[Tensor, "d d"]:
-    """Return a second moment as a symmetric float64 matrix, or say what is wrong with it.
+    """Validate a second moment and return it as a symmetric float64 matrix.
 
     Args:
         matrix: Shape (d, d), floating point.
-        what: Name for messages, for example ``"C_pre of model.layers.0.mlp.up_proj"``.
+        what: Name for messages, such as ``"C_pre of model.layers.0.mlp.up_proj"``.
 
     Raises:
         NumericsError: Wrong shape or dtype, NaN or Inf, asymmetric, or with an eigenvalue that is
@@ -91,7 +91,7 @@ def checked_moment(matrix: Tensor, what: str) -> Float64[Tensor, "d d"]:
     if largest > 0 and int(torch.linalg.cholesky_ex(_ridged(wide, slack)).info) != 0:
         raise NumericsError(
             f"{what} has an eigenvalue below -{slack:.3g}, which rounding does not explain. "
-            "A second moment X'X / tokens has none; was the file made by something else?"
+            "A second moment X'X / tokens has none. Check where the matrix comes from."
         )
     return wide
 
@@ -107,20 +107,19 @@ def generalized_eigenbasis(
     """Solve C_task v = gamma H v with H = C_pre + tau mean(diag C_pre) I (Eq. 10-15).
 
     float64 throughout: Cholesky of H, two triangular solves, one symmetric eigenproblem. If H is
-    not positive definite in float64 the ridge is raised tenfold, at most `RIDGE_RETRIES` times,
-    with a warning; `Eigenpairs.tau` tells what was used.
+    not positive definite in float64, the ridge is raised tenfold with a warning, at most
+    `RIDGE_RETRIES` times; `Eigenpairs.tau` is the final one.
 
     Args:
-        c_pre: Second moment of the inputs on the model's own text, shape (d, d).
+        c_pre: Second moment of the inputs on the calibration set, shape (d, d).
         c_task: The same on the task, shape (d, d).
         tau: Ridge relative to the mean of C_pre's diagonal, >= 0.
-        name: Layer to name in messages.
-        directions: Only so many leading columns are wanted, which is quicker; None or more than d:
-            all.
+        name: Name of the layer, for messages.
+        directions: Number of leading columns to compute; None for all. Fewer are faster.
 
     Returns:
-        The basis, on the device of `c_pre`. Columns are defined up to rotation where gammas coincide;
-        L'v of a column v, with H = LL', has its largest entry positive.
+        The basis, on the device of `c_pre`. Columns with equal gamma are defined up to rotation. Signs
+        are fixed: with H = LL', the largest entry of L'v is positive for every column v.
 
     Raises:
         NumericsError: See `checked_moment`; also unequal shapes, a zero C_pre, a negative `tau`, or
@@ -139,7 +138,7 @@ def generalized_eigenbasis(
     diagonality = float((image - torch.diag(gamma)).abs().max()) / scale
     if not (orthogonality < 1e-2 and diagonality < 1e-2):
         raise NumericsError(
-            f"{name}: the eigenbasis is not usable, max|T'HT - I| is {orthogonality:.3g} and "
+            f"{name}: the eigenbasis is inaccurate: max|T'HT - I| is {orthogonality:.3g} and "
             f"max|T'C_task T - diag(gamma)| / gamma_1 is {diagonality:.3g}. Raise tau (now {used:g})."
         )
     if max(orthogonality, diagonality) > RESIDUAL:
@@ -166,11 +165,11 @@ def pretraining_eigenbasis(
     name: str = "layer",
     directions: int | None = None,
 ) -> Eigenpairs:
-    """Ablation: T = V Lambda^(-1/2) with H = V Lambda V', a basis that knows C_pre alone.
+    """Ablation: T = V Lambda^(-1/2) with H = V Lambda V', a basis from C_pre only.
 
-    Every column is scored by its own quotient, gamma_i = t_i' C_task t_i, so that only the basis
-    differs from `generalized_eigenbasis`; `Eigenpairs.diagonality` tells how far it is from
-    diagonalizing C_task. Arguments and errors as there.
+    Columns are scored by their Rayleigh quotient, gamma_i = t_i' C_task t_i, so that only the basis
+    differs from `generalized_eigenbasis`; `Eigenpairs.diagonality` is its distance from diagonalizing
+    C_task. Arguments and errors as there.
     """
     return _whitened(c_pre, c_task, tau, name, directions, symmetric=False)
 
@@ -183,7 +182,7 @@ def symmetric_whitening(
     name: str = "layer",
     directions: int | None = None,
 ) -> Eigenpairs:
-    """Ablation: T = H^(-1/2), the metric of the penalty without a rotation towards the task.
+    """Ablation: T = H^(-1/2), symmetric whitening, not rotated towards the task.
 
     Columns are scored as in `pretraining_eigenbasis`. Arguments and errors as there.
     """
@@ -202,41 +201,44 @@ BASES: dict[str, Eigenbasis] = {
 def spectral_gate(
     gamma: Float[Tensor, " k"], lam: float = LAMBDA, s_min: float = S_MIN
 ) -> Float[Tensor, " k"]:
-    """Share of Adam's step that each direction keeps: max(gamma / (gamma + lam), s_min) (Eq. 16-17).
+    """Factor of Adam's step along each direction: max(gamma / (gamma + lam), s_min) (Eq. 16-17).
 
     Args:
         gamma: Shape (k,), >= 0, any floating dtype.
-        lam: The gamma at which the step is halved, >= 0. With means over tokens, gamma = 1 reads
-            "as useful to the task as it is used by the pretrained model".
-        s_min: Floor of the gate, in [0, 1].
+        lam: The gamma at which the step is halved, >= 0. At gamma = 1 a direction has equal mean
+            squares on the task and on the calibration set.
+        s_min: Minimum of the gate, in [0, 1].
 
     Returns:
         The gate, shape (k,), values in [s_min, 1], same dtype and device.
 
     Raises:
-        NumericsError: A value is outside of its interval, or gamma is negative or not finite.
+        NumericsError: An option is outside its interval, or gamma is negative or not finite.
     """
     if not 0.0 <= lam < float("inf"):
         raise NumericsError(f"lambda is {lam}, but must be finite and >= 0")
     if not 0.0 <= s_min <= 1.0:
         raise NumericsError(f"s_min is {s_min}, but must lie in [0, 1]")
     if not torch.isfinite(gamma).all() or bool((gamma < 0).any()):
-        raise NumericsError("gamma has negative values or values that are not finite")
-    # With lam = 0 a direction of no use keeps the limit of gamma / (gamma + lam) at gamma = 0.
+        raise NumericsError("gamma has negative or non-finite values")
+    # gamma / (gamma + lam) is 0 / 0 for lam = 0 and gamma = 0; the gate is 0 there.
     gate = torch.where(gamma > 0, gamma / (gamma + lam), torch.zeros_like(gamma))
     return gate.clamp(min=s_min)
 
 
 def step_scale(gamma: Float[Tensor, " k"], gate: Float[Tensor, " k"], task_trace: float) -> float:
-    """The number c by which T is multiplied so that learning rates carry over from Adam.
+    """The factor c of T with which Adam's learning rates can be used unchanged.
 
-    A unit step of random signs moves the task response by trace(C_task) in plain Adam and by
-    c^2 sum(gamma s^2) here; c makes the two equal. Zero C_task leaves T alone.
+    A unit step of random signs changes the output on the task by a mean square of trace(C_task) in plain
+    Adam and c^2 sum(gamma s^2) here; c makes the two equal.
 
     Args:
-        gamma: Of the directions that are stepped, shape (k,).
-        gate: Theirs, shape (k,).
+        gamma: Of the directions that are updated, shape (k,).
+        gate: Their gate s, shape (k,).
         task_trace: trace(C_task).
+
+    Returns:
+        c; 1 if C_task is zero.
     """
     moved = float((gamma.double() * gate.double() ** 2).sum())
     return (task_trace / moved) ** 0.5 if moved > 0 else 1.0
@@ -246,7 +248,7 @@ def smallest_eigenvectors(c_pre: Tensor, r: int, name: str = "layer") -> Float64
     """U_perp: the `r` eigenvectors of C_pre with the smallest eigenvalues, smallest first (B.3).
 
     Raises:
-        NumericsError: See `checked_moment`; also r outside of [1, d].
+        NumericsError: See `checked_moment`; also r outside [1, d].
     """
     pre = checked_moment(c_pre, f"C_pre of {name}")
     if not 1 <= r <= len(pre):
@@ -255,11 +257,10 @@ def smallest_eigenvectors(c_pre: Tensor, r: int, name: str = "layer") -> Float64
 
 
 def off_diagonal_mass(c_pre: Tensor, c_task: Tensor, name: str = "layer") -> float:
-    """How far C_pre and C_task are from one eigenbasis, in [0, 1] (figure 1a).
+    """How far C_pre and C_task are from a common eigenbasis, in [0, 1] (figure 1a).
 
     With V the eigenvectors of C_pre: sum over i != j of (V' C_task V)_ij^2, over ||C_task||_F^2.
-    Zero if V diagonalizes C_task as well, so that C_pre alone would give the joint basis; zero also
-    for a zero C_task.
+    Zero if V diagonalizes C_task as well, or if C_task is zero.
 
     Raises:
         NumericsError: See `checked_moment`; also unequal shapes or a zero C_pre.
@@ -274,7 +275,7 @@ def off_diagonal_mass(c_pre: Tensor, c_task: Tensor, name: str = "layer") -> flo
 def _checked_pair(
     c_pre: Tensor, c_task: Tensor, tau: float, name: str
 ) -> tuple[Tensor, Tensor, float]:
-    """Both moments in float64, divided by C_pre's mean power so that constants are relative, and it."""
+    """Both moments in float64 divided by the mean of C_pre's diagonal, and that mean."""
     if not 0.0 <= tau < float("inf"):
         raise NumericsError(f"tau is {tau}, but must be finite and >= 0")
     if c_pre.shape != c_task.shape:
@@ -287,8 +288,8 @@ def _checked_pair(
     mean_power = float(pre.diagonal().mean())
     if mean_power <= 0.0:
         raise NumericsError(
-            f"C_pre of {name} is zero: the layer saw no input on the model's own text, so nothing "
-            "says what an update there would disturb. Leave the layer out of target_modules."
+            f"C_pre of {name} is zero: all inputs of the layer on the calibration set are zero, so forgetting "
+            "cannot be measured. Leave the layer out of target_modules."
         )
     return pre / mean_power, task / mean_power, mean_power
 
@@ -302,7 +303,7 @@ def _whitened(
     *,
     symmetric: bool,
 ) -> Eigenpairs:
-    """H's own eigenvectors over the roots of its eigenvalues, turned back by V' if symmetric."""
+    """V Lambda^(-1/2) of H = V Lambda V', times V' if symmetric."""
     pre, task, mean_power = _checked_pair(c_pre, c_task, tau, name)
     values, vectors = eigh(pre, name)
     values = values + tau
@@ -310,7 +311,7 @@ def _whitened(
     if float(values[0]) <= rounding:
         raise NumericsError(
             f"{name}: C_pre + tau mean(diag) I has the eigenvalue {float(values[0]):.3g} at tau = "
-            f"{tau:g}, but must be positive definite. Give a larger tau."
+            f"{tau:g}, but must be positive definite. Raise tau."
         )
     basis = vectors / values.sqrt()
     if symmetric:
@@ -331,7 +332,7 @@ def _whitened(
 
 
 def _factor(pre: Tensor, tau: float, name: str) -> tuple[Tensor, Tensor, float]:
-    """H, its lower Cholesky factor and the ridge used, for a C_pre of unit mean power."""
+    """H, its lower Cholesky factor and the final ridge, for a C_pre whose diagonal has mean 1."""
     ridge = tau
     for attempt in range(RIDGE_RETRIES + 1):
         h = _ridged(pre, ridge)
@@ -346,25 +347,25 @@ def _factor(pre: Tensor, tau: float, name: str) -> tuple[Tensor, Tensor, float]:
             )  # fmt: skip
             ridge = raised
     raise NumericsError(
-        f"{name}: C_pre + tau mean(diag) I is not positive definite even at tau = {ridge:g} (asked "
-        f"for: {tau:g}). Give a larger tau, or measure C_pre on more text."
+        f"{name}: C_pre + tau mean(diag) I is not positive definite even at tau = {ridge:g} "
+        f"(requested: {tau:g}). Raise tau, or measure C_pre on more text."
     )
 
 
 def _ridged(matrix: Tensor, ridge: float) -> Tensor:
-    """A copy with so much added to the diagonal."""
+    """matrix + ridge * I."""
     found = matrix.clone()
     found.diagonal().add_(ridge)
     return found
 
 
 def _largest_entry(matrix: Tensor) -> float:
-    """max |entry|; not finite if an entry is not."""
+    """max |entry|; not finite if any entry is not finite."""
     return float(torch.linalg.vector_norm(matrix, math.inf))
 
 
 def _congruent(lower: Tensor, symmetric: Tensor) -> Tensor:
-    """L^(-1) S L^(-T) for a symmetric S: the second solve is of what lies on or above the diagonal alone."""
+    """L^(-1) S L^(-T) for a symmetric S; the second solve computes only the upper triangle."""
     half = torch.linalg.solve_triangular(lower, symmetric, upper=False).T
     found = torch.zeros_like(half)
     width = -(-len(half) // SOLVE_BLOCKS)

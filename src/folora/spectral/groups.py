@@ -1,4 +1,4 @@
-"""Layers that read the same tensor: they share one covariance and one basis."""
+"""Layers with the same input tensor, which share one second moment and one basis."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class InputGroup:
-    """Layers that read the same tensor of width `d_in`; named after the first of them."""
+    """Layers with the same input tensor of width `d_in`; named after the first layer."""
 
     layers: tuple[str, ...]
     d_in: int
@@ -26,9 +26,9 @@ class InputGroup:
 
 
 def group_of(fact: Mapping[str, Any]) -> InputGroup:
-    """A group as a manifest has it: its ``layers`` and ``d_in``. Raises ValueError."""
+    """Inverse of `InputGroup.fact`. Raises ValueError."""
     layers, d_in = fact["layers"], fact["d_in"]
     named = isinstance(layers, list | tuple) and layers and all(isinstance(n, str) for n in layers)
     if not named or type(d_in) is not int or d_in < 1:
-        raise ValueError(f"{fact!r:.80} is no group of layers")
+        raise ValueError(f"{fact!r:.80} is not a group of layers")
     return InputGroup(tuple(layers), d_in)

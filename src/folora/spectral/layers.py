@@ -1,4 +1,4 @@
-"""The eigenproblem of every adapted layer: from second moments to the spectrum, in memory and as a folder."""
+"""Solve the eigenproblem of every adapted layer: from `Moments` to a `Spectrum`, which can be saved."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ KIND = "spectrum"  # in manifests
 
 @dataclass(frozen=True)
 class GroupBasis:
-    """The eigenbasis of one shared input, or its k leading columns, in float32.
+    """The eigenbasis of one layer input, or its k leading columns, in float32.
 
     Attributes:
-        group: The layers that read this input.
+        group: The layers with this input.
         basis: T, shape (d_in, k).
         gamma: Shape (k,), descending.
         task_trace: trace(C_task).
-        null_basis: U_perp, shape (d_in, r); None if it was not asked for.
+        null_basis: U_perp, shape (d_in, r); None if it was not requested.
     """
 
     group: InputGroup
@@ -44,7 +44,7 @@ class GroupBasis:
 
 
 def check_rank(groups: Iterable[InputGroup], r: int) -> None:
-    """Raise ConfigError if r exceeds the width of some layer's input."""
+    """Raise ConfigError if r exceeds the input width of a layer."""
     for group in groups:
         if r > group.d_in:
             raise ConfigError(
@@ -55,7 +55,7 @@ def check_rank(groups: Iterable[InputGroup], r: int) -> None:
 
 @dataclass(frozen=True)
 class Spectrum(Sequence[GroupBasis]):
-    """The eigenbases of all adapted layers, one for each shared input.
+    """The eigenbases of all adapted layers, one for each distinct input.
 
     Attributes:
         bases: In the order of the forward pass.
@@ -71,14 +71,14 @@ class Spectrum(Sequence[GroupBasis]):
 
     @property
     def groups(self) -> tuple[InputGroup, ...]:
-        """The layers that share each input."""
+        """The layers of each input."""
         return tuple(basis.group for basis in self.bases)
 
     def save(self, folder: str | Path, facts: Mapping[str, Any] | None = None) -> None:
         """Write a folder that `load` reads.
 
         Args:
-            folder: The folder to make.
+            folder: The folder to create.
             facts: JSON values for the manifest, such as fingerprints of the model.
 
         Raises:
@@ -98,11 +98,11 @@ class Spectrum(Sequence[GroupBasis]):
 
         Args:
             folder: The folder.
-            expected: Facts that the manifest must hold with equal values.
+            expected: Values that the manifest must hold.
 
         Raises:
-            ArtifactError: Missing, damaged, or something else.
-            MismatchError: The manifest holds other values than `expected`.
+            ArtifactError: Missing, damaged, or not a spectrum.
+            MismatchError: A value differs from `expected`.
         """
         artifact = read_artifact(Path(folder), KIND, expected)
         with malformed_is_damaged(folder):
@@ -123,16 +123,16 @@ def solve(
 ) -> Spectrum:
     """Solve the generalized eigenproblem of every group (Eq. 10-15).
 
-    Several processes solve a share each; all get the same bases.
+    With several processes the groups are sharded over them; all get the same bases.
 
     Args:
-        keep: C_pre, measured on what the model must keep.
+        keep: C_pre, measured on the calibration set.
         task: C_task, measured on the task, of the same layers.
         tau: Relative ridge.
         null_rank: Number of eigenvectors of C_pre with the smallest eigenvalues; 0 for none.
         directions: Number of leading columns of each basis; None for all.
-        eigenbasis: Which basis; see `eigenproblem.BASES`.
-        device: Where to compute; default is where each C_pre lies. Results lie with C_pre.
+        eigenbasis: The basis; see `eigenproblem.BASES`.
+        device: Where to compute; default is the device of each C_pre. Results are on that of C_pre.
         on_group: Called after each group, for progress.
 
     Raises:
@@ -144,15 +144,15 @@ def solve(
     if groups != task.groups:
         raise MismatchError(
             f"C_pre was measured on the inputs of {len(groups)} groups of layers, C_task on "
-            f"{len(task.groups)}, and they differ; measure both with the same layers"
+            f"{len(task.groups)}, and the groups differ; measure both with the same layers"
         )
     check_rank(groups, null_rank)
 
-    def one(group: InputGroup) -> GroupBasis:
+    def solve_group(group: InputGroup) -> GroupBasis:
         home = keep.matrices[group.name].device
         pre = keep.matrices[group.name].to(device or home)
-        wanted = task.matrices[group.name].to(device or home)
-        found = eigenbasis(pre, wanted, tau=tau, name=group.name, directions=directions)
+        c_task = task.matrices[group.name].to(device or home)
+        found = eigenbasis(pre, c_task, tau=tau, name=group.name, directions=directions)
         null = smallest_eigenvectors(pre, null_rank, group.name) if null_rank else None
         return GroupBasis(
             group,
@@ -162,41 +162,43 @@ def solve(
             None if null is None else null.float().to(home),
         )
 
-    places = {(device or keep.matrices[group.name].device).type for group in groups}
-    # On an accelerator one fills it, and several would fill its memory.
-    at_once = torch.get_num_threads() if places == {"cpu"} else 1
+    device_types = {(device or keep.matrices[group.name].device).type for group in groups}
+    # One eigenproblem occupies an accelerator; several would need more of its memory.
+    workers = torch.get_num_threads() if device_types == {"cpu"} else 1
 
-    def own_share() -> list[GroupBasis]:
+    def solve_shard() -> list[GroupBasis]:
         solved = []
-        for basis in _one_thread_each(one, distributed.shard(groups), at_once):
+        for basis in _one_thread_each(solve_group, distributed.shard(groups), workers):
             solved.append(basis)
             on_group()
         return solved
 
-    own = iter(distributed.raise_together(own_share))
+    own = iter(distributed.raise_together(solve_shard))
     owners = (number % distributed.count() for number in range(len(groups)))
-    # The owner's own bytes: another process might find other signs.
-    sent = [
+    # Broadcast the bytes: another process might round differently.
+    bases = [
         distributed.broadcast(next(own) if o == distributed.rank() else None, o) for o in owners
     ]
-    return Spectrum(tuple(sent))  # type: ignore[arg-type]
+    return Spectrum(tuple(bases))  # type: ignore[arg-type]
 
 
 def _one_thread_each(
-    work: Callable[[InputGroup], GroupBasis], groups: Sequence[InputGroup], at_once: int
+    work: Callable[[InputGroup], GroupBasis], groups: Sequence[InputGroup], workers: int
 ) -> Iterator[GroupBasis]:
-    """Work on so many groups at once, in order.
+    """Apply `work` to the groups in a pool of threads; yield the results in order.
 
-    On the CPU an eigenproblem gains little from a second thread, so each gets one; that also makes the
-    result independent of the number of threads.
+    Each worker runs torch with one thread: on the CPU an eigenproblem gains little from a second one, and
+    the result does not depend on the number of threads.
     """
     threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     try:
         yield from pool.map(work, groups)
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # interrupted, it does not wait for LAPACK
-        torch.set_num_threads(threads)  # part of the setting is shared by all threads
+        pool.shutdown(
+            wait=False, cancel_futures=True
+        )  # do not wait for LAPACK after an interruption
+        torch.set_num_threads(threads)  # the setting is partly global
 
 
 def _basis_of(tensors: Mapping[str, Tensor], fact: Any) -> GroupBasis:
@@ -210,5 +212,5 @@ def _basis_of(tensors: Mapping[str, Tensor], fact: Any) -> GroupBasis:
     if null is not None and (null.ndim != 2 or len(null) != group.d_in):
         raise ValueError(f"the null basis of {group.name} has shape {tuple(null.shape)}")
     if not all(bool(t.isfinite().all()) for t in (basis, gamma)) or bool((gamma < 0).any()):
-        raise ValueError(f"the spectrum of {group.name} is not finite, or negative")
+        raise ValueError(f"the spectrum of {group.name} has non-finite or negative values")
     return GroupBasis(group, basis, gamma, float(fact["task_trace"]), null)

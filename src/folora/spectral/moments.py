@@ -1,4 +1,4 @@
-"""Second moments of what layers read, in memory and as a folder (B.2)."""
+"""Second moments of layers' inputs, in memory and as a folder (B.2)."""
 
 from __future__ import annotations
 
@@ -15,20 +15,19 @@ from folora.runtime.shapes import Float
 from folora.runtime.storage import malformed_is_damaged
 from folora.spectral.groups import InputGroup, group_of
 
-KIND = "moments"
-"""What manifests call them."""
+KIND = "moments"  # in manifests
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Second moments of layers' inputs: C = X'X / tokens of every shared input.
+    """Second moments of layers' inputs: C = X'X / tokens of every distinct input.
 
     Attributes:
         matrices: By group name, (d_in, d_in) float32.
-        tokens: Number of tokens that they average.
-        groups: The layers that share each input.
-        halves: The moments of the even and of the odd sequences alone, of the groups for which that was
-            asked.
+        tokens: Number of tokens in the mean.
+        groups: The layers of each input.
+        halves: The moments of the even and of the odd sequences only, for the groups for which they were
+            requested.
     """
 
     matrices: dict[str, Float[Tensor, "_d _d"]]
@@ -40,14 +39,14 @@ class Moments:
         """Write a folder that `load` reads; `halves` are left out.
 
         Args:
-            folder: The folder to make.
+            folder: The folder to create.
             facts: JSON values for the manifest, such as fingerprints of the model.
 
         Raises:
             ArtifactError: It cannot be written.
         """
-        own = {"tokens": self.tokens, "groups": [group.fact for group in self.groups]}
-        write_artifact(Path(folder), KIND, self.matrices, {**(facts or {}), **own})
+        values = {"tokens": self.tokens, "groups": [group.fact for group in self.groups]}
+        write_artifact(Path(folder), KIND, self.matrices, {**(facts or {}), **values})
 
     @classmethod
     def load(cls, folder: str | Path, expected: Mapping[str, Any] | None = None) -> Moments:
@@ -55,11 +54,11 @@ class Moments:
 
         Args:
             folder: The folder.
-            expected: Facts that the manifest must hold with equal values.
+            expected: Values that the manifest must hold.
 
         Raises:
-            ArtifactError: Missing, damaged, or something else.
-            MismatchError: The manifest holds other values than `expected`.
+            ArtifactError: Missing, damaged, or not moments.
+            MismatchError: A value differs from `expected`.
         """
         artifact = read_artifact(Path(folder), KIND, expected)
         with malformed_is_damaged(folder):
@@ -72,5 +71,5 @@ class Moments:
                     )
             tokens = artifact.manifest["tokens"]
             if type(tokens) is not int or tokens < 1:
-                raise ValueError(f"{tokens!r:.80} is no number of tokens")
+                raise ValueError(f"{tokens!r:.80} is not a number of tokens")
         return cls({g.name: artifact.tensors[g.name] for g in groups}, tokens, groups)

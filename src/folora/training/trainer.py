@@ -32,7 +32,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from folora.adapters.low_rank import narrow_inputs
 from folora.config import FoLoraConfig, TrainingConfig
-from folora.data.formats import IGNORE
+from folora.data.contents import IGNORE
 from folora.data.rows import pad_batch, text_examples
 from folora.errors import ArtifactError, ConfigError, FoLoraError, NumericsError, nearest
 from folora.metrics.kl import kl, labelled_logits, masked_target_kl
