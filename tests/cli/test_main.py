@@ -16,6 +16,12 @@ from folora.config import FIRST_LOOK, FoLoraConfig, option_names
 from folora.pipeline.planning import plan
 
 
+@pytest.fixture(autouse=True)
+def measures_whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan extrapolates nothing, however busy the machine is."""
+    monkeypatch.setattr("folora.pipeline.planning.MAX_SECONDS", 1e6)
+
+
 @pytest.fixture
 def nan_model(tmp_path: Path) -> Path:
     model = make_llama()
@@ -106,9 +112,6 @@ def test_plan_advises_directions_that_fit_into_memory(
         {"model": str(model_folder), "device": "cpu", "dtype": "float32"}
     )
     whole = config.changed({"spectrum.directions": "all"})
-    monkeypatch.setattr(
-        "folora.pipeline.planning.PATIENCE", 1e6
-    )  # extrapolate nothing on a busy machine
     found = plan(whole)
     every = sum(4 * g.d_in**2 for g in found.groups)
     leading = sum(4 * 16 * g.d_in for g in found.groups)
