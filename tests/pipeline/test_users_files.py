@@ -118,7 +118,7 @@ REFUSED = [
     Case("a base file that was damaged", both(base_file("b"), lambda here: os.truncate(here / "b", 99)),
          f"{BASE} --to HERE/b", "HERE/b would be replaced, but"),
     Case("base in the model", file("a.txt"), f"{BASE} --model HERE/model --to HERE/model/b.safetensors",
-         "among the files of the model"),
+         "is in the model.s folder"),
     Case("weights in the output", weights("run/base.safetensors"), BASE, r"run/base\.safetensors would be replaced"),
     # export
     Case("a stock adapter", stock_adapter("a"), f"{EXPORT} --to HERE/a", r"HERE/a holds '\w.*', and no folora.json"),
@@ -155,7 +155,7 @@ REFUSED = [
     Case("checkpoints without a request", lambda here: (here / "run/4-training/request.json").unlink(), RUN,
          r"4-training/checkpoint-\d was not written by this training .*request\.json"),
     # run, on a new output
-    new("the config that is read", file("config.yaml", "data:\n  seed: 1\n"), r"HERE/config\.yaml would be replaced",
+    new("the config that is read", file("config.yaml", "seed: 1\n"), r"HERE/config\.yaml would be replaced",
         "run --config HERE/config.yaml --output HERE"),
     new("a folder named config.yaml", file("out/config.yaml/a"), r"out/config\.yaml is a folder"),
     new("a FIFO named config.yaml", fifo("out/config.yaml"), r"out/config\.yaml is not a regular file"),
@@ -240,11 +240,12 @@ def words(
         case.put(here)
         after = snapshot(here)
         theirs = {n for n, v in after.items() if before.get(n) != v and not n.startswith(case.ours)}
-        config = {} if "--config HERE/run" in case.words else finished.differences()
-        config.pop("output", None)
-        flags = [part for name, value in config.items() for part in (f"--{name}", str(value))]
         command, *rest = shlex.split(case.words.replace("HERE", str(here)))
-        return [command, *flags, *rest], here, theirs
+        if "--config" not in rest:
+            file = tmp_path / "options.yaml"
+            file.write_text(finished.changed({"output": None}).to_yaml())
+            rest = ["--config", str(file), *rest]
+        return [command, *rest], here, theirs
 
     return set_up
 

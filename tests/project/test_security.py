@@ -169,7 +169,8 @@ def test_remote_code_runs_only_if_trusted(
         model=str(tmp_path / "model"), dataset=str(rows_file), output=str(tmp_path / "run"),
         trust_remote_code=allowed,
     )  # fmt: skip
-    code = main(["sample", *flags(config)])
+    (tmp_path / "options.yaml").write_text(config.to_yaml())
+    code = main(["sample", "--config", str(tmp_path / "options.yaml")])
     assert marker.exists() == allowed
     assert code == (0 if allowed or model_type == "llama" else 2)
     if code:
