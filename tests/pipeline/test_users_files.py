@@ -245,6 +245,8 @@ def words(
             file = tmp_path / "options.yaml"
             file.write_text(finished.changed({"output": None}).to_yaml())
             rest = ["--config", str(file), *rest]
+        elif "--config HERE/run" not in case.words:
+            rest += ["--model", str(model_folder), "--dataset", str(finished.dataset)]
         return [command, *rest], here, theirs
 
     return set_up
