@@ -302,7 +302,7 @@ def test_every_basis_is_orthonormal_in_h_with_gamma_of_its_columns(kind: str) ->
 def test_a_basis_without_a_ridge_is_refused() -> None:
     thin = torch.zeros(3, 3, dtype=torch.float64)
     thin[0, 0] = 1.0
-    with pytest.raises(NumericsError, match="larger tau"):
+    with pytest.raises(NumericsError, match="Raise tau"):
         BASES["whitening"](thin, torch.eye(3), tau=0.0)
 
 
