@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from functools import partial
 from importlib.util import find_spec
@@ -10,7 +11,7 @@ from typing import Any
 
 from folora.adapters.coverage import report
 from folora.calibration.base_file import read_base_manifest, warn_of_dtype
-from folora.calibration.engine import HuggingFaceEngine
+from folora.calibration.engine import Engine, HuggingFaceEngine
 from folora.calibration.vllm import ENGINE, find_server
 from folora.config import FoLoraConfig, TrainingConfig
 from folora.data.files import check_dataset
@@ -22,8 +23,17 @@ from folora.pipeline.stages import KeepMoments, Samples, Solved, TaskMoments
 from folora.pipeline.store import Folder, Stage
 from folora.pipeline.training import Training
 from folora.runtime import distributed
+from folora.runtime.architecture import check_model
 from folora.runtime.artifacts import software_versions
-from folora.runtime.loading import check_quantizer, device_of, load_tokenizer, required
+from folora.runtime.loading import (
+    check_quantizer,
+    device_of,
+    load_tokenizer,
+    required,
+    warn_if_slow,
+)
+
+logger = logging.getLogger(__name__)
 
 STAGES: tuple[type[Stage[Any]], ...] = (Samples, KeepMoments, TaskMoments, Solved, Training)
 WRITES: dict[str, tuple[type[Stage[Any]], ...]] = {
@@ -79,6 +89,32 @@ def check_options(context: Context, training: Path, *, needs_data: bool, trains:
             f"{len(task.train)}: give at least 10 rows and data.eval_rows > 0, or eval_steps 0"
         )
     report(context.outline)
+
+
+def check_in_memory(context: Context) -> Engine | None:
+    """Checks before `prepare` measures anything, the cheap ones first.
+
+    Returns:
+        What generates the calibration set; None if it is read from a base file.
+
+    Raises:
+        FoLoraError: With what failed and the remedy.
+    """
+    config, dataset = context.config, context.dataset
+    if dataset is None:
+        raise ConfigError("prepare needs a dataset: rows, a datasets.Dataset, a file or a Hub name")
+    if isinstance(dataset, str):
+        check_dataset(dataset)
+    if context.in_memory:
+        _check_given(context)
+    check_model(context.model)
+    warn_if_slow(context.model.dtype, context.model.device)
+    check_fits(context.task, context.tokenizer, context.start_id, **context.limits)
+    _ = context.groups
+    if config.base is None:
+        return context.engine()  # fails early if the model cannot generate
+    warn_of_dtype(read_base_manifest(Path(config.base), context.facts), context.facts["dtype"])
+    return None
 
 
 def check_command(context: Context, store: Folder, command: str) -> None:
@@ -162,3 +198,29 @@ def _check_server(context: Context, store: Folder) -> None:
     done = (store.folder / Samples.path).exists()
     if not (done and store.manifest(Samples).get("engine") == ENGINE):  # otherwise not needed
         find_server(sampling.server, sampling)
+
+
+def _check_given(context: Context) -> None:
+    """Refuse loading options that a model in memory contradicts; warn of unused ones.
+
+    Raises:
+        ConfigError: The model is on another device, or has another dtype or quantization.
+    """
+    if not context.has_tokenizer:
+        raise ConfigError("prepare needs the tokenizer of a model that is given in memory")
+    model, config = context.model, context.config
+    quantized = getattr(model, "quantization_method", None) is not None
+    dtype = str(model.dtype).removeprefix("torch.")
+    for name, asked, is_there in (
+        ("device", config.device != "auto" and device_of(config).type, model.device.type),
+        ("dtype", config.dtype != "auto" and not quantized and config.dtype, dtype),
+        ("quantize", not quantized and config.quantize != "none" and config.quantize, "none"),
+    ):
+        if asked and asked != is_there:
+            raise ConfigError(
+                f"{name} is {asked!r}, but the model in memory has {is_there!r}; leave the option out, or "
+                "give the model by name"
+            )
+    unused = sorted({"model", "output", "revision", "shard"} & {*config.differences()})
+    if unused:
+        logger.warning("prepare with a model in memory does not use %s", ", ".join(unused))

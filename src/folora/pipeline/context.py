@@ -48,18 +48,30 @@ class Context:
         self,
         config: FoLoraConfig,
         *,
-        model: PreTrainedModel | None = None,
+        model: PreTrainedModel | str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         dataset: str | Dataset | Sequence[Row] | None = None,
     ) -> None:
         self.config = config
-        self._model, self._tokenizer = model, tokenizer
-        self._dataset = config.dataset if dataset is None else dataset
+        self._name = model if isinstance(model, str) else config.model
+        self._model = None if isinstance(model, str) else model
+        self._tokenizer = tokenizer
+        self.dataset = config.dataset if dataset is None else dataset
 
     @property
     def name(self) -> str:
         """Hub name or folder of the model. Raises ConfigError if it is not given."""
-        return required(self.config.model, "model")
+        return required(self._name, "model")
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the model was given, not loaded."""
+        return self._model is not None
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the tokenizer was given."""
+        return self._tokenizer is not None
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -125,7 +137,7 @@ class Context:
             ConfigError: No dataset is given.
             DataError: It cannot be read, or its rows are invalid.
         """
-        dataset = self._dataset
+        dataset = self.dataset
         if dataset is None:
             dataset = required(None, "dataset")
         rows = load_rows(dataset, self.config.data.split)
@@ -135,7 +147,7 @@ class Context:
     def ends_early(self) -> bool:
         """Whether sampling may stop early, which requires the task rows."""
         wanted = self.config.sampling.may_end_early and self.config.base is None
-        return wanted and self._dataset is not None
+        return wanted and self.dataset is not None
 
     @property
     def task_is_read(self) -> bool:
