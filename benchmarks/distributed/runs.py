@@ -89,7 +89,11 @@ class Bench:
 
     def words(self, name: str, count: int, **changes: Any) -> list[str]:
         """The command line of a run by so many processes."""
-        training = {"per_device_train_batch_size": ROWS_A_STEP // count, "max_steps": STEPS, "save_steps": 2}
+        training = {
+            "per_device_train_batch_size": ROWS_A_STEP // count,
+            "max_steps": STEPS,
+            "save_steps": 2,
+        }
         config = tiny_config(
             model=str(self.model), dataset=str(self.rows), output=str(self.place / name),
             training=training,
