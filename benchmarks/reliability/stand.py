@@ -29,7 +29,7 @@ from folora.runtime.storage import LOCK, file_sha256, json_fingerprint, read_jso
 
 STAGES = {
     "sample": Samples.path,
-    "measure": TaskMoments.path,
+    "measure": KeepMoments.path,
     "solve": Solved.path,
     "train": Training.path,
     "export": f"{ADAPTER}/adapter_model.safetensors",

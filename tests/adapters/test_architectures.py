@@ -223,7 +223,7 @@ def test_the_model_is_unchanged() -> None:
 
 def test_named_layers_that_cannot_be_adapted_are_refused() -> None:
     model = build(next(c for c in CASES if c.kind == "mamba"))
-    with pytest.raises(ConfigError, match=r"takes in backbone\.layers\.0\.mixer\.out_proj.*PEFT"):
+    with pytest.raises(ConfigError, match=r"selects backbone\.layers\.0\.mixer\.out_proj.*PEFT"):
         coverage_of(
             model, FoLoraConfig(adapter={"r": 2, "target_modules": ["in_proj", "out_proj"]}), 1
         )
@@ -248,7 +248,7 @@ def test_experts_of_linear_layers_are_left_out() -> None:
 
     model.model.layers[1].mlp = Experts()
     found = coverage_of(model, CONFIG, 1)
-    assert {n for n, r in found.left_out.items() if "not one row for every token" in r} == {
+    assert {n for n, r in found.left_out.items() if "not one row per token" in r} == {
         f"model.layers.1.mlp.experts.{number}" for number in range(4)
     }
 

@@ -435,7 +435,7 @@ VALUES = [
             ("--training.packing true --training.max_length 64 --training.packing_strategy x", "packing strategy 'x'"),
             ("--training.lr_scheduler_kwargs '{x: 1}'", "unexpected keyword argument 'x'"),
             ("--training.dataloader_persistent_workers true", "needs num_workers > 0"),
-            ("--training.router_aux_loss_coef 0.1", "for models with experts"),
+            ("--training.router_aux_loss_coef 0.1", "needs a mixture-of-experts model"),
         )
     ),
     Wrong("a schedule that needs more", "--training.lr_scheduler_type warmup_stable_decay",
@@ -577,7 +577,7 @@ DATA = [
          "--data.max_length 500"),
     data("a chat template that is not there", '{"question": "x", "answer": "y"}',
          r"data\.chat_template is true, but this tokenizer has no chat template", "--data.chat_template true"),
-    data("nine rows to compare on", GOOD_ROW * 9, "9 rows. Give at least 10", "--methods lora",
+    data("nine rows to compare on", GOOD_ROW * 9, "none of the 9 rows are held out. Give at least 10", "--methods lora",
          command="compare", found="model"),
     data("no rows held out to compare on", GOOD_ROW * 20, r"held-out rows .*data\.eval_rows > 0",
          "--data.eval_rows 0", command="compare", found="model"),
