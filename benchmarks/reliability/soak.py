@@ -34,8 +34,9 @@ from folora.runtime.artifacts import software_versions
 from folora.runtime.checkpoints import latest_checkpoint
 from folora.runtime.progress import progress
 from folora.runtime.storage import write_json
+from folora.training.callbacks import AfterStep
 from folora.training.prepared import Prepared, assemble
-from folora.training.trainer import AfterStep, train
+from folora.training.trainer import train
 
 EVERY = 50  # steps
 MOST_GROWTH = 8e6  # bytes of memory that allocators may keep between two thirds of a run

@@ -30,9 +30,10 @@ from .pipeline.prepare import prepare
 from .spectral.eigenproblem import generalized_eigenbasis, spectral_gate, step_scale
 from .spectral.layers import GroupBasis, Spectrum, solve
 from .spectral.moments import Moments
+from .training.arguments import sft_config
 from .training.optimizer import optimizer, param_groups
 from .training.prepared import Prepared
-from .training.trainer import FoLoraTrainer, sft_config
+from .training.trainer import FoLoraTrainer
 
 __version__: str
 

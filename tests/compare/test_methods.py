@@ -31,9 +31,10 @@ from folora.optim.sadam import SAdam
 from folora.spectral.eigenproblem import BASES, generalized_eigenbasis
 from folora.spectral.layers import GroupBasis, Spectrum, solve
 from folora.spectral.moments import Moments
+from folora.training.arguments import sft_config
 from folora.training.optimizer import param_groups
 from folora.training.prepared import assemble
-from folora.training.trainer import sft_config, train
+from folora.training.trainer import train
 
 R, ALPHA = 4, 8  # kappa = 2, so that a forgotten factor shows
 IDS = torch.randint(3, 50, (4, 12), generator=torch.Generator().manual_seed(5))

@@ -21,7 +21,8 @@ from folora.adapters.adapter import lora_factors
 from folora.adapters.coverage import check_causal
 from folora.errors import ArtifactError, ConfigError, NumericsError
 from folora.runtime.checkpoints import SEAL, latest_checkpoint
-from folora.training.trainer import sft_config, train
+from folora.training.arguments import sft_config
+from folora.training.trainer import train
 
 
 def prepared(**changes: Any) -> folora.Prepared:

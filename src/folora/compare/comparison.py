@@ -34,8 +34,10 @@ from folora.runtime.progress import progress
 from folora.runtime.storage import obstacle
 from folora.spectral.layers import Spectrum
 from folora.spectral.moments import Moments
+from folora.training.arguments import sft_config
+from folora.training.callbacks import AfterStep
 from folora.training.prepared import Prepared, assemble
-from folora.training.trainer import AfterStep, FoLoraTrainer, sft_config
+from folora.training.trainer import FoLoraTrainer
 
 READ_AT = (1 / 4, 1 / 2, 3 / 4, 1.0)
 

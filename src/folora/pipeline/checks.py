@@ -163,7 +163,7 @@ def check_is_no_model(folder: Path, name: str) -> None:
 
 def _arguments(config: FoLoraConfig, folder: Path) -> Any:
     """TRL's arguments. Raises ConfigError if they are invalid or TRL is not installed."""
-    from folora.training.trainer import sft_config
+    from folora.training.arguments import sft_config
 
     on_cpu = device_of(config).type == "cpu"
     return sft_config(config, folder, evaluates=True, on_cpu=on_cpu)

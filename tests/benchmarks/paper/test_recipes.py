@@ -24,7 +24,7 @@ from benchmarks.paper.tasks import functions
 from folora.compare.results import load_results
 from folora.errors import ConfigError, DataError
 from folora.methods import METHODS
-from folora.training.trainer import sft_config
+from folora.training.arguments import sft_config
 
 FOLDER = Path(__file__).parents[3] / "benchmarks" / "paper"
 RECIPES = sorted((FOLDER / "recipes").glob("*.yaml"))
