@@ -40,7 +40,7 @@ from folora.runtime.progress import progress
 from folora.runtime.storage import write_json
 
 STARTING = 0.02  # seconds, after which a process has its signal handlers
-RESUME_HINTS = ("rerun the command", "give the same command again")
+RESUME_HINT = "rerun the command"
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
@@ -137,7 +137,7 @@ def interrupt(stand: Stand, seconds: dict[str, float], draw: random.Random, tria
         trial.slowest = max(trial.slowest, fork.began + ended.seconds - sent)
         if ended.code not in (*STOPPED, 0) or "Traceback" in ended.said:
             trial.lost.append(f"{stage}: ended with {ended.code}: {ended.said[-300:]}")
-        elif ended.code and not any(hint in " ".join(ended.said.split()) for hint in RESUME_HINTS):
+        elif ended.code and RESUME_HINT not in " ".join(ended.said.split()):
             trial.lost.append(f"{stage}: did not say how to resume: {ended.said[-300:]}")
         trial.lost += [f"{stage}: made again: {p}" for p in stand.redone(before)]
     finish(stand, trial)

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except Interrupted as signalled:
         _say(
-            "stopped. What is finished is on disk; give the same command again to go on.",
+            "stopped. Finished work is on disk; rerun the command to resume.",
             "\n[bold]",
         )
         return signalled.exit_code
@@ -56,13 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--verbose" in words:
             traceback.print_exc()
         _discard(sys.stdout)
-        _say(f"{error}. What is finished is on disk; give the same command again to go on.")
+        _say(f"{error}. Finished work is on disk; rerun the command to resume.")
         return 2
     except Exception as error:
         traceback.print_exc()
         _say(
             f"unexpected {type(error).__name__}. This is a bug in folora or in a library below it; "
-            "please report it with the lines above. What is finished is on disk."
+            "please report it with the lines above. Finished work is on disk."
         )
         return 1
     return 0
