@@ -9,6 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from folora.adapters.coverage import report
 from folora.calibration.base_file import read_base_manifest, warn_of_dtype
 from folora.calibration.engine import Engine, HuggingFaceEngine
@@ -105,8 +107,8 @@ def check_in_memory(context: Context) -> Engine | None:
         raise ConfigError("prepare needs a dataset: rows, a datasets.Dataset, a file or a Hub name")
     if isinstance(dataset, str):
         check_dataset(dataset)
-    if context.in_memory:
-        _check_given(context)
+    if context.given is not None:
+        _check_given(context, context.given)
     check_model(context.model)
     warn_if_slow(context.model.dtype, context.model.device)
     check_fits(context.task, context.tokenizer, context.start_id, **context.limits)
@@ -200,7 +202,7 @@ def _check_server(context: Context, store: Folder) -> None:
         find_server(sampling.server, sampling)
 
 
-def _check_given(context: Context) -> None:
+def _check_given(context: Context, model: PreTrainedModel) -> None:
     """Refuse loading options that a model in memory contradicts; warn of unused ones.
 
     Raises:
@@ -208,7 +210,8 @@ def _check_given(context: Context) -> None:
     """
     if not context.has_tokenizer:
         raise ConfigError("prepare needs the tokenizer of a model that is given in memory")
-    model, config = context.model, context.config
+    check_model(model)  # before it is frozen
+    config = context.config
     quantized = getattr(model, "quantization_method", None) is not None
     dtype = str(model.dtype).removeprefix("torch.")
     for name, asked, is_there in (

@@ -64,9 +64,9 @@ class Context:
         return required(self._name, "model")
 
     @property
-    def in_memory(self) -> bool:
-        """Whether the model was given, not loaded."""
-        return self._model is not None
+    def given(self) -> PreTrainedModel | None:
+        """The model that was given, as it is; None if it is loaded by its name."""
+        return self._model
 
     @property
     def has_tokenizer(self) -> bool:
