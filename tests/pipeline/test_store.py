@@ -37,7 +37,7 @@ class Number(Stage[float]):
 
     def compute(self, folder: Path | None) -> float:
         self.computed += 1
-        if folder is not None:
+        if folder is not None and self.request() is not None:
             (folder / "part").write_text("unfinished")
         return self.value
 

@@ -147,11 +147,11 @@ class _Measured(Stage[Moments]):
         _check_layers(context, found.groups, path, cls.command)
         return found
 
-    def _measure(self, examples: list[Example], what: str) -> Moments:
-        first = distributed.rank() == 0  # rank 0 writes them
+    def _measure(self, examples: list[Example], what: str, folder: Path | None) -> Moments:
         context = self.context
+        store = folder is None or distributed.rank() == 0
         return measure(
-            context.model, context.groups, examples, context.config.statistics, what, store=first
+            context.model, context.groups, examples, context.config.statistics, what, store=store
         )
 
 
@@ -171,7 +171,7 @@ class TaskMoments(_Measured):
 
     def compute(self, folder: Path | None) -> Moments:
         """Measure."""
-        return self._measure(self.rows, "C_task")
+        return self._measure(self.rows, "C_task", folder)
 
 
 class KeepMoments(_Measured):
@@ -208,7 +208,7 @@ class KeepMoments(_Measured):
         sequences = self.samples.load().calibration
         found = self.stopping.moments_of(sequences) if self.stopping else None
         if found is None:
-            return self._measure(text_examples(sequences), "C_pre")
+            return self._measure(text_examples(sequences), "C_pre", folder)
         logger.info("C_pre: measured by the last check of early stopping")
         return found
 

@@ -63,7 +63,9 @@ class Stage(ABC, Generic[T]):
         """Compute the result; all processes call it.
 
         Args:
-            folder: Folder of unfinished work, from which it is resumed; None to store nothing.
+            folder: Folder that stores the result, and unfinished work, from which it is resumed. Rank 0
+                writes, so that the other processes need not return the result. None if it stays in memory:
+                then every process returns it.
         """
 
     @abstractmethod
@@ -119,7 +121,7 @@ class Folder:
         facts = stage.facts()
         path = self.folder / stage.path
         if not distributed.on_rank_zero(lambda: self._is_done(stage, facts)):
-            value = stage.compute(None if stage.request() is None else path.parent)
+            value = stage.compute(path.parent)
             distributed.on_rank_zero(lambda: stage.save(value, path, facts))
             return self._made(type(stage), stage.context, facts)
         return self.read(type(stage), stage.context, facts)
