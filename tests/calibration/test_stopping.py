@@ -94,6 +94,7 @@ def test_moments_of_a_converged_first_check_are_reused(
         assert (stopping.moments_of([[1]] * count) is not None) == (
             fits_in_memory and check == converged_at == 1
         )
+        assert stopping.moments_of([[2]] * count) is None
     assert asked == [(4, fits_in_memory), (6, False)][:converged_at]
 
 

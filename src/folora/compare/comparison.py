@@ -110,11 +110,9 @@ class Comparison:
         self.command, self.score, self.read_at = command, score, tuple(read_at)
         self.score_at = self.read_at if score_at is None else tuple(score_at)
         self.calibration: dict[str, Any] = {}
-        self._shared: Shared | None = None
         self._pre: Moments | None = None
         self._base: dict[str, Any] = {}
         self._solved: tuple[Any, Spectrum] = (None, Spectrum(()))
-        self._null_rank = 0
 
     def calibrated(self, calibration: dict[str, Any], pre: Moments) -> Comparison:
         """The same comparison with another C_pre.
@@ -134,14 +132,16 @@ class Comparison:
             ConfigError: An arm is invalid; all are checked before the first one starts.
         """
         configs = self.check(chosen)
-        self._null_rank = max(solve_options(config)["null_rank"] for config in configs)
-        self._shared = self.run.share()
-        made_from = self._made_from(self._shared)
+        # One solve for all initializations, with the largest null_rank that any arm needs.
+        null_rank = max(solve_options(config)["null_rank"] for config in configs)
+        shared = self.run.share()
+        made_from = self._made_from(shared)
         with progress("arms", len(chosen)) as tick:
             for arm, config in zip(chosen, configs, strict=True):
                 key = self.key(arm, config)
                 if key not in self.results.read():
-                    self.results.add({**self._result(arm, config), "made_from": made_from})
+                    result = self._result(arm, config, shared, null_rank)
+                    self.results.add({**result, "made_from": made_from})
                 yield checked_arm(self.results.read()[key], config, made_from)
                 tick()
 
@@ -157,11 +157,9 @@ class Comparison:
         """The arm's name, with the calibration if it differs from the run's."""
         return "--".join([arm.name, *(f"{k}={v}" for k, v in self.calibration.items())])
 
-    def spectrum(self, config: FoLoraConfig, shared: Shared) -> Spectrum:
-        """The spectrum of a config, solved from the shared moments; the last one is cached."""
-        # One solve for all initializations, with the largest null_rank that any arm needs.
-        null = max(self._null_rank, solve_options(config)["null_rank"])
-        options = {**solve_options(config), "null_rank": null, "directions": None}
+    def _spectrum(self, config: FoLoraConfig, shared: Shared, null_rank: int) -> Spectrum:
+        """The whole spectrum of a config, solved from the shared moments; the last one is cached."""
+        options = {**solve_options(config), "null_rank": null_rank, "directions": None}
         if self._solved[0] != options:
             keep, task = self._pre or shared.keep.load(), shared.task.load()
             self._solved = (options, solve_all(self.run.context, keep, task, **options))
@@ -222,11 +220,12 @@ class Comparison:
             if line := done.get(self.key(arm, config)):
                 checked_arm(line, config)
 
-    def _result(self, arm: Arm, config: FoLoraConfig) -> dict[str, Any]:
+    def _result(
+        self, arm: Arm, config: FoLoraConfig, shared: Shared, null_rank: int
+    ) -> dict[str, Any]:
         began = time.monotonic()
-        context, shared = self.run.context, self._shared
-        assert shared is not None
-        spectrum = self.spectrum(config, shared)
+        context = self.run.context
+        spectrum = self._spectrum(config, shared, null_rank)
         prepared = assemble(context.model, spectrum, context.task, shared.samples.load(), config)
         try:
             readings, diverged = self._trained(prepared, config)
