@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, TopKLogitsWarper, TopPLogitsWarper
 
 from benchmarks.tiny import make_gpt2, make_llama, make_mistral, make_tokenizer, tiny_config
-from folora.calibration.calibration_set import KIND, CalibrationSet
+from folora.calibration.calibration_set import CalibrationSet
 from folora.calibration.decoding import CHECK_EVERY, CudaGraphError, Forward, decode
 from folora.calibration.engine import HuggingFaceEngine, batch_size_for
 from folora.calibration.logits import MIXTURE, Decoding, decoding_of, inverse_cdf, warp_logits
@@ -435,9 +435,9 @@ def test_a_sealed_set_with_wrong_contents_is_named(
 ) -> None:
     good = {"tokens": torch.arange(6), "lengths": torch.tensor([3, 3])}
     said = {"sequences": [2, 1], "rejected": {}}
-    write_artifact(tmp_path / "set", KIND, good, said)
+    write_artifact(tmp_path / "set", CalibrationSet.kind, good, said)
     assert CalibrationSet.load(tmp_path / "set") == CalibrationSet([[0, 1, 2]], [[3, 4, 5]], {})
     bad = {name: t for name, t in {**good, **tensors}.items() if t is not None}
-    write_artifact(tmp_path / "set", KIND, bad, {**said, **facts})
+    write_artifact(tmp_path / "set", CalibrationSet.kind, bad, {**said, **facts})
     with pytest.raises(ArtifactError, match="set has unexpected contents"):
         CalibrationSet.load(tmp_path / "set")

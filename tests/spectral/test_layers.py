@@ -15,7 +15,7 @@ from folora.errors import ArtifactError, ConfigError, MismatchError, NumericsErr
 from folora.runtime.artifacts import read_artifact, write_artifact
 from folora.spectral.eigenproblem import generalized_eigenbasis
 from folora.spectral.groups import InputGroup
-from folora.spectral.layers import KIND, Spectrum, solve
+from folora.spectral.layers import Spectrum, solve
 from folora.spectral.moments import Moments
 
 GROUPS = tuple(
@@ -89,7 +89,7 @@ def spoiled(kind: str, folder: Path) -> Path:
     solve(*(Moments(m.matrices, 1, GROUPS[:2]) for m in (PRE, TASK)), tau=1e-3, null_rank=2).save(
         folder / "good"
     )
-    good = read_artifact(folder / "good", KIND)
+    good = read_artifact(folder / "good", Spectrum.kind)
     tensors, facts = dict(good.tensors), [dict(fact) for fact in good.manifest["groups"]]
     first: Any = facts[0]
     changes: dict[str, Callable[[], object]] = {
@@ -115,7 +115,7 @@ def spoiled(kind: str, folder: Path) -> Path:
     }
     changes[kind]() if kind in changes else None
     groups = {"no list": 3, "no facts": [3], "a mapping": {"layers": []}}.get(kind, facts)
-    write_artifact(folder / "spectrum", KIND, tensors, {"groups": groups})
+    write_artifact(folder / "spectrum", Spectrum.kind, tensors, {"groups": groups})
     return folder / "spectrum"
 
 

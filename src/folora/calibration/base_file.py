@@ -96,28 +96,17 @@ def write_base_file(
     moments: Moments,
     facts: Mapping[str, Any],
 ) -> None:
-    """Write a base file atomically.
-
-    Args:
-        path: The file to create or replace; see `check_base_target`.
-        samples: The calibration set.
-        moments: C_pre.
-        facts: Fingerprints of model and tokenizer, for the manifest.
-
-    Raises:
-        ArtifactError: It cannot be written.
-    """
-    tensors = samples.to_tensors()
+    """Write calibration set and C_pre atomically; `facts` identify model and tokenizer. Raises ArtifactError."""
+    tensors, written = samples.to_artifact()
     tensors |= {f"{n}/c_pre": packed(m.cpu().float()) for n, m in moments.matrices.items()}
     manifest = {
         "kind": KIND,
         "sha256": tensors_sha256(tensors),
         "versions": software_versions(),
-        "samples": samples.fingerprint,
+        "samples": written["fingerprint"],
         "held_out": len(samples.held_out),
         "rejected": samples.rejected,
-        "tokens": moments.tokens,
-        "groups": [group.fact for group in moments.groups],
+        **moments.to_artifact()[1],
         **facts,
     }
     header = {HEADER: json.dumps(sealed(manifest))}
@@ -125,14 +114,10 @@ def write_base_file(
 
 
 def check_base_target(path: Path, source: Path | None) -> None:
-    """Refuse a path where a base file must not be written.
-
-    Args:
-        path: The file to create or replace.
-        source: The base file that is read, if there is one.
+    """Refuse a path that is not a regular file, is the base file that is read, or was not written by folora.
 
     Raises:
-        ConfigError: `path` is not a regular file, is `source`, or was not written by folora.
+        ConfigError: With the reason.
     """
     check_target(path)
     if not path.exists():
@@ -151,10 +136,8 @@ def check_base_target(path: Path, source: Path | None) -> None:
 def read_base_manifest(path: Path, expected: Mapping[str, Any] | None = None) -> Facts:
     """Read and verify the manifest without reading the tensors.
 
-    Args:
-        path: The file.
-        expected: `fingerprints.model_facts` of the model to adapt. Another dtype is accepted if the weights
-            are the same; samples and C_pre were then computed in that dtype.
+    If `expected`, the `fingerprints.model_facts` of the model to adapt, has the same weights in another dtype,
+    the file is accepted; samples and C_pre were then computed in that dtype.
 
     Raises:
         ArtifactError: Missing, damaged, or not a base file.
@@ -197,21 +180,17 @@ def read_base_file(path: Path, expected: Mapping[str, Any] | None = None) -> Bas
         )
     with malformed_is_damaged(path):
         groups = [group_of(fact) for fact in manifest["groups"]]
-        samples = CalibrationSet.from_tensors(tensors, manifest["held_out"], manifest["rejected"])
+        written = {"sequences": [None, manifest["held_out"]], "rejected": manifest["rejected"]}
+        samples = CalibrationSet.from_artifact(tensors, written)
         triangles = {g.name: tensors[f"{g.name}/c_pre"] for g in groups}
         for g in groups:
-            triangle = triangles[g.name]
-            if triangle.shape != (_size(g.d_in),) or triangle.dtype != torch.float32:
+            triangle, size = triangles[g.name], g.d_in * (g.d_in + 1) // 2
+            if triangle.shape != (size,) or triangle.dtype != torch.float32:
                 raise ValueError(
-                    f"the triangle of {g.name} has {tuple(triangle.shape)} values of "
-                    f"{triangle.dtype}, but must have {_size(g.d_in)} of float32"
+                    f"the triangle of {g.name} has {tuple(triangle.shape)} values of {triangle.dtype}, "
+                    f"but must have {size} of float32"
                 )
     return BaseFile(samples, groups, triangles, manifest, path)
-
-
-def _size(d: int) -> int:
-    """Number of entries in the upper triangle of a (d, d) matrix."""
-    return d * (d + 1) // 2
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from folora.runtime.artifacts import read_artifact, write_artifact
+from folora.runtime.artifacts import Saveable
 from folora.runtime.fingerprints import tokens_fingerprint
-from folora.runtime.storage import malformed_is_damaged
-
-KIND = "calibration_set"  # in manifests
 
 
 @dataclass(frozen=True)
-class CalibrationSet:
+class CalibrationSet(Saveable):
     """Token sequences that the base model generated.
 
     Attributes:
@@ -26,6 +22,8 @@ class CalibrationSet:
         held_out: The same for the held-out sequences, on which forgetting is measured.
         rejected: Number of generated sequences that the filters rejected, by reason.
     """
+
+    kind: ClassVar[str] = "calibration_set"
 
     calibration: list[list[int]]
     held_out: list[list[int]]
@@ -36,50 +34,25 @@ class CalibrationSet:
         """SHA-256 of all tokens."""
         return tokens_fingerprint([*self.calibration, [], *self.held_out])
 
-    def save(self, folder: str | Path, facts: Mapping[str, Any] | None = None) -> None:
-        """Write a folder that `load` reads.
-
-        Args:
-            folder: The folder to create.
-            facts: JSON values for the manifest, such as fingerprints of the model.
-
-        Raises:
-            ArtifactError: It cannot be written.
-        """
-        counts = [len(self.calibration) + len(self.held_out), len(self.held_out)]
-        values = {"sequences": counts, "rejected": self.rejected, "fingerprint": self.fingerprint}
-        write_artifact(Path(folder), KIND, self.to_tensors(), {**(facts or {}), **values})
-
-    @classmethod
-    def load(cls, folder: str | Path, expected: Mapping[str, Any] | None = None) -> CalibrationSet:
-        """Read what `save` wrote.
-
-        Args:
-            folder: The folder.
-            expected: Values that the manifest must hold.
-
-        Raises:
-            ArtifactError: Missing, damaged, or not a calibration set.
-            MismatchError: A value differs from `expected`.
-        """
-        artifact = read_artifact(Path(folder), KIND, expected)
-        manifest = artifact.manifest
-        with malformed_is_damaged(folder):
-            held_out = manifest["sequences"][1]
-            return cls.from_tensors(artifact.tensors, held_out, manifest["rejected"])
-
-    def to_tensors(self) -> dict[str, Tensor]:
+    def to_artifact(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """``tokens``, all sequences concatenated, held-out ones last, and their ``lengths``; 1-D int64."""
         rows = [*self.calibration, *self.held_out]
         flat = [token for row in rows for token in row]
-        return {"tokens": torch.tensor(flat), "lengths": torch.tensor([len(row) for row in rows])}
+        tensors = {
+            "tokens": torch.tensor(flat),
+            "lengths": torch.tensor([len(row) for row in rows]),
+        }
+        counts = [len(rows), len(self.held_out)]
+        return tensors, {
+            "sequences": counts, "rejected": self.rejected, "fingerprint": self.fingerprint,
+        }  # fmt: skip
 
     @classmethod
-    def from_tensors(
-        cls, tensors: Mapping[str, Tensor], held_out: int, rejected: dict[str, int]
+    def from_artifact(
+        cls, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]
     ) -> CalibrationSet:
-        """Inverse of `to_tensors`. Raises ValueError if lengths and tokens do not match."""
-        tokens, counts = tensors["tokens"], tensors["lengths"]
+        """Inverse of `to_artifact`. Raises ValueError if lengths and tokens do not match."""
+        tokens, counts, held_out = tensors["tokens"], tensors["lengths"], manifest["sequences"][1]
         if any(t.dtype != torch.int64 or t.ndim != 1 for t in (tokens, counts)):
             raise ValueError("tokens and lengths are not 1-D int64")
         lengths = counts.tolist()
@@ -91,4 +64,4 @@ class CalibrationSet:
             raise ValueError(f"{int(tokens.min())} is not a token id")
         rows = [row.tolist() for row in tokens.split(lengths)]
         cut = len(rows) - held_out
-        return cls(rows[:cut], rows[cut:], rejected)
+        return cls(rows[:cut], rows[cut:], manifest["rejected"])

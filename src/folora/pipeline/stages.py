@@ -14,7 +14,6 @@ from typing import Any
 
 from folora.adapters.initialization import NEED_NULL_BASIS, NEED_WHOLE_BASIS
 from folora.calibration.base_file import BaseFile, read_base_file, read_base_manifest
-from folora.calibration.calibration_set import KIND as CALIBRATION_SET
 from folora.calibration.calibration_set import CalibrationSet
 from folora.calibration.engine import Engine, with_batch_size
 from folora.calibration.measuring import early_stopping, measure
@@ -31,9 +30,7 @@ from folora.runtime.progress import progress
 from folora.runtime.storage import json_fingerprint
 from folora.spectral.eigenproblem import BASES
 from folora.spectral.groups import InputGroup
-from folora.spectral.layers import KIND as SPECTRUM
 from folora.spectral.layers import Spectrum, solve
-from folora.spectral.moments import KIND as MOMENTS
 from folora.spectral.moments import Moments
 
 logger = logging.getLogger(__name__)
@@ -51,7 +48,7 @@ class Samples(Stage[CalibrationSet]):
         engine: Generates the text; default is the context's engine, created if needed.
     """
 
-    path, kind, command = "1-samples/set", CALIBRATION_SET, "sample"
+    path, kind, command = "1-samples/set", CalibrationSet.kind, "sample"
 
     def __init__(
         self,
@@ -129,7 +126,7 @@ class BaseSamples(Stage[CalibrationSet]):
 class _Measured(Stage[Moments]):
     """Second moments of the inputs of the adapted layers."""
 
-    kind, command = MOMENTS, "measure"
+    kind, command = Moments.kind, "measure"
 
     def facts(self) -> dict[str, Any]:
         """Fingerprints of the model and of the layers."""
@@ -222,7 +219,7 @@ class Solved(Stage[Spectrum]):
         task: C_task.
     """
 
-    path, kind, command = "3-spectrum", SPECTRUM, "solve"
+    path, kind, command = "3-spectrum", Spectrum.kind, "solve"
 
     def __init__(
         self, context: Context, keep: StageResult[Moments], task: StageResult[Moments]

@@ -8,11 +8,12 @@ checksum of the tensors. Both are verified on reading.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -23,6 +24,7 @@ from folora.runtime.memory import check_fits_memory
 from folora.runtime.storage import (
     Facts,
     file_sha256,
+    malformed_is_damaged,
     read_json,
     sealed,
     unsealed,
@@ -38,6 +40,51 @@ class Artifact:
 
     tensors: dict[str, Tensor]
     manifest: Facts
+
+
+class Saveable(ABC):
+    """An object that is saved as an artifact and loaded in any process."""
+
+    kind: ClassVar[str]
+    """Type of artifact, in its manifest."""
+
+    @abstractmethod
+    def to_artifact(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors by name, and JSON values for the manifest."""
+
+    @classmethod
+    @abstractmethod
+    def from_artifact(cls, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> Self:
+        """Inverse of `to_artifact`. Raises ValueError, or an error of a missing name or wrong type."""
+
+    def save(self, folder: str | Path, facts: Mapping[str, Any] | None = None) -> None:
+        """Write a folder that `load` reads.
+
+        Args:
+            folder: The folder to create.
+            facts: JSON values for the manifest, such as fingerprints of the model.
+
+        Raises:
+            ArtifactError: It cannot be written.
+        """
+        tensors, values = self.to_artifact()
+        write_artifact(Path(folder), self.kind, tensors, {**(facts or {}), **values})
+
+    @classmethod
+    def load(cls, folder: str | Path, expected: Mapping[str, Any] | None = None) -> Self:
+        """Read what `save` wrote.
+
+        Args:
+            folder: The folder.
+            expected: Values that the manifest must hold.
+
+        Raises:
+            ArtifactError: Missing, damaged, or of another kind.
+            MismatchError: A value differs from `expected`.
+        """
+        artifact = read_artifact(Path(folder), cls.kind, expected)
+        with malformed_is_damaged(folder):
+            return cls.from_artifact(artifact.tensors, artifact.manifest)
 
 
 def software_versions() -> dict[str, str]:

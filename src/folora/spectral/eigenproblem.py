@@ -16,6 +16,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -57,15 +58,11 @@ class Eigenpairs:
 
 
 def checked_moment(matrix: Tensor, what: str) -> Float64[Tensor, "d d"]:
-    """Validate a second moment and return it as a symmetric float64 matrix.
-
-    Args:
-        matrix: Shape (d, d), floating point.
-        what: Name for messages, such as ``"C_pre of model.layers.0.mlp.up_proj"``.
+    """Validate a second moment (d, d) and return it as a symmetric float64 matrix.
 
     Raises:
         NumericsError: Wrong shape or dtype, NaN or Inf, asymmetric, or with an eigenvalue that is
-            negative beyond rounding.
+            negative beyond rounding. The message begins with `what`.
     """
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.shape[0] == 0:
         raise NumericsError(f"{what} has shape {tuple(matrix.shape)}, but must be square")
@@ -131,11 +128,8 @@ def generalized_eigenbasis(
     gamma, rotation = largest_eigenpairs(reduced, directions, name)
     basis = torch.linalg.solve_triangular(lower.T, rotation, upper=True)
 
-    identity = torch.eye(len(gamma), dtype=gamma.dtype, device=gamma.device)
-    orthogonality = float((basis.T @ h @ basis - identity).abs().max())
-    image = basis.T @ task @ basis
-    scale = max(float(gamma.abs().max()), torch.finfo(torch.float64).tiny)
-    diagonality = float((image - torch.diag(gamma)).abs().max()) / scale
+    orthogonality = _largest_entry(_ridged(basis.T @ h @ basis, -1.0))
+    diagonality = _diagonality(basis.T @ task @ basis, gamma)
     if not (orthogonality < 1e-2 and diagonality < 1e-2):
         raise NumericsError(
             f"{name}: the eigenbasis is inaccurate: max|T'HT - I| is {orthogonality:.3g} and "
@@ -164,29 +158,38 @@ def pretraining_eigenbasis(
     tau: float = TAU,
     name: str = "layer",
     directions: int | None = None,
+    symmetric: bool = False,
 ) -> Eigenpairs:
     """Ablation: T = V Lambda^(-1/2) with H = V Lambda V', a basis from C_pre only.
 
-    Columns are scored by their Rayleigh quotient, gamma_i = t_i' C_task t_i, so that only the basis
-    differs from `generalized_eigenbasis`; `Eigenpairs.diagonality` is its distance from diagonalizing
-    C_task. Arguments and errors as there.
+    If `symmetric`, T = V Lambda^(-1/2) V' = H^(-1/2), not rotated towards the task. Columns are scored by
+    their Rayleigh quotient, gamma_i = t_i' C_task t_i, so that only the basis differs from
+    `generalized_eigenbasis`; `Eigenpairs.diagonality` is its distance from diagonalizing C_task. Other
+    arguments and errors as there.
     """
-    return _whitened(c_pre, c_task, tau, name, directions, symmetric=False)
-
-
-def symmetric_whitening(
-    c_pre: Tensor,
-    c_task: Tensor,
-    *,
-    tau: float = TAU,
-    name: str = "layer",
-    directions: int | None = None,
-) -> Eigenpairs:
-    """Ablation: T = H^(-1/2), symmetric whitening, not rotated towards the task.
-
-    Columns are scored as in `pretraining_eigenbasis`. Arguments and errors as there.
-    """
-    return _whitened(c_pre, c_task, tau, name, directions, symmetric=True)
+    pre, task, mean_power = _checked_pair(c_pre, c_task, tau, name)
+    values, vectors = eigh(pre, name)
+    values = values + tau
+    rounding = len(values) * torch.finfo(values.dtype).eps * float(values[-1])
+    if float(values[0]) <= rounding:
+        raise NumericsError(
+            f"{name}: C_pre + tau mean(diag) I has the eigenvalue {float(values[0]):.3g} at tau = "
+            f"{tau:g}, but must be positive definite. Raise tau."
+        )
+    basis = vectors / values.sqrt()
+    if symmetric:
+        basis = basis @ vectors.T
+    image = basis.T @ task @ basis
+    gamma, order = image.diagonal().clamp(min=0.0).sort(descending=True)
+    basis, image = basis[:, order], image[order][:, order]
+    return Eigenpairs(
+        basis=basis[:, :directions] / mean_power**0.5,
+        gamma=gamma[:directions],
+        tau=tau,
+        task_trace=float(task.diagonal().sum()) * mean_power,
+        orthogonality=_largest_entry(_ridged(basis.T @ _ridged(pre, tau) @ basis, -1.0)),
+        diagonality=_diagonality(image, gamma),
+    )
 
 
 Eigenbasis = Callable[..., Eigenpairs]
@@ -194,7 +197,7 @@ Eigenbasis = Callable[..., Eigenpairs]
 BASES: dict[str, Eigenbasis] = {
     "generalized": generalized_eigenbasis,
     "pretraining": pretraining_eigenbasis,
-    "whitening": symmetric_whitening,
+    "whitening": partial(pretraining_eigenbasis, symmetric=True),
 }
 
 
@@ -275,7 +278,7 @@ def off_diagonal_mass(c_pre: Tensor, c_task: Tensor, name: str = "layer") -> flo
 def _checked_pair(
     c_pre: Tensor, c_task: Tensor, tau: float, name: str
 ) -> tuple[Tensor, Tensor, float]:
-    """Both moments in float64 divided by the mean of C_pre's diagonal, and that mean."""
+    """Both moments in float64, divided by the mean of C_pre's diagonal, and that mean."""
     if not 0.0 <= tau < float("inf"):
         raise NumericsError(f"tau is {tau}, but must be finite and >= 0")
     if c_pre.shape != c_task.shape:
@@ -292,43 +295,6 @@ def _checked_pair(
             "cannot be measured. Leave the layer out of target_modules."
         )
     return pre / mean_power, task / mean_power, mean_power
-
-
-def _whitened(
-    c_pre: Tensor,
-    c_task: Tensor,
-    tau: float,
-    name: str,
-    directions: int | None,
-    *,
-    symmetric: bool,
-) -> Eigenpairs:
-    """V Lambda^(-1/2) of H = V Lambda V', times V' if symmetric."""
-    pre, task, mean_power = _checked_pair(c_pre, c_task, tau, name)
-    values, vectors = eigh(pre, name)
-    values = values + tau
-    rounding = len(values) * torch.finfo(values.dtype).eps * float(values[-1])
-    if float(values[0]) <= rounding:
-        raise NumericsError(
-            f"{name}: C_pre + tau mean(diag) I has the eigenvalue {float(values[0]):.3g} at tau = "
-            f"{tau:g}, but must be positive definite. Raise tau."
-        )
-    basis = vectors / values.sqrt()
-    if symmetric:
-        basis = basis @ vectors.T
-    image = basis.T @ task @ basis
-    gamma, order = image.diagonal().clamp(min=0.0).sort(descending=True)
-    basis, image = basis[:, order], image[order][:, order]
-    error = _ridged(basis.T @ _ridged(pre, tau) @ basis, -1.0)
-    scale = max(float(gamma[0]), torch.finfo(torch.float64).tiny)
-    return Eigenpairs(
-        basis=basis[:, :directions] / mean_power**0.5,
-        gamma=gamma[:directions],
-        tau=tau,
-        task_trace=float(task.diagonal().sum()) * mean_power,
-        orthogonality=_largest_entry(error),
-        diagonality=float((image - torch.diag(gamma)).abs().max()) / scale,
-    )
 
 
 def _factor(pre: Tensor, tau: float, name: str) -> tuple[Tensor, Tensor, float]:
@@ -362,6 +328,12 @@ def _ridged(matrix: Tensor, ridge: float) -> Tensor:
 def _largest_entry(matrix: Tensor) -> float:
     """max |entry|; not finite if any entry is not finite."""
     return float(torch.linalg.vector_norm(matrix, math.inf))
+
+
+def _diagonality(image: Tensor, gamma: Tensor) -> float:
+    """max |image - diag(gamma)| over max(gamma)."""
+    scale = max(_largest_entry(gamma), torch.finfo(torch.float64).tiny)
+    return _largest_entry(image - torch.diag(gamma)) / scale
 
 
 def _congruent(lower: Tensor, symmetric: Tensor) -> Tensor:

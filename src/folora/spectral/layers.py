@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,14 +13,11 @@ from torch import Tensor
 from folora.config import TAU
 from folora.errors import ConfigError, MismatchError
 from folora.runtime import distributed
-from folora.runtime.artifacts import read_artifact, write_artifact
+from folora.runtime.artifacts import Saveable
 from folora.runtime.shapes import Float
-from folora.runtime.storage import malformed_is_damaged
 from folora.spectral.eigenproblem import Eigenbasis, generalized_eigenbasis, smallest_eigenvectors
 from folora.spectral.groups import InputGroup, group_of
 from folora.spectral.moments import Moments
-
-KIND = "spectrum"  # in manifests
 
 
 @dataclass(frozen=True)
@@ -54,12 +50,14 @@ def check_rank(groups: Iterable[InputGroup], r: int) -> None:
 
 
 @dataclass(frozen=True)
-class Spectrum(Sequence[GroupBasis]):
+class Spectrum(Sequence[GroupBasis], Saveable):
     """The eigenbases of all adapted layers, one for each distinct input.
 
     Attributes:
         bases: In the order of the forward pass.
     """
+
+    kind: ClassVar[str] = "spectrum"
 
     bases: tuple[GroupBasis, ...]
 
@@ -74,40 +72,21 @@ class Spectrum(Sequence[GroupBasis]):
         """The layers of each input."""
         return tuple(basis.group for basis in self.bases)
 
-    def save(self, folder: str | Path, facts: Mapping[str, Any] | None = None) -> None:
-        """Write a folder that `load` reads.
-
-        Args:
-            folder: The folder to create.
-            facts: JSON values for the manifest, such as fingerprints of the model.
-
-        Raises:
-            ArtifactError: It cannot be written.
-        """
+    def to_artifact(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """``NAME/basis``, ``NAME/gamma`` and ``NAME/null_basis`` of each group, and the groups."""
         tensors: dict[str, Tensor] = {}
         for b in self.bases:
             tensors |= {f"{b.group.name}/basis": b.basis, f"{b.group.name}/gamma": b.gamma}
             if b.null_basis is not None:
                 tensors[f"{b.group.name}/null_basis"] = b.null_basis
-        groups = [{**b.group.fact, "task_trace": b.task_trace} for b in self.bases]
-        write_artifact(Path(folder), KIND, tensors, {**(facts or {}), "groups": groups})
+        return tensors, {
+            "groups": [{**b.group.fact, "task_trace": b.task_trace} for b in self.bases]
+        }
 
     @classmethod
-    def load(cls, folder: str | Path, expected: Mapping[str, Any] | None = None) -> Spectrum:
-        """Read what `save` wrote.
-
-        Args:
-            folder: The folder.
-            expected: Values that the manifest must hold.
-
-        Raises:
-            ArtifactError: Missing, damaged, or not a spectrum.
-            MismatchError: A value differs from `expected`.
-        """
-        artifact = read_artifact(Path(folder), KIND, expected)
-        with malformed_is_damaged(folder):
-            facts = artifact.manifest["groups"]
-            return cls(tuple(_basis_of(artifact.tensors, fact) for fact in facts))
+    def from_artifact(cls, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> Spectrum:
+        """Inverse of `to_artifact`."""
+        return cls(tuple(_basis_of(tensors, fact) for fact in manifest["groups"]))
 
 
 def solve(
@@ -174,11 +153,11 @@ def solve(
         return solved
 
     own = iter(distributed.raise_together(solve_shard))
-    owners = (number % distributed.count() for number in range(len(groups)))
-    # Broadcast the bytes: another process might round differently.
-    bases = [
-        distributed.broadcast(next(own) if o == distributed.rank() else None, o) for o in owners
-    ]
+    bases = []
+    for number in range(len(groups)):  # broadcast: another process might round differently
+        owner = number % distributed.count()
+        mine = next(own) if owner == distributed.rank() else None
+        bases.append(distributed.broadcast(mine, owner))
     return Spectrum(tuple(bases))  # type: ignore[arg-type]
 
 
@@ -195,9 +174,7 @@ def _one_thread_each(
     try:
         yield from pool.map(work, groups)
     finally:
-        pool.shutdown(
-            wait=False, cancel_futures=True
-        )  # do not wait for LAPACK after an interruption
+        pool.shutdown(wait=False, cancel_futures=True)  # after an interruption LAPACK goes on
         torch.set_num_threads(threads)  # the setting is partly global
 
 
