@@ -170,10 +170,10 @@ def text_table(found: Mapping[str, Any]) -> Table:
         for length in sorted({length for length, _ in cells})
     )
     return Table(
-        ("tokens a sequence", *(f"{tokens:,} in all" for tokens in amounts)),
+        ("tokens per sequence", *(f"{tokens:,} tokens" for tokens in amounts)),
         rows,
-        f"{found['model']}, {found['inputs']} shared inputs, {found['directions']} directions: share of what the "
-        "best directions are worth on other text of the model's own / on WikiText-2, the mean over "
+        f"{found['model']}, {found['inputs']} shared inputs, {found['directions']} eigenvectors: their utility as a share "
+        "of that of the best directions, on other self-generated text / on WikiText-2, mean over "
         f"{', '.join(_targets(found['text']))}.",
     )
 
@@ -188,7 +188,7 @@ def rows_table(found: Mapping[str, Any]) -> Table:
             (target, *(f"{share[target, count]:.3f}" for count in counts))
             for target in _targets(found["rows"])
         ),
-        f"{found['model']}: share of what the best directions are worth on {ROWS[-1]} other rows.",
+        f"{found['model']}: utility of the eigenvectors on {ROWS[-1]} other rows, as a share of that of the best directions.",
     )
 
 

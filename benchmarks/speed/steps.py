@@ -1,7 +1,7 @@
 """Training steps by mode, beside plain LoRA with torch's fused AdamW, all in the same minutes.
 
-Every mode has a model of its own with the same random weights, and takes its step in turn; the order
-is another one in every round, so that what else the machine does falls on all alike.
+Every mode has its own model with the same random weights. In each round every mode takes one step, in
+shuffled order, so that other load on the machine affects all modes alike.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from folora.training.optimizer import param_groups
 
 @dataclass(frozen=True)
 class Mode:
-    """What a row of the table stands for.
+    """A row of the table.
 
     Attributes:
-        about: What it is.
+        about: Its name in the table.
         start: As in `attach`.
         columns: Columns of the bases: ``"r"`` for the rank, or all.
         plain: Stepped by ``torch.optim.AdamW(fused=True)``.
@@ -50,17 +50,17 @@ class Mode:
 
 MODES = {
     "lora": Mode("PEFT's LoRA, fused AdamW", "kaiming", plain=True, peft=True),
-    "folora": Mode("folora, r directions"),
-    "folora-4r": Mode("folora, 4 r directions", columns="4r"),
-    "folora-all": Mode("folora, all directions", columns="all"),
-    "folora-null": Mode("folora, all directions, null-space start", "null_space", "all"),
+    "folora": Mode("folora, r eigenvectors"),
+    "folora-4r": Mode("folora, 4 r eigenvectors", columns="4r"),
+    "folora-all": Mode("folora, all eigenvectors", columns="all"),
+    "folora-null": Mode("folora, all eigenvectors, null-space initialization", "null_space", "all"),
     "oplora": Mode("OPLoRA, fused AdamW", "kaiming", plain=True, protect=True),
 }
 BASELINE = "lora"
 
 
 class Contender:
-    """One mode's model and optimizer, and what its steps took.
+    """One mode's model and optimizer, and the times of its steps.
 
     Args:
         mode: One of `MODES`.
@@ -104,7 +104,7 @@ class Contender:
         self.basis_bytes = sum(_basis_bytes(g) for g in found)
 
     def step(self, ids: Tensor) -> None:
-        """One step, with its times."""
+        """Take one step and record its times."""
         began = self._now()
         self.optimizer.zero_grad()
         loss = self.model(input_ids=ids, labels=ids).loss
@@ -116,7 +116,7 @@ class Contender:
         self.optimizer_seconds.append(ended - before)
 
     def peak_bytes(self, ids: Tensor) -> int:
-        """Most bytes of tensors alive on the device at once in a step after the first."""
+        """Largest number of bytes of tensors alive on the device at once, in a step after the first."""
         self.step(ids)
         self.optimizer.zero_grad()
         gc.collect()
@@ -143,7 +143,7 @@ class Contender:
 def race(
     contenders: Iterable[Contender], ids: Tensor, rounds: int, tick: Callable[[], None]
 ) -> None:
-    """A step of every contender in every round, in another order each time; the first is not counted."""
+    """One step of every contender per round, in shuffled order; the first round is not counted."""
     order, shuffle = list(contenders), random.Random(0)
     for number in range(rounds + 1):
         shuffle.shuffle(order)
@@ -157,7 +157,7 @@ def race(
 
 
 def random_batch(tokens: int, length: int, device: torch.device) -> Tensor:
-    """Rows of a length, so many tokens in all."""
+    """Rows of `length` random tokens, `tokens` in all."""
     generator = torch.Generator().manual_seed(0)
     shape = (max(1, tokens // length), min(tokens, length))
     return torch.randint(3, VOCABULARY, shape, generator=generator).to(device)
@@ -168,7 +168,7 @@ def _basis_bytes(group: dict[str, Any]) -> int:
 
 
 def peak_of(work: Callable[[], None]) -> int:
-    """Most bytes that `work` had allocated on the CPU at once, by the profiler's account."""
+    """Largest number of bytes that `work` had allocated on the CPU at once, from the profiler."""
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:

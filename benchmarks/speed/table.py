@@ -1,4 +1,4 @@
-"""Tables of docs/speed.md from what `benchmarks.speed` left behind."""
+"""Tables of docs/speed.md and its appendix, from the results of `benchmarks.speed`."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ LARGER = {
     "32B (Qwen3)": Shape(5120, 25600, 64, 8, 128, 64, 32.8e9, 128),
     "70B (LLaMA 3)": Shape(8192, 28672, 64, 8, 128, 80, 70.6e9, 128),
 }
-STEPS_OF = (4096, 65536)  # tokens a step, to which times are carried over
+STEPS_OF = (4096, 65536)  # tokens per step that times are extrapolated to
 RANK = 16
 
 
 def same_forward(mode: str) -> bool:
-    """Whether a mode's forward and backward pass are plain LoRA's, and only the optimizer differs."""
+    """Whether a mode has plain LoRA's forward and backward pass and differs in the optimizer only."""
     return MODES[mode].start in ("eigen", "kaiming") and not MODES[mode].protect
 
 
 def step_table(result: Mapping[str, Any]) -> Table:
-    """Time and memory of a step by mode, over LoRA's."""
+    """Time and memory of a step by mode, relative to LoRA's."""
     steps, shape = result["steps"], SHAPES[result["shape"]]
     modes = steps["modes"]
     passes = {m: _passes(modes[m]) for m in modes}
@@ -54,25 +54,40 @@ def step_table(result: Mapping[str, Any]) -> Table:
                 _size(found["basis_bytes"] * shape.blocks / steps["blocks"]),
             )
         )
-    carried = [f"at {tokens // 1024}k tokens (%)" for tokens in STEPS_OF]
+    extrapolated = [f"at {tokens // 1024}k tokens (%)" for tokens in STEPS_OF]
     header = (
-        "mode", "optimizer (ms)", "step over LoRA (%)", *carried, "peak memory over LoRA (%)",
-        "bases, whole model",
+        "mode", "optimizer (ms)", "step over LoRA (%)", *extrapolated, "peak memory over LoRA (%)",
+        "eigenvectors, whole model",
     )  # fmt: skip
     threads = result["machine"].get("threads")
     on = result["machine"]["device"] + (f", {threads} threads" if threads else "")
     caption = (
         f"{result['shape']}, r {shape.r}, {steps['blocks']} of {shape.blocks} blocks, {steps['tokens']} "
-        f"tokens a step, {steps['dtype']}, on {on}. Median (quartiles) of "
-        f"{len(modes[BASELINE]['step_seconds'])} rounds, ratios within a round. Carried over: forward and "
-        "backward as long as the tokens, the optimizer as measured. Memory: tensors alive at once. "
+        f"tokens per step, {steps['dtype']}, on {on}. Median (quartiles) of "
+        f"{len(modes[BASELINE]['step_seconds'])} rounds, ratios within a round. Extrapolated to other numbers of tokens: "
+        "forward and backward in proportion, the optimizer as measured. Memory: largest sum of tensors alive at once. "
         f"`{result['command']}`"
     )
     return Table(header, tuple(rows), caption)
 
 
+def cost_table(results: Sequence[Mapping[str, Any]]) -> Table:
+    """Overhead over LoRA by shape and device: step time and peak memory, by default and with all eigenvectors."""
+    rows = []
+    for result in results:
+        of_mode = dict(zip(result["steps"]["modes"], step_table(result).rows, strict=True))
+        rows.append((_named(result), *of_mode["folora"][3:6], *of_mode["folora-all"][3:6]))
+    overhead = [*(f"step, {tokens // 1024}k tokens" for tokens in STEPS_OF), "memory"]
+    header = ("shape", *overhead, *(f"all: {title}" for title in overhead))
+    caption = (
+        "Overhead over PEFT's LoRA with fused AdamW, in %: step time at so many tokens per step, and peak memory; by "
+        "default (r eigenvectors) and with all eigenvectors."
+    )
+    return Table(header, tuple(rows), caption)
+
+
 def setup_table(results: Sequence[Mapping[str, Any]]) -> Table:
-    """Statistics beside a forward pass, and PEFT's preprocessing; one block."""
+    """Second moments relative to a forward pass, and PEFT's preprocessing; one block."""
     rows = []
     for result in results:
         setup = result["setup"]
@@ -88,14 +103,14 @@ def setup_table(results: Sequence[Mapping[str, Any]]) -> Table:
             )
         )
     header = (
-        "shape", "forward pass (ms / 1000 tokens)", "statistics over it (%)",
+        "shape", "forward pass (ms / 1000 tokens)", "second moments over it (%)",
         "PEFT's CorDA before training (s)", "PEFT's OSF (s)",
     )  # fmt: skip
     return Table(header, tuple(rows), "One block of each; median (quartiles).")
 
 
 def solve_table(results: Sequence[Mapping[str, Any]]) -> Table:
-    """Seconds of a solve by width."""
+    """Seconds of an eigenproblem by width."""
     rows = [
         (
             str(d),
@@ -106,12 +121,12 @@ def solve_table(results: Sequence[Mapping[str, Any]]) -> Table:
         for result in results
         for d, times in sorted(result["setup"]["solve"].items(), key=lambda item: int(item[0]))
     ]
-    header = ("width", "r", "first r directions (s)", "all (s)", "times")
+    header = ("width", "r", "r eigenvectors (s)", "all (s)", "ratio")
     return Table(header, tuple(rows), "One shared input, one thread; median (quartiles).")
 
 
 def sampling_table(results: Sequence[Mapping[str, Any]]) -> Table:
-    """Tokens a second of sampling, beside generate in a loop."""
+    """Tokens per second of sampling, and of `generate` in a loop."""
     rows = []
     for result in results:
         rates = result["setup"].get("sampling")
@@ -119,13 +134,13 @@ def sampling_table(results: Sequence[Mapping[str, Any]]) -> Table:
             times = [a / b for a, b in zip(rates["folora"], rates["loop"], strict=True)]
             row = (_spread(rates["folora"], ".0f"), _spread(rates["loop"], ".0f"))
             rows.append((_named(result), *row, _spread(times, ".1f")))
-    header = ("shape", "folora (tokens/s)", "loop over `generate` (tokens/s)", "times")
+    header = ("shape", "folora (tokens/s)", "loop over `generate` (tokens/s)", "ratio")
     caption = "All blocks and a vocabulary of 49152; the loop decodes one sequence at a time."
     return Table(header, tuple(rows), caption)
 
 
 def scale_table(results: Sequence[Mapping[str, Any]]) -> Table:
-    """Bytes by model, from its widths alone, and seconds of the solve by the cube of the width."""
+    """Bytes by model, computed from its widths, and seconds of the eigenproblems by the cube of the width."""
     by_width = {
         which: {
             int(d): median(times[which])
@@ -151,14 +166,14 @@ def scale_table(results: Sequence[Mapping[str, Any]]) -> Table:
             )
         )
     header = (
-        "model", f"bases, r {RANK}", "bases, r 128 (SmolLM2: 16)", "all",
-        "base file", "statistics over forward, operations (%)",
+        "model", f"eigenvectors, r {RANK}", "r 128 (SmolLM2: 16)", "all",
+        "base file", "second moments over forward, operations (%)",
         "solve, r", "solve, all",
     )  # fmt: skip
     caption = (
-        "Bytes of the whole model, one basis a shared input; C_pre and C_task take as much as all bases, "
-        "each. Solve: on one thread of the machine above, by the times of the widths, and for others by "
-        "the cube of the width from the widest that was measured."
+        "Bytes of the whole model, one basis per shared input; C_pre and C_task each take as much as all eigenvectors. "
+        "Solve: on one thread of the CPU above, from the measured widths; other widths are extrapolated by "
+        "the cube from the widest measured one."
     )
     return Table(header, tuple(rows), caption)
 
@@ -175,13 +190,13 @@ def _over(
     base: Mapping[str, Any],
     times: float,
 ) -> float:
-    """Share that a step of so many times the measured tokens takes more than LoRA's."""
+    """How much longer than LoRA's a step of `times` the measured tokens takes, as a fraction."""
     own, lora = (median(m["optimizer_seconds"]) for m in (mode, base))
     return (forward * times + own) / (base_forward * times + lora) - 1
 
 
 def _solve_seconds(shape: Shape, times: Mapping[int, float]) -> float:
-    """All inputs of a model one after the other; widths that were not measured by the cube."""
+    """All inputs of a model one after the other; unmeasured widths are extrapolated by the cube."""
     widest = max(times)
     widths = (shape.hidden, shape.heads * shape.head, shape.hidden, shape.inner)
     each = (times.get(d, times[widest] * (d / widest) ** 3) for d in widths)

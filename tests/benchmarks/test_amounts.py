@@ -60,12 +60,12 @@ def test_tables_of_measurements(tmp_path: Path) -> None:
     (tmp_path / "amounts" / "tiny.json").write_text(json.dumps(found))
     source = Source.load(tmp_path, tmp_path, tmp_path / "none.json")
     table = text_table(source.amounts_of("tiny"))
-    assert table.header == ("tokens a sequence", "256 in all", "512 in all")
+    assert table.header == ("tokens per sequence", "256 tokens", "512 tokens")
     assert table.rows == (
         ("64", "0.600 / 0.300", "–"),
         ("128", "0.400 / 0.200", "0.800 / 0.400"),
     )
-    assert "the mean over a, b." in table.caption
+    assert "mean over a, b." in table.caption
     assert rows_table(found).rows == (("a", "0.160", "0.320"), ("b", "0.160", "0.320"))
 
 
