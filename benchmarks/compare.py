@@ -24,7 +24,7 @@ import torch
 from benchmarks.plan import Plan, check_names
 from benchmarks.real.testbed import MODELS, RealTestbed
 from benchmarks.world.testbed import WorldTestbed, own_task
-from folora.calibration.measuring import measure
+from folora.calibration.moments import measure
 from folora.compare.comparison import Arm, Comparison, Score
 from folora.config import FoLoraConfig
 from folora.data.rows import text_examples

@@ -16,7 +16,7 @@ from benchmarks.tiny import make_llama, make_tokenizer, rows, tiny_config
 from folora.calibration.sampling import sample_sequences
 from folora.calibration.stopping import EarlyStopping, agreement, watched
 from folora.cli.main import main
-from folora.config import FIRST_LOOK, FoLoraConfig
+from folora.config import FIRST_LOOK, FoLoraConfig, SpectrumConfig
 from folora.pipeline.run import Run
 from folora.pipeline.stages import Shared
 from folora.runtime.storage import read_json
@@ -60,7 +60,7 @@ def test_more_text_lowers_the_penalty_until_convergence() -> None:
         return replace(moments(sequences), halves=halves)
 
     task = {n: moment(24, seed=i).float() for i, n in enumerate(names)}
-    stopping = EarlyStopping(measure, task, 1e-3, 1.0, 0.3, 6, 0.1)
+    stopping = EarlyStopping(measure, task, SpectrumConfig(), 6, 0.1)
     sequences = [list(range(20 * i, 20 * i + 20)) for i in range(1000)]
     said, costs = [], []
     for count in (8, 16, 64, 256, 1000):
@@ -69,7 +69,7 @@ def test_more_text_lowers_the_penalty_until_convergence() -> None:
     assert costs == sorted(costs, reverse=True)
     assert (said[0], said[-1]) == (False, True)
     assert [c <= 1.1 for c in costs] == said
-    at_once = EarlyStopping(measure, task, 1e-3, 1.0, 0.3, 6, 0.1)
+    at_once = EarlyStopping(measure, task, SpectrumConfig(), 6, 0.1)
     at_once(sequences)
     assert at_once.agreement().penalty == pytest.approx(costs[-1], rel=1e-3)
 
@@ -87,7 +87,7 @@ def test_moments_of_a_converged_first_check_are_reused(
         return Moments({}, 2, (), (half, other))
 
     task = {"one": moment(8, seed=9).float()}
-    stopping = EarlyStopping(measure, task, 1e-3, 1.0, 0.3, 3, 0.1, fits_in_memory)
+    stopping = EarlyStopping(measure, task, SpectrumConfig(), 3, 0.1, fits_in_memory)
     for check, count in enumerate((4, 10)[:converged_at], start=1):
         converged = stopping([[1]] * count)
         assert check > 1 or converged == (converged_at == 1)

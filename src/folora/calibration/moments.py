@@ -14,6 +14,7 @@ from itertools import chain, count, islice
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from folora.calibration.inputs import (
     Batch,
@@ -22,10 +23,13 @@ from folora.calibration.inputs import (
     minimal_forward_options,
     target_layers,
 )
+from folora.config import StatisticsConfig
+from folora.data.rows import Example, batches
 from folora.errors import DataError, NumericsError
 from folora.runtime import distributed
 from folora.runtime.contexts import evaluating, is_sharded
 from folora.runtime.memory import free_bytes
+from folora.runtime.progress import progress
 from folora.runtime.shapes import Float
 from folora.runtime.tensors import full_fp32_matmul
 from folora.spectral.groups import InputGroup
@@ -43,11 +47,9 @@ SHARE_OF_FREE = 0.5  # of an accelerator's memory; the rest is for the forward p
 
 
 def passes(groups: Sequence[InputGroup], room: float) -> list[list[InputGroup]]:
-    """Split groups, in their order, so that the matrices of each part fit.
+    """Split groups, in their order, so that the matrices of each part fit into `room` bytes.
 
-    Args:
-        groups: From `find_groups`.
-        room: Bytes for the matrices of a part; a larger group is a part by itself.
+    A larger group is a part by itself.
     """
     parts: list[list[InputGroup]] = []
     left = 0.0
@@ -66,11 +68,8 @@ def room_for_moments(
 ) -> float:
     """Bytes that second moments may take on a device, the same in all processes.
 
-    Args:
-        device: The model's device.
-        memory_gb: The limit in GB; None for half of the free memory of an accelerator, and no limit on
-            the CPU, where all matrices end up anyway.
-        taken: Bytes of memory that will be used for something else by then.
+    Without the limit `memory_gb` it is half of the free memory of an accelerator, of which `taken` bytes will
+    be used for something else by then; on the CPU, where all matrices end up anyway, there is no limit.
     """
     if memory_gb is not None:
         return memory_gb * 1e9
@@ -98,9 +97,34 @@ def calibrate(
     remaining = iter(batches)
     if (first := next(remaining, None)) is None:
         raise DataError("no batches to measure")
-    inputs = _inputs(first, _device(model))
+    inputs = _inputs(first, next(model.parameters()).device)
     groups = find_groups(model, target_layers(model, layers), inputs)
     return second_moments(model, groups, chain([first], remaining))
+
+
+def measure(
+    model: PreTrainedModel,
+    groups: Sequence[InputGroup],
+    examples: Sequence[Example],
+    config: StatisticsConfig,
+    what: str,
+    store: bool = True,
+) -> Moments:
+    """`second_moments` of `what` over examples, with progress, in as many passes as fit the memory.
+
+    If there are several passes, the matrices are on the host; if not `store`, this process keeps none.
+    """
+    parts = passes(groups, room_for_moments(model.device, config.memory_gb))
+    matrices: dict[str, Tensor] = {}
+    total = len(parts) * sum(len(e.input_ids) for e in examples)
+    with progress(f"measuring {what} (tokens)", total) as tick:
+        for part in parts:
+            batched = batches(examples, config.batch_size)
+            found = second_moments(model, part, batched, lambda n: tick(n, n))
+            if store:
+                several = len(parts) > 1
+                matrices |= {n: m.cpu() if several else m for n, m in found.matrices.items()}
+    return Moments(matrices, found.tokens, tuple(groups))
 
 
 def second_moments(
@@ -112,22 +136,18 @@ def second_moments(
 ) -> Moments:
     """Mean of x x' over the unmasked tokens of all batches, for every group.
 
-    With several processes the batches are sharded over them; all get the same matrices.
+    With several processes the batches are sharded over them; all get the same matrices, which are float32 and
+    on the device of their layer. Products are full float32, in any dtype or quantization of the model.
 
     Args:
-        model: The base model, any dtype or quantization; products are full float32.
+        model: The base model.
         groups: From `find_groups`.
-        batches: Model inputs, tensors with the batch first. Tokens whose ``attention_mask`` is 0 are
-            excluded; without a mask (packed rows, with ``position_ids``) none are. ``labels`` are ignored.
+        batches: As in `calibrate`; without a mask (packed rows, with ``position_ids``) all tokens count.
         on_batch: Called with the number of tokens of each batch, for progress.
-        apart: Groups that are also averaged over the even and the odd rows of all batches separately.
-
-    Returns:
-        One float32 matrix for each group, on its layer's device; with two `halves` if `apart` is not empty.
+        apart: Groups that are also averaged over the even and the odd rows of all batches: `Moments.halves`.
 
     Raises:
-        NumericsError: An activation is not finite; the layer is named.
-        DataError: No tokens, or a layer's input does not have the shape of the batch.
+        NumericsError, DataError: As `calibrate`.
     """
     leaders = {group.name: group for group in groups}
     halved = {group.name: group for group in apart}
@@ -154,7 +174,7 @@ def second_moments(
 
     sharded = is_sharded(model)
     counts = True
-    options, device = minimal_forward_options(model), _device(model)
+    options, device = minimal_forward_options(model), next(model.parameters()).device
 
     def accumulate_shard() -> None:
         nonlocal mask, even, counts
@@ -169,15 +189,17 @@ def second_moments(
             sizes = [len(next(iter(batch.values()))) for batch in together]
             if counts or sharded:  # the others need this process's shard of the weights
                 inputs = _inputs(together[own], device)
+                # An entry per token; the first tensor in another modality.
+                ids = inputs.get("input_ids", next(iter(inputs.values())))
                 given = inputs.get("attention_mask")
                 mask = None if given is None else given.bool()
                 if halved:
-                    if mask is None:
-                        mask = torch.ones_like(_ids(inputs), dtype=torch.bool)
-                    even = _even_rows(mask, row + sum(sizes[:own]))[mask]
+                    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+                    numbers = row + sum(sizes[:own]) + torch.arange(len(mask), device=device)
+                    even = (numbers % 2 == 0)[:, None].expand_as(mask)[mask]
                 model(**inputs, **options)
             if counts:
-                on_batch(int(_ids(inputs).numel() if mask is None else mask.sum()))
+                on_batch(int(ids.numel() if mask is None else mask.sum()))
             row += sum(sizes)
             if number % CHECK_EVERY == 0:  # fail early: a pass may take hours
                 distributed.raise_together(lambda: _check_finite(whole.matrices))
@@ -229,24 +251,9 @@ class _Accumulator:
         return Moments(self.matrices, tokens, tuple(groups.values()))
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
 def _inputs(batch: Batch, device: torch.device) -> Batch:
     """A batch without its labels, on a device."""
     return {name: value.to(device) for name, value in batch.items() if name != "labels"}
-
-
-def _ids(inputs: Batch) -> Tensor:
-    """The input with an entry per token: ``input_ids``, or the first tensor of another modality."""
-    return inputs.get("input_ids", next(iter(inputs.values())))
-
-
-def _even_rows(mask: Tensor, first: int) -> Tensor:
-    """Whether each token is in an even row; the shape of `mask`, whose first row has the number `first`."""
-    numbers = first + torch.arange(len(mask), device=mask.device)
-    return (numbers % 2 == 0)[:, None].expand_as(mask)
 
 
 def _check_finite(sums: dict[str, Tensor]) -> None:
@@ -263,15 +270,11 @@ def _check_finite(sums: dict[str, Tensor]) -> None:
 
 
 def add_upper_gram(total: Float[Tensor, "d d"], rows: Float[Tensor, "n d"]) -> None:
-    """Add x'x to the upper triangle of `total`, in place; entries below the diagonal are undefined.
+    """Add x'x to the upper triangle of a float32 `total`, in place; entries below the diagonal are undefined.
 
     Blocks below the diagonal are not computed, as the product is symmetric. On CUDA, 16-bit rows are not
     converted: products of two 16-bit numbers are exact in float32. Tensor cores truncate sums, so few rows
     are added at a time.
-
-    Args:
-        total: (d, d) float32.
-        rows: (n, d), any floating dtype.
     """
     if rows.is_cuda and torch.version.cuda is not None and rows.dtype.itemsize == 2:
         for part in rows.split(NARROW_ROWS):

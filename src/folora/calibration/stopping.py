@@ -15,8 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from folora.config import LAMBDA, S_MIN, TAU
+from folora.calibration.moments import passes, room_for_moments, second_moments
+from folora.config import FoLoraConfig, SpectrumConfig
+from folora.data.rows import batches, text_examples
+from folora.runtime.progress import progress
 from folora.spectral.eigenproblem import checked_moment, generalized_eigenbasis, spectral_gate
 from folora.spectral.groups import InputGroup
 from folora.spectral.moments import Moments
@@ -44,27 +48,17 @@ def agreement(
     c_pre: Tensor,
     c_task: Tensor,
     *,
-    tau: float = TAU,
-    lam: float = LAMBDA,
-    s_min: float = S_MIN,
     directions: int,
+    options: SpectrumConfig | None = None,
     name: str = "layer",
 ) -> Agreement:
-    """Compute eigenvectors with one C_pre, and evaluate v'Hv with another.
-
-    Args:
-        chosen_on: C_pre that the eigenvectors are computed with, (d, d).
-        c_pre: C_pre that they are evaluated with, (d, d).
-        c_task: C_task, (d, d).
-        tau: Relative ridge of both.
-        lam: The gate's lambda.
-        s_min: The gate's minimum.
-        directions: Number of leading eigenvectors; all if there are fewer.
-        name: Name of the layer, for messages.
+    """Compute leading eigenvectors with the C_pre `chosen_on`, and evaluate v'Hv with `c_pre`.
 
     Raises:
         NumericsError: See `generalized_eigenbasis`.
     """
+    options = options or SpectrumConfig()
+    tau, lam, s_min = options.tau, options.lam, options.s_min
     found = generalized_eigenbasis(chosen_on, c_task, tau=tau, name=name, directions=directions)
     tried, v = checked_moment(c_pre, f"C_pre of {name}"), found.basis
     ridge = tau * tried.diagonal().mean()
@@ -82,9 +76,7 @@ class EarlyStopping:
         measure: Returns second moments on sequences with `Moments.halves` of the watched inputs: of all
             inputs if its second argument is true, else of the watched ones.
         c_task: C_task of the watched inputs, by group name.
-        tau: Relative ridge.
-        lam: The gate's lambda, for the log.
-        s_min: The gate's minimum, for the log.
+        options: Ridge and gate.
         directions: Number of leading eigenvectors to test.
         tolerance: Largest mean of v'Hv - 1 on the other half at convergence. The gate converges earlier.
         fits_in_memory: Whether the matrices of all inputs fit into memory at once.
@@ -92,15 +84,13 @@ class EarlyStopping:
 
     measure: Callable[[Sequence[list[int]], bool], Moments]
     c_task: Mapping[str, Tensor]
-    tau: float
-    lam: float
-    s_min: float
+    options: SpectrumConfig
     directions: int
     tolerance: float
     fits_in_memory: bool = False
     _result: tuple[Sequence[list[int]], Moments] | None = None
     _seen: int = 0
-    _halves: tuple[dict[str, Tensor], dict[str, Tensor]] = field(default_factory=lambda: ({}, {}))
+    _sums: tuple[dict[str, Tensor], dict[str, Tensor]] = field(default_factory=lambda: ({}, {}))
     _tokens: list[int] = field(default_factory=lambda: [0, 0])
 
     def __call__(self, sequences: Sequence[list[int]]) -> bool:
@@ -108,12 +98,10 @@ class EarlyStopping:
         all_inputs = self.fits_in_memory and self._seen == 0
         moments = self.measure(sequences[self._seen :], all_inputs)
         self._seen = len(sequences)
-        for half, part in enumerate(moments.halves):
+        for half, (part, sums) in enumerate(zip(moments.halves, self._sums, strict=True)):
             self._tokens[half] += part.tokens
             for name, matrix in part.matrices.items():
-                total = matrix * part.tokens
-                sums = self._halves[half]
-                sums[name] = sums[name] + total if name in sums else total
+                sums[name] = sums.get(name, 0) + matrix * part.tokens
         found = self.agreement()
         logger.info(
             "after %d sequences: v'Hv of the leading eigenvectors is %.2f on the other half (converged: at "
@@ -130,17 +118,17 @@ class EarlyStopping:
 
     def agreement(self) -> Agreement:
         """The mean over the watched inputs and both roles of the halves."""
-        means = [
-            {name: total / self._tokens[half] for name, total in self._halves[half].items()}
-            for half in (0, 1)
-        ]
+        one, other = (
+            {name: total / tokens for name, total in sums.items()}
+            for sums, tokens in zip(self._sums, self._tokens, strict=True)
+        )
         found = [
             agreement(
-                means[half][name], means[1 - half][name], self.c_task[name],
-                tau=self.tau, lam=self.lam, s_min=self.s_min, directions=self.directions, name=name,
+                a[name], b[name], self.c_task[name],
+                directions=self.directions, options=self.options, name=name,
             )
-            for half in (0, 1)
-            for name in means[half]
+            for a, b in ((one, other), (other, one))
+            for name in a
         ]  # fmt: skip
         return Agreement(
             sum(a.penalty for a in found) / len(found), sum(a.gate for a in found) / len(found)
@@ -149,11 +137,45 @@ class EarlyStopping:
     @property
     def facts(self) -> dict[str, Any]:
         """The options that the decision depends on, for manifests."""
-        names = ("tau", "directions", "tolerance")
-        return {**{name: getattr(self, name) for name in names}, "watched": sorted(self.c_task)}
+        return {
+            "tau": self.options.tau,
+            "directions": self.directions,
+            "tolerance": self.tolerance,
+            "watched": sorted(self.c_task),
+        }
 
 
 def watched(groups: Sequence[InputGroup]) -> list[InputGroup]:
     """`WATCHED` of the groups, evenly spaced."""
     count = min(WATCHED, len(groups))
     return [groups[(2 * i + 1) * len(groups) // (2 * count)] for i in range(count)]
+
+
+def early_stopping(
+    model: PreTrainedModel,
+    groups: Sequence[InputGroup],
+    c_task: Mapping[str, Tensor],
+    config: FoLoraConfig,
+) -> EarlyStopping | None:
+    """The criterion for a model and C_task; None if sampling always runs to ``sampling.num_sequences``."""
+    tolerance = config.sampling.tolerance
+    if tolerance is None or not config.sampling.may_end_early:
+        return None
+    chosen = watched(groups)
+
+    def measured(sequences: Sequence[list[int]], all_groups: bool) -> Moments:
+        examples = text_examples(sequences)
+        texts = batches(examples, config.statistics.batch_size)
+        where = groups if all_groups else chosen
+        with progress("checking (tokens)", sum(map(len, sequences))) as tick:
+            return second_moments(model, where, texts, lambda n: tick(n, n), apart=chosen)
+
+    room = room_for_moments(model.device, config.statistics.memory_gb)
+    return EarlyStopping(
+        measured,
+        {group.name: c_task[group.name] for group in chosen},
+        config.spectrum,
+        config.directions or config.adapter.r,
+        tolerance,
+        fits_in_memory=len(passes(groups, room)) == 1,
+    )

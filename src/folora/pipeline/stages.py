@@ -16,9 +16,9 @@ from folora.adapters.initialization import NEED_NULL_BASIS, NEED_WHOLE_BASIS
 from folora.calibration.base_file import BaseFile, read_base_file, read_base_manifest
 from folora.calibration.calibration_set import CalibrationSet
 from folora.calibration.engine import Engine, with_batch_size
-from folora.calibration.measuring import early_stopping, measure
+from folora.calibration.moments import measure
 from folora.calibration.sampling import LazyEngine, sample_sequences, sampling_facts
-from folora.calibration.stopping import EarlyStopping
+from folora.calibration.stopping import EarlyStopping, early_stopping
 from folora.calibration.vllm import ENGINE
 from folora.config import FoLoraConfig
 from folora.data.rows import Example, TaskData, text_examples
