@@ -75,10 +75,7 @@ def _cache(model: Any, length: int) -> Cache:
 
 
 def generate_cache_options(model: Any, length: int) -> dict[str, Any]:
-    """Options with which ``generate`` uses the same cache as `Forward`, bitwise identical on the CPU.
-
-    Empty on an accelerator, where ``generate`` would compile the model for a static cache.
-    """
+    """Options with which ``generate`` uses the same cache as `Forward`; none on an accelerator, where it would compile."""
     if model.device.type != "cpu":
         return {}
     if _reads_static_cache(model):
@@ -89,9 +86,7 @@ def generate_cache_options(model: Any, length: int) -> dict[str, Any]:
 class Forward:
     """One decoding step for every row; on a GPU a CUDA graph after `EAGER_STEPS` steps.
 
-    Args:
-        model: In evaluation mode; see `is_steppable`.
-        length: Maximum number of tokens of a row.
+    The model is in evaluation mode and `is_steppable`; a row has at most `length` tokens.
     """
 
     def __init__(self, model: Any, length: int) -> None:
@@ -140,15 +135,15 @@ def decode(
     eos_ids: Sequence[int],
     max_new_tokens: int,
 ) -> Tensor:
-    """Decode until every row has ended.
+    """Decode until every row has ended; tokens of a row after its EOS are undefined.
 
     Args:
         forward: See `Forward`.
         start: The first token of every row, (rows, 1) int64.
         choose: Returns the next tokens, (rows,) int64, given the tokens so far, (rows, tokens) int64,
             and the logits, (rows, vocabulary), which it must not modify.
-        eos_ids: Tokens that end a row; later tokens of that row are undefined.
-        max_new_tokens: Maximum number of tokens per row.
+        eos_ids: Tokens that end a row.
+        max_new_tokens: Maximum number of tokens of a row.
 
     Returns:
         (rows, tokens) int64, without `start`.

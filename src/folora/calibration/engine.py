@@ -1,7 +1,4 @@
-"""Generate token sequences by number: the `Engine` interface, and an engine on a transformers model.
-
-`vllm` has an engine on a vLLM server.
-"""
+"""Generate token sequences by number: the `Engine` interface, and an engine on a transformers model."""
 
 from __future__ import annotations
 
@@ -69,18 +66,10 @@ def batch_size_for(
 ) -> int:
     """Number of sequences to decode at once, the same in all processes.
 
-    Args:
-        device: The model's device.
-        model_config: The model's transformers config.
-        itemsize: Bytes per value of the model's dtype.
-        config: If it sets ``batch_size``, that is returned.
-        processes: World size.
-        taken: Bytes of memory that will be used for something else by then.
-
-    Returns:
-        64, or on an accelerator the largest power of two from 64 to 1024 for which KV cache and logits
-        fit into a quarter of the free memory, and which leaves a batch for each process; at most 256
-        if sampling may stop early.
+    It is ``sampling.batch_size`` if set, else 64, or on an accelerator the largest power of two from 64 to 1024
+    for which KV cache and logits fit into a quarter of the free memory, of which `taken` bytes will be used
+    for something else by then, and which leaves a batch for each process; at most 256 if sampling may stop
+    early. `itemsize` is that of the model's dtype, in bytes.
     """
     if config.batch_size is not None or device.type == "cpu":
         return config.batch_size or BATCH_SIZES[0]
@@ -159,23 +148,19 @@ class HuggingFaceEngine:
             sampler = partial(
                 PerSequenceSampler, self.model, padded, self.eos_ids, self.config, self.seed, tick
             )
-            written = self._decode_stepwise(start, sampler(), most) if self.steps else None
-            if written is None:
+            if self.steps:
+                choose = sampler().choose
+                try:
+                    written = decode(Forward(self.model, most), start, choose, self.eos_ids, most)
+                except CudaGraphError as error:
+                    logger.warning(
+                        "decoding cannot use a CUDA graph and falls back to generate, which is slower: %s",
+                        error,
+                    )
+                    self.steps = False
+            if not self.steps:
                 written = self._decode_with_generate(start, sampler(), most)
         return [_until_eos(row, self.eos_ids) for row in written[: len(numbers)].tolist()]
-
-    def _decode_stepwise(
-        self, start: Tensor, sampler: PerSequenceSampler, most: int
-    ) -> Tensor | None:
-        try:
-            return decode(Forward(self.model, most), start, sampler.choose, self.eos_ids, most)
-        except CudaGraphError as error:
-            logger.warning(
-                "decoding cannot use a CUDA graph and falls back to generate, which is slower: %s",
-                error,
-            )
-            self.steps = False
-            return None
 
     def _decode_with_generate(
         self, start: Tensor, sampler: PerSequenceSampler, most: int
@@ -201,7 +186,5 @@ class HuggingFaceEngine:
 
 
 def _until_eos(row: list[int], eos_ids: list[int]) -> list[int]:
-    for position, token in enumerate(row):
-        if token in eos_ids:
-            return row[: position + 1]
-    return row
+    end = next((n for n, token in enumerate(row, start=1) if token in eos_ids), len(row))
+    return row[:end]

@@ -9,8 +9,9 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,22 +54,21 @@ def target_layers(
     linear = {n: dims for n, m in model.named_modules() if (dims := linear_dims(m)) is not None}
     if not linear:
         raise ConfigError(f"{type(model).__name__} has no linear layers to adapt")
+    ends = sorted({n.rsplit(".", 1)[-1] for n in linear})
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     if target_modules == "all-linear":
         names = [n for n in linear if model.get_submodule(n) is not head]
     elif isinstance(target_modules, str):
         names = [n for n in linear if re.fullmatch(target_modules, n)]
     else:
-        for target in target_modules:
-            if not any(_is_or_ends_with(n, target) for n in linear):
-                ends = sorted({n.rsplit(".", 1)[-1] for n in linear})
-                raise ConfigError(
-                    f"adapter.target_modules: {target!r} matches no linear layer"
-                    f"{nearest(target, ends)}; there are {ends}"
-                )
-        names = [n for n in linear if any(_is_or_ends_with(n, t) for t in target_modules)]
+        matches = {t: [n for n in linear if f".{n}".endswith(f".{t}")] for t in target_modules}
+        if unknown := [t for t, found in matches.items() if not found]:
+            raise ConfigError(
+                f"adapter.target_modules: {unknown[0]!r} matches no linear layer"
+                f"{nearest(unknown[0], ends)}; there are {ends}"
+            )
+        names = [n for n in linear if any(n in found for found in matches.values())]
     if not names:
-        ends = sorted({n.rsplit(".", 1)[-1] for n in linear})
         raise ConfigError(f"adapter.target_modules {target_modules!r} matches no layer of {ends}")
     if outputs := [n for n in names if model.get_submodule(n) is head]:
         raise ConfigError(
@@ -96,12 +96,8 @@ class LayerCall:
 def trace_calls(model: nn.Module, names: Iterable[str], batch: Batch) -> dict[str, list[LayerCall]]:
     """Record the calls of the named layers in one forward pass, in the order of the first calls.
 
-    Layers that are not called are missing from the result.
-
-    Args:
-        model: The base model (on the meta device, with a batch there, is enough).
-        names: Names of the layers.
-        batch: ``input_ids`` and ``attention_mask``, shape (batch, tokens); a small one is enough.
+    Layers that are not called are missing from the result. A small batch is enough, and model and batch may be
+    on the meta device.
     """
     found: dict[str, list[LayerCall]] = {}
     alive: list[Any] = []  # keeps ids unique during the pass
@@ -122,12 +118,7 @@ def trace_calls(model: nn.Module, names: Iterable[str], batch: Batch) -> dict[st
 def group_by_input(
     seen: Mapping[str, Sequence[LayerCall]], layers: Mapping[str, tuple[int, int]]
 ) -> list[InputGroup]:
-    """Group the layers whose first call has the same input tensor.
-
-    Args:
-        seen: From `trace_calls`.
-        layers: (d_in, d_out) by name of the layers to group, which must all be in `seen`.
-    """
+    """Group the layers whose first call, of those that `trace_calls` has seen, has the same input tensor."""
     sharing: dict[tuple[int, int], list[str]] = {}
     for name, calls in seen.items():
         if name in layers:
@@ -138,12 +129,7 @@ def group_by_input(
 def find_groups(
     model: nn.Module, layers: dict[str, tuple[int, int]], batch: Batch
 ) -> list[InputGroup]:
-    """Run one forward pass and group the layers with the same input tensor.
-
-    Args:
-        model: The base model (on the meta device, with a batch there, is enough).
-        layers: From `target_layers`.
-        batch: As in `trace_calls`.
+    """Run one forward pass and group the layers from `target_layers` with the same input tensor.
 
     Raises:
         ConfigError: The forward pass does not call a layer.
@@ -162,33 +148,23 @@ def layer_hooks(
     model: nn.Module,
     names: Iterable[str],
     before: Callable[[str, Any], None],
-    after: Callable[[str, Any], None] | None = None,
+    after: Callable[[str, Any], None] = lambda name, output: None,
 ) -> Iterator[None]:
-    """Call `before(name, input)` before each named layer runs and `after(name, output)` after it.
+    """Call `before(name, input)` before each named layer runs and `after(name, output)` after it."""
 
-    The hooks are removed at exit.
-    """
-    handles = []
+    def pre_hook(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        before(name, args[0] if args else next(iter(kwargs.values())))
 
-    def pre_hook(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            before(name, args[0] if args else next(iter(kwargs.values())))
+    def post_hook(name: str, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        after(name, output)
 
-        return hook
-
-    def post_hook(name: str, callback: Callable[[str, Any], None]) -> Callable[..., None]:
-        return lambda module, args, output: callback(name, output)
-
-    try:
+    with ExitStack() as handles:
         for name in names:
             module = model.get_submodule(name)
-            handles.append(module.register_forward_pre_hook(pre_hook(name), with_kwargs=True))
-            if after is not None:
-                handles.append(module.register_forward_hook(post_hook(name, after)))
+            pre = module.register_forward_pre_hook(partial(pre_hook, name), with_kwargs=True)
+            handles.enter_context(pre)
+            handles.enter_context(module.register_forward_hook(partial(post_hook, name)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def minimal_forward_options(model: nn.Module) -> dict[str, Any]:
@@ -201,7 +177,3 @@ def minimal_forward_options(model: nn.Module) -> dict[str, Any]:
 
 def _shape(value: Any) -> tuple[int, ...]:
     return tuple(value.shape) if isinstance(value, Tensor) else ()
-
-
-def _is_or_ends_with(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")

@@ -87,17 +87,16 @@ class PerSequenceSampler(LogitsProcessor):
         self.on_token = on_token
         self.is_sharded = is_sharded(model)
         self.non_finite = False
-        settings = [decoding_of(n) for n in numbers]
+        rows: dict[Decoding, list[int]] = {}
+        for row, number in enumerate(numbers):
+            rows.setdefault(decoding_of(number), []).append(row)
         self.rows = {
-            setting: torch.tensor([i for i, s in enumerate(settings) if s == setting]).to(
-                model.device
-            )
-            for setting in set(settings)
+            setting: torch.tensor(found, device=model.device)
+            for setting, found in rows.items()
             if not setting.is_plain
         }
-        self.uniforms = torch.stack(
-            [_uniforms(seed, number, config.max_new_tokens) for number in numbers]
-        ).to(model.device)
+        uniforms = [_uniforms(seed, number, config.max_new_tokens) for number in numbers]
+        self.uniforms = torch.stack(uniforms).to(model.device)
         self.eos_ids = eos_ids
         self.min_new_tokens = config.min_new_tokens
         self.step = 0
@@ -110,17 +109,14 @@ class PerSequenceSampler(LogitsProcessor):
     def choose(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """The next token of each row, (rows,) int64, given its tokens so far and its logits."""
         scores = scores.to(torch.float32, copy=True)
-        extremes = torch.stack(
-            scores.aminmax()
-        )  # aminmax propagates NaN; ten times as fast as isfinite of all
-        if not torch.isfinite(extremes).all():
+        # aminmax propagates NaN and is ten times as fast as isfinite of all.
+        if not torch.isfinite(torch.stack(scores.aminmax())).all():
             if not self.is_sharded:
-                where = first_non_finite_module(
-                    self.model, {"input_ids": input_ids, "use_cache": False}
-                )
+                inputs = {"input_ids": input_ids, "use_cache": False}
+                where = first_non_finite_module(self.model, inputs)
                 raise NumericsError(NON_FINITE_LOGITS.format(f": {where}"))
             self.non_finite = (
-                True  # no error yet: the others need this process in every forward pass
+                True  # raised later: the others need this process in every forward pass
             )
             scores = torch.zeros_like(scores)
         if self.step < self.min_new_tokens and self.eos_ids:

@@ -11,10 +11,12 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
+from itertools import count, islice, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field, TypeAdapter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from folora.calibration.calibration_set import CalibrationSet
@@ -31,7 +33,9 @@ from folora.runtime.storage import json_fingerprint, malformed_is_damaged, read_
 
 logger = logging.getLogger(__name__)
 
-LARGEST_VOCABULARY = 2**31
+_Token = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+BATCH = TypeAdapter(Annotated[list[list[_Token]], Field(strict=True, min_length=1)])
+"""The sequences in a shard; without any, reading would never advance."""
 MAX_ATTEMPTS_PER_SEQUENCE = 10
 MIN_ATTEMPTS = 256  # with none accepted, before giving up
 
@@ -76,10 +80,9 @@ def sample_sequences(
         start_id: First token of every sequence.
         eos_ids: Tokens that end a sequence; the filter ignores them.
         config: Counts and lengths.
-        shards: Folder with one file per batch; batches that are already there are not sampled again.
+        shards: Folder with a file per batch; batches that are already there are not sampled again.
         converged: Early-stopping criterion, called with all sequences for C_pre so far, at `FIRST_LOOK`
-            accepted sequences and at each doubling up to half of ``num_sequences``; sampling ends when it
-            returns True.
+            accepted sequences and at each doubling up to half of ``num_sequences``.
 
     Raises:
         DataError: Too many sequences are rejected; the reasons are named.
@@ -89,8 +92,7 @@ def sample_sequences(
     accepted: list[list[int]] = []
     rejected: Counter[str] = Counter()
     attempts = 0
-    check_points = _check_points(config.num_sequences) if converged else iter(())
-    check_point = next(check_points, None)
+    check_points = _check_points(config.num_sequences)
     with progress("sampling", config.num_sequences) as tick:
         for batch in _batches(engine, config.batch_size or BATCH_SIZES[0], shards):
             before = len(accepted)
@@ -104,11 +106,10 @@ def sample_sequences(
                     rejected[reason] += 1
                     continue
                 accepted.append([start_id, *tokens])
-                if converged and len(accepted) == check_point:  # before another batch is decoded
+                if converged and len(accepted) in check_points:  # before another batch is decoded
                     found = _split(accepted, config, rejected)
                     if converged(found.calibration):
                         return found
-                    check_point = next(check_points, None)
             tick(len(accepted) - before, sum(map(len, batch)))
             if len(accepted) == config.num_sequences:
                 break
@@ -131,12 +132,10 @@ def _split(
     return CalibrationSet(accepted[:cut], accepted[cut:], counted)
 
 
-def _check_points(maximum: int) -> Iterator[int]:
+def _check_points(maximum: int) -> set[int]:
     """Numbers of sequences at which convergence is tested: doublings up to half of the maximum."""
-    count = FIRST_LOOK
-    while 2 * count <= maximum:
-        yield count
-        count *= 2
+    doublings = (FIRST_LOOK * 2**n for n in count())
+    return {*takewhile(lambda number: 2 * number <= maximum, doublings)}
 
 
 def sampling_facts(
@@ -154,24 +153,16 @@ def sampling_facts(
     return {"sampling": json_fingerprint(settings)}
 
 
-class LazyEngine:
+def lazy_engine(make: Callable[[], Engine]) -> Engine:
     """An engine that is created on first use: finished shards need no model."""
-
-    def __init__(self, make: Callable[[], Engine]) -> None:
-        self.make = make
-        self.engine: Engine | None = None
-
-    def __call__(self, numbers: Sequence[int]) -> list[list[int]]:
-        """See `Engine`."""
-        if self.engine is None:
-            self.engine = self.make()
-        return self.engine(numbers)
+    made = cache(make)
+    return lambda numbers: made()(numbers)
 
 
 def _batches(engine: Engine, size: int, shards: Path | None) -> Iterator[list[list[int]]]:
     """Endless batches in the order of sequence numbers, from shards where they exist.
 
-    Each process decodes a batch at a time; rank 0 writes the files.
+    Each process decodes a batch at a time; rank 0 reads and writes the files.
     """
     number = 0
     ahead: dict[int, list[list[int]]] = {}
@@ -191,43 +182,29 @@ def _batches(engine: Engine, size: int, shards: Path | None) -> Iterator[list[li
         number += len(batch)
 
 
-def _shard(shards: Path, number: int) -> Path:
-    return shards / f"shard-{number:06d}.json"
+def _shard(shards: Path | None, number: int) -> Path | None:
+    """The file of the batch that begins with a number; None in memory."""
+    return None if shards is None else shards / f"shard-{number:06d}.json"
 
 
 def _stored(shards: Path | None, number: int) -> dict[int, list[list[int]]]:
     """The stored batch that begins with a number, if there is one. Raises ArtifactError."""
-    if shards is None or not _shard(shards, number).exists():
+    file = _shard(shards, number)
+    if file is None or not file.exists():
         return {}
-    return {number: _read_shard(_shard(shards, number))}
+    batch = read_sealed(file)["sequences"]
+    with malformed_is_damaged(file):
+        return {number: BATCH.validate_python(batch)}
 
 
 def _missing(shards: Path | None, number: int, size: int) -> list[int]:
     """The first numbers of the next batches that are not stored, one for each process."""
-    found: list[int] = []
-    while len(found) < distributed.count():
-        if shards is None or not _shard(shards, number).exists():
-            found.append(number)
-        number += size
-    return found
+    numbers = count(number, size)
+    missing = (n for n in numbers if (file := _shard(shards, n)) is None or not file.exists())
+    return [*islice(missing, distributed.count())]
 
 
 def _store(shards: Path | None, batches: Mapping[int, list[list[int]]]) -> None:
-    if shards is not None:
-        for number, batch in batches.items():
-            write_sealed(_shard(shards, number), {"sequences": batch})
-
-
-def _read_shard(file: Path) -> list[list[int]]:
-    """The sequences in a shard. Raises ArtifactError."""
-    batch = read_sealed(file)["sequences"]
-    with malformed_is_damaged(file):
-        if not batch:  # reading would never advance
-            raise ValueError("it has no sequences")
-        return [[_token(t) for t in row] for row in batch]
-
-
-def _token(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < LARGEST_VOCABULARY:
-        raise ValueError(f"{value!r:.80} is not a token id")
-    return value
+    for number, batch in batches.items():
+        if file := _shard(shards, number):
+            write_sealed(file, {"sequences": batch})

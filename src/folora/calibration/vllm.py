@@ -66,6 +66,7 @@ def find_server(url: str, config: SamplingConfig) -> Server:
     return Server(url, name)
 
 
+@dataclass(frozen=True)
 class VllmEngine:
     """An engine on a vLLM server; see `Engine`.
 
@@ -81,21 +82,12 @@ class VllmEngine:
         ServerError: From a call: the server does not answer, refuses, or its answer is invalid.
     """
 
-    def __init__(
-        self,
-        server: Server,
-        start_id: int,
-        eos_ids: Sequence[int],
-        config: SamplingConfig,
-        known: int,
-        seed: int = 0,
-    ) -> None:
-        self.server = server
-        self.start_id = start_id
-        self.eos_ids = list(eos_ids)
-        self.config = config
-        self.known = known
-        self.seed = seed
+    server: Server
+    start_id: int
+    eos_ids: Sequence[int]
+    config: SamplingConfig
+    known: int
+    seed: int = 0
 
     def __call__(self, numbers: Sequence[int]) -> list[list[int]]:
         """See `Engine`; all sequences are requested concurrently."""
@@ -130,17 +122,16 @@ class VllmEngine:
 
     def _request(self, number: int, setting: Decoding) -> dict[str, Any]:
         """The request for one sequence."""
-        config = self.config
         return {
             "model": self.server.name,
             "prompt": [self.start_id],
             "seed": stream_seed(self.seed, number),
-            "min_tokens": config.min_new_tokens,
-            "max_tokens": config.max_new_tokens,
+            "min_tokens": self.config.min_new_tokens,
+            "max_tokens": self.config.max_new_tokens,
             "temperature": setting.temperature,
             "top_p": setting.top_p,
             "top_k": setting.top_k,
-            "stop_token_ids": self.eos_ids,
+            "stop_token_ids": list(self.eos_ids),
             "ignore_eos": True,  # those of the server; ours are stop_token_ids
             "return_token_ids": True,
             # Defaults that a model's generation_config.json may change.
@@ -182,15 +173,9 @@ def engine_of(
     config: SamplingConfig,
     seed: int = 0,
 ) -> Engine:
-    """The engine that a config selects.
+    """The engine that a config selects: on `model`, or on a server.
 
-    Args:
-        model: Generates the text, or is the model that the server must serve; with ``sampler_model`` the
-            server's model is not verified.
-        start_id: First token of every sequence.
-        eos_ids: Tokens that end a sequence.
-        config: Lengths and server.
-        seed: Seed of the random streams, one for each sequence.
+    The server must serve this model; with ``sampler_model`` that is not verified.
 
     Raises:
         ConfigError: The model cannot generate; two tokens are decoded to find out.

@@ -17,7 +17,7 @@ from folora.calibration.base_file import BaseFile, read_base_file, read_base_man
 from folora.calibration.calibration_set import CalibrationSet
 from folora.calibration.engine import Engine, with_batch_size
 from folora.calibration.moments import measure
-from folora.calibration.sampling import LazyEngine, sample_sequences, sampling_facts
+from folora.calibration.sampling import lazy_engine, sample_sequences, sampling_facts
 from folora.calibration.stopping import EarlyStopping, early_stopping
 from folora.calibration.vllm import ENGINE
 from folora.config import FoLoraConfig
@@ -59,7 +59,7 @@ class Samples(Stage[CalibrationSet]):
     ) -> None:
         super().__init__(context)
         self.stopping, self.task = stopping, task
-        self.engine = engine or LazyEngine(context.engine)
+        self.engine = engine or lazy_engine(context.engine)
         self.config = with_batch_size(context.config.sampling, context.model)
 
     def request(self) -> dict[str, Any]:
