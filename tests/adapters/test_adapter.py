@@ -1,4 +1,4 @@
-"""The adapter changes nothing before the first step, and leaves as an ordinary LoRA adapter."""
+"""The adapter does not change the output before the first step, and is saved and exported as ordinary LoRA."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_nothing_changes_before_the_first_step(
         assert all(b.abs().sum() > 0 for _, b, _ in lora_factors(adapted).values())
 
 
-def test_base_logits_come_back(model: PreTrainedModel) -> None:
+def test_disabling_the_adapter_restores_the_base_output(model: PreTrainedModel) -> None:
     before = model(IDS).logits
     weights = copy.deepcopy(model.state_dict())
     adapted = trained(model)
@@ -58,7 +58,7 @@ def test_base_logits_come_back(model: PreTrainedModel) -> None:
         assert torch.equal(base.get(f"{stem}.base_layer.{leaf}", base.get(name)), value)
 
 
-def test_a_second_adapter_is_unharmed(model: PreTrainedModel) -> None:
+def test_two_adapters_do_not_affect_each_other(model: PreTrainedModel) -> None:
     config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     alone = PeftModel(copy.deepcopy(model), config, adapter_name="other")
     expected = alone(IDS).logits
@@ -88,7 +88,7 @@ def test_attaching_to_a_peft_model_adds_a_second_adapter() -> None:
     assert not any("second" in name for name, _ in again.named_buffers())
 
 
-def test_merge_and_unmerge(model: PreTrainedModel) -> None:
+def test_merging_and_unmerging_do_not_change_the_output(model: PreTrainedModel) -> None:
     adapted = trained(model)
     expected = adapted(IDS).logits
     for safe in (False, True):
@@ -100,8 +100,8 @@ def test_merge_and_unmerge(model: PreTrainedModel) -> None:
     assert_near(merged(IDS).logits, expected)
 
 
-def test_saved_and_loaded_state_goes_on(tmp_path: Path) -> None:
-    """A checkpoint by PEFT's save_pretrained keeps the start; loading it over a fresh one works."""
+def test_a_saved_adapter_loads_over_an_attached_one(tmp_path: Path) -> None:
+    """As saved by PEFT's ``save_pretrained``, with the frozen half."""
     adapted = trained(make_llama())
     adapted.save_pretrained(tmp_path)
     fresh = make_llama()
@@ -152,11 +152,11 @@ def test_merged_export(kind: str, tmp_path: Path) -> None:
     assert torch.equal(adapted(IDS).logits, expected)
 
 
-def test_export_of_a_zero_start_has_rank_r(tmp_path: Path) -> None:
+def test_an_export_with_b0_zero_has_rank_r(tmp_path: Path) -> None:
     assert export_adapter(trained(make_llama(), "eigen"), tmp_path / "a").rank == 4
 
 
-def test_cut_back_export_states_the_error(tmp_path: Path) -> None:
+def test_a_truncated_export_reports_its_error(tmp_path: Path) -> None:
     adapted = trained(make_llama())
     full = {n: s * b @ a for n, (a, b, s) in lora_factors(adapted).items()}
     report = export_adapter(adapted, tmp_path / "a", rank=3)
@@ -201,7 +201,7 @@ def test_norms_against_dense_matrices() -> None:
     assert total_norm(norms).frobenius >= max(n.frobenius for n in norms.values())
 
 
-def test_starts() -> None:
+def test_initializations() -> None:
     model = make_llama()
     (first, *_) = bases_for(model)
     a0 = leading_eigenvectors(first.basis, 4)
@@ -214,7 +214,7 @@ def test_starts() -> None:
         leading_eigenvectors(first.basis, 33)
 
 
-def test_refusals_leave_the_model_untouched() -> None:
+def test_a_refused_attach_leaves_the_model_unchanged() -> None:
     model = make_llama()
     bases = bases_for(model, r=2)
     names = [n for n, _ in model.named_modules()]
@@ -227,7 +227,7 @@ def test_refusals_leave_the_model_untouched() -> None:
     assert [n for n, _ in model.named_modules()] == names
 
 
-def test_h_norm_of_a_cut_basis_is_that_of_the_whole_or_not_known() -> None:
+def test_the_h_norm_of_a_truncated_basis_is_exact_or_nan() -> None:
     model = make_llama()
     bases = bases_for(model)
     adapted = attach(model, bases, R4)
@@ -251,7 +251,7 @@ def test_h_norm_of_a_cut_basis_is_that_of_the_whole_or_not_known() -> None:
     assert math.isnan(total_norm(update_norms(adapted, cut)).h_norm)
 
 
-def test_groups_hold_the_leading_columns_and_the_scale_of_their_gate() -> None:
+def test_groups_hold_the_leading_columns_and_the_gate_scale() -> None:
     model = make_llama()
     bases = bases_for(model)
     for b in bases:
@@ -278,5 +278,5 @@ def test_param_groups_share_a_basis_by_input() -> None:
     assert all("basis" not in g for g in plain)
     unscaled = param_groups(adapted, bases, lr=1e-3, step_scale="paper")
     assert (groups[0]["scale"] == 1, unscaled[0]["scale"] == 1) == (False, True)
-    for group, b in zip(groups, bases, strict=False):  # whole and fp32: there is one copy of it
+    for group, b in zip(groups, bases, strict=False):  # the whole basis in fp32 is not copied
         assert group["basis"].data_ptr() == b.basis.data_ptr()

@@ -68,7 +68,7 @@ ALIKE = frozenset(
         "falcon_mamba",
     ]
 )
-"""Layers like those of another case; tested with all the others."""
+"""Their layers are like those of another case; tested by `make architectures`."""
 WORKING, REFUSED = ([c for c in CASES if bool(c.refused) is refused] for refused in (False, True))
 
 
@@ -77,7 +77,7 @@ def named(cases: list[Case]) -> Any:
 
 
 def outlined(case: Case) -> Coverage:
-    """By the config alone, as `plan` and `run` do."""
+    """From the config alone, as in `plan` and `run`."""
     config = CONFIG.replace(model="tiny")
     return cover_config(config, tiny_config(case.kind, **case.changes))[1]
 
@@ -166,7 +166,7 @@ def test_the_documented_table_matches_the_cases() -> None:
     assert read_section("architectures")["rows"] == table()
 
 
-def test_a_model_with_an_adapter_is_refused_and_left_as_it_is() -> None:
+def test_a_model_with_an_adapter_is_refused_and_unchanged() -> None:
     model = build(CASES[0])
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
     for given in (adapted, model):
@@ -183,8 +183,8 @@ SOME = ["mixtral", "deepseek_v3", "mamba", "qwen3_next", "gemma3"]
 
 
 @named([c for c in WORKING if c.cannot_sample])
-def test_models_that_cannot_generate_are_refused_before_anything_is_measured(case: Case) -> None:
-    """By two tokens of trial; `prepare` and the stages of a run make the engine first."""
+def test_models_that_cannot_generate_are_refused_first(case: Case) -> None:
+    """By generating two tokens; `prepare` and a run make the generation engine first."""
     config = smallest(sampling={"start_token": "<s>"}, model=None)
     with pytest.raises(ConfigError, match="cannot generate text here"):
         prepare(build(case), make_tokenizer(), rows(), config)
@@ -192,14 +192,9 @@ def test_models_that_cannot_generate_are_refused_before_anything_is_measured(cas
 
 @named(WHOLE or [c for c in WORKING if c.kind in SOME])
 def test_prepare(case: Case) -> None:
-    """The whole of it, sampling included; of some architectures only, unless asked for all."""
-    sampling = {
-        "num_sequences": 32,
-        "min_new_tokens": 32,
-        "max_new_tokens": 32,
-        "start_token": "<s>",
-    }
-    config = smallest(sampling=sampling, adapter={"r": 2}, model=None)
+    """With sampling; some architectures only, all by `make architectures`."""
+    sampling = {"num_sequences": 32, "min_new_tokens": 32, "max_new_tokens": 32}
+    config = smallest(sampling=sampling | {"start_token": "<s>"}, adapter={"r": 2}, model=None)
     model = build(case)
     model.generation_config.eos_token_id = 2  # type: ignore[union-attr]
     prepared = prepare(model, make_tokenizer(), rows(), config)
@@ -223,14 +218,13 @@ def test_the_model_is_unchanged() -> None:
 
 def test_named_layers_that_cannot_be_adapted_are_refused() -> None:
     model = build(next(c for c in CASES if c.kind == "mamba"))
+    config = FoLoraConfig(adapter={"r": 2, "target_modules": ["in_proj", "out_proj"]})
     with pytest.raises(ConfigError, match=r"selects backbone\.layers\.0\.mixer\.out_proj.*PEFT"):
-        coverage_of(
-            model, FoLoraConfig(adapter={"r": 2, "target_modules": ["in_proj", "out_proj"]}), 1
-        )
+        coverage_of(model, config, 1)
 
 
 def test_experts_of_linear_layers_are_left_out() -> None:
-    """As in older versions of transformers, and in models with code of their own."""
+    """As in older versions of transformers, and in custom model code."""
     model: Any = build(CASES[0])
 
     class Experts(torch.nn.Module):
@@ -248,9 +242,8 @@ def test_experts_of_linear_layers_are_left_out() -> None:
 
     model.model.layers[1].mlp = Experts()
     found = coverage_of(model, CONFIG, 1)
-    assert {n for n, r in found.left_out.items() if "not one row per token" in r} == {
-        f"model.layers.1.mlp.experts.{number}" for number in range(4)
-    }
+    left = {name for name, reason in found.left_out.items() if "not one row per token" in reason}
+    assert left == {f"model.layers.1.mlp.experts.{number}" for number in range(4)}
 
 
 def test_adapting_less_than_half_of_the_weights_warns(
@@ -261,12 +254,10 @@ def test_adapting_less_than_half_of_the_weights_warns(
     found = plan(CONFIG.replace(model=str(tmp_path), device="cpu"))
     assert found.layers == 8 and found.activations > 0
     assert "LoRA adapts 19.7 % of the weights outside embeddings" in caplog.text
-    said = found.coverage.lines()
-    assert said[0].startswith("adapted: 17.4% of 35,232 weights (19.7% without embeddings)")
-    assert (
-        "not adapted: model.layers.*.mlp.experts, 69.8% (MixtralExperts is not a linear layer)"
-        in said
-    )
+    adapted, *others = found.coverage.lines()
+    assert adapted.startswith("adapted: 17.4% of 35,232 weights (19.7% without embeddings)")
+    experts = "model.layers.*.mlp.experts, 69.8% (MixtralExperts is not a linear layer)"
+    assert f"not adapted: {experts}" in others
 
 
 def test_a_run_reports_what_is_adapted(

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from support.adapted import IDS, bases_for
+from support.adapted import IDS, bases_for, in_peft, saved_bytes
 from torch import Tensor
 from torch.nn.functional import linear
 from transformers import TrainerCallback
@@ -71,7 +71,7 @@ def test_gradients_in_float64() -> None:
     assert torch.autograd.gradcheck(lambda x: update(x, a, b, 0.3, 1), [x])  # of both parts
 
 
-def test_the_frozen_part_gets_no_gradient_and_cancels_exactly() -> None:
+def test_the_frozen_half_gets_no_gradient_and_cancels_exactly() -> None:
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16):
         x, a, b = (torch.randn(s).to(dtype) for s in ((7, 33), (3, 33), (65, 3)))
@@ -94,7 +94,7 @@ def test_autocast_matches_two_linear_layers() -> None:
 
 
 def without_shape_checks() -> Callable[..., Tensor]:
-    """`update` as users have it; the import hook of the tests adds code that dynamo cannot trace."""
+    """`update` as users import it; the tests' import hook adds code that dynamo cannot trace."""
     spec = spec_from_file_location("unchecked_low_rank", low_rank.__file__)
     assert spec is not None and spec.loader is not None
     module = module_from_spec(spec)
@@ -115,49 +115,28 @@ def test_the_update_compiles_as_one_graph() -> None:
             torch.testing.assert_close(own, other)
 
 
-def kept_bytes(model: PeftModel) -> tuple[int, Tensor, dict[str, Tensor]]:
-    """Bytes kept for the backward pass beside parameters, the loss, and gradients by name."""
-    stores = {p.untyped_storage().data_ptr(): 0 for p in model.parameters()}
-
-    def pack(t: Tensor) -> Tensor:
-        stores.setdefault(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes())
-        return t
-
-    kept: list[Tensor] = []  # nothing is freed and its place taken before all are counted
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or pack(t), lambda t: t):
-        loss = model(input_ids=IDS, labels=IDS).loss
-    loss.backward()
-    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return sum(stores.values()), loss.detach(), grads
-
-
 def pair(
     make: Callable[[], Any], dtype: torch.dtype = torch.bfloat16
 ) -> tuple[PeftModel, PeftModel]:
     """The same adapter, once by `attach` and once as PEFT's own; B is not zero."""
     own = attach(make().to(dtype), bases_for(make()), CONFIG)
-    names = sorted(n for n, m in own.get_base_model().named_modules() if isinstance(m, LoraLayer))
-    fan = isinstance(make(), type(make_gpt2()))
-    config = LoraConfig(r=R, lora_alpha=R, target_modules=names, fan_in_fan_out=fan)
-    theirs = get_peft_model(make().to(dtype), config)
     torch.manual_seed(1)
     for name, parameter in own.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
-    theirs.load_state_dict(own.state_dict(), strict=False)
-    return own, theirs
+    return own, in_peft(own, make().to(dtype))
 
 
 @pytest.mark.parametrize("make", [make_llama, make_gpt2])
 def test_training_is_the_same_with_less_activation_memory(make: Callable[[], Any]) -> None:
     own, theirs = pair(make)
-    wide, loss, expected = kept_bytes(theirs)
+    wide, loss, expected = saved_bytes(theirs)
     with narrow_inputs(own):
-        narrow, own_loss, grads = kept_bytes(own)
+        narrow, own_loss, grads = saved_bytes(own)
     assert torch.equal(own_loss, loss)
     assert grads.keys() == expected.keys()
     for name, grad in grads.items():
-        # What flows back into a shared input is added up in bf16, in another order.
+        # Gradients of a shared input are summed in bf16, in another order.
         torch.testing.assert_close(
             grad, expected[name], rtol=0.05, atol=0.02 * float(grad.abs().max())
         )
@@ -166,13 +145,13 @@ def test_training_is_the_same_with_less_activation_memory(make: Callable[[], Any
         for layer in theirs.modules()
         if isinstance(layer, LoraLayer)
     )
-    # At most a narrow one of each is left, and what layers share is kept once.
+    # At most one narrow copy of each remains, and layers with the same input share it.
     assert wide - narrow >= copies / 2
 
 
 def test_float32_matches_peft_bitwise() -> None:
     own, theirs = pair(make_llama, torch.float32)
-    (_, loss, expected), (_, again, grads) = kept_bytes(theirs), kept_bytes(own)
+    (_, loss, expected), (_, again, grads) = saved_bytes(theirs), saved_bytes(own)
     assert torch.equal(again, loss)
     assert all(torch.equal(grads[name], expected[name]) for name in expected)
 
@@ -181,10 +160,10 @@ def test_an_update_with_a_frozen_half_saves_activation_memory() -> None:
     model = attach(
         make_llama().to(torch.bfloat16), bases_for(make_llama()), CONFIG, init="null_space"
     )
-    wide, loss, expected = kept_bytes(model)
+    wide, loss, expected = saved_bytes(model)
     model.zero_grad()
     with narrow_inputs(model):
-        narrow, again, grads = kept_bytes(model)
+        narrow, again, grads = saved_bytes(model)
     assert torch.equal(again, loss)
     assert all(torch.equal(grads[name], expected[name]) for name in expected)
     assert narrow < wide
@@ -194,22 +173,22 @@ def casts(model: PeftModel) -> set[bool]:
     return {m.cast_input_dtype_enabled for m in model.modules() if isinstance(m, LoraLayer)}
 
 
-def test_the_trainer_keeps_inputs_narrow_and_restores_the_model(tmp_path: Path) -> None:
+def test_the_trainer_disables_input_casts_and_restores_them(tmp_path: Path) -> None:
     config = tiny_config(training={"max_steps": 2}, dtype="auto")
     p = folora.prepare(make_llama().to(torch.bfloat16), make_tokenizer(), rows(), config)
     seen = []
 
-    class Look(TrainerCallback):
+    class Watch(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             seen.append(casts(p.model))
 
     args = folora.sft_config(config, tmp_path, evaluates=False, on_cpu=True)
-    folora.FoLoraTrainer(p, args, make_tokenizer(), callbacks=[Look()]).train()
+    folora.FoLoraTrainer(p, args, make_tokenizer(), callbacks=[Watch()]).train()
     assert seen == [{False}] * 2
     assert casts(p.model) == {True}
 
 
-def test_other_adapters_get_the_inputs_they_need() -> None:
+def test_input_casts_stay_enabled_for_other_active_adapters() -> None:
     model = attach(make_llama().to(torch.bfloat16), bases_for(make_llama()), CONFIG)
     with narrow_inputs(model):
         assert casts(model) == {False}

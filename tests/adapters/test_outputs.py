@@ -1,7 +1,6 @@
-"""However an adapter leaves, it is the one that was trained: each initialization by each output.
+"""Every way to save, export, merge or copy an adapter gives the logits of the trained model.
 
-Every output is loaded by PEFT or Transformers over a fresh base, without an object of folora, and must
-give the logits of the trained model.
+Each method is combined with each output, which PEFT or Transformers load over a fresh base without folora.
 """
 
 from __future__ import annotations
@@ -35,15 +34,13 @@ from folora.adapters.constraint import project_after_step
 from folora.adapters.export import export_adapter, export_merged, write_adapter
 from folora.adapters.initialization import INITIALIZATIONS, NONZERO
 from folora.calibration.calibration_set import CalibrationSet
-from folora.calibration.inputs import find_groups, target_layers
-from folora.calibration.moments import second_moments
 from folora.data.rows import Example, TaskData
 from folora.errors import ConfigError
-from folora.spectral.layers import Spectrum, solve
+from folora.spectral.layers import Spectrum
 from folora.training.prepared import Prepared, assemble
 
 R, ALPHA = 4, 8
-IDS = torch.randint(3, 50, (4, 12), generator=torch.Generator().manual_seed(5))
+IDS = adapted.IDS
 METHODS: dict[str, dict[str, Any]] = {
     **{init: {"init": init} for init in INITIALIZATIONS},
     "oplora": {"init": "kaiming", "constraint": "oplora"},
@@ -68,19 +65,9 @@ class Trained:
         return folder / "saved"
 
 
-def solved(model: Any) -> Spectrum:
-    def batch(seed: int) -> dict[str, Tensor]:
-        ids = torch.randint(3, 50, (6, 20), generator=torch.Generator().manual_seed(seed))
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-    groups = find_groups(model, target_layers(model, "all-linear"), batch(0))
-    pre, task = (second_moments(model, groups, [batch(s)]) for s in (1, 2))
-    return solve(pre, task, tau=1e-2, null_rank=R)
-
-
 @cache
 def bases() -> Spectrum:
-    return solved(make_llama())
+    return adapted.bases_for(make_llama(), R, tau=1e-2)
 
 
 def untrained(method: str, model: Any = None) -> Prepared:
@@ -119,7 +106,7 @@ def loaded(folder: Path) -> PeftModel:
 
 
 def other(rank: int = 2) -> PeftModel:
-    """Another adapter, of PEFT alone."""
+    """Another adapter, made by PEFT alone."""
     torch.manual_seed(1)
     config = LoraConfig(r=rank, target_modules="all-linear", init_lora_weights=False)
     return get_peft_model(make_llama(), config)  # type: ignore[return-value]
@@ -175,8 +162,8 @@ def exported(t: Trained, folder: Path) -> Tensor:
     return logits(loaded(folder / "exported"))
 
 
-def cut_back(t: Trained, folder: Path) -> Tensor:
-    """Of half the rank that was written: put back what was cut off, taken from PEFT's dense update."""
+def truncated(t: Trained, folder: Path) -> Tensor:
+    """Truncated to half its rank; the rest of PEFT's dense update is then added to the base."""
     export_adapter(t.prepared.model, folder / "whole")
     rank = json.loads((folder / "whole" / "adapter_config.json").read_text())["r"] // 2
     export_adapter(t.prepared.model, folder / "cut", rank=rank)
@@ -211,7 +198,7 @@ OUTPUTS: dict[str, Callable[[Trained, Path], Tensor]] = {
     "save_pretrained": lambda t, folder: logits(loaded(t.saved(folder))),
     "Trainer checkpoint": lambda t, folder: logits(loaded(t.checkpoint)),
     "export": exported,
-    "export, cut back": cut_back,
+    "export, truncated": truncated,
     "merge_and_unload": lambda t, folder: logits(t.copied().merge_and_unload()),
     "merge and unmerge": merged_and_unmerged,
     "merged export": merged_export,
@@ -250,7 +237,9 @@ def test_saving_is_exact_for_other_layers_and_dtypes(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_base_comes_back(train: Callable[[str], Trained], method: str) -> None:
+def test_disabling_or_unloading_restores_the_base(
+    train: Callable[[str], Trained], method: str
+) -> None:
     base, model = logits(make_llama()), train(method).copied()
     with model.disable_adapter():
         assert torch.equal(logits(model), base)
@@ -268,7 +257,7 @@ def test_another_adapter_can_be_swapped_in(
 
 
 def bypassed(layer: Any, x: Tensor) -> Tensor:
-    """What a fused kernel computes: LoRA from the weights, without asking for a variant."""
+    """What a fused kernel computes: LoRA from the weights, bypassing the variant."""
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     return layer.base_layer(x) + (x @ a.T) @ b.T * layer.scaling["default"]
 
@@ -282,26 +271,25 @@ def test_a_kernel_that_bypasses_the_variant_is_refused_at_the_first_step(
     monkeypatch.setattr(layer, "forward", lambda x: bypassed(layer, x))
     assert_near(logits(model), logits(make_llama()), roundings=500)
     wrong = method in NONZERO or method not in INITIALIZATIONS
-    said = pytest.raises(ConfigError, match=r"model\.layers\.1\.mlp\.down_proj: .*fused")
-    with said if wrong else nullcontext():
+    refused = pytest.raises(ConfigError, match=r"model\.layers\.1\.mlp\.down_proj: .*fused")
+    with refused if wrong else nullcontext():
         model(IDS, labels=IDS).loss.backward()
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if "oplora" in m])
-def test_an_optimizer_without_the_constraint_is_refused_after_its_first_step(method: str) -> None:
+def test_an_optimizer_without_the_constraint_is_refused_after_one_step(method: str) -> None:
     prepared = untrained(method)
     optimizer = torch.optim.AdamW(prepared.model.parameters(), lr=1e-2)
     prepared.model(IDS, labels=IDS).loss.backward()
     optimizer.step()
-    with pytest.raises(
-        ConfigError, match=r"optimizer leaves OPLoRA's subspace.*project_after_step"
-    ):
+    wanted = r"optimizer leaves OPLoRA's subspace.*project_after_step"
+    with pytest.raises(ConfigError, match=wanted):
         prepared.model(IDS, labels=IDS).loss.backward()
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_any_optimizer_leaves_the_frozen_half_and_no_hook(method: str) -> None:
-    """AdamW without decay; with decay it shrinks both halves alike, and so the update as a whole."""
+def test_any_optimizer_keeps_the_frozen_half_and_hooks_are_removed(method: str) -> None:
+    """AdamW without weight decay, and with it, which shrinks both halves equally."""
     for decay in (0.0, 0.5):
         prepared = untrained(method)
         parameters = dict(prepared.model.named_parameters())
@@ -322,7 +310,7 @@ def test_any_optimizer_leaves_the_frozen_half_and_no_hook(method: str) -> None:
                 assert torch.equal(new[:R], old[:R]) == (not p.requires_grad)
 
 
-def test_decay_alone_keeps_a_fresh_model_as_it_is() -> None:
+def test_weight_decay_alone_does_not_change_the_output() -> None:
     model = untrained("null_space").model
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -331,14 +319,11 @@ def test_decay_alone_keeps_a_fresh_model_as_it_is() -> None:
 
 
 def test_files_do_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
-    """What another process wrote, with another seed than ours, is the same to the byte."""
+    """A process with another PYTHONHASHSEED writes the same bytes."""
     seed = "1" if os.environ.get("PYTHONHASHSEED") == "0" else "0"
+    code = f"from support.adapter_files import write; write({str(tmp_path / 'other')!r})"
     subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            f"from support.adapter_files import write; write({str(tmp_path / 'other')!r})",
-        ],
+        [sys.executable, "-c", code],
         env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
         check=True,
     )
@@ -351,7 +336,7 @@ def test_files_do_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("written", ["saved", "exported"])
-def test_adapter_config_is_one_that_other_programs_read(
+def test_the_adapter_config_is_readable_by_other_programs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, written: str
 ) -> None:
     make_llama().save_pretrained(tmp_path / "base")
@@ -373,7 +358,7 @@ def test_adapter_config_is_one_that_other_programs_read(
     assert {name.rsplit(".", 2)[1] for name in tensors} == {"lora_A", "lora_B"}
 
 
-def test_a_name_on_the_hub_stays() -> None:
+def test_a_hub_name_is_kept() -> None:
     model = make_llama()
     model.name_or_path = "someone/some-model"
     adapted = untrained("eigen", model).model
@@ -383,7 +368,7 @@ def test_a_name_on_the_hub_stays() -> None:
 @pytest.mark.parametrize(
     ("rank", "needed"), [(1, 8), (8, 8), (24, 32), (256, 256), (257, 320), (512, 512), (513, None)]
 )
-def test_what_vllm_needs_is_said(
+def test_the_lora_rank_for_vllm_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, rank: int, needed: int | None
 ) -> None:
     caplog.set_level("INFO", logger="folora")
@@ -393,7 +378,7 @@ def test_what_vllm_needs_is_said(
     assert (f"--max-lora-rank {needed}" if needed else "too large for vLLM") in caplog.text
 
 
-def test_layers_of_several_ranks_and_scales_leave_as_one_adapter(tmp_path: Path) -> None:
+def test_layers_with_several_ranks_and_scales_are_exported_as_one_adapter(tmp_path: Path) -> None:
     torch.manual_seed(1)
     config = LoraConfig(
         r=2, lora_alpha=4, target_modules="all-linear", init_lora_weights=False,
@@ -404,8 +389,8 @@ def test_layers_of_several_ranks_and_scales_leave_as_one_adapter(tmp_path: Path)
     assert_near(logits(loaded(tmp_path / "a")), logits(model))
 
 
-def test_trl_trains_against_a_copy_of_the_adapter(tmp_path: Path) -> None:
-    """DPO makes its reference from the trained adapter: the first loss is that of equal models."""
+def test_trl_uses_a_copy_of_the_adapter_as_reference(tmp_path: Path) -> None:
+    """DPO copies its reference from the adapter, so that the first loss is log 2."""
     trl = pytest.importorskip("trl")
     model = untrained("null_space").model
     with torch.no_grad():

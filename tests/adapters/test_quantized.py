@@ -1,8 +1,8 @@
 """An adapter on a base quantized by bitsandbytes behaves as on any other base.
 
-Two habits of bitsandbytes 0.50 on the CPU shape these tests: it takes another kernel once gradients
-flow, so outputs are compared without them; and its 4-bit layers give other outputs once their
-``state_dict()`` was asked for (by PEFT's ``load_adapter``, say), so what loads is a fresh model.
+On the CPU bitsandbytes 0.50 uses another kernel if gradients are enabled, so outputs are compared without
+them; and its 4-bit layers give other outputs after ``state_dict()`` (called by PEFT's ``load_adapter``), so
+adapters are loaded over a fresh model.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def test_training_and_export(load: Callable[[], PreTrainedModel], tmp_path: Path
     adapted.save_pretrained(str(tmp_path / "saved"))
     for folder in ("adapter", "saved"):
         loaded = PeftModel.from_pretrained(load(), str(tmp_path / folder)).eval()
-        # These layers round what they read to bf16 or int8: a move by 1e-6 of A already moves as much.
+        # These layers round their inputs to bf16 or int8, which amplifies a change of A by 1e-6.
         assert_near(logits(loaded), after, dtype=torch.bfloat16, roundings=4)
 
 

@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners import lora
-from peft.tuners.lora import Linear, LoraLayer
+from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -40,14 +39,11 @@ from folora.adapters.lora_config import (
 from folora.adapters.variants import FoLoraVariant, check_first_steps, layer_factors
 from folora.calibration.inputs import linear_dims
 from folora.errors import ConfigError, NumericsError
-from folora.runtime.contexts import evaluating, gathered
+from folora.runtime.contexts import evaluating, gathered, keeping_requires_grad
 from folora.runtime.tensors import full_tensor
 from folora.spectral.layers import GroupBasis, check_rank
 
 logger = logging.getLogger(__name__)
-
-Spaces = tuple[Tensor, Tensor]
-"""U (d_out, k) and V (d_in, k), the singular vectors that OPLoRA protects."""
 
 Factors = dict[str, tuple[Tensor, Tensor, float]]
 """A (k, d_in), B (d_out, k) and kappa by layer name; the layer's update is kappa B A."""
@@ -98,26 +94,26 @@ def attach(
     check_rank([b.group for b in bases], r)
     if init not in INITIALIZATIONS:
         raise ConfigError(f"init is {init!r}, but must be one of {', '.join(INITIALIZATIONS)}")
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
     # All checks run before the model is modified.
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     conv1d = _check_layers(base, bases)
     check_modules(base, config, [name for b in bases for name in b.group.layers], conv1d)
     frozen = _frozen_parts(base, bases, r, INITIALIZATIONS[init], protect, seed)
     trained = r if init in NONZERO else None
     own = _config_of(config, frozen, trained, conv1d)
     if isinstance(model, PeftModel):
-        model.add_adapter(adapter_name, own)
         peft_model = model
+        model.add_adapter(adapter_name, own)
     else:
         peft_model = get_peft_model(model, own, adapter_name=adapter_name)  # type: ignore[arg-type,assignment]
     named = own.base_model_name_or_path or config.base_model_name_or_path
     own.base_model_name_or_path = resolvable(named)
-    for name, (initial, protected) in frozen.items():
-        layer = _lora_layer(peft_model, name)
-        _initialize(layer, adapter_name, initial, protected, trained)
+    for name, (initial, spaces) in frozen.items():
+        layer = base.get_submodule(name)
+        _initialize(layer, adapter_name, initial, spaces, trained)
         with gathered(base, name):
             _check_unchanged(layer, adapter_name, name)
-        if trained or protected:
+        if trained or spaces:
             check_first_steps(layer, adapter_name, name)
     if trained:
         logger.info(
@@ -129,21 +125,14 @@ def attach(
 
 
 def outline(model: nn.Module, names: Iterable[str], r: int, init: str) -> PeftModel:
-    """An adapter with the structure that `attach` gives, on a meta-device model, for memory estimates.
-
-    Args:
-        model: On the meta device; its layers are wrapped in place.
-        names: Names of the layers to adapt.
-        r: Rank.
-        init: As for `attach`.
-    """
+    """Wrap layers of a meta-device model as `attach` does, for memory estimates."""
     names, trained = list(names), r if init in NONZERO else None
     conv1d = all(isinstance(model.get_submodule(name), Conv1D) for name in names)
     config = LoraConfig(r=r, lora_alpha=r, task_type="CAUSAL_LM")
     config = _config_of(config, names, trained, conv1d)
     found: PeftModel = get_peft_model(model, config)  # type: ignore[arg-type,assignment]
     for name in names:
-        _set_variant(_lora_layer(found, name), "default", trained)
+        _set_variant(model.get_submodule(name), "default", trained)
     return found
 
 
@@ -176,15 +165,11 @@ def saved_modules(model: PeftModel, adapter_name: str = "default") -> dict[str, 
 
 @torch.no_grad()
 def restore_forward(model: PeftModel, adapter_name: str = "default") -> None:
-    """Set the forward pass of `attach` on the layers of an adapter that PEFT has loaded.
+    """Set the forward pass of `attach` on those layers of a loaded adapter that have none.
 
     An adapter folder does not record that half of the adapter is frozen. It is detected from the weights of
     the first layer, since `attach` treats all layers alike: the frozen half subtracts a part of the base
     layer's weight (`subtracts_weight`).
-
-    Args:
-        model: A PEFT model. Layers that already have a variant are not changed.
-        adapter_name: Name of the adapter.
     """
     base = model.get_base_model()
     found: dict[str, Any] = {
@@ -213,22 +198,18 @@ def base_layer(module: Any) -> Any:
 
 def _check_layers(model: nn.Module, bases: Sequence[GroupBasis]) -> bool:
     """Check that the model has the spectrum's layers; returns whether all are Conv1D. Raises ConfigError."""
-    kinds = []
+    modules = dict(model.named_modules())
+    layers = {name: base_layer(modules.get(name)) for b in bases for name in b.group.layers}
     for group in (b.group for b in bases):
         for name in group.layers:
-            try:
-                layer = base_layer(model.get_submodule(name))
-            except AttributeError:
-                layer = None
-            dims = linear_dims(layer) if layer is not None else None
+            dims = linear_dims(layers[name])
             if dims is None or dims[0] != group.d_in:
                 found = "no linear layer" if dims is None else f"one with d_in = {dims[0]}"
                 raise ConfigError(
                     f"the spectrum has a layer {name} with d_in = {group.d_in}, but "
                     f"{type(model).__name__} has {found} of that name; use the spectrum of this model"
                 )
-            kinds.append(isinstance(layer, Conv1D))
-    return all(kinds)
+    return all(isinstance(layer, Conv1D) for layer in layers.values())
 
 
 def _config_of(
@@ -248,17 +229,17 @@ def _frozen_parts(
     initialize: Callable[[Site], Initialization],
     protect: int,
     seed: int,
-) -> dict[str, tuple[Initialization, Spaces | None]]:
+) -> dict[str, tuple[Initialization, ProtectedSpaces | None]]:
     """Initialization and protected spaces of every adapted layer, by layer name."""
     generator = torch.Generator().manual_seed(seed)
-    parts: dict[str, tuple[Initialization, Spaces | None]] = {}
+    parts: dict[str, tuple[Initialization, ProtectedSpaces | None]] = {}
     for b in bases:
         for name in b.group.layers:
             with gathered(model, name):
                 site = Site(b, image_of(base_layer(model.get_submodule(name))), r, generator)
                 try:
                     spaces = leading_singular_spaces(site.weight(), protect) if protect else None
-                    parts[name] = (initialize(site), spaces)
+                    parts[name] = initialize(site), spaces and ProtectedSpaces(*spaces)
                 except NumericsError as error:
                     raise NumericsError(f"{name}: {error}") from error
     return parts
@@ -266,27 +247,30 @@ def _frozen_parts(
 
 @torch.no_grad()
 def _initialize(
-    layer: Any, adapter: str, initial: Initialization, protected: Spaces | None, trained: int | None
+    layer: Any,
+    adapter: str,
+    initial: Initialization,
+    spaces: ProtectedSpaces | None,
+    trained: int | None,
 ) -> None:
     """Set A and B of one layer, its frozen half and its protected spaces."""
     a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     a0, image = initial
     a0 = a0.to(a)
     b0 = b.new_zeros(len(b), len(a0)) if image is None else image.to(b) / layer.scaling[adapter]
-    if protected is not None:
-        spaces = ProtectedSpaces(*(space.to(a) for space in protected))
-        protect_layer(layer, adapter, spaces)
+    if spaces is not None:
+        protect_layer(layer, adapter, spaces.to(a.device, a.dtype))
         a0, b0 = spaces.projected(a0, b0)
     a.copy_(a0 if trained is None else torch.cat([a0, a0]))
     b.copy_(b0 if trained is None else torch.cat([b0, -b0], dim=1))
-    _set_variant(layer, adapter, trained, protected is not None)
+    _set_variant(layer, adapter, trained, spaces is not None)
 
 
 @torch.no_grad()
 def _check_unchanged(layer: Any, adapter: str, name: str) -> None:
-    """Check that the layer's output and gradients are as `attach` promises.
+    """Check a layer's output and gradients: some quantized layers ignore PEFT's LoRA variants.
 
-    Some quantized layers ignore PEFT's LoRA variants. Raises NumericsError.
+    Raises NumericsError.
     """
     base = base_layer(layer)
     weight, variant = layer.lora_B[adapter].weight, layer.lora_variant.get(adapter)
@@ -294,19 +278,15 @@ def _check_unchanged(layer: Any, adapter: str, name: str) -> None:
     d_in = layer.lora_A[adapter].weight.shape[1]
     dtype = base.weight.dtype if base.weight.is_floating_point() else torch.float32
     x = torch.randn(1, 2, d_in, generator=generator).to(weight.device, dtype)
-    active, trained = layer.active_adapters, [(p, p.requires_grad) for p in layer.parameters()]
-    layer.set_adapter([adapter])
-    try:
-        with evaluating(layer):  # no dropout: it would use the random generator
-            kept = torch.equal(layer(x), base(x))
-            if variant is not None:
-                with torch.enable_grad():
-                    (grad,) = torch.autograd.grad(layer(x).float().square().sum(), weight)
-                kept = kept and variant.allows(grad, protected_spaces(layer, adapter))
-    finally:
+    active = layer.active_adapters
+    with keeping_requires_grad(layer), evaluating(layer):  # dropout would use the random generator
+        layer.set_adapter([adapter])
+        kept = torch.equal(layer(x), base(x))
+        if variant is not None:
+            with torch.enable_grad():
+                (grad,) = torch.autograd.grad(layer(x).float().square().sum(), weight)
+            kept = kept and variant.allows(grad, protected_spaces(layer, adapter))
         layer.set_adapter(active)
-        for p, requires_grad in trained:
-            p.requires_grad_(requires_grad)
     if not kept:
         raise NumericsError(
             f"{name} ({type(layer).__name__}) changes the base layer's output before the first step, or "
@@ -316,21 +296,8 @@ def _check_unchanged(layer: Any, adapter: str, name: str) -> None:
 
 
 def _set_variant(layer: Any, adapter: str, trained: int | None, constrained: bool = False) -> None:
-    """Set `FoLoraVariant` on a layer, if the layer supports variants or the update depends on it."""
-    if trained is not None or constrained or _supports_variants(layer):
+    """Set `FoLoraVariant` on a layer, if its type calls variants or the update depends on it."""
+    names = ("Linear", "Linear8bitLt", "Linear4bit")  # PEFT has the last two with bitsandbytes
+    kinds = tuple(getattr(lora, name) for name in names if hasattr(lora, name))
+    if trained is not None or constrained or isinstance(layer, kinds):
         layer.lora_variant[adapter] = FoLoraVariant(trained)
-
-
-def _supports_variants(layer: Any) -> bool:
-    """Whether this PEFT layer type calls a variant in its forward pass."""
-    kinds: tuple[type, ...] = (Linear,)
-    # PEFT imports these on first access, and bitsandbytes with them.
-    if is_bnb_available():
-        kinds += (lora.Linear8bitLt,)
-    if is_bnb_4bit_available():
-        kinds += (lora.Linear4bit,)
-    return isinstance(layer, kinds)
-
-
-def _lora_layer(model: PeftModel, name: str) -> Any:
-    return model.get_base_model().get_submodule(name)

@@ -26,12 +26,7 @@ TOLERANCE = 1e-3  # relative norm inside a protected space; float32 rounding is 
 
 
 class ProtectedSpaces(nn.Module):
-    """The protected spaces of one layer, as non-persistent buffers.
-
-    Args:
-        left: U (d_out, k), orthonormal columns.
-        right: V (d_in, k), orthonormal columns.
-    """
+    """U and V of one layer, with orthonormal columns, as non-persistent buffers."""
 
     left: Tensor
     right: Tensor
@@ -127,9 +122,8 @@ def _project(layer: Any, adapter: str, spaces: ProtectedSpaces) -> None:
 
 
 def _write(p: Tensor, values: Tensor) -> None:
-    """Set a parameter or its local shard; frozen parameters are not written."""
-    if p.requires_grad and isinstance(p, DTensor):
-        parts = distribute_tensor(values, p.device_mesh, p.placements, src_data_rank=None)
-        p.to_local().copy_(parts.to_local())
-    elif p.requires_grad:
+    """Set a parameter, sharded or not, unless it is frozen."""
+    if isinstance(p, DTensor):
+        values = distribute_tensor(values, p.device_mesh, p.placements, src_data_rank=None)
+    if p.requires_grad:
         p.copy_(values)

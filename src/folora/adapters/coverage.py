@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
@@ -27,7 +27,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedModel
 
 from folora.adapters.initialization import check_singular_values
-from folora.adapters.lora_refusals import lora_refusals, short, wildcard_name
+from folora.adapters.lora_refusals import lora_refusals, short, wildcard_name, with_parents
 from folora.calibration.inputs import (
     Batch,
     LayerCall,
@@ -87,16 +87,15 @@ class Coverage:
     def lines(self) -> list[str]:
         """The report: what is adapted, and each part that is not, with its share and the reason."""
         kinds = sorted({name.rsplit(".", 1)[-1] for name in self.layers})
-        found = [
+        return [
             f"adapted: {self.adapted / self.weights:.1%} of {_count(self.weights)} weights "
             f"({self.share:.1%} without embeddings): {len(self.layers)} linear layers "
-            f"({', '.join(kinds)})"
+            f"({', '.join(kinds)})",
+            *(
+                f"not adapted: {name}, {size / self.weights:.1%} ({reason})"
+                for name, size, reason in self.others
+            ),
         ]
-        found += [
-            f"not adapted: {name}, {size / self.weights:.1%} ({reason})"
-            for name, size, reason in self.others
-        ]
-        return found
 
 
 def report(coverage: Coverage) -> None:
@@ -117,12 +116,9 @@ def warn_if_few_adapted(coverage: Coverage) -> None:
 
 
 def cover(model: PreTrainedModel, config: FoLoraConfig, batch: Batch) -> Coverage:
-    """Find the layers to adapt and check that they can be.
+    """Find the layers to adapt, and check that they can be, by a forward pass over a few tokens.
 
-    Args:
-        model: The base model, possibly on the meta device.
-        config: Gives target modules, rank and method.
-        batch: Model inputs of a few tokens, shape (batch, tokens) with batch != tokens.
+    The model may be on the meta device; the batch has shape (batch, tokens) with batch != tokens.
 
     Raises:
         ConfigError: No layer can be adapted, a named layer cannot, or the adapter does not fit.
@@ -154,10 +150,6 @@ def cover(model: PreTrainedModel, config: FoLoraConfig, batch: Batch) -> Coverag
 def cover_config(config: FoLoraConfig, model_config: Any) -> tuple[PreTrainedModel, Coverage]:
     """`cover` for a model that is not loaded; also returns the model on the meta device.
 
-    Args:
-        config: With ``model`` set.
-        model_config: From `loading.load_config`.
-
     Raises:
         ConfigError: As `cover`; or the model is not a causal LM, or does not run on text alone.
     """
@@ -167,9 +159,11 @@ def cover_config(config: FoLoraConfig, model_config: Any) -> tuple[PreTrainedMod
     with suppress(AttributeError, ValueError):  # older transformers; a model without experts
         skeleton.set_experts_implementation("batched_mm")
     skeleton.eval()
-    for batch in _meta_probes():
+    ids = torch.zeros(ROWS, TOKENS, dtype=torch.long, device="meta")
+    mask = torch.zeros(ROWS, 1, TOKENS, TOKENS, device="meta")
+    for masks in ({"attention_mask": mask}, {}):  # some models do not accept a 4D mask
         try:
-            return skeleton, cover(skeleton, config, batch)
+            return skeleton, cover(skeleton, config, {"input_ids": ids, **masks})
         except FoLoraError:
             raise
         except Exception as error:
@@ -208,9 +202,12 @@ def check_adapter(model: Any, groups: Iterable[InputGroup], config: FoLoraConfig
     """Refuse a rank, initialization or constraint that a layer is too small for. Raises ConfigError."""
     groups = list(groups)
     check_rank(groups, config.adapter.r)
-    names = [name for group in groups for name in group.layers]
-    found = {name: linear_dims(model.get_submodule(name)) for name in names}
-    layers = {name: dims for name, dims in found.items() if dims is not None}
+    layers = {
+        name: dims
+        for group in groups
+        for name in group.layers
+        if (dims := linear_dims(model.get_submodule(name)))
+    }
     check_singular_values(layers, config.method.init, config.adapter.r, config.protected)
 
 
@@ -232,9 +229,7 @@ def set_random_weights(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
-        for name, old in list(module._parameters.items()):
-            if old is None:
-                continue
+        for name, old in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if id(old) not in made:
                 numbers = torch.rand(max(sum(old.shape), 1), generator=generator) - 0.5
                 if old.ndim > 1:
@@ -248,14 +243,6 @@ def set_random_weights(model: nn.Module) -> None:
 def _on_meta(module: nn.Module, name: str, weight: nn.Parameter) -> nn.Parameter | None:
     """Replace a parameter that is being registered by one on the meta device; buffers keep their values."""
     return None if weight is None or weight.is_meta else nn.Parameter(weight.to("meta"))
-
-
-def _meta_probes() -> Iterator[Batch]:
-    """Inputs on the meta device; some models do not accept a 4D mask."""
-    ids = torch.zeros(ROWS, TOKENS, dtype=torch.long, device="meta")
-    mask = torch.zeros(ROWS, 1, TOKENS, TOKENS, device="meta")
-    yield {"input_ids": ids, "attention_mask": mask}
-    yield {"input_ids": ids}
 
 
 def _not_adaptable(
@@ -275,9 +262,10 @@ def _not_adaptable(
     for name, dims in layers.items():
         calls = seen.get(name, [])
         read = calls[0].input_shape if calls else ()
+        rows = tuple(n for n in read[:-1] if n != 1)
         if not calls:
             refused[name] = NOT_CALLED
-        elif _rows(read) not in (shape, (prod(shape),)) or read[-1:] != dims[:1]:
+        elif rows not in (shape, (prod(shape),)) or read[-1:] != dims[:1]:
             refused[name] = routed[wildcard_name(name)] = (
                 f"its input has shape {list(read)} for {list(shape)} tokens, not one row per token"
             )
@@ -292,17 +280,11 @@ def _not_adaptable(
     return refused | {n: routed[wildcard_name(n)] for n in layers if wildcard_name(n) in routed}
 
 
-def _rows(read: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(n for n in read[:-1] if n != 1)
-
-
 def _check_attention(model: PreTrainedModel, seen: Iterable[str]) -> None:
     """Refuse attention with ``is_causal = False``, which a forward pass on the meta device cannot detect."""
-    reached = list(seen)
+    called = {part for name in seen for part in with_parents(name)}
     for name, module in model.named_modules():
-        if getattr(module, "is_causal", None) is False and any(
-            n.startswith(f"{name}.") for n in reached
-        ):
+        if name in called and getattr(module, "is_causal", None) is False:
             raise _not_causal(model)
 
 
@@ -358,18 +340,13 @@ def _rest(
 
 def _uncalled_modules(refused: Mapping[str, str], seen: Iterable[str]) -> list[str]:
     """The largest modules in which no linear layer is called, such as a vision tower."""
-    called = {name[:end] for name in seen for end in _ends(name)}
+    called = {part for name in seen for part in with_parents(name)}
     tops = (
-        next(name[:end] for end in _ends(name) if name[:end] not in called)
+        next(part for part in with_parents(name) if part not in called)
         for name, reason in refused.items()
         if reason == NOT_CALLED
     )
     return list(dict.fromkeys(tops))
-
-
-def _ends(name: str) -> list[int]:
-    """Lengths of the prefixes of a module's name that name its parents, and of the name itself."""
-    return [at for at, letter in enumerate(name) if letter == "."] + [len(name)]
 
 
 def _count(number: int) -> str:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from folora.adapters.adapter import Factors, base_layer, lora_factors, saved_modules
-from folora.adapters.lora_config import lora_config, max_lora_rank
+from folora.adapters.lora_config import lora_config
 from folora.adapters.variants import product
 from folora.errors import ConfigError, NumericsError
 from folora.runtime.compat import base_state
@@ -29,15 +29,18 @@ logger = logging.getLogger(__name__)
 ADAPTER, MERGED = "adapter", "merged"
 """Kinds of export folders in their lists of files; see `ownership`."""
 
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The values of vLLM's ``--max-lora-rank`` (except 1, which no adapter needs)."""
+
 
 @dataclass(frozen=True)
 class ExportReport:
     """The rank of an export, and the relative Frobenius error of truncating to it."""
 
     rank: int
-    relative_error: float
-    worst_layer: str
-    worst_relative_error: float
+    relative_error: float = 0.0
+    worst_layer: str = ""
+    worst_relative_error: float = 0.0
 
 
 def export_adapter(
@@ -79,15 +82,9 @@ def write_adapter(
     modules: Mapping[str, Tensor] | None = None,
     rank: int | None = None,
 ) -> ExportReport:
-    """Write factors as a PEFT adapter folder; see `export_adapter`.
+    """Write factors and `saved_modules` as a PEFT adapter folder; see `export_adapter`.
 
-    Args:
-        factors: From `lora_factors`.
-        path: Folder.
-        config: Gives task type, base model, revision and ``modules_to_save``; rank and scaling are
-            those of the factors.
-        modules: From `saved_modules`.
-        rank: As for `export_adapter`.
+    `config` gives all but rank, scaling and layers.
     """
     check_owned_folder(Path(path), ADAPTER, "the export folder")
     exact = max(len(a) for a, _, _ in factors.values())
@@ -116,7 +113,7 @@ def write_adapter(
     config = lora_config(
         config, factors, target, kappa * target, use_rslora=False, inference_mode=True
     )
-    needed = max_lora_rank(target)
+    needed = next((allowed for allowed in VLLM_RANKS if target <= allowed), None)
     logger.info(
         "the adapter has rank %d: %s", target,
         f"vLLM serves it with --max-lora-rank {needed}" if needed else "too large for vLLM",
@@ -143,7 +140,6 @@ def export_merged(model: PeftModel, path: str | Path, adapter_name: str = "defau
             `export_adapter`.
         ArtifactError: The folder cannot be written.
     """
-    _refuse_quantized(model.get_base_model())
     state, modules = base_state(model), saved_modules(model, adapter_name)
     _refuse_tied(state, modules)
     state |= {name: tensor.to(state[name].dtype) for name, tensor in modules.items()}
@@ -158,7 +154,11 @@ def write_merged(
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
     """Write a base model's `state` plus factors as a model folder; see `export_merged`."""
-    _refuse_quantized(base)
+    if getattr(base, "is_quantized", False):
+        raise ConfigError(
+            "a quantized base cannot be merged without loss. Export the adapter and merge it into the "
+            "base loaded in bf16: PeftModel.from_pretrained(base, folder).merge_and_unload()"
+        )
     if not hasattr(base, "save_pretrained"):
         raise ConfigError(
             f"{type(base).__name__} has no save_pretrained. Use model.merge_and_unload() and save its "
@@ -198,14 +198,6 @@ def truncate(
     return cut_a.to(a.dtype), cut_b.to(b.dtype), lost, float((s**2).sum())
 
 
-def _refuse_quantized(base: Any) -> None:
-    if getattr(base, "is_quantized", False):
-        raise ConfigError(
-            "a quantized base cannot be merged without loss. Export the adapter and merge it into the "
-            "base loaded in bf16: PeftModel.from_pretrained(base, folder).merge_and_unload()"
-        )
-
-
 def _refuse_tied(state: Mapping[str, Tensor], modules: Mapping[str, Tensor]) -> None:
     """Refuse trained modules with a weight that is tied to an untrained one. Raises ConfigError."""
     names = {state[name].data_ptr(): name for name in modules if state[name].numel()}
@@ -220,7 +212,7 @@ def _refuse_tied(state: Mapping[str, Tensor], modules: Mapping[str, Tensor]) -> 
 
 def _report(rank: int, errors: dict[str, tuple[float, float]]) -> ExportReport:
     if not errors:
-        return ExportReport(rank, 0.0, "", 0.0)
+        return ExportReport(rank)
     relative = {n: (lost / whole) ** 0.5 if whole else 0.0 for n, (lost, whole) in errors.items()}
     worst = max(relative, key=lambda n: relative[n])
     lost, whole = (sum(e[i] for e in errors.values()) for i in (0, 1))

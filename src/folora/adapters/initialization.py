@@ -91,8 +91,7 @@ def minor_singular(
     Raises:
         NumericsError: r exceeds the number of singular values.
     """
-    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-    return _smallest(u, s, vh, r)
+    return _smallest_triples(weight, r)
 
 
 def corda(
@@ -106,8 +105,7 @@ def corda(
         NumericsError: r exceeds the number of singular values.
     """
     inverse = basis.double() @ basis.double().T
-    u, s, vh = torch.linalg.svd(weight @ torch.linalg.inv(inverse), full_matrices=False)
-    a, image = _smallest(u, s, vh, r)
+    a, image = _smallest_triples(weight @ torch.linalg.inv(inverse), r)
     return a @ inverse, image
 
 
@@ -118,9 +116,8 @@ def balanced_null_space(
 
     The product equals that of `null_space`; the factors have balanced norms.
     """
-    u, s, vh = torch.linalg.svd(weight @ null_basis.double(), full_matrices=False)
-    root = s.sqrt()
-    return root[:, None] * (vh @ null_basis.double().T), u * root
+    a, image = _smallest_triples(weight @ null_basis.double(), null_basis.shape[1])
+    return a @ null_basis.double().T, image
 
 
 def leading_singular_spaces(
@@ -157,11 +154,6 @@ def subtracts_weight(
 
     That is, -B A is a positive multiple of W0 P with P the projection onto A's row space, or of Q W0 with Q
     the projection onto B's column space. Multiple, because weight decay also shrinks the frozen half.
-
-    Args:
-        a: Factor A.
-        b: Factor B.
-        image: x (n, d_in) -> W0 x (n, d_out).
     """
     if not bool(b.any()):
         return False
@@ -178,7 +170,9 @@ def _same_direction(x: Tensor, y: Tensor) -> bool:
     return x.numel() > 1 and cosine > 1 - MAX_ANGLE**2 / 2
 
 
-def _smallest(u: Tensor, s: Tensor, vh: Tensor, r: int) -> tuple[Tensor, Tensor]:
+def _smallest_triples(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """sqrt(S) V' (r, d_in) and U sqrt(S) (d_out, r) of the r smallest singular triples."""
+    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     if r > len(s):
         raise NumericsError(f"r is {r}, but the weight has only {len(s)} singular values")
     root = s[-r:].sqrt()
@@ -211,13 +205,9 @@ NEED_SINGULAR_VALUES = frozenset({"minor_singular", "corda", "lora_null"})
 def check_singular_values(
     layers: Mapping[str, tuple[int, int]], init: str, r: int, protect: int
 ) -> None:
-    """Raise ConfigError if a layer has fewer singular values than the initialization or OPLoRA needs.
+    """Raise ConfigError if a layer has fewer singular values than the initialization or OPLoRA's k needs.
 
-    Args:
-        layers: (d_in, d_out) by name.
-        init: One of `INITIALIZATIONS`.
-        r: Rank.
-        protect: OPLoRA's k, or 0.
+    `layers` has (d_in, d_out) by name.
     """
     for wanted, what in (
         (r if init in NEED_SINGULAR_VALUES else 0, f"adapter.r with method.init = {init!r}"),

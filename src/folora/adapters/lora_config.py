@@ -17,10 +17,8 @@ from peft.tuners.tuners_utils import (
 )
 from torch import nn
 
+from folora.adapters.lora_refusals import with_parents
 from folora.errors import ConfigError, nearest
-
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""The values of vLLM's ``--max-lora-rank`` (except 1, which no adapter needs)."""
 
 PASSED = frozenset(
     {
@@ -57,8 +55,7 @@ REMEDIES = {
 class SortedLoraConfig(LoraConfig):
     """PEFT's LoraConfig, saved with sets as sorted lists.
 
-    PEFT saves ``target_modules`` in the order of a set, which depends on PYTHONHASHSEED. In memory it
-    remains a set, as PEFT's functions require.
+    The order of a set depends on PYTHONHASHSEED. In memory ``target_modules`` remains a set, as PEFT requires.
     """
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,12 +69,7 @@ def lora_config(
 ) -> LoraConfig:
     """A config of an ordinary LoRA adapter on named layers, with the `PASSED` fields of a user's config.
 
-    Args:
-        config: The user's; not modified.
-        names: Full names of the layers.
-        r: Rank.
-        alpha: PEFT's lora_alpha, written as an integer if it is one up to rounding.
-        changes: Fields to override.
+    lora_alpha is written as an integer if it is one up to rounding.
     """
     passed = {name: deepcopy(getattr(config, name)) for name in PASSED} | changes
     if passed["modules_to_save"]:
@@ -107,8 +99,6 @@ def check_lora_config(config: LoraConfig) -> None:
             found = (remedy for remedy, names in REMEDIES.items() if name in names)
             remedy = next(found, "leave it out; folora trains ordinary LoRA adapters")
             raise ConfigError(f"LoraConfig: {name} is {value!r}, which is not supported: {remedy}")
-    if getattr(config, "_custom_modules", None):
-        raise ConfigError("LoraConfig: custom LoRA modules are not supported; do not register any")
     if type(config.r) is not int or config.r < 1:
         raise ConfigError(f"LoraConfig: r is {config.r!r}, but must be an integer >= 1")
     if not 0 < config.lora_alpha < math.inf:
@@ -122,13 +112,7 @@ def check_lora_config(config: LoraConfig) -> None:
 def check_modules(
     model: nn.Module, config: LoraConfig, names: Collection[str], conv1d: bool
 ) -> None:
-    """Check that a config fits the layers to adapt.
-
-    Args:
-        model: The base model; its layers may already have adapters.
-        config: The user's.
-        names: Names of the layers to adapt.
-        conv1d: Whether they are Conv1D.
+    """Check that a config fits the layers to adapt, which may already have adapters.
 
     Raises:
         ConfigError: ``target_modules`` does not select exactly these layers, ``modules_to_save`` names an
@@ -158,7 +142,7 @@ def check_modules(
     saved = (*(config.modules_to_save or ()), *HEADS.get(config.task_type or "", ()))
     for name in names:
         # As in PEFT, any module whose name ends with an entry is trained.
-        if any(part.endswith(saved) for part in _parents(name)):
+        if any(part.endswith(saved) for part in with_parents(name)):
             raise ConfigError(
                 f"LoraConfig: {name} is adapted, but modules_to_save or task_type {config.task_type} "
                 "trains it in full; leave it out of the spectrum or of modules_to_save"
@@ -168,11 +152,6 @@ def check_modules(
 def resolvable(name: str | None) -> str | None:
     """The name of a base model, independent of the working directory: local folders become absolute."""
     return os.path.abspath(name) if name and os.path.isdir(name) else name
-
-
-def max_lora_rank(rank: int) -> int | None:
-    """The smallest ``--max-lora-rank`` with which vLLM serves this rank; None if the rank is too large."""
-    return next((allowed for allowed in VLLM_RANKS if rank <= allowed), None)
 
 
 def _selected(model: nn.Module, config: LoraConfig) -> set[str]:
@@ -186,9 +165,3 @@ def _selected(model: nn.Module, config: LoraConfig) -> set[str]:
     }
     names = (name for name, _ in model.named_modules() if name and name not in inner)
     return {name for name in names if check_target_module_exists(expanded, name)}
-
-
-def _parents(name: str) -> list[str]:
-    """The names of a module and of its parents."""
-    parts = name.split(".")
-    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]

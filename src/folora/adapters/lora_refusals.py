@@ -6,13 +6,12 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from folora.calibration.inputs import linear_dims
 from folora.errors import ConfigError
+from folora.runtime.contexts import keeping_requires_grad
 
 MAX_REASON = 200
 
@@ -44,25 +43,21 @@ def lora_refusals(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
 def _lora_refusal(model: nn.Module, names: Sequence[str]) -> str | None:
     """Why PEFT cannot attach LoRA to exactly these layers, or load it; None if it can."""
     shell = _shell(model, {})
-    trained = [(p, p.requires_grad) for p in model.parameters()]
-    sizes = {n: linear_dims(model.get_submodule(n)) or (1, 1) for n in names}
     try:
-        config = LoraConfig(r=1, target_modules=list(names))
-        inject_adapter_in_model(config, shell, low_cpu_mem_usage=True)
-        wrapped = {name for name, m in shell.named_modules() if isinstance(m, BaseTunerLayer)}
-        if wrapped != set(names):
+        with keeping_requires_grad(model):
+            config = LoraConfig(r=1, target_modules=list(names))
+            inject_adapter_in_model(config, shell, low_cpu_mem_usage=True)
+        wrapped = {name: m for name, m in shell.named_modules() if isinstance(m, BaseTunerLayer)}
+        if wrapped.keys() != set(names):
             return "PEFT maps its name to the fused weights of experts"
         exported = {
-            f"{name}.lora_{part}.weight": torch.empty(shape, device="meta")
-            for name, (d_in, d_out) in sizes.items()
-            for part, shape in (("A", (1, d_in)), ("B", (d_out, 1)))
+            f"{name}.lora_{part}.weight": getattr(m, f"lora_{part}")["default"].weight
+            for name, m in wrapped.items()
+            for part in "AB"
         }
         loaded: Any = set_peft_model_state_dict(shell, exported)
     except Exception as error:  # of PEFT, by the kind of layer
         return f"PEFT: {short(error)}"
-    finally:
-        for p, requires_grad in trained:
-            p.requires_grad_(requires_grad)
     if loaded.unexpected_keys:
         return "PEFT renames it when loading an adapter, so its weights would be lost"
     return None
@@ -81,6 +76,12 @@ def _shell(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
 def wildcard_name(name: str) -> str:
     """A module's name with ``*`` for each index, so that it is the same in all blocks."""
     return re.sub(r"(^|(?<=\.))\d+(?=\.|$)", "*", name)
+
+
+def with_parents(name: str) -> list[str]:
+    """The names of a module's parents, outermost first, and its own."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
 
 def short(error: Exception) -> str:

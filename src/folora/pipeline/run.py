@@ -208,7 +208,7 @@ class Run:
         def write() -> ExportReport:
             if kind == "merged":
                 _write_merged(self, trained, target)
-                return ExportReport(0, 0.0, "", 0.0)
+                return ExportReport(0)
             config = LoraConfig(
                 task_type="CAUSAL_LM",
                 base_model_name_or_path=self.name,

@@ -50,10 +50,16 @@ def without_adapter(model: PeftModel) -> Iterator[None]:
     PEFT's `disable_adapter` makes frozen weights of the adapter trainable; this one restores
     ``requires_grad``.
     """
+    with keeping_requires_grad(model), model.disable_adapter():
+        yield
+
+
+@contextmanager
+def keeping_requires_grad(model: nn.Module) -> Iterator[None]:
+    """Restore every parameter's ``requires_grad`` at exit."""
     trained = [(p, p.requires_grad) for p in model.parameters()]
     try:
-        with model.disable_adapter():
-            yield
+        yield
     finally:
         for p, requires_grad in trained:
             p.requires_grad_(requires_grad)
