@@ -202,14 +202,15 @@ def test_other_strategies_match_ddp(bench: Bench) -> None:
 def test_a_fsdp2_run_resumes_with_one_process(bench: Bench) -> None:
     stopped = [killed(bench, 2, 1, 1, "FSDP2")]
     assert breaches({**NOTHING, "killed": stopped}) == []
-    folder = latest_checkpoint(bench.place / "FSDP2-2" / "4-training")
+    name = bench.undisturbed(2, "FSDP2")
+    folder = latest_checkpoint(bench.place / name / "4-training")
     assert folder is not None
     parts = {p.name for p in (folder / "optimizer_0").iterdir()}
     assert parts == {".metadata", "__0_0.distcp", "__1_0.distcp"}
     # A checkpoint is an adapter that PEFT reads, even if weights are sharded.
     last = load_file(folder / "adapter_model.safetensors")
-    result = bench.tensors("FSDP2-2", Training.path)
-    a = f"{next(iter(result)).removesuffix('/A').removesuffix('/B')}"
+    result = bench.tensors(name, Training.path)
+    a = next(iter(result)).removesuffix("/A").removesuffix("/B")
     assert torch.equal(last[f"base_model.model.{a}.lora_A.weight"], result[f"{a}/A"])
 
 
