@@ -27,8 +27,9 @@ from folora.calibration.moments import second_moments
 from folora.calibration.stopping import agreement, watched
 from folora.compare.tables import NONE, Table
 from folora.config import TAU, DataConfig, FoLoraConfig
+from folora.data.contents import Example
 from folora.data.files import load_rows
-from folora.data.rows import Example, batches, prepare_task, text_examples
+from folora.data.rows import batches, prepare_task, text_examples
 from folora.errors import DataError
 from folora.pipeline.context import coverage_of
 from folora.pipeline.stages import Samples

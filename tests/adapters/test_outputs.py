@@ -34,7 +34,8 @@ from folora.adapters.constraint import project_after_step
 from folora.adapters.export import export_adapter, export_merged, write_adapter
 from folora.adapters.initialization import INITIALIZATIONS, NONZERO
 from folora.calibration.calibration_set import CalibrationSet
-from folora.data.rows import Example, TaskData
+from folora.data.contents import Example
+from folora.data.rows import TaskData
 from folora.errors import ConfigError
 from folora.spectral.layers import Spectrum
 from folora.training.prepared import Prepared, assemble

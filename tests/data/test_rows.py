@@ -14,10 +14,10 @@ from datasets import Dataset
 
 from benchmarks.tiny import make_tokenizer
 from folora.config import DataConfig
-from folora.data.contents import IGNORE
+from folora.data.contents import ALPACA, IGNORE, Example
 from folora.data.files import load_rows, local_format
 from folora.data.formats import choose_format
-from folora.data.rows import ALPACA, Example, Formatter, batches, pad_batch, prepare_task
+from folora.data.rows import Formatter, batches, pad_batch, prepare_task
 from folora.errors import DataError
 
 

@@ -9,8 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from benchmarks.tiny import make_llama
-from folora.data.contents import IGNORE
-from folora.data.rows import Example
+from folora.data.contents import IGNORE, Example
 from folora.errors import DataError
 from folora.metrics.meter import Meter
 

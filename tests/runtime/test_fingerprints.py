@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.tiny import make_llama, make_tokenizer, tiny_config
 from folora.config import FoLoraConfig
-from folora.data.rows import Example, TaskData
+from folora.data.contents import Example
+from folora.data.rows import TaskData
 from folora.errors import MismatchError
 from folora.pipeline.run import Run
 from folora.runtime.fingerprints import config_fingerprint, model_facts, weights_fingerprint

@@ -24,7 +24,8 @@ from folora.calibration.inputs import (
     target_layers,
 )
 from folora.config import StatisticsConfig
-from folora.data.rows import Example, batches
+from folora.data.contents import Example
+from folora.data.rows import batches
 from folora.errors import DataError, NumericsError
 from folora.runtime import distributed
 from folora.runtime.contexts import evaluating, is_sharded

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -20,9 +20,21 @@ from folora.data.messages import (
 from folora.errors import DataError
 
 IGNORE = -100
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+)
 TOKENS = ("input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks")
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A tokenized row; `labels` is -100 where there is no loss. Both have the same length."""
+
+    input_ids: list[int]
+    labels: list[int]
 
 
 @dataclass(frozen=True)
@@ -42,35 +54,27 @@ class Chat:
     tools: Sequence[Any] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    def with_message(self, i: int, message: Message) -> Chat:
+        """The same with another message at index `i`."""
+        return replace(self, messages=[*self.messages[:i], message, *self.messages[i + 1 :]])
+
 
 @dataclass(frozen=True)
 class Instruction:
-    """A prompt and its response: a chat of two messages, or plain text without a chat template."""
+    """A chat of one turn that can be written as plain text where there is no chat template."""
 
-    prompt: str
-    response: str
-    system: str = ""
-    tools: Sequence[Any] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)
+    chat: Chat
 
     @property
-    def chat(self) -> Chat:
-        """The same as messages."""
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        turn = (("user", self.prompt), ("assistant", self.response))
-        messages = [*system, *({"role": role, "content": text} for role, text in turn)]
-        return Chat(messages, (len(messages) - 1,), self.tools, self.options)
+    def plain(self) -> Plain:
+        """Alpaca's text. Raises DataError if the chat has tools or options."""
+        if self.chat.tools or self.chat.options:
+            raise DataError("columns 'tools' and 'chat_template_kwargs' need a chat template")
+        *system, prompt, response = (message["content"] for message in self.chat.messages)
+        return Plain("\n\n".join([*system, ALPACA.format(instruction=prompt)]), response)
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """A tokenized row; `labels` is -100 where there is no loss."""
-
-    input_ids: list[int]
-    labels: list[int]
-
-
-Content = Plain | Instruction | Chat | Tokens
+Content = Plain | Instruction | Chat | Example
 
 
 def _text(row: Row, column: str, *, needed: bool = True) -> str:
@@ -123,7 +127,7 @@ def _numbers(row: Row, column: str) -> list[int] | None:
     return [int(value) for value in values]
 
 
-def read_tokens(row: Row) -> Tokens:
+def read_tokens(row: Row) -> Example:
     """Token ids with labels and masks. Raises DataError."""
     ids = _numbers(row, "input_ids")
     if not ids or min(ids) < 0:
@@ -145,7 +149,7 @@ def read_tokens(row: Row) -> Tokens:
         raise DataError(
             "attention_mask is 0 between tokens; only padding at the ends can be removed"
         )
-    return Tokens(ids[start:end], labels[start:end])
+    return Example(ids[start:end], labels[start:end])
 
 
 def _chat(row: Row, messages: list[Message], first: int = 0) -> Chat:
@@ -191,10 +195,8 @@ def read_instruction(texts: Sequence[str], needed: str, response: str, row: Row)
     if isinstance(row.get(needed), list) and isinstance(row.get(response), list):
         return read_pair(needed, response, row)
     given = [text for name in texts if (text := _text(row, name, needed=name == needed))]
-    return Instruction(
-        "\n\n".join(given), _text(row, response), _system(row),
-        read_tools(row.get("tools")), _options(row),
-    )  # fmt: skip
+    turn = (("user", "\n\n".join(given)), ("assistant", _text(row, response)))
+    return Instruction(_chat(row, [{"role": role, "content": text} for role, text in turn]))
 
 
 def read_text(row: Row) -> Plain:

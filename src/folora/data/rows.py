@@ -16,26 +16,13 @@ from transformers import PreTrainedTokenizerBase
 
 from folora.config import DataConfig
 from folora.data.chats import STRICT, ChatTokenizer
-from folora.data.contents import IGNORE, Chat, Plain, Row, Tokens
+from folora.data.contents import IGNORE, Chat, Example, Instruction, Plain, Row
 from folora.data.formats import Format, choose_format, columns_of
 from folora.errors import DataError
 from folora.runtime.fingerprints import tokens_fingerprint
 from folora.runtime.progress import progress
 
 logger = logging.getLogger(__name__)
-
-ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes "
-    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
-)
-
-
-@dataclass(frozen=True)
-class Example:
-    """One tokenized row; `labels` is -100 where there is no loss. Both have the same length."""
-
-    input_ids: list[int]
-    labels: list[int]
 
 
 @dataclass(frozen=True)
@@ -85,44 +72,28 @@ class Formatter:
         return Example(example.input_ids[:end], example.labels[:end])
 
     def _example(self, row: Row) -> Example:
-        if self.format.read is None:
-            raise TypeError(f"{self.format.name} has no reader")
+        assert self.format.read is not None
         content = self.format.read(row)
-        if isinstance(content, Tokens):
-            return Example(content.input_ids, content.labels)
-        if isinstance(content, Plain):
-            return self._plain(content.prompt, content.response)
+        if isinstance(content, Instruction):
+            content = content.chat if self.use_template else content.plain
         if isinstance(content, Chat):
-            return self._chat(content)
-        if self.use_template:
-            return self._chat(content.chat)
-        if content.tools or content.options:
-            raise DataError("columns 'tools' and 'chat_template_kwargs' need a chat template")
-        system = f"{content.system}\n\n" if content.system else ""
-        return self._plain(system + ALPACA.format(instruction=content.prompt), content.response)
+            return self.chats(content)
+        return content if isinstance(content, Example) else self._plain(content)
 
-    def _plain(self, prompt: str, response: str) -> Example:
+    def _plain(self, content: Plain) -> Example:
         """Prompt and response without a template; the response ends with EOS."""
-        if not response:
+        if not content.response:
             raise DataError("the response is empty")
         tokenizer = self.tokenizer
-        before = tokenizer(prompt)["input_ids"]
+        before = tokenizer(content.prompt)["input_ids"]
         if before and before[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id:
             before = before[:-1]  # the tokenizer appends EOS to every text
-        after = tokenizer(response, add_special_tokens=False)["input_ids"]
+        after = tokenizer(content.response, add_special_tokens=False)["input_ids"]
         if tokenizer.eos_token_id is not None and after[-1:] != [tokenizer.eos_token_id]:
             after = [*after, tokenizer.eos_token_id]
         if before and (before[1:] + after)[:1] == before[:1] == [tokenizer.bos_token_id]:
             before = before[1:]  # the text already begins with BOS
         return Example([*before, *after], [IGNORE] * len(before) + after)
-
-    def _chat(self, chat: Chat) -> Example:
-        """A chat with loss on the selected answers."""
-        found = self.chats(chat)
-        labels = [IGNORE] * len(found.input_ids)
-        for start, end in found.answers:
-            labels[start:end] = found.input_ids[start:end]
-        return Example(found.input_ids, labels)
 
 
 def prepare_task(

@@ -19,7 +19,8 @@ from peft import PeftModel
 from torch import Tensor
 
 from folora.adapters.adapter import lora_factors
-from folora.data.rows import Example, batches, text_examples
+from folora.data.contents import Example
+from folora.data.rows import batches, text_examples
 from folora.errors import DataError
 from folora.metrics.kl import kl, labelled_logits
 from folora.optim.sadam import SAdam

@@ -21,7 +21,8 @@ from folora.calibration.sampling import lazy_engine, sample_sequences, sampling_
 from folora.calibration.stopping import EarlyStopping, early_stopping
 from folora.calibration.vllm import ENGINE
 from folora.config import FoLoraConfig
-from folora.data.rows import Example, TaskData, text_examples
+from folora.data.contents import Example
+from folora.data.rows import TaskData, text_examples
 from folora.errors import ArtifactError, MismatchError
 from folora.pipeline.context import Context
 from folora.pipeline.store import Folder, Memory, Stage, StageResult

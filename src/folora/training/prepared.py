@@ -17,7 +17,8 @@ from folora.adapters.adapter import attach
 from folora.adapters.export import ExportReport, export_adapter
 from folora.calibration.calibration_set import CalibrationSet
 from folora.config import FoLoraConfig
-from folora.data.rows import Example, TaskData, text_examples
+from folora.data.contents import Example
+from folora.data.rows import TaskData, text_examples
 from folora.metrics.meter import Meter, warn_if_not_stepped
 from folora.optim.sadam import SAdam
 from folora.spectral.layers import GroupBasis

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_liger_kernel_available
 
-from folora.data.rows import Example
+from folora.data.contents import Example
 from folora.errors import ConfigError
 from folora.runtime.extras import needed_by
 from folora.training.prepared import to_dataset
