@@ -86,7 +86,7 @@ def write_adapter(
 
     `config` gives all but rank, scaling and layers.
     """
-    check_owned_folder(Path(path), ADAPTER, "the export folder")
+    check_owned_folder(Path(path), ADAPTER)
     exact = max(len(a) for a, _, _ in factors.values())
     if rank is not None and not 1 <= rank <= exact:
         raise ConfigError(f"export rank is {rank}, but must lie in [1, {exact}]")
@@ -164,7 +164,7 @@ def write_merged(
             f"{type(base).__name__} has no save_pretrained. Use model.merge_and_unload() and save its "
             "state_dict."
         )
-    check_owned_folder(Path(path), MERGED, "the export folder")
+    check_owned_folder(Path(path), MERGED)
     merged = dict(state)
     for name, (a, b, scaling) in factors.items():
         weight = state[f"{name}.weight"]

@@ -202,7 +202,7 @@ class Run:
         target = path or self.folder / (MERGED if kind == "merged" else ADAPTER)
         if path is None and (why := obstacle(target, folder=True)):
             raise ConfigError(f"{target} {why}, but must be a folder; move it away, or give --to")
-        check_owned_folder(target, kind, "the export folder")
+        check_owned_folder(target, kind)
         trained = self.trained()
 
         def write() -> ExportReport:
@@ -285,7 +285,7 @@ def _check_folder(folder: Path, config: FoLoraConfig) -> None:
     check_lock(folder)
     check_own(folder, KIND, [REPORT])
     _config_exists(folder, config)
-    check_owned_folder(folder / ADAPTER, "adapter", "the export folder")
+    check_owned_folder(folder / ADAPTER, "adapter")
     check_checkpoints((folder / Training.path).parent, REQUEST)
 
 

@@ -7,7 +7,6 @@ checksum of the tensors. Both are verified on reading.
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -24,8 +22,10 @@ from folora.runtime.memory import check_fits_memory
 from folora.runtime.storage import (
     Facts,
     file_sha256,
+    json_text,
     malformed_is_damaged,
     read_json,
+    reading,
     sealed,
     unsealed,
     write_atomically,
@@ -108,6 +108,9 @@ def write_artifact(
         kind: Type of artifact, for example ``"moments"``; reading must ask for the same one.
         tensors: On any device, of any dtype; stored contiguously.
         facts: JSON values for the manifest, such as fingerprints.
+
+    Raises:
+        ArtifactError: It cannot be written.
     """
 
     def write(target: Path) -> None:
@@ -120,8 +123,7 @@ def write_artifact(
             "versions": software_versions(),
             **facts,
         }
-        text = json.dumps(sealed(manifest), indent=1) + "\n"
-        (target / MANIFEST).write_text(text, encoding="utf-8")
+        (target / MANIFEST).write_text(json_text(sealed(manifest)), encoding="utf-8")
 
     write_atomically(Path(path), write)
 
@@ -129,17 +131,12 @@ def write_artifact(
 def read_manifest(path: Path, kind: str, expected: Mapping[str, Any] | None = None) -> Facts:
     """Read and verify an artifact's manifest without its tensors.
 
-    Args:
-        path: The artifact's folder.
-        kind: The required type of artifact.
-        expected: Values that the manifest must hold.
-
     Raises:
         ArtifactError: Missing, damaged, or of another kind or format.
         MismatchError: A value differs from `expected`.
     """
-    file = Path(path) / MANIFEST
-    return check_manifest(read_json(file), file, Path(path), kind, expected)
+    file = path / MANIFEST
+    return check_manifest(read_json(file), file, path, kind, expected)
 
 
 def check_manifest(
@@ -149,7 +146,7 @@ def check_manifest(
     kind: str,
     expected: Mapping[str, Any] | None = None,
 ) -> Facts:
-    """Verify a parsed manifest and return its values; see `read_manifest` for arguments and errors."""
+    """Verify a parsed manifest and return its values; see `read_manifest` for the errors."""
     facts = unsealed(manifest, file, artifact)
     if facts.get("kind") != kind:
         raise ArtifactError(f"{file} holds {facts.get('kind')!r:.80}, but {kind!r} is needed here")
@@ -167,18 +164,14 @@ def read_artifact(path: Path, kind: str, expected: Mapping[str, Any] | None = No
     """Read an artifact and verify its manifest and checksum; see `read_manifest`."""
     manifest = read_manifest(path, kind, expected)
     check_tensors(path, manifest)
-    return Artifact(read_tensors(Path(path) / TENSORS), manifest)
+    return Artifact(read_tensors(path / TENSORS), manifest)
 
 
 def check_tensors(path: Path, manifest: Mapping[str, Any]) -> None:
     """Verify the checksum of an artifact's tensors. Raises ArtifactError."""
-    file = Path(path) / TENSORS
-    try:
-        check_fits_memory(file)  # hashing a file that cannot be loaded wastes time
-        checksum = file_sha256(file)
-    except OSError as error:
-        raise ArtifactError(f"{file} cannot be read: {error}") from error
-    if checksum != manifest.get("sha256"):
+    file = path / TENSORS
+    check_fits_memory(file)  # hashing a file that cannot be loaded wastes time
+    if (checksum := file_sha256(file)) != manifest.get("sha256"):
         raise ArtifactError(
             f"{file} is damaged: its checksum is {checksum[:12]}, its manifest says "
             f"{str(manifest.get('sha256'))[:12]}. Delete the folder {path} and rerun the command."
@@ -187,11 +180,9 @@ def check_tensors(path: Path, manifest: Mapping[str, Any]) -> None:
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises ArtifactError."""
-    try:
-        check_fits_memory(file)
+    check_fits_memory(file)
+    with reading(file):  # a KeyError is a dtype that torch lacks
         return load_file(file)
-    except (OSError, SafetensorError, KeyError) as error:  # KeyError: a dtype that torch lacks
-        raise ArtifactError(f"{file} cannot be read: {error}") from error
 
 
 def _short(value: Any) -> str:

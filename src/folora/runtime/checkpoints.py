@@ -15,12 +15,12 @@ from pathlib import Path
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from folora.errors import ArtifactError, ConfigError
-from folora.runtime.ownership import LIST
+from folora.runtime.ownership import LIST, checksums
 from folora.runtime.storage import (
     discard,
     file_sha256,
-    is_temporary,
     malformed_is_damaged,
+    names_in,
     obstacle,
     read_sealed,
     sync,
@@ -33,11 +33,7 @@ SEAL = LIST
 
 
 def check_checkpoints(folder: Path, request: str) -> None:
-    """Refuse a training folder with checkpoints that folora did not write.
-
-    Args:
-        folder: The training folder; may be missing.
-        request: Name of the file in it that describes the training.
+    """Refuse a training folder with checkpoints that folora did not write, for lack of `request` in it.
 
     Raises:
         ConfigError: A checkpoint was not written by folora, or is a link; it is named.
@@ -48,7 +44,7 @@ def check_checkpoints(folder: Path, request: str) -> None:
                 f"{path} {why}, but training writes its checkpoint there; move it away"
             )
         ours = (folder / request).exists() and (path / SEAL).exists()
-        if not ours and any(not is_temporary(p.name) for p in path.iterdir()):
+        if not ours and names_in(path):
             raise ConfigError(
                 f"{path} was not written by this training (it has no {SEAL}, or {folder} no {request}); "
                 f"move it away, so that it is not mistaken for the checkpoint of step {step}"
@@ -88,10 +84,9 @@ def seal_checkpoint(folder: Path) -> None:
     """Sync all files and store their checksums. Raises ArtifactError."""
     try:
         sync(folder)
-        files = {p.relative_to(folder).as_posix(): file_sha256(p) for p in _files(folder)}
     except OSError as error:
         raise ArtifactError(f"cannot write the checkpoint {folder}: {error}") from error
-    write_sealed(folder / SEAL, {"files": files})
+    write_sealed(folder / SEAL, {"files": checksums(folder)})
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -113,16 +108,12 @@ def check_checkpoint(folder: Path) -> None:
     listed = read_sealed(folder / SEAL)["files"]
     with malformed_is_damaged(folder / SEAL):
         listed = {str(name): str(checksum) for name, checksum in listed.items()}
-    there = {p.relative_to(folder).as_posix() for p in _files(folder)}
+    there = names_in(folder) - {SEAL}
     for name, checksum in listed.items():
         file = folder / name
         if name not in there:  # names cannot point outside the folder
             raise ArtifactError(f"{file} is missing. {remedy(folder)}")
-        try:
-            found = file_sha256(file)
-        except OSError as error:
-            raise ArtifactError(f"{file} cannot be read: {error}. {remedy(folder)}") from error
-        if found != checksum:
+        if (found := file_sha256(file)) != checksum:
             raise ArtifactError(
                 f"{file} is damaged: its checksum is {found[:12]}, but {checksum[:12]} was written. "
                 f"{remedy(folder)}"
@@ -143,11 +134,6 @@ def _numbered(folder: Path) -> list[tuple[int, Path]]:
 def _is_complete(checkpoint: Path) -> bool:
     seal = checkpoint / SEAL
     return seal.exists() and read_sealed(seal).get("files") != {}
-
-
-def _files(folder: Path) -> list[Path]:
-    files = (p for p in folder.rglob("*") if p.is_file() and p != folder / SEAL)
-    return sorted(p for p in files if not is_temporary(p.name))
 
 
 def remedy(folder: Path) -> str:

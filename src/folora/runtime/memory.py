@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from folora.errors import ArtifactError
+from folora.runtime.storage import reading
 
 
 def free_bytes(device: torch.device) -> int:
@@ -21,7 +22,8 @@ def free_bytes(device: torch.device) -> int:
 
 def check_fits_memory(path: Path) -> None:
     """Refuse a file that is larger than the host's free memory. Raises ArtifactError."""
-    size, free = os.path.getsize(path), free_bytes(torch.device("cpu"))
+    with reading(path):
+        size, free = os.path.getsize(path), free_bytes(torch.device("cpu"))
     if size > free:
         raise ArtifactError(f"{path} has {size / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free")
 

@@ -8,18 +8,18 @@ leaves no file that the next one would not recognize.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
-from folora.errors import ArtifactError, ConfigError
+from folora.errors import ConfigError
 from folora.runtime.storage import (
     LONGEST_NAME,
     check_writable,
     file_sha256,
+    json_text,
     malformed_is_damaged,
+    names_in,
     obstacle,
     read_sealed,
     sealed,
@@ -62,7 +62,7 @@ def check_own(folder: Path, kind: str, names: Iterable[str] | None = None) -> Fi
                 f"{file} would be replaced, but {folder / LIST} does not say that folora wrote it; "
                 "move it away, or choose another folder"
             )
-        if _sha256(file) not in listed[name]:
+        if file_sha256(file) not in listed[name]:
             raise ConfigError(
                 f"{file} would be replaced, but it was changed since folora wrote it; move it away "
                 "to have it written again, or choose another folder"
@@ -70,13 +70,13 @@ def check_own(folder: Path, kind: str, names: Iterable[str] | None = None) -> Fi
     return listed
 
 
-def check_owned_folder(folder: Path, kind: str, what: str) -> None:
+def check_owned_folder(folder: Path, kind: str) -> None:
     """Refuse an export folder that is neither new, nor empty, nor written by folora.
 
     Raises:
         ConfigError: It holds other files, or folora's files were changed.
     """
-    check_writable(folder, what)
+    check_writable(folder, "the export folder")
     _check_length(folder)
     names = [] if os.path.lexists(folder / LIST) or not folder.is_dir() else os.listdir(folder)
     if names:
@@ -117,11 +117,11 @@ def write_own(file: Path, kind: str, write: Callable[[Path], object]) -> None:
     def put(temporary: Path, file: Path) -> None:
         folder, name = file.parent, file.name
         listed = check_own(folder, kind, [name])
-        new = {_sha256(temporary)}
-        there = {_sha256(file)} if file.exists() else set()
+        new = {file_sha256(temporary)}
+        there = {file_sha256(file)} if file.exists() else set()
         if new != there:
             files = {**listed, name: sorted(new | there)}
-            write_sealed(folder / LIST, _facts(kind, files))
+            write_sealed(folder / LIST, {"kind": kind, "files": dict(sorted(files.items()))})
             os.replace(temporary, file)
 
     write_atomically(file, write, put)
@@ -143,17 +143,17 @@ def write_owned_folder(folder: Path, kind: str, write: Callable[[Path], object])
         ArtifactError: It cannot be written.
     """
     folder = Path(os.path.abspath(folder))
-    check_owned_folder(folder, kind, "the export folder")
+    check_owned_folder(folder, kind)
 
     def whole(target: Path) -> None:
         write(target)
-        files = {name: [_sha256(target / name)] for name in _names(target)}
-        text = json.dumps(sealed(_facts(kind, files)), indent=1) + "\n"
+        files = {name: [checksum] for name, checksum in checksums(target).items()}
+        text = json_text(sealed({"kind": kind, "files": files}))
         (target / LIST).write_text(text, encoding="utf-8")
 
     def put(temporary: Path, folder: Path) -> None:
         files, old = _listed(temporary, kind), check_own(folder, kind)
-        there = _names(folder)
+        there = names_in(folder)
         if files == old and set(files) <= there:
             return
         if others := sorted({*files} & there - {*old}):
@@ -190,14 +190,9 @@ def _listed(folder: Path, kind: str) -> Files:
         return files
 
 
-def _facts(kind: str, files: Files) -> dict[str, Any]:
-    return {"kind": kind, "files": dict(sorted(files.items()))}
-
-
-def _names(folder: Path) -> set[str]:
-    """Files in a folder and its subfolders except the list; links are not followed."""
-    files = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
-    return {p.relative_to(folder).as_posix() for p in files if p != folder / LIST}
+def checksums(folder: Path) -> dict[str, str]:
+    """By name, the checksum of every file in a folder except the list. Raises ArtifactError."""
+    return {name: file_sha256(folder / name) for name in sorted(names_in(folder) - {LIST})}
 
 
 def _check_length(path: Path) -> None:
@@ -205,10 +200,3 @@ def _check_length(path: Path) -> None:
         raise ConfigError(
             f"the name of {path} is too long; it may have at most {LONGEST_TARGET} bytes"
         )
-
-
-def _sha256(file: Path) -> str:
-    try:
-        return file_sha256(file)
-    except OSError as error:
-        raise ArtifactError(f"{file} cannot be read: {error}") from error

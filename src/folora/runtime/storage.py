@@ -83,8 +83,7 @@ def write_atomically(
         put: Called with the temporary path and `path`; replaces the final rename.
 
     Raises:
-        ArtifactError: It cannot be written, or `path` is occupied by something else; the message
-            names the path.
+        ArtifactError: It cannot be written, or `path` is occupied by something else.
     """
     path = Path(path)
     # Beside the target, not in a temporary folder: a process killed after the rename leaves nothing.
@@ -92,12 +91,12 @@ def write_atomically(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent, path.name)
-        mode = _mode_of_new(temporary)
+        temporary.touch(exist_ok=False)
+        mode = stat.S_IMODE(temporary.stat().st_mode)
+        temporary.unlink()
         write(temporary)
-        for file in _files(temporary):
-            if (
-                stat.S_IMODE(file.stat().st_mode) != mode
-            ):  # safetensors makes files readable by the owner only
+        for file in [temporary, *temporary.rglob("*")]:
+            if file.is_file():  # safetensors makes files readable by the owner only
                 file.chmod(mode)
         sync(temporary)
         (put or _replace)(temporary, path)
@@ -177,62 +176,57 @@ def is_temporary(name: str, target: str | None = None) -> bool:
     return re.fullmatch(pattern, name, re.DOTALL) is not None
 
 
-def _mode_of_new(path: Path) -> int:
-    """The mode that a new file at a path gets."""
-    path.touch(exist_ok=False)
-    mode = stat.S_IMODE(path.stat().st_mode)
-    path.unlink()
-    return mode
-
-
-def _files(path: Path) -> list[Path]:
-    """The file itself, or all files in a folder."""
-    inside = path.rglob("*") if path.is_dir() else [path]
-    return [p for p in inside if p.is_file() and not p.is_symlink()]
+def names_in(folder: Path) -> set[str]:
+    """Relative names of all files in a folder and its subfolders; links are not followed."""
+    files = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
+    return {p.relative_to(folder).as_posix() for p in files if not is_temporary(p.name)}
 
 
 def sync(path: Path) -> None:
     """Sync a file, or a folder and everything in it, to disk. Raises OSError."""
-    if path.is_dir():
-        for inside in sorted(path.rglob("*")):
-            sync_one(inside)
-    sync_one(path)
+    for inside in [path, *path.rglob("*")]:
+        sync_one(inside)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically. Raises ArtifactError."""
-
-    def write(target: Path) -> None:
-        target.write_text(text, encoding="utf-8")
-
-    write_atomically(Path(path), write)
+    write_atomically(path, lambda target: target.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically. Raises ArtifactError."""
-    write_text(Path(path), json.dumps(value, indent=1) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """The text of a JSON file."""
+    return json.dumps(value, indent=1) + "\n"
+
+
+@contextlib.contextmanager
+def reading(place: object) -> Iterator[None]:
+    """Turn errors of reading and parsing a file into ArtifactError, which names it."""
+    try:
+        yield
+    except (OSError, ValueError, RecursionError, SafetensorError, KeyError) as error:
+        raise ArtifactError(f"{place} cannot be read: {error}") from error
 
 
 def read_text(path: Path) -> str:
-    """Read a text file. Raises ArtifactError naming the file if it is missing, too large or not UTF-8."""
-    path = Path(path)
+    """Read a text file. Raises ArtifactError if it is missing, too large or not UTF-8."""
     check_regular_file(path)
-    try:
+    with reading(path):
+        if not os.path.lexists(path):
+            raise ArtifactError(f"{path} is missing")
         if (size := path.stat().st_size) > LARGEST_JSON:
             raise ArtifactError(f"{path} has {size} bytes, but must have at most {LARGEST_JSON}")
         return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ArtifactError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}") from error
 
 
 def parse_json(text: str, place: object) -> Any:
     """Parse JSON. Raises ArtifactError naming the place if the text is damaged."""
-    try:
+    with reading(place):
         return checked_depth(json.loads(text))
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{place} cannot be read: {error}") from error
 
 
 def read_json(path: Path) -> Any:
@@ -260,12 +254,9 @@ def sealed(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def unsealed(found: Any, file: Path, owner: Path | None = None) -> Facts:
-    """Verify the version and checksum of a sealed JSON object and return its values.
+    """Verify the version and checksum of a sealed JSON object from `file` and return its values.
 
-    Args:
-        found: The parsed JSON.
-        file: The file it comes from, for messages.
-        owner: The folder that is useless without this file, if there is one, for the remedy.
+    `owner` is the folder that is useless without the file, if there is one, for the remedy.
 
     Raises:
         ArtifactError: It has another version, or the checksum differs.
@@ -294,7 +285,7 @@ def write_sealed(path: Path, values: dict[str, Any]) -> None:
 
 def read_sealed(path: Path) -> Facts:
     """Read and verify a sealed JSON file. Raises ArtifactError; see `read_json` and `unsealed`."""
-    return unsealed(read_json(path), Path(path))
+    return unsealed(read_json(path), path)
 
 
 def json_fingerprint(value: Any) -> str:
@@ -304,8 +295,8 @@ def json_fingerprint(value: Any) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes. Raises OSError."""
-    with open(path, "rb") as file:
+    """SHA-256 of a file's bytes. Raises ArtifactError."""
+    with reading(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
