@@ -102,7 +102,7 @@ def run(recipe: Recipe, output: Path, command: str, *, allow_code: bool, trial: 
     """Every arm of a recipe, and a line for each as it is done. Raises FoLoraError."""
     check_code(recipe, allow_code)
     if trial:
-        check_owned_folder(output, TRIAL, "the folder of a trial")
+        check_owned_folder(output, TRIAL)
         shutil.rmtree(output, ignore_errors=True)  # a trial is for finding out, not for keeping
         note = "A trial. The next one deletes this folder.\n"
         write_own(output / "TRIAL.md", TRIAL, lambda file: file.write_text(note))
