@@ -15,13 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from folora.errors import ConfigError, nearest
 
 Init = Literal[
-    "eigen",
-    "null_space",
-    "null_space_zero",
-    "kaiming",
-    "minor_singular",
-    "corda",
-    "lora_null",
+    "eigen", "null_space", "null_space_zero", "kaiming", "minor_singular", "corda", "lora_null"
 ]
 """Leading eigenvectors with B = 0; C_pre's null space with the paper's B, or with B = 0; LoRA's;
 MiLoRA's; CorDA's; LoRA-Null's."""
@@ -83,154 +77,47 @@ METHODS: dict[str, Method] = {
     m.name: m
     for m in (
         _method("folora", "folora", "the defaults of this library"),
-        _method(
-            "folora-null",
-            "folora, null-space start",
-            "the paper's initialization, at our step scale",
-            init="null_space",
-            settings=_WHOLE,
-        ),
-        _method(
-            "folora-paper",
-            "FoLoRA as in the paper",
-            "arXiv:2606.00132: null-space initialization, basis unscaled",
-            init="null_space",
-            step_scale="paper",
-            settings={**_WHOLE, "spectrum.s_min": 0.3},
-        ),
+        _method("folora-null", "folora, null-space start", "the paper's initialization, at our step scale",
+                init="null_space", settings=_WHOLE),
+        _method("folora-paper", "FoLoRA as in the paper", "arXiv:2606.00132: null-space initialization, basis unscaled",
+                init="null_space", step_scale="paper", settings={**_WHOLE, "spectrum.s_min": 0.3}),
         _method("lora", "LoRA", "arXiv:2106.09685", **_LORA),
-        _method(
-            "lora-decay",
-            "LoRA, weight decay",
-            "decoupled decay of A and B",
-            **_LORA,
-            settings={"training.weight_decay": 1.0},
-        ),
+        _method("lora-decay", "LoRA, weight decay", "decoupled decay of A and B",
+                **_LORA, settings={"training.weight_decay": 1.0}),
         _method("lora-r2", "LoRA, rank 2", "a smaller adapter", **_LORA, settings={"adapter.r": 2}),
         _method("milora", "MiLoRA", "arXiv:2406.09044", optimizer="adamw", init="minor_singular"),
-        _method(
-            "corda",
-            "CorDA (KPM)",
-            "arXiv:2406.05223; tau is its damping, .01 as in PEFT",
-            optimizer="adamw",
-            init="corda",
-            settings={"spectrum.tau": 0.01},
-        ),
+        _method("corda", "CorDA (KPM)", "arXiv:2406.05223; tau is its damping, .01 as in PEFT",
+                optimizer="adamw", init="corda", settings={"spectrum.tau": 0.01}),
         _method("lora-null", "LoRA-Null", "arXiv:2503.02659", optimizer="adamw", init="lora_null"),
-        _method(
-            "lora-null-v2",
-            "LoRA-Null v2",
-            "arXiv:2503.02659 with A frozen",
-            optimizer="adamw",
-            init="lora_null",
-            freeze_a=True,
-        ),
-        _method(
-            "oplora",
-            "OPLoRA",
-            "arXiv:2510.13003, k = r by default",
-            **_LORA,
-            constraint="oplora",
-        ),
-        _method(
-            "kaiming-sadam",
-            "SAdam, Kaiming start",
-            "the optimizer alone",
-            init="kaiming",
-            settings=_WHOLE,
-        ),
-        _method(
-            "eigen-adamw",
-            "AdamW, eigen start",
-            "the default initialization alone",
-            optimizer="adamw",
-        ),
-        _method(
-            "null-adamw",
-            "AdamW, null-space start",
-            "the paper's initialization alone",
-            optimizer="adamw",
-            init="null_space",
-        ),
-        _method(
-            "null-zero",
-            "folora, A0 in the null space, B0 = 0",
-            "the paper's directions without its B0",
-            init="null_space_zero",
-            settings=_WHOLE,
-        ),
-        _method(
-            "all-directions",
-            "folora, all directions",
-            "the whole basis instead of its first r columns",
-            settings=_WHOLE,
-        ),
-        _method(
-            "gate-off", "folora, gate off", "all ones", settings={**_WHOLE, "spectrum.s_min": 1.0}
-        ),
-        _method(
-            "gate-open", "folora, s_min 0", "no floor", settings={**_WHOLE, "spectrum.s_min": 0.0}
-        ),
-        _method(
-            "basis-pretraining",
-            "folora, basis of C_pre",
-            "V Lambda^(-1/2)",
-            basis="pretraining",
-            settings=_WHOLE,
-        ),
-        _method(
-            "basis-whitening",
-            "folora, T = H^(-1/2)",
-            "no rotation",
-            basis="whitening",
-            settings=_WHOLE,
-        ),
-        _method(
-            "lora-fa",
-            "LoRA-FA",
-            "arXiv:2308.03303: A frozen at its initialization",
-            **_LORA,
-            freeze_a=True,
-        ),
-        _method(
-            "eigen-frozen",
-            "eigen start, A frozen",
-            "only B is trained, so that the update reads r chosen directions and no others",
-            optimizer="adamw",
-            freeze_a=True,
-        ),
-        _method(
-            "null-frozen",
-            "null space, A frozen",
-            "A0 on C_pre's smallest eigenvectors and frozen, B0 = 0",
-            optimizer="adamw",
-            init="null_space_zero",
-            freeze_a=True,
-        ),
+        _method("lora-null-v2", "LoRA-Null v2", "arXiv:2503.02659 with A frozen",
+                optimizer="adamw", init="lora_null", freeze_a=True),
+        _method("oplora", "OPLoRA", "arXiv:2510.13003, k = r by default", **_LORA, constraint="oplora"),
+        _method("kaiming-sadam", "SAdam, Kaiming start", "the optimizer alone", init="kaiming", settings=_WHOLE),
+        _method("eigen-adamw", "AdamW, eigen start", "the default initialization alone", optimizer="adamw"),
+        _method("null-adamw", "AdamW, null-space start", "the paper's initialization alone",
+                optimizer="adamw", init="null_space"),
+        _method("null-zero", "folora, A0 in the null space, B0 = 0", "the paper's directions without its B0",
+                init="null_space_zero", settings=_WHOLE),
+        _method("all-directions", "folora, all directions", "the whole basis instead of its first r columns",
+                settings=_WHOLE),
+        _method("gate-off", "folora, gate off", "all ones", settings={**_WHOLE, "spectrum.s_min": 1.0}),
+        _method("gate-open", "folora, s_min 0", "no floor", settings={**_WHOLE, "spectrum.s_min": 0.0}),
+        _method("basis-pretraining", "folora, basis of C_pre", "V Lambda^(-1/2)",
+                basis="pretraining", settings=_WHOLE),
+        _method("basis-whitening", "folora, T = H^(-1/2)", "no rotation", basis="whitening", settings=_WHOLE),
+        _method("lora-fa", "LoRA-FA", "arXiv:2308.03303: A frozen at its initialization", **_LORA, freeze_a=True),
+        _method("eigen-frozen", "eigen start, A frozen", "only B is trained, so that the update reads r chosen directions and no others",
+                optimizer="adamw", freeze_a=True),
+        _method("null-frozen", "null space, A frozen", "A0 on C_pre's smallest eigenvectors and frozen, B0 = 0",
+                optimizer="adamw", init="null_space_zero", freeze_a=True),
         _method("lora-kl", "LoRA + KL", "KL to the base", **_LORA, kl_weight=1.0),
-        _method(
-            "lora-masked-kl",
-            "LoRA + Mask-the-Target",
-            "arXiv:2605.29498",
-            **_LORA,
-            masked_kl_weight=1.0,
-        ),
-        _method(
-            "lora-replay",
-            "LoRA + replay",
-            "10 % of the rows are generated text",
-            **_LORA,
-            replay=0.1,
-        ),
+        _method("lora-masked-kl", "LoRA + Mask-the-Target", "arXiv:2605.29498", **_LORA, masked_kl_weight=1.0),
+        _method("lora-replay", "LoRA + replay", "10 % of the rows are generated text", **_LORA, replay=0.1),
         _method("folora-kl", "folora + KL", "KL to the base", kl_weight=1.0),
-        _method(
-            "folora-masked-kl", "folora + Mask-the-Target", "arXiv:2605.29498", masked_kl_weight=1.0
-        ),
-        _method(
-            "folora-replay", "folora + replay", "10 % of the rows are generated text", replay=0.1
-        ),
+        _method("folora-masked-kl", "folora + Mask-the-Target", "arXiv:2605.29498", masked_kl_weight=1.0),
+        _method("folora-replay", "folora + replay", "10 % of the rows are generated text", replay=0.1),
     )
-}
+}  # fmt: skip
 
 
 def method(name: str) -> Method:

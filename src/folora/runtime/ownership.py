@@ -76,7 +76,7 @@ def check_owned_folder(folder: Path, kind: str) -> None:
     Raises:
         ConfigError: It holds other files, or folora's files were changed.
     """
-    check_writable(folder, "the folder")
+    check_writable(folder, "the export folder")
     _check_length(folder)
     names = [] if os.path.lexists(folder / LIST) or not folder.is_dir() else os.listdir(folder)
     if names:
