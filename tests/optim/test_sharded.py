@@ -49,7 +49,7 @@ def network(sharded: bool) -> nn.Sequential:
         nn.Linear(8, 5, bias=False), nn.Linear(5, 2, bias=False), nn.Linear(2, 4)
     )  # fmt: skip
     if sharded:
-        mesh = init_device_mesh("cpu", (distributed.count(),))
+        mesh = init_device_mesh("cpu", (distributed.world_size(),))
         for layer in made:
             fully_shard(layer, mesh=mesh)
         fully_shard(made, mesh=mesh)
@@ -81,7 +81,7 @@ def steps(
     """Each process takes its rows of every step; the whole weights at the end."""
     for number in numbers:
         rows = torch.randn(ROWS, 8, generator=torch.Generator().manual_seed(number))
-        own = rows.chunk(distributed.count())[distributed.rank()]
+        own = rows.chunk(distributed.world_size())[distributed.rank()]
         opt.zero_grad()
         net(own).square().mean().backward()
         opt.step()
@@ -231,8 +231,8 @@ def test_a_constraint_holds_for_sharded_parameters() -> None:
             model, bases, LoraConfig(r=2, lora_alpha=2), init="minor_singular", protect=2
         )
         fresh = lora_factors(copy.deepcopy(adapted))
-        if distributed.count() > 1:
-            fully_shard(adapted, mesh=init_device_mesh("cpu", (distributed.count(),)))
+        if distributed.world_size() > 1:
+            fully_shard(adapted, mesh=init_device_mesh("cpu", (distributed.world_size(),)))
         opt = torch.optim.AdamW(adapted.parameters(), lr=1e-2, weight_decay=0.0)
         project_after_step(opt, adapted)
         ids = torch.randint(3, 50, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -92,7 +92,7 @@ def test_compare_refuses_several_processes(bench: Bench) -> None:
 
 def test_shards_cover_every_item_once() -> None:
     found = in_processes(
-        3, lambda: (distributed.count(), distributed.rank(), list(distributed.shard(range(8))))
+        3, lambda: (distributed.world_size(), distributed.rank(), list(distributed.shard(range(8))))
     )
     assert found == [(3, 0, [0, 3, 6]), (3, 1, [1, 4, 7]), (3, 2, [2, 5])]
 
@@ -168,7 +168,7 @@ def test_an_unreachable_process_group_raises(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", "1")
     with pytest.raises(ProcessError, match=r"process 1 of 2 cannot reach .*reset by peer$"):
-        distributed.join("cpu")
+        distributed.init("cpu")
 
 
 def test_a_single_process_communicates_nothing() -> None:

@@ -29,7 +29,7 @@ def in_processes(count: int, work: Callable[[], Any]) -> list[Any]:
         gc.freeze()  # collecting the parent's objects would wait for threads that the fork lacks
         try:
             os.environ |= point.place_among(rank, count)
-            distributed.join("cpu")
+            distributed.init("cpu")
             queue.put((rank, work()))
         except BaseException as error:
             queue.put((rank, f"{type(error).__name__}: {error}"))

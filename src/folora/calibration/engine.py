@@ -51,7 +51,7 @@ def with_batch_size(config: SamplingConfig, model: Any) -> SamplingConfig:
     if config.server is not None:
         return config.replace(batch_size=config.batch_size or SERVER_BATCH)
     size = batch_size_for(
-        model.device, model.config, model.dtype.itemsize, config, distributed.count()
+        model.device, model.config, model.dtype.itemsize, config, distributed.world_size()
     )
     return config.replace(batch_size=size)
 

@@ -182,7 +182,7 @@ def second_moments(
         remaining = iter(batches)
         row = 0  # over all processes
         for number in count(1):
-            together = [*islice(remaining, distributed.count())]
+            together = [*islice(remaining, distributed.world_size())]
             if not together:
                 break
             counts = distributed.rank() < len(together)

@@ -201,7 +201,7 @@ def _missing(shards: Path | None, number: int, size: int) -> list[int]:
     """The first numbers of the next batches that are not stored, one for each process."""
     numbers = count(number, size)
     missing = (n for n in numbers if (file := _shard(shards, n)) is None or not file.exists())
-    return [*islice(missing, distributed.count())]
+    return [*islice(missing, distributed.world_size())]
 
 
 def _store(shards: Path | None, batches: Mapping[int, list[list[int]]]) -> None:

@@ -43,15 +43,15 @@ def execute(request: Request, config: FoLoraConfig) -> None:
         FoLoraError: With what failed and what to do.
         Interrupted: A signal came.
     """
-    distributed.join(config.device)
+    distributed.init(config.device)
     _set_up_logging(request.verbose)
     _work(request, config)
-    distributed.leave()
+    distributed.destroy()
 
 
 def _work(request: Request, config: FoLoraConfig) -> None:
     command = request.command
-    if command in ("plan", "compare") and distributed.count() > 1:
+    if command in ("plan", "compare") and distributed.world_size() > 1:
         raise ConfigError(f"folora {command} works in one process; start it without a launcher")
     if command == "plan":
         _print_plan(_plan(config, request.processes))

@@ -77,7 +77,7 @@ class Training(Stage[Trained]):
             "data": self.context.task.fingerprint,
             "held_out": self.samples.manifest["fingerprint"],
             "options": json_fingerprint(options),
-            "rows_a_step": distributed.count()
+            "rows_a_step": distributed.world_size()
             * training.per_device_train_batch_size
             * training.gradient_accumulation_steps,
         }

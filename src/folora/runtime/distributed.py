@@ -27,15 +27,11 @@ _STALE = (
     "process unset WORLD_SIZE, RANK and LOCAL_RANK."
 )
 TIMEOUT = timedelta(hours=2)  # rank 0 may solve and write while the others wait
-LOST = ("gloo", "nccl", "connection", "socket", "store")
-"""Words in the messages of torch.distributed when another process has ended."""
+LOST = ("gloo", "nccl", "connection", "socket", "store")  # words in errors about an ended process
 
 
-def join(device: str) -> None:
-    """Initialize the process group, if a launcher started several processes.
-
-    Args:
-        device: ``"auto"`` or a device's name; on the CPU the backend is gloo.
+def init(device: str) -> None:
+    """Initialize the process group for an option ``device``, if a launcher started several processes.
 
     Raises:
         ConfigError: Some of a launcher's environment variables are missing or contradict each other.
@@ -83,14 +79,14 @@ def _launched() -> int:
     return several
 
 
-def leave() -> None:
+def destroy() -> None:
     """Destroy the process group, at the end of all work."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def count() -> int:
-    """World size."""
+def world_size() -> int:
+    """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -105,15 +101,15 @@ def local_rank() -> int:
 
 
 def shard(items: Sequence[T]) -> Sequence[T]:
-    """The items of this process: every `count`-th, starting at `rank`."""
-    return items[rank() :: count()]
+    """The items of this process: every `world_size`-th, starting at `rank`."""
+    return items[rank() :: world_size()]
 
 
 def all_gather(value: T) -> list[T]:
     """The values of all processes, by rank. Raises ProcessError."""
-    if count() == 1:
+    if world_size() == 1:
         return [value]
-    found: list[Any] = [None] * count()
+    found: list[Any] = [None] * world_size()
     with reporting_lost_processes():
         dist.all_gather_object(found, value)
     return found
@@ -121,7 +117,7 @@ def all_gather(value: T) -> list[T]:
 
 def broadcast(value: T, owner: int = 0) -> T:
     """The value of rank `owner`. Raises ProcessError."""
-    if count() == 1:
+    if world_size() == 1:
         return value
     held = [value]
     with reporting_lost_processes():
@@ -131,7 +127,7 @@ def broadcast(value: T, owner: int = 0) -> T:
 
 def all_reduce_(tensor: Tensor) -> Tensor:
     """Sum over all processes, in place. Raises ProcessError."""
-    if count() > 1:
+    if world_size() > 1:
         with reporting_lost_processes():
             dist.all_reduce(tensor)
     return tensor
@@ -139,22 +135,12 @@ def all_reduce_(tensor: Tensor) -> Tensor:
 
 def all_reduce_max(value: int) -> int:
     """The largest value of all processes. Raises ProcessError."""
-    if count() == 1:
-        return value
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    found = torch.tensor(value, device=device)
-    with reporting_lost_processes():
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-    return int(found)
+    return max(all_gather(value))
 
 
 def raise_together(call: Callable[[], T]) -> T:
-    """Call in every process; if one raises a FoLoraError, all do.
-
-    Raises:
-        FoLoraError: The error of the lowest rank that has one.
-    """
-    if count() == 1:
+    """Call in every process; if one raises a FoLoraError, all raise that of the lowest rank."""
+    if world_size() == 1:
         return call()
     result, error = _tried(call)
     if errors := [e for e in all_gather(error) if e is not None]:
@@ -163,12 +149,8 @@ def raise_together(call: Callable[[], T]) -> T:
 
 
 def on_rank_zero(call: Callable[[], T]) -> T:
-    """Call on rank 0 only; all processes get its result or raise its error.
-
-    Raises:
-        FoLoraError: The error of the call.
-    """
-    if count() == 1:
+    """Call on rank 0 only; all processes get its result or raise its FoLoraError."""
+    if world_size() == 1:
         return call()
     result, error = broadcast(_tried(call) if rank() == 0 else (None, None))
     if error is not None:
@@ -177,12 +159,7 @@ def on_rank_zero(call: Callable[[], T]) -> T:
 
 
 def check_same(what: str, value: Any) -> None:
-    """Refuse different values in different processes. Raises MismatchError in all of them.
-
-    Args:
-        what: Name of the value, for the message.
-        value: Anything that can be compared.
-    """
+    """Raise a MismatchError that names `what` in all processes if they have different values."""
     found = all_gather(value)
     if other := [r for r, v in enumerate(found) if v != found[0]]:
         raise MismatchError(
@@ -197,19 +174,13 @@ def reporting_lost_processes() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not _is_loss(error):
+        named = any(word in str(error).lower() for word in LOST)
+        if world_size() == 1 or not (isinstance(error, dist.DistError) or named):
             raise
         raise ProcessError(
-            f"process {rank()} of {count()} lost the connection to another process, whose message says why. "
+            f"process {rank()} of {world_size()} lost the connection to another process, whose message says why. "
             "Finished stages are on disk; restart all processes to resume."
         ) from error
-
-
-def _is_loss(error: RuntimeError) -> bool:
-    if count() == 1:
-        return False
-    said = str(error).lower()
-    return isinstance(error, dist.DistError) or any(word in said for word in LOST)
 
 
 def _tried(call: Callable[[], T]) -> tuple[T | None, FoLoraError | None]:

@@ -73,7 +73,7 @@ def weights_fingerprint(model: nn.Module) -> str:
     digests: dict[str, str] = {}
     for index, (name, tensor) in enumerate(sharded.items()):
         gathered = full_tensor(tensor)  # a collective
-        if index % distributed.count() == distributed.rank():
+        if index % distributed.world_size() == distributed.rank():
             digests[name] = _digest(gathered)
     if sharded:
         digests = {n: d for part in distributed.all_gather(digests) for n, d in part.items()}

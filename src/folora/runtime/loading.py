@@ -64,7 +64,7 @@ def device_of(config: FoLoraConfig) -> torch.device:
             return torch.device("cpu")
         return (
             torch.device(accelerator.type, distributed.local_rank())
-            if distributed.count() > 1
+            if distributed.world_size() > 1
             else accelerator
         )
     try:
@@ -196,9 +196,9 @@ def load_model(config: FoLoraConfig, name: str, as_stored: bool = False) -> PreT
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
-    if config.shard and distributed.count() > 1:
+    if config.shard and distributed.world_size() > 1:
         # FSDP2: each process holds a shard; blocks are unsharded while they run.
-        options["distributed_config"] = DistributedConfig(fsdp_size=distributed.count())
+        options["distributed_config"] = DistributedConfig(fsdp_size=distributed.world_size())
     # With this switch, transformers would load weights on one process only.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     # Weights of a wrong shape are refused below; transformers only logs them.

@@ -155,7 +155,7 @@ def solve(
     own = iter(distributed.raise_together(solve_shard))
     bases = []
     for number in range(len(groups)):  # broadcast: another process might round differently
-        owner = number % distributed.count()
+        owner = number % distributed.world_size()
         mine = next(own) if owner == distributed.rank() else None
         bases.append(distributed.broadcast(mine, owner))
     return Spectrum(tuple(bases))  # type: ignore[arg-type]

@@ -64,7 +64,7 @@ def sft_config(
         raise ConfigError(f"training: {error}") from error
     _check_length(found)
     check_sharding(found)
-    if extra.get("fsdp") and distributed.count() == 1:
+    if extra.get("fsdp") and distributed.world_size() == 1:
         raise ConfigError(
             "training.fsdp needs several processes, which torchrun or accelerate launch starts"
         )

@@ -183,7 +183,7 @@ class FoLoraTrainer(SFTTrainer):
 
     def _check_gradients(self, inputs: dict[str, Any]) -> None:
         """Raise NumericsError if a gradient is not finite, before the optimizer step."""
-        if not self.accelerator.sync_gradients and distributed.count() > 1:
+        if not self.accelerator.sync_gradients and distributed.world_size() > 1:
             return  # after the step's last backward pass all processes see the same gradients
         if not (names := self._non_finite_gradients()):
             return
