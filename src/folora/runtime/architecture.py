@@ -6,6 +6,7 @@ itself. Both errors name the architecture, its task and what is accepted.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from peft import PeftModel
@@ -17,78 +18,54 @@ from transformers.models.auto import modeling_auto
 from folora.errors import ConfigError
 
 MUST_BE = "must be a causal LM, which predicts the next token (LlamaForCausalLM, for example)"
-TASKS = {
-    "an encoder-decoder model": ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ"),
-    "a masked language model": ("MASKED_LM", "NEXT_SENTENCE_PREDICTION"),
-    "an image-text embedding model": ("ZERO_SHOT_IMAGE_CLASSIFICATION",),
-    "a classifier": (
-        "SEQUENCE_CLASSIFICATION",
-        "TOKEN_CLASSIFICATION",
-        "QUESTION_ANSWERING",
-        "TABLE_QUESTION_ANSWERING",
-        "MULTIPLE_CHOICE",
-        "IMAGE_CLASSIFICATION",
-        "VIDEO_CLASSIFICATION",
-        "AUDIO_CLASSIFICATION",
-        "AUDIO_FRAME_CLASSIFICATION",
-    ),
-    "a vision or audio model": (
-        "MASKED_IMAGE_MODELING",
-        "OBJECT_DETECTION",
-        "ZERO_SHOT_OBJECT_DETECTION",
-        "SEMANTIC_SEGMENTATION",
-        "INSTANCE_SEGMENTATION",
-        "UNIVERSAL_SEGMENTATION",
-        "DEPTH_ESTIMATION",
-        "CTC",
-        "AUDIO_XVECTOR",
-        "TEXT_TO_SPECTROGRAM",
-        "TEXT_TO_WAVEFORM",
-    ),
+KINDS = {
+    "an encoder-decoder model": "SEQ_TO_SEQ_CAUSAL_LM|SPEECH_SEQ_2_SEQ",
+    "a masked language model": "MASKED_LM|NEXT_SENTENCE_PREDICTION",
+    "an image-text embedding model": "ZERO_SHOT_IMAGE_CLASSIFICATION",
+    "a classifier": "(SEQUENCE|TOKEN|IMAGE|VIDEO|AUDIO|AUDIO_FRAME)_CLASSIFICATION|(TABLE_)?QUESTION_ANSWERING"
+    "|MULTIPLE_CHOICE",
+    "a vision or audio model": "MASKED_IMAGE_MODELING|(ZERO_SHOT_)?OBJECT_DETECTION|DEPTH_ESTIMATION|CTC"
+    "|(SEMANTIC|INSTANCE|UNIVERSAL)_SEGMENTATION|AUDIO_XVECTOR|TEXT_TO_(SPECTROGRAM|WAVEFORM)",
 }
 """Tasks of transformers' auto classes, by the kind of model; the first kind wins where several match."""
-MULTIMODAL = ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
 
 
-def _names(task: str) -> dict[str, str]:
-    """Class names by model type; empty if this version of transformers lacks the task."""
-    found = getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES", {})
-    return {kind: name for kind, name in found.items() if isinstance(name, str)}
+def _names(tasks: str) -> list[tuple[str, str]]:
+    """Model types and class names of the tasks that this version of transformers has."""
+    pattern = re.compile(f"MODEL_FOR_({tasks})_MAPPING_NAMES")
+    found = [names for task, names in vars(modeling_auto).items() if pattern.fullmatch(task)]
+    return [(kind, n) for names in found for kind, n in names.items() if isinstance(n, str)]
 
 
-CAUSAL = set(_names("CAUSAL_LM").values())
+CAUSAL = {name for _, name in _names("CAUSAL_LM")}
 OTHER_ARCHITECTURES = {
     name: what
-    for what, tasks in reversed(TASKS.items())
-    for task in tasks
-    for name in _names(task).values()
+    for what, tasks in reversed(KINDS.items())
+    for _, name in _names(tasks)
     if name not in CAUSAL
 }
 """Architectures that AutoModelForCausalLM refuses, or loads with an untrained head; by name, their kind."""
 
 
 def check_config(model_config: Any, name: str) -> None:
-    """Refuse a model that is not a causal LM, from its config.
-
-    Args:
-        model_config: From transformers' AutoConfig.
-        name: Name of the model, for the message.
+    """Refuse a model that is not a causal LM, from its transformers config.
 
     Raises:
         ConfigError: It is not a causal LM; the architecture is named.
     """
     kind = getattr(model_config, "model_type", None)
     named = getattr(model_config, "architectures", None) or []
-    for architecture in named:
-        if architecture in OTHER_ARCHITECTURES:
-            what = OTHER_ARCHITECTURES[architecture]
-            raise ConfigError(f"model {name!r} is a {architecture}, {what}, but {MUST_BE}")
+    if other := next((a for a in named if a in OTHER_ARCHITECTURES), None):
+        raise ConfigError(
+            f"model {name!r} is a {other}, {OTHER_ARCHITECTURES[other]}, but {MUST_BE}"
+        )
     own_code = "AutoModelForCausalLM" in (getattr(model_config, "auto_map", None) or {})
     if type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING or own_code:
         return
-    multimodal = {k: v for task in MULTIMODAL for k, v in _names(task).items()}
     called = named[0] if named else f"model of type {kind!r}"
-    if kind in multimodal and not getattr(model_config, "is_encoder_decoder", False):
+    if kind in dict(_names("IMAGE_TEXT_TO_TEXT|MULTIMODAL_LM")) and not getattr(
+        model_config, "is_encoder_decoder", False
+    ):
         raise ConfigError(
             f"model {name!r} is a {called}, which reads images or audio as well; transformers' "
             "AutoModelForCausalLM does not load it. Load it with AutoModelForImageTextToText and give "
@@ -101,9 +78,6 @@ def check_config(model_config: Any, name: str) -> None:
 
 def check_model(model: Any) -> None:
     """Refuse a model that is not a causal LM or already has an adapter, from its class and config.
-
-    Args:
-        model: The caller's model, or one without weights on the meta device.
 
     Raises:
         ConfigError: The model is refused; the message names its class and a remedy.
@@ -126,7 +100,9 @@ def check_model(model: Any) -> None:
     if getattr(model.config, "is_encoder_decoder", False):
         raise ConfigError(f"the model is a {what}, an encoder-decoder model, but {MUST_BE}")
     config = model.config
-    if getattr(config, "is_decoder", None) is False and config.model_type in _names("MASKED_LM"):
+    if getattr(config, "is_decoder", None) is False and config.model_type in dict(
+        _names("MASKED_LM")
+    ):
         raise ConfigError(
             f"{what} looks at the tokens that come after the one it predicts (is_decoder is false in "
             f"its config), but {MUST_BE}"

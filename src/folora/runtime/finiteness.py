@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from folora.errors import NumericsError
 from folora.runtime.tensors import to_local
@@ -41,20 +41,17 @@ def non_finite_gradients(model: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def first_non_finite_module(model: nn.Module, inputs: Mapping[str, Any]) -> str:
-    """Run a forward pass and describe, for a message, the first module that outputs NaN or Inf.
-
-    Args:
-        model: Any model; it is not changed.
-        inputs: Keyword arguments of its forward pass.
-    """
+    """Run a forward pass and describe, for a message, the first module that outputs NaN or Inf."""
+    names = {module: name for name, module in model.named_modules() if not [*module.children()]}
     first: list[str] = []
 
-    def check(name: str, output: Any) -> None:
-        tensors = output if isinstance(output, list | tuple) else (output,)
-        if not first and not all(bool(torch.isfinite(t).all()) for t in tensors if _is_real(t)):
-            first.append(name)
+    def check(module: nn.Module, args: Any, output: Any) -> None:
+        outputs = output if isinstance(output, list | tuple) else (output,)
+        tensors = [t for t in outputs if isinstance(t, Tensor)]
+        if not first and module in names and not all(map(_is_finite, tensors)):
+            first.append(names[module])
 
-    with _after_each(model, check):
+    with register_module_forward_hook(check):
         model(**inputs)
     if first:
         return f"in the forward pass {first[0]} is the first module with a non-finite output"
@@ -81,25 +78,3 @@ def _is_finite(plain: Tensor) -> bool:
 
 def _is_in_range(largest: Tensor) -> bool:
     return bool(largest < LARGEST_GRADIENT)  # False for NaN
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
-@contextmanager
-def _after_each(model: nn.Module, callback: Callable[[str, Any], None]) -> Iterator[None]:
-    """Call `callback(name, output)` after each module without submodules; hooks are removed at exit."""
-    handles = []
-
-    def hook_for(name: str) -> Callable[..., None]:
-        return lambda module, args, output: callback(name, output)
-
-    try:
-        for name, module in model.named_modules():
-            if not any(True for _ in module.children()):
-                handles.append(module.register_forward_hook(hook_for(name)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
