@@ -44,10 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(str(error))
         return 2
     except Interrupted as signalled:
-        _say(
-            "stopped. Finished work is on disk; rerun the command to resume.",
-            "\n[bold]",
-        )
+        _say("stopped. Finished work is on disk; rerun the command to resume.", "\n[bold]")
         return signalled.exit_code
     except BrokenPipeError:  # such as of `| head`, which wants no more
         _discard(sys.stdout)

@@ -30,9 +30,7 @@ class SamplingConfig(Options):
 
     section: ClassVar[str] = "sampling"
     num_sequences: int = Field(
-        2000,
-        ge=32,
-        description="most sequences that pass the filter, held-out ones included",
+        2000, ge=32, description="most sequences that pass the filter, held-out ones included"
     )
     min_new_tokens: int = Field(
         128, ge=1, description="tokens before the end-of-sequence token is allowed"

@@ -140,11 +140,7 @@ def read_manifest(path: Path, kind: str, expected: Mapping[str, Any] | None = No
 
 
 def check_manifest(
-    manifest: Any,
-    file: Path,
-    artifact: Path,
-    kind: str,
-    expected: Mapping[str, Any] | None = None,
+    manifest: Any, file: Path, artifact: Path, kind: str, expected: Mapping[str, Any] | None = None
 ) -> Facts:
     """Verify a parsed manifest and return its values; see `read_manifest` for the errors."""
     facts = unsealed(manifest, file, artifact)

@@ -68,9 +68,7 @@ def malformed_is_damaged(what: object) -> Iterator[None]:
 
 
 def write_atomically(
-    path: Path,
-    write: Callable[[Path], object],
-    put: Callable[[Path, Path], None] | None = None,
+    path: Path, write: Callable[[Path], object], put: Callable[[Path, Path], None] | None = None
 ) -> None:
     """Call `write` with a temporary path beside `path`, sync what it wrote, and rename it.
 
