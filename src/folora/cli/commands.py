@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
+from rich.filesize import decimal
 from rich.logging import RichHandler
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
@@ -35,13 +36,9 @@ RESULTS = "results.jsonl"
 def execute(request: Request, config: FoLoraConfig) -> None:
     """Do what a command line asks for, together with the other processes if there are any.
 
-    Args:
-        request: From `cli.parsing.parse`: the command, and what is no part of the config.
-        config: From there too.
-
     Raises:
-        FoLoraError: With what failed and what to do.
-        Interrupted: A signal came.
+        FoLoraError: What failed, and the remedy.
+        Interrupted: A signal was received.
     """
     distributed.init(config.device)
     _set_up_logging(request.verbose)
@@ -207,11 +204,7 @@ def _print_report(report: dict[str, Any]) -> None:
 
 
 def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
+    return decimal(round(count))
 
 
 def _durations(stage: Stage) -> str:

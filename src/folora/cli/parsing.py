@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Any
 
 import click
 from pydantic import TypeAdapter, ValidationError
@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 import folora
 from folora.config import FoLoraConfig, Option, option_names, parse_yaml, read_yaml
 from folora.config.folora_config import nested
+from folora.config.options import kinds
 from folora.config.renamed import removal
 from folora.errors import ConfigError, nearest
 from folora.methods import METHODS, Method
@@ -59,27 +60,15 @@ COMMANDS = {
 
 @dataclass(frozen=True)
 class Request:
-    """What a command line asks for beside the config; a command reads those of its own.
-
-    Attributes:
-        command: Its name.
-        verbose: Show what libraries log.
-        to: Of export and base: where to write.
-        rank: Of export: truncate to this rank.
-        merged: Of export: write merged weights.
-        processes: Of plan: how many will work together.
-        methods: Of compare.
-        learning_rates: Of compare.
-        seeds: Of compare.
-    """
+    """What a command line asks for beside the config; a command reads those of its own."""
 
     command: str
     verbose: bool = False
-    to: str | None = None
+    to: str | None = None  # of export and base, as the next two of export alone
     rank: int | None = None
     merged: bool = False
-    processes: int = 1
-    methods: tuple[str, ...] = ()
+    processes: int = 1  # of plan
+    methods: tuple[str, ...] = ()  # of compare, as the next two
     learning_rates: tuple[float, ...] = ()
     seeds: tuple[int, ...] = ()
 
@@ -259,69 +248,37 @@ def _own_options(name: str) -> list[click.Parameter]:
 
 
 def _several(flag: str, kind: type, default: str, help: str) -> click.Option:
+    """An option for values separated by commas."""
+
+    def split(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(kind(part) for part in text.split(","))
+        except ValueError:
+            what = f"{flag} is {text!r}, but must be numbers with commas between"
+            raise click.UsageError(what, click.get_current_context()) from None
+
     return _Option(
-        [flag],
-        type=_Several(kind),
-        default=default,
-        show_default=True,
-        metavar="A,B,...",
-        help=help,
+        [flag], type=split, default=default, show_default=True, metavar="A,B,...", help=help
     )
 
 
-class _Several(click.ParamType):
-    """Values with commas between."""
-
-    name = "list"
-
-    def __init__(self, kind: type) -> None:
-        self.kind = kind
-
-    def convert(self, value: Any, param: Any, ctx: click.Context | None) -> Any:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(self.kind(part) for part in value.split(","))
-        except ValueError:
-            what = f"{param.opts[0]} is {value!r}, but must be numbers with commas between"
-            raise click.UsageError(what, ctx) from None
-
-
 def _value(text: str, hint: Any) -> Any:
-    """A flag's text as a value of an option's type; text that is none is left to the config to refuse.
+    """A flag's text as a value of an option's type; any other text is left to the config to refuse.
 
-    ``null`` takes away an option that may be missing. What may be text or a list is a list if it begins
-    with a bracket, and what may be text or a mapping a mapping if it begins with a brace.
+    ``null`` is None for an option that may be None. Text that begins with a bracket or a brace is YAML for
+    an option that may be a list or a mapping.
     """
-    kinds = _kinds(hint)
-    if text == "null" and (NoneType in kinds or hint is Any):
+    found = kinds(hint)
+    if text == "null" and (NoneType in found or hint is Any):
         return None
-    if hint is Any or (text[:1] in ("[", "{") and {tuple, Method} & {*kinds}):
-        try:
+    if hint is Any or (text[:1] in ("[", "{") and {tuple, Method} & {*found}):
+        with suppress(ConfigError):
             return parse_yaml(text)
-        except ConfigError:
-            return text
-    if str in kinds or Method in kinds:
-        return text
-    for kind in kinds:
-        if text == kind:
-            return text
+    for kind in found:
         with suppress(ValidationError):
-            if isinstance(kind, type):
+            if kind in (int, float, bool, str):
                 return TypeAdapter(kind).validate_strings(text)
     return text
-
-
-def _kinds(hint: Any) -> list[Any]:
-    """The types that a value may have, in order; those of literals are their values."""
-    origin = get_origin(hint)
-    if origin is Annotated:
-        return _kinds(get_args(hint)[0])
-    if origin is Literal:
-        return [*get_args(hint)]
-    if origin is tuple:
-        return [tuple]
-    return [kind for part in get_args(hint) for kind in _kinds(part)] if origin else [hint]
 
 
 NAMES = {
@@ -336,17 +293,15 @@ NAMES = {
 
 def _metavar(hint: Any) -> str:
     """How a help text writes an option's type."""
-    return "|".join(NAMES.get(kind, str(kind)) for kind in _kinds(hint) if kind is not NoneType)
+    return "|".join(NAMES.get(kind, str(kind)) for kind in kinds(hint) if kind is not NoneType)
 
 
 def _help(option: Option) -> str:
     parts = [option.help]
     if option.allowed:
         parts.append(f"must {option.allowed}")
-    if option.default is not None:
-        default = option.default
-        shown = str(default).lower() if isinstance(default, bool) else default
-        parts.append(f"default: {shown}")
+    if (default := option.default) is not None:
+        parts.append(f"default: {str(default).lower() if isinstance(default, bool) else default}")
     return "; ".join(parts)
 
 

@@ -7,7 +7,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from folora.config.options import Options, allowed, check_keys, explained, short, unknown
@@ -55,40 +55,30 @@ class FoLoraConfig(Options):
     those below.
     """
 
-    model: str | None = Field(None, description="name on the Hub or a folder")
-    dataset: str | None = Field(
-        None, description="name on the Hub or a .json, .jsonl or .parquet file (.gz too)"
-    )
-    output: str | None = Field(None, description="folder that receives everything")
-    base: str | None = Field(
-        None,
-        description="file of 'folora base' with samples and C_pre of this model, instead of making them",
-    )
-    method: Annotated[Method, BeforeValidator(as_method)] = Field(
-        METHODS["folora"],
-        description="fine-tuning method by name, or a mapping of its name and other ingredients",
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto",
-        description="of the base model; 'auto': the checkpoint's, or float32 on a CPU without products "
-        "of it",
-    )
-    quantize: Literal["none", "8bit", "4bit"] = Field(
-        "none", description="load the base by bitsandbytes"
-    )
-    shard: bool = Field(
-        False,
-        description="with several processes each holds a part of the base's weights (FSDP2), from loading "
-        "on",
-    )
-    device: str = Field("auto", description="'auto', 'cpu', 'cuda', 'cuda:1', ...")
-    revision: str | None = Field(None, description="revision of the model on the Hub")
-    trust_remote_code: bool = Field(
-        False, description="let the model's repository run its own code"
-    )
-    seed: Seed = Field(
-        0, description="seed of sampled text, held-out rows, initialization and training"
-    )
+    model: str | None = None
+    """name on the Hub or a folder"""
+    dataset: str | None = None
+    """name on the Hub or a .json, .jsonl or .parquet file (.gz too)"""
+    output: str | None = None
+    """folder that receives everything"""
+    base: str | None = None
+    """file of 'folora base' with samples and C_pre of this model, instead of making them"""
+    method: Annotated[Method, BeforeValidator(as_method)] = METHODS["folora"]
+    """fine-tuning method by name, or a mapping of its name and other ingredients"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """of the base model; 'auto': the checkpoint's, or float32 on a CPU without products of it"""
+    quantize: Literal["none", "8bit", "4bit"] = "none"
+    """load the base by bitsandbytes"""
+    shard: bool = False
+    """with several processes each holds a part of the base's weights (FSDP2), from loading on"""
+    device: str = "auto"
+    """'auto', 'cpu', 'cuda', 'cuda:1', ..."""
+    revision: str | None = None
+    """revision of the model on the Hub"""
+    trust_remote_code: bool = False
+    """let the model's repository run its own code"""
+    seed: Seed = 0
+    """seed of sampled text, held-out rows, initialization and training"""
     sampling: SamplingConfig = SamplingConfig()
     data: DataConfig = DataConfig()
     statistics: StatisticsConfig = StatisticsConfig()
@@ -237,19 +227,12 @@ def _plain_method(found: Method) -> str | dict[str, Any]:
 
 
 class Option(NamedTuple):
-    """One option, for help texts and tables.
-
-    Attributes:
-        help: What it is.
-        default: Of the method `folora`.
-        type: As annotated.
-        allowed: Its interval, ``""`` if there is none.
-    """
+    """One option, for help texts and tables."""
 
     help: str
-    default: Any
+    default: Any  # of the method `folora`
     type: Any
-    allowed: str
+    allowed: str  # its interval, "" if there is none
 
 
 def option_names() -> dict[str, Option]:
@@ -266,7 +249,8 @@ def option_names() -> dict[str, Option]:
 
 def _option(field: FieldInfo) -> Option:
     default = field.default.name if isinstance(field.default, Method) else field.default
-    return Option(field.description or "", default, field.annotation, allowed(field))
+    help = " ".join((field.description or "").split())
+    return Option(help, default, field.annotation, allowed(field))
 
 
 OPTIONS = option_names()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Self, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
@@ -21,11 +21,19 @@ _OUTSIDE = {"greater_than", "greater_than_equal", "less_than", "less_than_equal"
 class Options(BaseModel):
     """A section of options: keyword arguments, checked where it is built, and frozen.
 
+    The text below a field is its help.
+
     Raises:
         ConfigError: An option is unknown, of a wrong type, or outside of its interval.
     """
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
     section: ClassVar[str] = ""
     """What its options are called by: ``"adapter"`` for ``adapter.r``."""
 
@@ -68,7 +76,7 @@ def unknown(name: str, known: Any) -> str:
 
 def allowed(field: FieldInfo) -> str:
     """The interval of an option, as in ``"lie in [0, 1)"`` or ``"be finite and >= 0"``; else ``""``."""
-    finite = "be finite and " if float in _kinds(field.annotation) else "be "
+    finite = "be finite and " if float in kinds(field.annotation) else "be "
     found = {name: getattr(b, name) for b in _bounds(field) for name in BOUNDS if hasattr(b, name)}
     low = f"[{found['ge']}" if "ge" in found else f"({found.get('gt')}"
     if "le" in found or "lt" in found:
@@ -86,11 +94,16 @@ def _bounds(field: FieldInfo) -> Iterator[Any]:
             yield from (m for part in get_args(hint)[1:] for m in getattr(part, "metadata", [part]))
 
 
-def _kinds(hint: Any) -> set[Any]:
-    """The types that a value may have."""
-    if get_origin(hint) is Annotated:
-        return _kinds(get_args(hint)[0])
-    return {hint}.union(*map(_kinds, get_args(hint))) if get_args(hint) else {hint}
+def kinds(hint: Any) -> list[Any]:
+    """The types that a value may have, in order; those of literals are their values."""
+    origin = get_origin(hint)
+    if origin is Annotated:
+        return kinds(get_args(hint)[0])
+    if origin is Literal:
+        return [*get_args(hint)]
+    if origin is tuple:
+        return [tuple]
+    return [kind for part in get_args(hint) for kind in kinds(part)] if origin else [hint]
 
 
 def check_keys(values: Mapping[Any, Any]) -> None:

@@ -29,42 +29,27 @@ class SamplingConfig(Options):
     """The calibration set: text that the pretrained model generates (paper 3.4, B.4)."""
 
     section: ClassVar[str] = "sampling"
-    num_sequences: int = Field(
-        2000, ge=32, description="most sequences that pass the filter, held-out ones included"
-    )
-    min_new_tokens: int = Field(
-        128, ge=1, description="tokens before the end-of-sequence token is allowed"
-    )
-    max_new_tokens: int = Field(256, ge=32, description="tokens after which a sequence is cut")
-    tolerance: float | None = Field(
-        4.0,
-        gt=0,
-        description="stop sampling early if the leading directions found on half of the samples cost at "
-        "most this many times as much on the other half; null: never",
-    )
-    batch_size: int | None = Field(
-        None,
-        ge=1,
-        description="sequences decoded at once; changes the samples by rounding alone. Default: 64, on an "
-        "accelerator up to 256, or 1024 where sampling never stops early, as the memory allows, and 256 "
-        "of a server",
-    )
-    held_out: float = Field(
-        0.05, ge=0, lt=0.5, description="share set aside to measure KL on (at least 16 sequences)"
-    )
-    start_token: str | None = Field(
-        None,
-        description="token to start from: 'eos' or a token's text; default: the tokenizer's BOS, or the "
-        "model's, or the separator of documents",
-    )
-    sampler_model: str | None = Field(
-        None, description="another model, with the same tokenizer, that generates the text"
-    )
-    server: str | None = Field(
-        None,
-        description="URL of a running 'vllm serve MODEL' that generates it, for example "
-        "http://localhost:8000",
-    )
+    num_sequences: int = Field(2000, ge=32)
+    """most sequences that pass the filter, held-out ones included"""
+    min_new_tokens: int = Field(128, ge=1)
+    """tokens before the end-of-sequence token is allowed"""
+    max_new_tokens: int = Field(256, ge=32)
+    """tokens after which a sequence is cut"""
+    tolerance: float | None = Field(4.0, gt=0)
+    """stop sampling early if the leading directions found on half of the samples cost at most this many
+    times as much on the other half; null: never"""
+    batch_size: int | None = Field(None, ge=1)
+    """sequences decoded at once; changes the samples by rounding alone. Default: 64, on an accelerator up
+    to 256, or 1024 where sampling never stops early, as the memory allows, and 256 of a server"""
+    held_out: float = Field(0.05, ge=0, lt=0.5)
+    """share set aside to measure KL on (at least 16 sequences)"""
+    start_token: str | None = None
+    """token to start from: 'eos' or a token's text; default: the tokenizer's BOS, or the model's, or the
+    separator of documents"""
+    sampler_model: str | None = None
+    """another model, with the same tokenizer, that generates the text"""
+    server: str | None = None
+    """URL of a running 'vllm serve MODEL' that generates it, for example http://localhost:8000"""
 
     @model_validator(mode="after")
     def _check(self) -> SamplingConfig:
@@ -95,50 +80,45 @@ class DataConfig(Options):
     """The target task's rows and how they become prompts and responses."""
 
     section: ClassVar[str] = "data"
-    split: str = Field("train", description="split to train on (data sets of the Hub)")
-    prompt_column: str | None = Field(
-        None, description="column of the prompt; default: found by its name"
-    )
-    response_column: str | None = Field(
-        None, description="column of the response; default: found by its name"
-    )
-    chat_template: bool | None = Field(
-        None,
-        description="wrap instruction/response rows in the tokenizer's chat template; default: if it has "
-        "one",
-    )
-    max_length: int = Field(1024, ge=2, description="tokens after which a row is cut")
-    eval_rows: int = Field(
-        64, ge=0, description="rows held out for the task loss (at most a tenth of the rows)"
-    )
+    split: str = "train"
+    """split to train on (data sets of the Hub)"""
+    prompt_column: str | None = None
+    """column of the prompt; default: found by its name"""
+    response_column: str | None = None
+    """column of the response; default: found by its name"""
+    chat_template: bool | None = None
+    """wrap instruction/response rows in the tokenizer's chat template; default: if it has one"""
+    max_length: int = Field(1024, ge=2)
+    """tokens after which a row is cut"""
+    eval_rows: int = Field(64, ge=0)
+    """rows held out for the task loss (at most a tenth of the rows)"""
 
 
 class StatisticsConfig(Options):
     """The two second moments (B.2)."""
 
     section: ClassVar[str] = "statistics"
-    task_examples: int = Field(128, ge=1, description="rows of the task for C_task")
-    batch_size: int = Field(8, ge=1, description="sequences in a forward pass")
-    memory_gb: float | None = Field(
-        None,
-        gt=0,
-        description="GB that the matrices may take at once; for more layers the texts are read again. "
-        "Default: half of what an accelerator has free",
-    )
+    task_examples: int = Field(128, ge=1)
+    """rows of the task for C_task"""
+    batch_size: int = Field(8, ge=1)
+    """sequences in a forward pass"""
+    memory_gb: float | None = Field(None, gt=0)
+    """GB that the matrices may take at once; for more layers the texts are read again. Default: half of
+    what an accelerator has free"""
 
 
 class SpectrumConfig(Options):
     """Ridge and gate (Eq. 10-17)."""
 
     section: ClassVar[str] = "spectrum"
-    tau: float = Field(TAU, ge=0, description="ridge, relative to the mean of C_pre's diagonal")
-    lam: float = Field(LAMBDA, ge=0, description="lambda: the gamma at which a step is halved")
-    s_min: float = Field(S_MIN, ge=0, le=1, description="floor of the gate")
-    directions: Annotated[int, Field(ge=1)] | Literal["all"] | None = Field(
-        None,
-        description="number of leading eigenvectors that A is stepped along, or 'all'; default: "
-        "adapter.r, the least",
-    )
+    tau: float = Field(TAU, ge=0)
+    """ridge, relative to the mean of C_pre's diagonal"""
+    lam: float = Field(LAMBDA, ge=0)
+    """lambda: the gamma at which a step is halved"""
+    s_min: float = Field(S_MIN, ge=0, le=1)
+    """floor of the gate"""
+    directions: Annotated[int, Field(ge=1)] | Literal["all"] | None = None
+    """number of leading eigenvectors that A is stepped along, or 'all'; default: adapter.r, the least"""
 
 
 def _tuple(value: Any) -> Any:
@@ -149,17 +129,12 @@ class AdapterConfig(Options):
     """The LoRA adapter (B.3)."""
 
     section: ClassVar[str] = "adapter"
-    r: int = Field(
-        16,
-        ge=1,
-        description="rank; PEFT's config has twice that where the method starts with B A other than 0",
-    )
-    alpha: float | None = Field(
-        None, gt=0, description="PEFT's lora_alpha; default: r, which makes kappa 1"
-    )
-    target_modules: Annotated[str | tuple[str, ...], BeforeValidator(_tuple)] = Field(
-        "all-linear", description="'all-linear', a list of module names, or a regular expression"
-    )
+    r: int = Field(16, ge=1)
+    """rank; PEFT's config has twice that where the method starts with B A other than 0"""
+    alpha: float | None = Field(None, gt=0)
+    """PEFT's lora_alpha; default: r, which makes kappa 1"""
+    target_modules: Annotated[str | tuple[str, ...], BeforeValidator(_tuple)] = "all-linear"
+    """'all-linear', a list of module names, or a regular expression"""
 
     @field_validator("target_modules")
     @classmethod
@@ -190,40 +165,46 @@ class TrainingConfig(Options):
 
     model_config = ConfigDict(extra="allow")
     section: ClassVar[str] = "training"
-    lr_b_ratio: float = Field(1.0, gt=0, description="learning rate of B over that of A")
-    learning_rate: float = Field(
-        2e-4, gt=0, description="peak learning rate of A, as usual for LoRA"
-    )
-    num_train_epochs: float = Field(1.0, gt=0, description="passes over the rows")
-    max_steps: int = Field(-1, description="steps; overrides num_train_epochs if > 0")
-    per_device_train_batch_size: int = Field(8, ge=1, description="rows in a step of a process")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="backward passes in a step")
-    warmup_steps: float = Field(
-        0.03, ge=0, description="steps of warm-up, or below 1 their share; 3 % as in the paper"
-    )
-    lr_scheduler_type: str = Field(
-        "cosine", description="any schedule of transformers; the paper's"
-    )
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of A and B")
-    max_grad_norm: float = Field(1.0, ge=0, description="norm that gradients are clipped to")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of SAdam's first moment")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of SAdam's second moment")
-    adam_epsilon: float = Field(1e-8, ge=0, description="epsilon of SAdam")
-    eval_steps: int = Field(
-        0, ge=0, description="steps between measurements of task loss and KL; 0: at the end alone"
-    )
-    save_steps: int = Field(200, ge=1, description="steps between checkpoints")
-    save_total_limit: int | None = Field(
-        2, ge=1, description="checkpoints that are kept; null: all"
-    )
-    logging_steps: int = Field(10, ge=1, description="steps between log lines")
-    gradient_checkpointing: bool = Field(False, description="trade compute for memory")
-    bf16: bool = Field(
-        False, description="bf16 autocast of the forward pass; the base keeps its own dtype"
-    )
-    seed: Seed | None = Field(
-        None, description="seed of initialization and order of rows; default: the option seed"
-    )
+    lr_b_ratio: float = Field(1.0, gt=0)
+    """learning rate of B over that of A"""
+    learning_rate: float = Field(2e-4, gt=0)
+    """peak learning rate of A, as usual for LoRA"""
+    num_train_epochs: float = Field(1.0, gt=0)
+    """passes over the rows"""
+    max_steps: int = -1
+    """steps; overrides num_train_epochs if > 0"""
+    per_device_train_batch_size: int = Field(8, ge=1)
+    """rows in a step of a process"""
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    """backward passes in a step"""
+    warmup_steps: float = Field(0.03, ge=0)
+    """steps of warm-up, or below 1 their share; 3 % as in the paper"""
+    lr_scheduler_type: str = "cosine"
+    """any schedule of transformers; the paper's"""
+    weight_decay: float = Field(0.0, ge=0)
+    """decoupled weight decay of A and B"""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """norm that gradients are clipped to"""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """decay of SAdam's first moment"""
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    """decay of SAdam's second moment"""
+    adam_epsilon: float = Field(1e-8, ge=0)
+    """epsilon of SAdam"""
+    eval_steps: int = Field(0, ge=0)
+    """steps between measurements of task loss and KL; 0: at the end alone"""
+    save_steps: int = Field(200, ge=1)
+    """steps between checkpoints"""
+    save_total_limit: int | None = Field(2, ge=1)
+    """checkpoints that are kept; null: all"""
+    logging_steps: int = Field(10, ge=1)
+    """steps between log lines"""
+    gradient_checkpointing: bool = False
+    """trade compute for memory"""
+    bf16: bool = False
+    """bf16 autocast of the forward pass; the base keeps its own dtype"""
+    seed: Seed | None = None
+    """seed of initialization and order of rows; default: the option seed"""
 
     @model_validator(mode="before")
     @classmethod

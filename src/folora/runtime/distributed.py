@@ -58,7 +58,7 @@ def asks_for_fsdp(given: Any) -> bool:
 
 def is_set(variable: str) -> bool:
     """Whether a boolean environment variable is set to true."""
-    return os.environ.get(variable, "").lower() in ("1", "true")
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes", "on")
 
 
 def _launched() -> int:

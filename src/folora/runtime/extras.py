@@ -10,14 +10,9 @@ from folora.errors import ConfigError
 
 @contextmanager
 def needed_by(what: str, extra: str) -> Iterator[None]:
-    """Turn a failed import of an optional package in the block into a ConfigError.
+    """Raise a ConfigError if the block imports a package that is not installed.
 
-    Args:
-        what: The feature that needs the package, for the message.
-        extra: The extra of folora that installs it, such as ``"trl"``.
-
-    Raises:
-        ConfigError: A package is not installed.
+    Its message says that `what` needs the package, and that `extra` of folora installs it.
     """
     try:
         yield

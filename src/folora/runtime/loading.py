@@ -169,11 +169,7 @@ def load_tokenizer(config: FoLoraConfig, name: str) -> PreTrainedTokenizerBase:
 def load_model(config: FoLoraConfig, name: str, as_stored: bool = False) -> PreTrainedModel:
     """Load a causal LM in evaluation mode, with frozen weights, on its device.
 
-    Args:
-        config: Device, dtype, revision, quantization and sharding.
-        name: Name or folder of the model.
-        as_stored: Whether ``--dtype auto`` is the checkpoint's dtype even where it is slow; see
-            `dtype_for`.
+    With `as_stored`, ``--dtype auto`` is the checkpoint's dtype even where it is slow; see `dtype_for`.
 
     Raises:
         ConfigError: It cannot be loaded, or weights are missing.
@@ -226,14 +222,9 @@ def _load(load: Any, name: str, what: str = "model", **options: Any) -> Any:
     try:
         return load(name, **options)
     except Exception as error:  # OSError, ValueError, SafetensorError, ImportError, HTTP errors ...
-        where = "" if os.path.exists(name) else _offline_hint()
+        offline = distributed.is_set("HF_HUB_OFFLINE") and not os.path.exists(name)
+        where = " (HF_HUB_OFFLINE is set, so only the local cache was searched)" if offline else ""
         reason = repr(error) if isinstance(error, KeyError) else " ".join(str(error).split())
         if len(reason) > LONGEST_REASON:  # such as a list of all model types
             reason = f"{reason[:LONGEST_REASON]} ..."
         raise ConfigError(f"{what} {name!r} cannot be loaded: {reason}{where}") from error
-
-
-def _offline_hint() -> str:
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        return " (HF_HUB_OFFLINE is set, so only the local cache was searched)"
-    return ""

@@ -31,24 +31,14 @@ def check_fits_memory(path: Path) -> None:
 def sharded_weight_bytes(weights: float, blocks: int, processes: int) -> float:
     """Bytes of weights in each process under FSDP2: its shard, and two unsharded blocks.
 
-    Embedding and head, which transformers' plan leaves unsharded after the first forward pass, are not
-    counted.
-
-    Args:
-        weights: Bytes of all weights.
-        blocks: Number of transformer blocks; one is in use while the next is prefetched.
-        processes: World size.
+    Of the transformer `blocks` one is in use while the next is prefetched. Embedding and head, which
+    transformers' plan leaves unsharded after the first forward pass, are not counted.
     """
     return weights if processes == 1 else weights / processes + 2 * weights / blocks
 
 
 def cache_bytes(model_config: Any, itemsize: int) -> int:
-    """Bytes of the KV cache per token, from a transformers config; 0 for a model without attention.
-
-    Args:
-        model_config: The model's config.
-        itemsize: Bytes per value.
-    """
+    """Bytes of the KV cache per token, from a transformers config; 0 for a model without attention."""
     text = model_config.get_text_config()
     if not getattr(text, "num_attention_heads", None):
         return 0
