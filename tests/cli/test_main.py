@@ -222,12 +222,33 @@ def test_stages_one_by_one(
     flags = ["--config", str(tmp_path / "c.yaml")]
     for command in ("sample", "measure", "solve", "train", "export"):
         assert main([command, *flags]) == 0, command
+        flags = ["--output", str(out)]  # the rest is in its config.yaml
+    assert FoLoraConfig.from_yaml(out / "config.yaml") == config
     assert main(["export", *flags, "--rank", "1", "--to", str(tmp_path / "small")]) == 0
     text = capsys.readouterr().out
     assert "definition" in text and "KL to the base is" in text
     assert "relative error of the update" in text
     assert (out / "5-adapter" / "adapter_config.json").exists()
     assert (tmp_path / "small" / "adapter_model.safetensors").exists()
+
+
+def test_later_stages_take_their_options_from_the_run_folder(tmp_path: Path) -> None:
+    """Flags win over it, and a file that is given replaces it; a first stage reads none."""
+    (tmp_path / "config.yaml").write_text("sampling: {num_sequences: 99}\nspectrum: {tau: 0.5}\n")
+    (tmp_path / "other.yaml").write_text("spectrum: {tau: 0.25}\n")
+    output = ["--output", str(tmp_path)]
+
+    def options(*words: str) -> tuple[int, float]:
+        found = parse([*words, *output])
+        assert found is not None
+        return found[1].sampling.num_sequences, found[1].spectrum.tau
+
+    for command in ("measure", "solve", "train", "export"):
+        assert options(command) == (99, 0.5)
+        assert options(command, "--config", str(tmp_path / "other.yaml")) == (2000, 0.25)
+    assert options("solve", "--spectrum.tau", "0.1") == (99, 0.1)
+    for command in ("run", "sample", "base", "plan", "compare"):
+        assert options(command) == (2000, 1e-3)
 
 
 def test_the_module_runs_and_libraries_are_silent(model_folder: Path) -> None:

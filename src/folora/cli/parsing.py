@@ -1,11 +1,13 @@
 """Command lines: the options of the config as flags by their dotted names, for each command those it uses.
 
-Built on click. Flags win over the file given by ``--config``. Nothing here imports PyTorch.
+Built on click. Flags win over the file given by ``--config``, which for later stages is by default the
+``config.yaml`` of the run folder. Nothing here imports PyTorch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import NoneType
@@ -24,7 +26,12 @@ from folora.methods import METHODS, Method
 from folora.training.sft_options import KNOWN
 
 OPTIONS = option_names()
-INGREDIENTS = [name for name in Method.model_fields if name != "name"]
+FLAGS: dict[str, Any] = {
+    **{name: option.type for name, option in OPTIONS.items()},
+    **{n: Any for option in sorted(KNOWN) if (n := f"training.{option}") not in OPTIONS},
+    **{f"method.{n}": f.annotation for n, f in Method.model_fields.items() if n != "name"},
+}
+"""By its dotted name, the type of every option that can be given as a flag."""
 SHORT = {"adapter.r": "--r", "training.learning_rate": "--lr", "training.max_steps": "--max-steps"}
 
 MODEL = ("model", "output", "dtype", "quantize", "shard", "device", "revision", "trust_remote_code")
@@ -44,6 +51,7 @@ USES: dict[str, tuple[str, ...]] = {
     "compare": tuple(name for name in ALL if name != "method"),
 }
 """The options and sections that each command uses."""
+LATER_STAGES = ("measure", "solve", "train", "export")
 
 COMMANDS = {
     "run": "All stages: from a model and a data set to an adapter and a report.",
@@ -96,13 +104,7 @@ def _unknown(flag: str, context: click.Context | None) -> str:
     if sentence := removal(name):
         return sentence
     command = context.info_name if context else None
-    elsewhere = {
-        *OPTIONS,
-        *(f.lstrip("-") for f in SHORT.values()),
-        *(f"training.{n}" for n in KNOWN),
-        *(f"method.{n}" for n in INGREDIENTS),
-    }
-    if command in USES and name in elsewhere:
+    if command in USES and (name in FLAGS or flag in SHORT.values()):
         return f"folora {command} does not use {flag}; leave it out, or give it in a config file"
     flags = [flag for p in context.command.params for flag in p.opts] if context else []
     return f"unknown option {flag}{nearest(flag, flags)}"
@@ -118,17 +120,38 @@ class _Group(click.Group):
 def _group() -> click.Group:
     group = _Group(
         "folora",
+        commands=[_command(name) for name in COMMANDS],
         help="Fine-tune a model and keep what it knew (arXiv:2606.00132).",
         no_args_is_help=False,
     )
-    click.version_option(folora.__version__, message="folora %(version)s")(group)
-    for name in COMMANDS:
-        group.add_command(_command(name))
-    return group
+    return click.version_option(folora.__version__, message="folora %(version)s")(group)
 
 
 class _Command(click.Command):
-    """A command whose help lists its options in groups."""
+    """A command that returns a request and a config, and whose help lists its options in groups."""
+
+    def invoke(self, ctx: click.Context) -> tuple[Request, FoLoraConfig]:
+        given = dict(ctx.params)
+        changes = {
+            p.dotted: _value(text, FLAGS[p.dotted])
+            for p in self.params
+            if isinstance(p, _ConfigOption) and (text := given.pop(p.name)) is not None
+        }
+        values = nested(FoLoraConfig.paper().differences()) if given.pop("preset") else {}
+        if file := given.pop("config") or self._config_of_run(changes.get("output")):
+            _merge(values, read_yaml(file))
+        ingredients = {n[7:]: changes.pop(n) for n in list(changes) if n.startswith("method.")}
+        _merge(values, nested(changes))
+        if ingredients:
+            chosen = values.get("method", "folora")
+            chosen = chosen if isinstance(chosen, Mapping) else {"name": chosen}
+            values["method"] = {**chosen, **ingredients}
+        return Request(str(self.name), **given), FoLoraConfig.from_dict(values)
+
+    def _config_of_run(self, output: str | None) -> str | None:
+        """The config file that the first stage wrote, for the later stages."""
+        file = os.path.join(output or "", "config.yaml")
+        return file if output and self.name in LATER_STAGES and os.path.isfile(file) else None
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
@@ -153,8 +176,9 @@ class _Option(click.Option):
 class _ConfigOption(_Option):
     """A flag for an option of the config, by its dotted name; the text is read by the option's type."""
 
-    def __init__(self, name: str, option: Option | None) -> None:
+    def __init__(self, name: str) -> None:
         self.dotted = name
+        option = OPTIONS.get(name)
         flags = [f"--{name}", *([SHORT[name]] if name in SHORT else [])]
         section, _, _ = name.partition(".")
         self.group = section if "." in name else "model, data and method"
@@ -164,18 +188,11 @@ class _ConfigOption(_Option):
             help=_help(option) if option else None,
             hidden=option is None,
         )
-        ingredient = Method.model_fields.get(name.removeprefix("method."))
-        self.value_type = option.type if option else ingredient.annotation if ingredient else Any
 
 
 def _command(name: str) -> click.Command:
-    params: list[click.Parameter] = [*_own_options(name)]
     used = USES[name]
-    known = [*OPTIONS, *(f"training.{n}" for n in sorted(KNOWN) if f"training.{n}" not in OPTIONS)]
-    known += [f"method.{n}" for n in INGREDIENTS]
-    for option in known:
-        if option in used or option.partition(".")[0] in used:
-            params.append(_ConfigOption(option, OPTIONS.get(option)))
+    flags = [n for n in FLAGS if n in used or n.partition(".")[0] in used]
     epilog = None
     if "training" in used:
         epilog = (
@@ -184,36 +201,12 @@ def _command(name: str) -> click.Command:
         )
     return _Command(
         name,
-        params=params,
-        callback=_callback(name),
+        params=[*_own_options(name), *map(_ConfigOption, flags)],
         help=COMMANDS[name],
         short_help=COMMANDS[name],
         epilog=epilog,
-        context_settings={"max_content_width": 100, "auto_envvar_prefix": None},
+        context_settings={"max_content_width": 100},
     )
-
-
-def _callback(name: str) -> Callable[..., tuple[Request, FoLoraConfig]]:
-    def read(config: str | None, preset: str | None, **given: Any) -> Any:
-        context = click.get_current_context()
-        flags = {p.dotted: p for p in context.command.params if isinstance(p, _ConfigOption)}
-        values = nested(FoLoraConfig.paper().differences()) if preset else {}
-        if config:
-            _merge(values, read_yaml(config))
-        changes = {
-            dotted: _value(text, param.value_type)
-            for dotted, param in flags.items()
-            if (text := given.pop(param.name)) is not None
-        }
-        ingredients = {n[7:]: changes.pop(n) for n in list(changes) if n.startswith("method.")}
-        _merge(values, nested(changes))
-        if ingredients:
-            chosen = values.get("method", "folora")
-            chosen = chosen if isinstance(chosen, Mapping) else {"name": chosen}
-            values["method"] = {**chosen, **ingredients}
-        return Request(name, **given), FoLoraConfig.from_dict(values)
-
-    return read
 
 
 def _own_options(name: str) -> list[click.Parameter]:
