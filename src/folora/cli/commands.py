@@ -28,7 +28,7 @@ from folora.runtime import distributed
 from folora.runtime.loading import required
 from folora.runtime.ownership import check_own, write_own
 from folora.runtime.progress import STDERR
-from folora.runtime.storage import obstacle
+from folora.runtime.storage import check_place
 
 RESULTS = "results.jsonl"
 
@@ -109,8 +109,7 @@ def _compare(run: Run, request: Request) -> None:
     )
     for arm in chosen:
         comparison.config(arm)  # a wrong one is found before the model is loaded
-    if why := obstacle(folder, folder=True):
-        raise ConfigError(f"{folder} {why}, but must be a folder of this run; move it away")
+    check_place(folder, "but must be a folder of this run; move it away", folder=True)
     check_own(folder, COMPARISON, ["comparison.md", "frontier.png", "norms.png"])
     if old := min(folder.glob("*--*.json"), default=None):
         raise ConfigError(

@@ -7,7 +7,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BeforeValidator, ValidationError, model_validator
+from pydantic import BeforeValidator, PlainSerializer, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from folora.config.options import Options, allowed, check_keys, explained, short, unknown
@@ -48,6 +48,13 @@ def as_method(value: Any) -> Method:
         raise ConfigError(explained(error, Method, "method")) from None
 
 
+def _plain_method(found: Method) -> str | dict[str, Any]:
+    """A method as `as_method` reads it back: its name, or that and the ingredients that are others."""
+    known = dict(METHODS.get(found.name, {}))
+    others = {name: value for name, value in found if known.get(name) != value}
+    return {"name": found.name, **others} if others else found.name
+
+
 class FoLoraConfig(Options):
     """All options: which model, data, output folder and method, and the sections.
 
@@ -63,7 +70,9 @@ class FoLoraConfig(Options):
     """folder that receives everything"""
     base: str | None = None
     """file of 'folora base' with samples and C_pre of this model, instead of making them"""
-    method: Annotated[Method, BeforeValidator(as_method)] = METHODS["folora"]
+    method: Annotated[Method, BeforeValidator(as_method), PlainSerializer(_plain_method)] = METHODS[
+        "folora"
+    ]
     """fine-tuning method by name, or a mapping of its name and other ingredients"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """of the base model; 'auto': the checkpoint's, or float32 on a CPU without products of it"""
@@ -212,18 +221,11 @@ class FoLoraConfig(Options):
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dicts of plain values, for YAML and JSON."""
-        return {**self.model_dump(), "method": _plain_method(self.method)}
+        return self.model_dump()
 
     def to_yaml(self) -> str:
         """The text of a config file that `from_yaml` reads back."""
-        return to_yaml({**self.model_dump(mode="json"), "method": _plain_method(self.method)})
-
-
-def _plain_method(found: Method) -> str | dict[str, Any]:
-    """A method as `as_method` reads it back: its name, or that and the ingredients that are others."""
-    known = dict(METHODS.get(found.name, {}))
-    others = {name: value for name, value in found if known.get(name) != value}
-    return {"name": found.name, **others} if others else found.name
+        return to_yaml(self.model_dump(mode="json"))
 
 
 class Option(NamedTuple):

@@ -17,11 +17,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from folora.errors import ArtifactError, ConfigError
 from folora.runtime.ownership import LIST, checksums
 from folora.runtime.storage import (
+    check_place,
     discard,
     file_sha256,
     malformed_is_damaged,
     names_in,
-    obstacle,
     read_sealed,
     sync,
     write_sealed,
@@ -39,10 +39,7 @@ def check_checkpoints(folder: Path, request: str) -> None:
         ConfigError: A checkpoint was not written by folora, or is a link; it is named.
     """
     for step, path in _numbered(folder):
-        if why := obstacle(path, folder=True):
-            raise ConfigError(
-                f"{path} {why}, but training writes its checkpoint there; move it away"
-            )
+        check_place(path, "but training writes its checkpoint there; move it away", folder=True)
         ours = (folder / request).exists() and (path / SEAL).exists()
         if not ours and names_in(path):
             raise ConfigError(
@@ -58,13 +55,7 @@ def begin_checkpoint(folder: Path) -> None:
 
 
 def prune(folder: Path, keep: int, best: str | None = None) -> None:
-    """Delete all but the latest checkpoints; modified or damaged ones are not deleted.
-
-    Args:
-        folder: The training folder.
-        keep: Number of checkpoints to retain, including `best`.
-        best: A checkpoint that is never deleted.
-    """
+    """Delete all but the latest `keep` checkpoints, `best` included; modified or damaged ones are retained."""
     complete = []
     for _, path in sorted(_numbered(folder)):
         with contextlib.suppress(ArtifactError):  # damaged ones are not deleted

@@ -28,12 +28,7 @@ base_state: Callable[[Any], dict[str, Tensor]] = getattr(
 
 
 def trainer_options(values: Mapping[str, Any], types: Mapping[str, Any]) -> dict[str, Any]:
-    """Rename options of TrainingArguments for the installed version of Transformers.
-
-    Args:
-        values: Options by their names in Transformers 5.23.
-        types: Names and types of the options of the installed version.
-    """
+    """Rename options of TrainingArguments from Transformers 5.23 to the version that has options `types`."""
     found = dict(values)
     if "activation_checkpointing" not in types:  # before Transformers 5.23
         found["gradient_checkpointing"] = found.pop("activation_checkpointing")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -85,17 +85,14 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 def _digest(tensor: Tensor) -> str:
     result = hashlib.sha256()
-    for part in _parts(tensor):
+    if tensor.is_meta or not tensor.numel():
+        return result.hexdigest()
+    for part in tensor.detach().reshape(-1).split(VALUES_AT_ONCE):
         # A copy: numpy would pin the size of the storage, which FSDP resizes.
         narrow = _narrowest(part).cpu().clone()
         result.update(f"{narrow.dtype}".encode())
         result.update(narrow.view(torch.uint8).numpy().data)
     return result.hexdigest()
-
-
-def _parts(tensor: Tensor) -> Iterator[Tensor]:
-    if not tensor.is_meta and tensor.numel():
-        yield from tensor.detach().reshape(-1).split(VALUES_AT_ONCE)
 
 
 def _narrowest(values: Tensor) -> Tensor:

@@ -15,12 +15,12 @@ from pathlib import Path
 from folora.errors import ConfigError
 from folora.runtime.storage import (
     LONGEST_NAME,
+    check_place,
     check_writable,
     file_sha256,
     json_text,
     malformed_is_damaged,
     names_in,
-    obstacle,
     read_sealed,
     sealed,
     sync_one,
@@ -36,15 +36,10 @@ Files = dict[str, list[str]]
 
 
 def check_own(folder: Path, kind: str, names: Iterable[str] | None = None) -> Files:
-    """Refuse to replace files that folora did not write, or that were changed since.
+    """Refuse to replace files that folora did not write, or that were changed since; returns the list.
 
-    Args:
-        folder: Where the files are or will be.
-        kind: The required kind of folder, if it has a list.
-        names: Files that are about to be written; default is all that are listed.
-
-    Returns:
-        The list; empty if there is none.
+    `kind` is the required kind of folder, if it has a list. `names` are the files that are about to be
+    written; default is all that are listed.
 
     Raises:
         ConfigError: A file is not folora's, or was changed; it is named.
@@ -55,8 +50,7 @@ def check_own(folder: Path, kind: str, names: Iterable[str] | None = None) -> Fi
         file = folder / name
         if not os.path.lexists(file):
             continue
-        if why := obstacle(file):
-            raise ConfigError(f"{file} {why}, and folora would replace it; move it away")
+        check_place(file, "and folora would replace it; move it away")
         if name not in listed:
             raise ConfigError(
                 f"{file} would be replaced, but {folder / LIST} does not say that folora wrote it; "
@@ -95,19 +89,13 @@ def check_target(file: Path) -> None:
     """
     check_writable(file.parent, "the folder of")
     _check_length(file)
-    if why := obstacle(file):
-        raise ConfigError(f"{file} {why}, but must be a new or a regular file")
+    check_place(file, "but must be a new or a regular file")
 
 
 def write_own(file: Path, kind: str, write: Callable[[Path], object]) -> None:
     """Write a file into a folder that may hold users' files, and list it.
 
     Nothing is written if the file has the same bytes already.
-
-    Args:
-        file: The file to create or replace.
-        kind: The kind of folder, for its list.
-        write: Called with the path to write to.
 
     Raises:
         ConfigError: The existing file is not folora's; see `check_own`.
@@ -131,12 +119,8 @@ def write_owned_folder(folder: Path, kind: str, write: Callable[[Path], object])
     """Write a folder with a list of its files; an existing folder is updated file by file.
 
     Users' files stay. Files that were listed before are removed first, so that no mixture of old and new
-    files can be loaded. Nothing is written if all files have the same bytes already.
-
-    Args:
-        folder: The folder to create, or one that passes `check_owned_folder`.
-        kind: The kind of folder, for its list.
-        write: Called with the path of the folder to create; it may create subfolders.
+    files can be loaded. Nothing is written if all files have the same bytes already. `write` is called with
+    the path of the folder to create; it may create subfolders.
 
     Raises:
         ConfigError: See `check_owned_folder`.
@@ -175,8 +159,7 @@ def _listed(folder: Path, kind: str) -> Files:
     file = folder / LIST
     if not os.path.lexists(file):
         return {}
-    if why := obstacle(file):
-        raise ConfigError(f"{file} {why}, so it is not a list of folora's; move it away")
+    check_place(file, "so it is not a list of folora's; move it away")
     found = read_sealed(file)
     if found.get("kind") != kind:
         raise ConfigError(

@@ -39,10 +39,7 @@ class Tick(Protocol):
 def progress(what: str, total: int, already: int = 0) -> Iterator[Tick]:
     """Show progress on stderr while the block runs; blocks may be nested.
 
-    Args:
-        what: Label of the bar and of the log lines.
-        total: Units of work.
-        already: Units that an earlier, interrupted run did.
+    Of `total` units of work an earlier, interrupted run did `already`.
     """
     started = time.monotonic()
     done, tokens_done = already, 0

@@ -70,15 +70,10 @@ def malformed_is_damaged(what: object) -> Iterator[None]:
 def write_atomically(
     path: Path, write: Callable[[Path], object], put: Callable[[Path, Path], None] | None = None
 ) -> None:
-    """Call `write` with a temporary path beside `path`, sync what it wrote, and rename it.
+    """Call `write` with a temporary path beside `path`, sync the file or folder it wrote, and rename it.
 
-    Works for a file and for a folder. An existing folder is replaced only if all its files have the same
-    names as new ones. Permissions follow the umask.
-
-    Args:
-        path: The file or folder to create or replace.
-        write: Called with a path that does not exist; creates a file or a folder there.
-        put: Called with the temporary path and `path`; replaces the final rename.
+    An existing folder is replaced only if all its files have the same names as new ones. Permissions follow
+    the umask. `put` replaces the final rename; it is called with the temporary path and `path`.
 
     Raises:
         ArtifactError: It cannot be written, or `path` is occupied by something else.
@@ -132,11 +127,7 @@ def _replace(temporary: Path, path: Path) -> None:
 
 
 def obstacle(path: Path, folder: bool = False) -> str | None:
-    """Why a file (or a folder) must not be written at a path: a link, device or wrong type is there.
-
-    Returns:
-        The end of a sentence that begins with the path, or None if it can be written.
-    """
+    """Why a file (or a folder) must not be written at a path: a link, device or wrong type is there."""
     try:
         mode = os.lstat(path).st_mode
     except (OSError, ValueError):  # nothing is there, or writing will raise
@@ -148,6 +139,12 @@ def obstacle(path: Path, folder: bool = False) -> str | None:
     if not stat.S_ISREG(mode):
         return "is not a regular file"
     return None if mode & stat.S_IWUSR else "is read-only"
+
+
+def check_place(path: Path, reason: str, folder: bool = False) -> None:
+    """Raise a ConfigError that ends with a reason if a file (or a folder) must not be written at a path."""
+    if why := obstacle(path, folder):
+        raise ConfigError(f"{path} {why}, {reason}")
 
 
 def discard(path: Path) -> None:
