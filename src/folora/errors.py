@@ -32,15 +32,15 @@ class MismatchError(ArtifactError):
 
 
 class NumericsError(FoLoraError, ArithmeticError):
-    """A matrix or an activation is not what the mathematics needs (NaN, asymmetry, ...)."""
+    """A matrix or an activation is not usable (NaN, asymmetry, ...)."""
 
 
 class ProcessError(FoLoraError, RuntimeError):
-    """Another of the processes that work together has ended."""
+    """Another process of the run has ended."""
 
 
 class ServerError(FoLoraError, RuntimeError):
-    """A server that text is asked of is not there, or does something else than it was asked for."""
+    """A server that generates text cannot be reached, or does not do what was requested."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -89,7 +89,7 @@ def _work(request: Request, config: FoLoraConfig) -> None:
 
 
 def _target(given: str | None) -> Path | None:
-    """``--to``, by a name of its own: that of ``.`` is empty."""
+    """The absolute path of ``--to``: ``.`` has no name."""
     return Path(os.path.abspath(given)) if given else None
 
 
@@ -187,7 +187,8 @@ def _print_plan(found: Plan) -> None:
         console.print(f"Training takes {_bytes(own.training)} {free}.")
     console.print(
         "Times are estimates from a second of measuring here; expect a factor of three. Where there are two, "
-        "sampling ends when it is enough (sampling.tolerance), between its first look and its ceiling."
+        "sampling stops early when it has converged (sampling.tolerance), between the first check and "
+        "sampling.num_sequences."
     )
 
 

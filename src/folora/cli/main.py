@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _quiet_imports() -> None:
-    """Silence what libraries say while they are imported, before `commands` sets up logging."""
+    """Silence libraries while they are imported, before `commands` sets up logging."""
     logging.getLogger("bitsandbytes").setLevel(
         logging.ERROR
     )  # PEFT imports it where it is installed
@@ -74,7 +74,7 @@ def _quiet_imports() -> None:
 
 
 def _say(what: str, style: str = "[bold red]") -> None:
-    """Write to stderr, if anyone can read it."""
+    """Print to stderr, if it can be written."""
     try:
         console = Console(stderr=True)
         console.print(f"{style}folora:[/] {escape(what)}", highlight=False, soft_wrap=True)
@@ -85,7 +85,7 @@ def _say(what: str, style: str = "[bold red]") -> None:
 
 
 def _check_place() -> None:
-    """Paths are looked for from the working directory. Raises ConfigError if that was deleted."""
+    """Refuse a working directory that was deleted: paths are relative to it. Raises ConfigError."""
     try:
         os.getcwd()
     except OSError as error:
@@ -95,14 +95,14 @@ def _check_place() -> None:
 
 
 def _discard(stream: TextIO | None) -> None:
-    """Let a stream that cannot be written swallow what it holds, or Python would fail again at exit."""
+    """Redirect a stream that cannot be written to /dev/null, or Python would fail again at exit."""
     if stream is not None:
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _make_streams_sound() -> None:
-    """Have the three standard streams be there, and take any character."""
+def _repair_streams() -> None:
+    """Open the standard streams that are closed, and replace characters that they cannot encode."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -115,10 +115,10 @@ def _make_streams_sound() -> None:
 
 def entry() -> NoReturn:
     """Console script."""
-    _make_streams_sound()
+    _repair_streams()
     code = main()
     several = os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
-    # At once: not when an eigenproblem is solved, or another process has answered.
+    # At once, without waiting for a thread that solves an eigenproblem or for another process.
     if code > 128 or (code and several):
         with suppress(OSError, AttributeError):
             sys.stdout.flush()

@@ -55,7 +55,7 @@ LATER_STAGES = ("measure", "solve", "train", "export")
 
 COMMANDS = {
     "run": "All stages: from a model and a data set to an adapter and a report.",
-    "plan": "Say how much memory, disk and time `folora run` with these options will take.",
+    "plan": "Estimate the memory, disk and time that `folora run` with these options takes.",
     "sample": "Stage 1: text that the model generates itself.",
     "measure": "Stage 2: second moments on that text and on the task.",
     "solve": "Stage 3: the eigenbasis of every shared input.",
@@ -99,7 +99,7 @@ def parse(arguments: Sequence[str]) -> tuple[Request, FoLoraConfig] | None:
 
 
 def _unknown(flag: str, context: click.Context | None) -> str:
-    """The sentence for a flag that a command does not have."""
+    """The message for a flag that a command does not have."""
     name = flag.lstrip("-")
     if sentence := removal(name):
         return sentence

@@ -26,7 +26,7 @@ from folora.methods import METHODS, Method, method
 
 
 def as_method(value: Any) -> Method:
-    """A method from its name, or from a mapping of its name and the ingredients that are others.
+    """A method from its name, or from a mapping of its name and the ingredients that differ.
 
     A mapping with a new name needs a title; it starts from the defaults.
 
@@ -49,10 +49,13 @@ def as_method(value: Any) -> Method:
 
 
 def _plain_method(found: Method) -> str | dict[str, Any]:
-    """A method as `as_method` reads it back: its name, or that and the ingredients that are others."""
+    """A method as `as_method` reads it back: its name, or a mapping of it and the ingredients that differ."""
     known = dict(METHODS.get(found.name, {}))
     others = {name: value for name, value in found if known.get(name) != value}
     return {"name": found.name, **others} if others else found.name
+
+
+_Method = Annotated[Method, BeforeValidator(as_method), PlainSerializer(_plain_method)]
 
 
 class FoLoraConfig(Options):
@@ -70,9 +73,7 @@ class FoLoraConfig(Options):
     """folder that receives everything"""
     base: str | None = None
     """file of 'folora base' with samples and C_pre of this model, instead of making them"""
-    method: Annotated[Method, BeforeValidator(as_method), PlainSerializer(_plain_method)] = METHODS[
-        "folora"
-    ]
+    method: _Method = METHODS["folora"]
     """fine-tuning method by name, or a mapping of its name and other ingredients"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """of the base model; 'auto': the checkpoint's, or float32 on a CPU without products of it"""
@@ -98,7 +99,7 @@ class FoLoraConfig(Options):
     @model_validator(mode="before")
     @classmethod
     def _with_settings(cls, values: Any) -> Any:
-        """Options that the method has other defaults of."""
+        """Fill in the options whose defaults the method changes."""
         if not isinstance(values, dict) or "method" not in values:
             return values
         found = as_method(values["method"])
@@ -147,7 +148,7 @@ class FoLoraConfig(Options):
 
     @property
     def ends_early(self) -> bool:
-        """Whether sampling stops when it has converged for the task, which it then reads."""
+        """Whether sampling stops early when it has converged for the task, whose rows it then needs."""
         return self.sampling.may_end_early and self.base is None and self.dataset is not None
 
     @classmethod

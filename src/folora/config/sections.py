@@ -17,8 +17,8 @@ TAU = 1e-3  # ridge, relative to the mean of C_pre's diagonal
 LAMBDA = 1.0  # gamma at which a step is halved
 S_MIN = 0.3  # floor of the gate
 
-# Sequences, after which it is first asked whether they are enough. Of the 64 that are decoded at once four may be
-# rejected before that takes another batch.
+# Sequences before the first early-stopping check. Of a batch of 64, the filter may reject four before the check
+# needs another batch.
 FIRST_LOOK = 60
 SEEDS = 2**32  # numpy takes no larger ones
 
@@ -67,12 +67,12 @@ class SamplingConfig(Options):
 
     @property
     def may_end_early(self) -> bool:
-        """Whether it is ever asked if there are enough."""
+        """Whether there is an early-stopping check."""
         return self.tolerance is not None and self.num_sequences >= 2 * FIRST_LOOK
 
     @property
     def num_held_out(self) -> int:
-        """Sequences set aside for the meter."""
+        """Number of sequences set aside for the meter."""
         return max(16, round(self.held_out * self.num_sequences))
 
 
@@ -209,7 +209,7 @@ class TrainingConfig(Options):
     @model_validator(mode="before")
     @classmethod
     def _check_names(cls, values: Any) -> Any:
-        """Options that were removed would be taken for options of SFTConfig."""
+        """Refuse options that were removed, which would be taken for options of SFTConfig."""
         for name in values if isinstance(values, Mapping) else ():
             if sentence := removal(f"training.{name}"):
                 raise ConfigError(sentence)
@@ -217,7 +217,7 @@ class TrainingConfig(Options):
 
     @model_validator(mode="after")
     def _check_extra(self) -> TrainingConfig:
-        """Requests and results keep options as JSON; YAML also knows dates, sets and bytes."""
+        """Refuse values that JSON, in which requests and results keep options, cannot hold."""
         for name, value in (self.model_extra or {}).items():
             try:
                 json.dumps(value, sort_keys=True, allow_nan=False)
