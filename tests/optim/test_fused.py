@@ -124,7 +124,7 @@ def test_groups_stepped_together_are_stepped_as_alone(
         monkeypatch.setitem(MODES, "together", [*MODES["equal shapes"], group(d=5, seed=1)])
         ps, optimizer = made(FusedSAdam, "together", dtype)
         drive(optimizer, ps, grads_for(ps, missing=True))
-        bundles = fused._bundles([*map(fused._active, optimizer.param_groups)])
+        bundles = fused._bundles([*map(optimizer._active, optimizer.param_groups)])
         assert [[len(stack) for stack in bundle] for bundle in bundles] == wanted
         found.append(ps)
     assert all(torch.equal(p, q) for p, q in zip(*found, strict=True))

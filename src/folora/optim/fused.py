@@ -8,7 +8,7 @@ and stores the moments of that shard only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,25 +24,25 @@ from folora.runtime.tensors import full_fp32_matmul, to_local
 # Maximum elements of the parameters in one bundle, and of the bases in one stack; sized for the CPU cache.
 MAX_ELEMENTS = {"cpu": 2**22, "cuda": 2**24}
 
-Moments = tuple[list[Tensor], list[Tensor], list[Tensor]]
+Moments = Sequence[list[Tensor]]
 """``exp_avg``, ``exp_avg_sq`` and ``step`` of a list of parameters."""
 
 
 @dataclass(frozen=True)
 class ActiveGroup:
-    """A parameter group and its parameters that have a gradient.
+    """The local shards of a group's parameters that have a gradient; whole parameters unless they are DTensors.
 
     Attributes:
         group: The parameter group.
         params: The parameters.
-        own: The local shard of each parameter; the whole parameter unless it is a DTensor.
-        grads: The gradients of the local shards.
+        grads: Their gradients.
+        moments: Their optimizer state.
     """
 
     group: dict[str, Any]
     params: list[Tensor]
-    own: list[Tensor]
     grads: list[Tensor]
+    moments: Moments
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,10 @@ class FusedSAdam(SAdam):
         """Take one step; `closure` may re-evaluate the model and return the loss."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
-        active = [found for group in self.param_groups if (found := _active(group)).params]
+        active = [found for group in self.param_groups if (found := self._active(group)).params]
         for one in active:
             if "basis" not in one.group:
-                _adamw(one.group, one.own, one.grads, self._moments([one]))
+                _adamw(one.group, one.params, one.grads, one.moments)
         for bundle in _bundles(one for one in active if "basis" in one.group):
             self._step_in_bases(bundle)
         return loss
@@ -90,11 +90,34 @@ class FusedSAdam(SAdam):
         for p in (p for group in self.param_groups for p in group["params"] if p in self.state):
             self.state[p]["step"] = self.state[p]["step"].to(p.device, torch.float32)
 
+    def _active(self, group: dict[str, Any]) -> ActiveGroup:
+        """The parameters of a group to update; their state is initialized on first use."""
+        found = ActiveGroup(group, [], [], ([], [], []))
+        for p in group["params"]:
+            if (grad := p.grad) is None:
+                continue
+            if grad.is_sparse:
+                raise RuntimeError("SAdam does not support sparse gradients")
+            move_basis(group, p.device)
+            if isinstance(p, DTensor) and isinstance(grad, DTensor):
+                # Completes a pending reduction over processes.
+                grad = grad.redistribute(p.device_mesh, p.placements)
+            if not (state := self.state[p]):
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                for name in ("exp_avg", "exp_avg_sq"):
+                    state[name] = _zeros(p, group.get("basis"))
+            found.params.append(to_local(p))
+            found.grads.append(to_local(grad))
+            for name, values in zip(("exp_avg", "exp_avg_sq", "step"), found.moments, strict=True):
+                values.append(to_local(state[name]))
+        return found
+
     def _step_in_bases(self, bundle: list[list[ActiveGroup]]) -> None:
         """Update groups with the same hyperparameters (Eq. 18-24); groups of one shape are stacked."""
         stacks = [_stack([one.group for one in stacked]) for stacked in bundle]
-        params = [[p for one in stacked for p in one.own] for stacked in bundle]
-        moments = self._moments([one for stacked in bundle for one in stacked])
+        params = [[p for one in stacked for p in one.params] for stacked in bundle]
+        active = [one for stacked in bundle for one in stacked]
+        moments = [[m for one in active for m in one.moments[kind]] for kind in range(3)]
         group = bundle[0][0].group
         with full_fp32_matmul():
             gbars = []
@@ -116,45 +139,11 @@ class FusedSAdam(SAdam):
         shrink = 1.0 - group["lr"] * group["weight_decay"]
         _apply([p for ps in params for p in ps], _rows(updates, params), shrink)
 
-    def _moments(self, active: Iterable[ActiveGroup]) -> Moments:
-        """The local optimizer state of these parameters, initialized on first use."""
-        states = []
-        for one in active:
-            basis = one.group.get("basis")
-            for p in one.params:
-                if not (state := self.state[p]):
-                    state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                    for name in ("exp_avg", "exp_avg_sq"):
-                        state[name] = torch.zeros_like(p) if basis is None else _zeros(p, basis)
-                states.append(state)
-        first, second, steps = (
-            [to_local(state[name]) for state in states]
-            for name in ("exp_avg", "exp_avg_sq", "step")
-        )
-        return first, second, steps
 
-
-def _active(group: dict[str, Any]) -> ActiveGroup:
-    """The parameters of a group that have a gradient; its basis is moved to their device."""
-    params = [p for p in group["params"] if p.grad is not None]
-    if any(p.grad.is_sparse for p in params):
-        raise RuntimeError("SAdam does not support sparse gradients")
-    if params:
-        move_basis(group, params[0].device)
-    return ActiveGroup(group, params, [*map(to_local, params)], [*map(_own_gradient, params)])
-
-
-def _own_gradient(p: Tensor) -> Tensor:
-    """The gradient of the local shard of p; a pending reduction over processes is completed first."""
-    grad = p.grad
-    assert grad is not None
-    if isinstance(p, DTensor) and isinstance(grad, DTensor):
-        grad = grad.redistribute(p.device_mesh, p.placements)
-    return to_local(grad)
-
-
-def _zeros(p: Tensor, basis: Tensor) -> Tensor:
-    """Zeros for a moment of p (rows, d) in a basis (d, k): (rows, k), sharded as p is."""
+def _zeros(p: Tensor, basis: Tensor | None) -> Tensor:
+    """Zeros for a moment of p, sharded as p is: (rows, k) for p (rows, d) with a basis (d, k)."""
+    if basis is None:
+        return torch.zeros_like(p)
     shape = (len(p), basis.shape[1])
     if not isinstance(p, DTensor):
         return torch.zeros(shape, dtype=basis.dtype, device=p.device)
@@ -180,8 +169,8 @@ def _bundles(active: Iterable[ActiveGroup]) -> list[list[list[ActiveGroup]]]:
     bundles: list[list[list[ActiveGroup]]] = []
     last, size = None, 0
     for (alike, (d, k), _), found in stacks.items():
-        most = MAX_ELEMENTS.get(found[0].own[0].device.type, MAX_ELEMENTS["cpu"])
-        rows = sum(len(p) for p in found[0].own)
+        most = MAX_ELEMENTS.get(found[0].params[0].device.type, MAX_ELEMENTS["cpu"])
+        rows = sum(len(p) for p in found[0].params)
         count = max(1, most // (d * max(rows, k)))
         for stack in (found[start : start + count] for start in range(0, len(found), count)):
             size += len(stack) * rows * d
