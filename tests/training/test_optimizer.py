@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from support import second_process
 from support.adapted import IDS, bases_for
 from torch import Tensor
 
@@ -68,6 +73,34 @@ def test_training_resumes_from_a_folder_by_peft_and_a_saved_spectrum(
         rest = (slice(R, None),) if len(after) < before.shape[1] else (slice(None), slice(R, None))
         assert not torch.equal(before, after)
         assert torch.equal(before[rest], after[rest])
+
+
+@pytest.mark.parametrize("init", ["eigen", "null_space"])
+def test_another_process_trains_from_saved_files_to_the_same_bits(
+    init: str, tmp_path: Path
+) -> None:
+    """Model, moments, spectrum and a fresh adapter are all that a started interpreter gets."""
+    model = make_llama()
+    model.save_pretrained(tmp_path / "base")
+    keep, task = (folora.calibrate(model, [{"input_ids": ids}]) for ids in (IDS, IDS.flip(1)))
+    spectrum = folora.solve(keep, task, null_rank=R)
+    adapted = attach(model, spectrum, LoraConfig(r=R, task_type="CAUSAL_LM"), init=init)
+    for name, part in {"keep": keep, "task": task, "spectrum": spectrum}.items():
+        part.save(tmp_path / name)
+    adapted.save_pretrained(str(tmp_path / "fresh"))
+    second_process.trained(adapted, spectrum).save_pretrained(str(tmp_path / "first"))
+
+    command = [sys.executable, second_process.__file__, tmp_path, str(torch.get_num_threads())]
+    places = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=os.environ | places, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    fresh, first, second = (
+        load_file(tmp_path / name / "adapter_model.safetensors")
+        for name in ("fresh", "first", "second")
+    )
+    assert first.keys() == second.keys()
+    assert all(torch.equal(part, second[name]) for name, part in first.items())
+    assert not any(torch.equal(part, fresh[name]) for name, part in first.items())
 
 
 @pytest.mark.parametrize("init", sorted(NONZERO))
