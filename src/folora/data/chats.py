@@ -120,9 +120,7 @@ class ChatTokenizer:
             start = _common(prompt, ids)
             upto = template.tokens(template.render(chat, i + 1))
             whole = ids[: len(upto)] == upto
-            if i and start < len(
-                prompt
-            ):  # the prompt begins the answer, for example with "<think>"
+            if i and start < len(prompt):  # the prompt begins the answer, as with "<think>"
                 before = _common(template.tokens(template.render(chat, i)), ids)
                 if strict or start <= before:
                     raise DataError(DIFFERENT)

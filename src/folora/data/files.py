@@ -83,20 +83,21 @@ def _rows_in_memory(dataset: Any, split: str) -> list[Row]:
 def check_dataset(name: str) -> None:
     """Refuse a local file that cannot be read. Raises DataError."""
     kind = local_format(name)
-    if kind is None and not os.path.exists(name):  # False for a name that is too long
-        if name.startswith((".", "/", "~")):
-            raise DataError(f"data file {name} does not exist")
-        return  # a Hub name
-    if os.path.isdir(name):
-        raise DataError(f"data file {name} is a folder, but must be a file")
-    if not os.path.isfile(name):
-        there = os.path.exists(name)
-        what = "is a named pipe or a device, but must be a file" if there else "does not exist"
-        raise DataError(f"data file {name} {what}")
-    if kind is None:
-        raise DataError(f"data file {name} must end in .json, .jsonl or .parquet (.gz allowed)")
-    if os.path.getsize(name) == 0:
-        raise DataError(f"data file {name} is empty")
+    if not os.path.exists(name):  # as for a name that is too long
+        if kind is None and not name.startswith((".", "/", "~")):
+            return  # a Hub name
+        wrong = "does not exist"
+    elif os.path.isdir(name):
+        wrong = "is a folder, but must be a file"
+    elif not os.path.isfile(name):
+        wrong = "is a named pipe or a device, but must be a file"
+    elif kind is None:
+        wrong = "must end in .json, .jsonl or .parquet (.gz allowed)"
+    elif os.path.getsize(name) == 0:
+        wrong = "is empty"
+    else:
+        return
+    raise DataError(f"data file {name} {wrong}")
 
 
 def _read_local(path: Path, kind: str | None) -> list[Row]:
@@ -107,8 +108,7 @@ def _read_local(path: Path, kind: str | None) -> list[Row]:
         with ParquetFile(path) as file:
             groups = (file.metadata.row_group(i) for i in range(file.num_row_groups))
             size = sum(group.total_byte_size for group in groups)
-            if size > (most := _most_bytes()):
-                raise ValueError(_too_large(most))
+            _check_size(size, _most_bytes())
             return file.read().to_pylist()
     except Exception as error:  # pyarrow raises many kinds
         raise DataError(f"data file {path} cannot be read as {kind}: {error}") from error
@@ -136,14 +136,13 @@ def _read_json(path: Path) -> list[Row]:
 
 
 def _read_bytes(path: Path) -> bytes:
-    """The file's bytes, decompressed. Raises ValueError if they are more than `_most_bytes`."""
+    """The file's bytes, decompressed. Raises ValueError if they are too many."""
     most = _most_bytes()
     content = bytearray()
     with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
         while part := file.read(CHUNK):  # read(most) would allocate that much memory at once
             content += part
-            if len(content) > most:
-                raise ValueError(_too_large(most))
+            _check_size(len(content), most)
     return bytes(content)
 
 
@@ -152,8 +151,9 @@ def _most_bytes() -> int:
     return psutil.virtual_memory().available // 4
 
 
-def _too_large(most: int) -> str:
-    return f"it holds more than {most / 1e9:.3g} GB, a quarter of the free memory"
+def _check_size(size: int, most: int) -> None:
+    if size > most:
+        raise ValueError(f"it holds more than {most / 1e9:.3g} GB, a quarter of the free memory")
 
 
 def _json_values(text: str) -> Iterator[Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from folora.config import DataConfig
 from folora.data.contents import (
@@ -178,21 +179,16 @@ FORMATS = (
 
 def columns_of(rows: Sequence[Row]) -> list[str]:
     """The columns that are not empty in at least one row."""
-    held: dict[str, None] = {}
-    for row in rows:
-        for name, value in row.items():
-            empty = name in MEANING and isinstance(value, str | list | dict) and not value
-            if name not in held and value is not None and not empty:
-                held[name] = None
-    return [*held]
+
+    def holds(name: str, value: Any) -> bool:
+        empty = name in MEANING and isinstance(value, str | list | dict) and not value
+        return value is not None and not empty
+
+    return [*dict.fromkeys(n for row in rows for n, value in row.items() if holds(n, value))]
 
 
 def choose_format(columns: Collection[str], config: DataConfig) -> Format:
-    """The format of rows that have these columns.
-
-    Args:
-        columns: Columns that are not empty in at least one row.
-        config: May name the columns of prompt and response.
+    """The format of rows that have these columns; `config` may name those of prompt and response.
 
     Raises:
         DataError: The format is unknown or refused, a named column is missing, or a column that changes

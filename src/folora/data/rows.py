@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from folora.config import DataConfig
@@ -121,18 +122,12 @@ def prepare_task(
         raise DataError(
             f"no row has a response token within data.max_length = {config.max_length}; raise it"
         )
-    if formatter.truncated:
-        logger.warning(
-            "%d of %d rows truncated to data.max_length = %d tokens",
-            formatter.truncated,
-            len(rows),
-            config.max_length,
-        )
-    if dropped:
-        logger.warning(
-            "%d of %d rows dropped: no response token within %d tokens",
-            dropped, len(examples), config.max_length,
-        )  # fmt: skip
+    for count, what in (
+        (formatter.truncated, "truncated to data.max_length = %d tokens"),
+        (dropped, "dropped: no response token within %d tokens"),
+    ):
+        if count:
+            logger.warning(f"%d of %d rows {what}", count, len(rows), config.max_length)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(usable), generator=generator).tolist()
     count = min(config.eval_rows, len(usable) // 10)
@@ -171,12 +166,8 @@ def check_fits(
 ) -> None:
     """Refuse tokens without an embedding in the model, and rows longer than its context.
 
-    Args:
-        task: The tokenized rows.
-        tokenizer: The tokenizer they come from.
-        start_id: The token that sampling starts from.
-        vocabulary: The model's vocabulary size; None if its config has none.
-        context: The model's maximum number of tokens; None if its config has none.
+    `start_id` is the token that sampling starts from. `vocabulary` and `context` are the model's sizes in
+    tokens; None if its config has none.
 
     Raises:
         DataError: A token or row does not fit; the token or the length is named.
@@ -200,10 +191,9 @@ def check_fits(
 
 def pad_batch(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
     """Right-padded ``input_ids``, ``attention_mask`` and ``labels``, each (batch, longest) int64."""
-    longest = max(len(e.input_ids) for e in examples)
 
     def padded(rows: Iterable[list[int]], value: int) -> Tensor:
-        return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
+        return pad_sequence([torch.tensor(row) for row in rows], True, value)
 
     return {
         "input_ids": padded((e.input_ids for e in examples), pad_id),

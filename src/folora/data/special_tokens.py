@@ -44,14 +44,15 @@ def start_token_id(tokenizer: PreTrainedTokenizerBase, choice: str | None, *conf
 
 def _document_start(tokenizer: PreTrainedTokenizerBase, configs: Sequence[Any]) -> int:
     """The token at the start of documents, for a tokenizer without BOS. Raises DataError."""
+    added = tokenizer.added_tokens_decoder.items()
+    special = {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
     for number, why in _candidates(tokenizer, configs):
-        if number is None or not _is_special(tokenizer, number):
-            continue
-        logger.info(
-            "sampling starts from %r (token %d), %s; the tokenizer has no BOS token",
-            tokenizer.convert_ids_to_tokens(number), number, why,
-        )  # fmt: skip
-        return number
+        if number in special:  # the default id of a config class may be an ordinary token here
+            logger.info(
+                "sampling starts from %r (token %d), %s; the tokenizer has no BOS token",
+                tokenizer.convert_ids_to_tokens(number), number, why,
+            )  # fmt: skip
+            return number
     eos = f"eos (which is {tokenizer.eos_token!r})" if tokenizer.eos_token else "TOKEN"
     raise DataError(
         "this tokenizer has no BOS token to start sampling from, and neither the model's config nor a "
@@ -62,7 +63,7 @@ def _document_start(tokenizer: PreTrainedTokenizerBase, configs: Sequence[Any]) 
 
 def _candidates(
     tokenizer: PreTrainedTokenizerBase, configs: Sequence[Any]
-) -> Iterator[tuple[int | None, str]]:
+) -> Iterator[tuple[Any, str]]:
     for config in configs:
         for part in (config, getattr(config, "get_text_config", lambda: None)()):
             found = getattr(part, "bos_token_id", None)
@@ -76,42 +77,28 @@ def _candidates(
         yield tokenizer.eos_token_id, "which ends documents"
 
 
-def _is_special(tokenizer: PreTrainedTokenizerBase, number: int) -> bool:
-    """Whether a token is special. The default id of a config class may be an ordinary token here."""
-    added = tokenizer.added_tokens_decoder.get(number)
-    return number in tokenizer.all_special_ids or (added is not None and added.special)
-
-
 def ending_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a sampled sequence.
+    """The tokens that end a sampled sequence, from the model's generation config or the tokenizer.
 
     Raises:
         DataError: One is outside the model's vocabulary.
     """
-    found = eos_token_ids(model, tokenizer)
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if found is None:
+        found = tokenizer.eos_token_id
+    ids = [] if found is None else found if isinstance(found, list | tuple) else [found]
     known = known_tokens(model)
-    if wrong := [i for i in found if not 0 <= i < known]:
+    if wrong := [i for i in ids if not 0 <= i < known]:
         raise DataError(
             f"the model's generation config ends sequences at token {wrong[0]}, but the model has "
             f"{known} tokens; correct eos_token_id there"
         )
-    return found
+    return [int(i) for i in ids]
 
 
 def known_tokens(model: PreTrainedModel) -> int:
     """Number of token embeddings of the model."""
     return len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
-
-
-def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """All tokens that end a sequence, from the model's generation config or the tokenizer."""
-    generation = getattr(model, "generation_config", None)
-    found = getattr(generation, "eos_token_id", None)
-    if found is None:
-        found = tokenizer.eos_token_id
-    if found is None:
-        return []
-    return [int(i) for i in found] if isinstance(found, list | tuple) else [int(found)]
 
 
 def check_same_tokenizer(
