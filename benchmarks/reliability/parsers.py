@@ -30,7 +30,7 @@ from folora.data.files import load_rows
 from folora.data.rows import prepare_task
 from folora.errors import ConfigError
 from folora.pipeline.stages import KeepMoments, Samples, Solved, TaskMoments
-from folora.pipeline.training import Training, load_trained
+from folora.pipeline.training import Trained, Training
 from folora.runtime.artifacts import read_manifest
 from folora.runtime.checkpoints import SEAL, latest_checkpoint
 from folora.runtime.storage import CHECKSUM, read_sealed, sealed
@@ -182,7 +182,7 @@ def _artifacts(run: Path) -> dict[str, Parser]:
         ),
         "statistics": Parser(parts, [*parts], statistics, resealed),
         "spectrum": Parser(one[Solved.path], both, Spectrum.load, resealed),
-        "training result": Parser(one[Training.path], both, load_trained, resealed),
+        "training result": Parser(one[Training.path], both, Trained.load, resealed),
     }
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.tiny import make_llama, make_tokenizer
 from folora.calibration.base_file import (
     HEADER,
+    BaseFile,
     packed,
     read_base_file,
     read_base_manifest,
@@ -57,9 +58,17 @@ def test_a_run_from_a_base_file_matches_a_full_run(
     def never(*_: object) -> None:
         raise AssertionError("sampled again")
 
+    reads: list[Path] = []
+
+    def counted(path: Path, expected: Any) -> BaseFile:
+        reads.append(path)
+        return read_base_file(path, expected)
+
     monkeypatch.setattr(Context, "engine", never)
+    monkeypatch.setattr("folora.pipeline.stages.read_base_file", counted)
     config = finished.replace(base=str(base), output=str(tmp_path / "second"))
     report = Run(config).run()
+    assert reads == [base]  # once for samples and C_pre
     first, second = Path(str(finished.output)), tmp_path / "second"
     for part in ("2-statistics/pre", "2-statistics/task", "3-spectrum", "4-training/result"):
         a, b = (f / part / "tensors.safetensors" for f in (first, second))
@@ -71,6 +80,7 @@ def test_a_run_from_a_base_file_matches_a_full_run(
     before = (second / "1-samples" / "set" / "manifest.json").stat().st_mtime_ns
     Run(config).run()
     assert (second / "1-samples" / "set" / "manifest.json").stat().st_mtime_ns == before
+    assert reads == [base]
 
 
 def test_a_subset_of_layers_is_accepted_and_others_refused(

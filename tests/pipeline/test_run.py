@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.forks import Fork
 from benchmarks.tiny import make_gpt2, make_llama, make_tokenizer, tiny_config
+from folora.calibration.engine import HuggingFaceEngine
+from folora.cli.main import main
 from folora.config import FoLoraConfig
 from folora.errors import ArtifactError, ConfigError, DataError, MismatchError
 from folora.metrics.meter import Meter
@@ -133,6 +135,18 @@ def test_a_second_call_does_nothing_again(finished: FoLoraConfig, tmp_path: Path
     before = stamps(tmp_path / "run")
     Run(config).run()
     assert stamps(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("command", ["run", "sample"])
+def test_a_command_test_decodes_once(
+    finished: FoLoraConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    checks: list[HuggingFaceEngine] = []
+    monkeypatch.setattr(HuggingFaceEngine, "check_decodes", lambda self: checks.append(self))
+    config = finished.replace(output=str(tmp_path / "run"))
+    (tmp_path / "c.yaml").write_text(config.to_yaml())
+    assert main([command, "--config", str(tmp_path / "c.yaml")]) == 0
+    assert len(checks) == 1
 
 
 def test_only_what_depends_on_a_change_is_done_again(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel
 
 from folora.adapters.coverage import report
 from folora.calibration.base_file import read_base_manifest, warn_of_dtype
-from folora.calibration.engine import Engine, HuggingFaceEngine
+from folora.calibration.engine import Engine
 from folora.calibration.vllm import ENGINE, find_server
 from folora.config import FoLoraConfig, TrainingConfig
 from folora.data.files import check_dataset
@@ -133,7 +132,7 @@ def check_command(context: Context, store: Folder, command: str) -> None:
     Raises:
         FoLoraError: With what failed and the remedy.
     """
-    config, sampling = context.config, context.config.sampling
+    config = context.config
     samples = Samples in WRITES.get(command, ()) and config.base is None
     if samples:
         _check_sampling(context, store)
@@ -142,9 +141,8 @@ def check_command(context: Context, store: Folder, command: str) -> None:
     for stage in WRITES.get(command, ()):
         store.check(stage)
     _ = context.groups  # the rank must fit the layers before hours of sampling
-    if samples and sampling.server is None and sampling.sampler_model is None:
-        own = HuggingFaceEngine(context.model, context.start_id, context.eos_ids, sampling)
-        own.check_decodes()
+    if samples:
+        _ = context.own_engine  # fails early if the model cannot generate
     if config.base is not None:
         found = read_base_manifest(Path(config.base), context.facts)
         warn_of_dtype(found, context.facts["dtype"])
@@ -181,10 +179,15 @@ def _check_trainer(context: Context, arguments: Any, task: TaskData) -> None:
 
 
 def _check_sampling(context: Context, store: Folder) -> None:
-    """Samples fit the model's context, and the generation server, if any, responds."""
+    """Samples fit the model's context, and the generation server, if it is needed, responds."""
     sampling = context.config.sampling
-    if sampling.server is not None:
-        distributed.raise_together(partial(_check_server, context, store))
+
+    def reach_server() -> None:
+        done = (store.folder / Samples.path).exists()
+        if sampling.server and not (done and store.manifest(Samples).get("engine") == ENGINE):
+            find_server(sampling.server, sampling)
+
+    distributed.raise_together(reach_server)
     longest = context.limits["context"]
     asked = sampling.max_new_tokens
     if longest is not None and asked >= longest:  # the start token is one more
@@ -192,14 +195,6 @@ def _check_sampling(context: Context, store: Folder) -> None:
             f"sampling.max_new_tokens is {asked}, but the context of {context.name} is {longest} "
             f"tokens; it must be < {longest}"
         )
-
-
-def _check_server(context: Context, store: Folder) -> None:
-    sampling = context.config.sampling
-    assert sampling.server is not None
-    done = (store.folder / Samples.path).exists()
-    if not (done and store.manifest(Samples).get("engine") == ENGINE):  # otherwise not needed
-        find_server(sampling.server, sampling)
 
 
 def _check_given(context: Context, model: PreTrainedModel) -> None:

@@ -170,27 +170,34 @@ class Context:
             report(found)
         return found.groups
 
+    @cached_property
+    def own_engine(self) -> Engine | None:
+        """The engine on the model itself; None if a server or ``sampling.sampler_model`` generates.
+
+        Raises:
+            ConfigError: The model cannot generate; two tokens are decoded to find out.
+        """
+        sampling = self.config.sampling
+        if sampling.server is not None or sampling.sampler_model is not None:
+            return None
+        return engine_of(self.model, self.start_id, self.eos_ids, sampling, self.config.seed)
+
     def engine(self) -> Engine:
         """The engine that generates the calibration set: the model, ``sampling.sampler_model``, or a server.
 
         Raises:
             FoLoraError: It cannot be loaded or reached, or has another tokenizer.
         """
-        config = self.config
-        return engine_of(self._sampler(), self.start_id, self.eos_ids, config.sampling, config.seed)
-
-    def _sampler(self) -> PreTrainedModel:
-        """The model that generates; with a server, the model that it must serve."""
-        name = self.config.sampling.sampler_model
-        if name is None:
-            return self.model
-        own = self.config.replace(revision=None, device=str(self.model.device))
-        check_same_tokenizer(self.tokenizer, load_tokenizer(own, name), name)
-        if self.config.sampling.server is not None:
-            return self.model
-        sampler = load_model(own, name)
-        distributed.raise_together(lambda: check_finite_weights(sampler))
-        return sampler
+        if self.own_engine is not None:
+            return self.own_engine
+        sampling, sampler = self.config.sampling, self.model
+        if name := sampling.sampler_model:
+            own = self.config.replace(revision=None, device=str(self.model.device))
+            check_same_tokenizer(self.tokenizer, load_tokenizer(own, name), name)
+            if sampling.server is None:
+                sampler = load_model(own, name)
+                distributed.raise_together(lambda: check_finite_weights(sampler))
+        return engine_of(sampler, self.start_id, self.eos_ids, sampling, self.config.seed)
 
 
 def coverage_of(model: PreTrainedModel, config: FoLoraConfig, start_id: int) -> Coverage:

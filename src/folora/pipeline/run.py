@@ -36,9 +36,9 @@ from folora.errors import ConfigError, FoLoraError, MismatchError
 from folora.pipeline import stages
 from folora.pipeline.checks import STAGES, check_command, check_is_no_model, check_options
 from folora.pipeline.context import Context
-from folora.pipeline.stages import KeepMoments, Samples, Shared, Solved, TaskMoments
+from folora.pipeline.stages import KeepMoments, Samples, Shared, Solved, TaskMoments, base_file
 from folora.pipeline.store import OLD, REQUEST, Folder
-from folora.pipeline.training import Trained, Training, load_trained
+from folora.pipeline.training import Trained, Training
 from folora.runtime import distributed
 from folora.runtime.checkpoints import check_checkpoints
 from folora.runtime.fingerprints import config_fingerprint, weights_fingerprint
@@ -134,7 +134,7 @@ class Run:
     def measure(self) -> None:
         """Stage 2: C_pre and C_task."""
         samples = self.store.read(Samples, self.context)
-        self.store.make(KeepMoments(self.context, samples))
+        self.store.make(KeepMoments(self.context, samples, base=base_file(self.context)))
         self.store.make(TaskMoments(self.context))
 
     @_alone
@@ -191,7 +191,7 @@ class Run:
     def trained(self) -> Trained:
         """The result of the training. Raises ArtifactError."""
         self.store.manifest(Training)
-        return load_trained(self.folder / Training.path)
+        return Trained.load(self.folder / Training.path)
 
     def export(
         self, path: Path | None = None, rank: int | None = None, kind: ExportKind = "adapter"

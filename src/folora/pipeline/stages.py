@@ -7,10 +7,10 @@ moments. With ``config.base``, samples and C_pre are read from a base file inste
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from folora.adapters.initialization import NEED_NULL_BASIS, NEED_WHOLE_BASIS
 from folora.calibration.base_file import BaseFile, read_base_file, read_base_manifest
@@ -30,16 +30,30 @@ from folora.runtime import distributed
 from folora.runtime.progress import progress
 from folora.runtime.storage import json_fingerprint
 from folora.spectral.eigenproblem import BASES
-from folora.spectral.groups import InputGroup
 from folora.spectral.layers import Spectrum, solve
 from folora.spectral.moments import Moments
 
 logger = logging.getLogger(__name__)
 
 Store = Folder | Memory
+OfLayers = TypeVar("OfLayers", Moments, Spectrum)
 
 
-class Samples(Stage[CalibrationSet]):
+class _CalibrationSetStage(Stage[CalibrationSet]):
+    path, kind, command, result = "1-samples/set", CalibrationSet.kind, "sample", CalibrationSet
+
+    @classmethod
+    def check_result(cls, value: CalibrationSet, context: Context, path: Path) -> None:
+        """Refuse tokens that are not in the model's vocabulary. Raises ArtifactError."""
+        known = context.limits["vocabulary"]
+        rows = [*value.calibration, *value.held_out]
+        if known is not None and (token := max(map(max, rows))) >= known:
+            raise ArtifactError(
+                f"{path} contains token {token}, but the model's vocabulary has {known} tokens; sample again"
+            )
+
+
+class Samples(_CalibrationSetStage):
     """Self-samples: text that the base model generates.
 
     Args:
@@ -48,8 +62,6 @@ class Samples(Stage[CalibrationSet]):
         task: C_task, on which `stopping` depends.
         engine: Generates the text; default is the context's engine, created if needed.
     """
-
-    path, kind, command = "1-samples/set", CalibrationSet.kind, "sample"
 
     def __init__(
         self,
@@ -94,56 +106,43 @@ class Samples(Stage[CalibrationSet]):
             self.stopping,
         )
 
-    def save(self, value: CalibrationSet, path: Path, facts: Mapping[str, Any]) -> None:
-        """Write the set."""
-        value.save(path, facts)
 
-    @classmethod
-    def load(cls, context: Context, path: Path, expected: Mapping[str, Any]) -> CalibrationSet:
-        """Read the set and check that its tokens are in the vocabulary."""
-        return _checked_vocabulary(CalibrationSet.load(path, expected), context)
-
-
-class BaseSamples(Stage[CalibrationSet]):
+class BaseSamples(_CalibrationSetStage):
     """Self-samples read from a base file."""
 
-    path, kind, command = Samples.path, Samples.kind, Samples.command
-    load = Samples.load
+    def __init__(self, context: Context, base: StageResult[BaseFile]) -> None:
+        super().__init__(context)
+        self.base = base
 
     def facts(self) -> dict[str, Any]:
         """Fingerprints of the model and of the text."""
-        manifest = read_base_manifest(_base_path(self.context), self.context.facts)
-        return {**self.context.facts, "fingerprint": manifest["samples"]}
+        return {**self.context.facts, "fingerprint": self.base.manifest["samples"]}
 
     def compute(self, folder: Path | None) -> CalibrationSet:
         """Read the file."""
-        return _checked_vocabulary(_base_file(self.context).samples, self.context)
-
-    def save(self, value: CalibrationSet, path: Path, facts: Mapping[str, Any]) -> None:
-        """Write the set."""
-        value.save(path, facts)
+        base = self.base.load()
+        self.check_result(base.samples, self.context, base.path)
+        return base.samples
 
 
-class _Measured(Stage[Moments]):
-    """Second moments of the inputs of the adapted layers."""
+class _LayersStage(Stage[OfLayers]):
+    @classmethod
+    def check_result(cls, value: OfLayers, context: Context, path: Path) -> None:
+        """Refuse a result of other layers than those to adapt. Raises MismatchError."""
+        if value.groups != tuple(context.groups):
+            raise MismatchError(
+                f"{path} was made for other layers than adapter.target_modules "
+                f"{context.config.adapter.target_modules!r} selects; rerun folora {cls.command}"
+            )
 
-    kind, command = Moments.kind, "measure"
+
+class _Measured(_LayersStage[Moments]):
+    kind, command, result = Moments.kind, "measure", Moments
 
     def facts(self) -> dict[str, Any]:
         """Fingerprints of the model and of the layers."""
         groups = json_fingerprint([[group.layers, group.d_in] for group in self.context.groups])
         return {**self.context.facts, "layers": groups}
-
-    def save(self, value: Moments, path: Path, facts: Mapping[str, Any]) -> None:
-        """Write the matrices."""
-        value.save(path, facts)
-
-    @classmethod
-    def load(cls, context: Context, path: Path, expected: Mapping[str, Any]) -> Moments:
-        """Read the matrices and check that they belong to the layers to adapt."""
-        found = Moments.load(path, expected)
-        _check_layers(context, found.groups, path, cls.command)
-        return found
 
     def _measure(self, examples: list[Example], what: str, folder: Path | None) -> Moments:
         context = self.context
@@ -179,6 +178,7 @@ class KeepMoments(_Measured):
         context: Of the run.
         samples: The calibration set.
         stopping: Early stopping of the sampling; its last check may have measured C_pre.
+        base: From `base_file`; holds C_pre.
     """
 
     path = "2-statistics/pre"
@@ -188,21 +188,21 @@ class KeepMoments(_Measured):
         context: Context,
         samples: StageResult[CalibrationSet],
         stopping: EarlyStopping | None = None,
+        base: StageResult[BaseFile] | None = None,
     ) -> None:
         super().__init__(context)
-        self.samples, self.stopping = samples, stopping
+        self.samples, self.stopping, self.base = samples, stopping, base
 
     def facts(self) -> dict[str, Any]:
         """Fingerprints of the model, the layers, the text and the base file, if any."""
-        path = self.context.config.base
-        base = None if path is None else read_base_manifest(Path(path))["sha256"]
+        base = self.base and self.base.manifest["sha256"]
         text = self.samples.manifest["fingerprint"]
         return {**super().facts(), "samples": text, "base": base}
 
     def compute(self, folder: Path | None) -> Moments:
         """Read the base file, reuse the matrices of early stopping, or measure."""
-        if self.context.config.base is not None:
-            return _base_file(self.context).moments(self.context.groups)
+        if self.base is not None:
+            return self.base.load().moments(self.context.groups)
         sequences = self.samples.load().calibration
         found = self.stopping.moments_of(sequences) if self.stopping else None
         if found is None:
@@ -211,7 +211,7 @@ class KeepMoments(_Measured):
         return found
 
 
-class Solved(Stage[Spectrum]):
+class Solved(_LayersStage[Spectrum]):
     """The eigenbasis of every shared input.
 
     Args:
@@ -220,7 +220,7 @@ class Solved(Stage[Spectrum]):
         task: C_task.
     """
 
-    path, kind, command = "3-spectrum", Spectrum.kind, "solve"
+    path, kind, command, result = "3-spectrum", Spectrum.kind, "solve", Spectrum
 
     def __init__(
         self, context: Context, keep: StageResult[Moments], task: StageResult[Moments]
@@ -239,17 +239,6 @@ class Solved(Stage[Spectrum]):
         options = solve_options(self.context.config)
         return solve_all(self.context, self.keep.load(), self.task.load(), **options)
 
-    def save(self, value: Spectrum, path: Path, facts: Mapping[str, Any]) -> None:
-        """Write the bases."""
-        value.save(path, facts)
-
-    @classmethod
-    def load(cls, context: Context, path: Path, expected: Mapping[str, Any]) -> Spectrum:
-        """Read the bases and check that they belong to the layers to adapt."""
-        found = Spectrum.load(path, expected)
-        _check_layers(context, found.groups, path, cls.command)
-        return found
-
 
 @dataclass(frozen=True)
 class Shared:
@@ -265,8 +254,8 @@ def sample(
     store: Store,
     task: StageResult[Moments] | None = None,
     engine: Engine | None = None,
-) -> tuple[StageResult[CalibrationSet], EarlyStopping | None]:
-    """The calibration set, and the early stopping of its sampling, if any.
+) -> tuple[StageResult[CalibrationSet], KeepMoments]:
+    """The calibration set, and the stage that makes C_pre from it.
 
     Args:
         context: Of the run.
@@ -274,14 +263,24 @@ def sample(
         task: C_task; by default it is measured if early stopping needs it.
         engine: Generates the text; default is the context's.
     """
-    if context.config.base is not None:
-        return store.make(BaseSamples(context)), None
+    if base := base_file(context):
+        samples = store.make(BaseSamples(context, base))
+        return samples, KeepMoments(context, samples, base=base)
     stopping = None
     if context.ends_early:
         task = task or store.make(TaskMoments(context))
         c_task = task.load().matrices
         stopping = early_stopping(context.model, context.groups, c_task, context.config)
-    return store.make(Samples(context, stopping, task, engine)), stopping
+    samples = store.make(Samples(context, stopping, task, engine))
+    return samples, KeepMoments(context, samples, stopping)
+
+
+def base_file(context: Context) -> StageResult[BaseFile] | None:
+    """The base file that the config names, if any; its contents are read once, when first needed."""
+    if context.config.base is None:
+        return None
+    path, facts = Path(context.config.base), context.facts
+    return StageResult(cache(lambda: read_base_file(path, facts)), read_base_manifest(path, facts))
 
 
 def sample_and_measure(
@@ -291,8 +290,8 @@ def sample_and_measure(
     engine: Engine | None = None,
 ) -> tuple[StageResult[CalibrationSet], StageResult[Moments]]:
     """The calibration set and C_pre, which depend on the base model; arguments as in `sample`."""
-    samples, stopping = sample(context, store, task, engine)
-    return samples, store.make(KeepMoments(context, samples, stopping))
+    samples, keep = sample(context, store, task, engine)
+    return samples, store.make(keep)
 
 
 def share(context: Context, store: Store, engine: Engine | None = None) -> Shared:
@@ -323,49 +322,9 @@ def solve_all(
     null_rank: int,
     directions: int | None,
 ) -> Spectrum:
-    """`solve` on the model's device, with a progress bar.
-
-    Args:
-        context: Of the run.
-        keep: C_pre.
-        task: C_task.
-        tau: Relative ridge.
-        basis: One of `eigenproblem.BASES`.
-        null_rank: Number of eigenvectors of C_pre with the smallest eigenvalues to keep.
-        directions: Number of leading columns of each basis; None for all.
-    """
+    """`solve` on the model's device, with a progress bar; `basis` is one of `eigenproblem.BASES`."""
     with progress("solving", len(keep.groups)) as tick:
         return solve(
             keep, task, tau=tau, null_rank=null_rank, directions=directions,
             eigenbasis=BASES[basis], device=context.model.device, on_group=tick,
         )  # fmt: skip
-
-
-def _checked_vocabulary(samples: CalibrationSet, context: Context) -> CalibrationSet:
-    """The set, if all its tokens are in the model's vocabulary. Raises ArtifactError."""
-    known = context.limits["vocabulary"]
-    rows = [*samples.calibration, *samples.held_out]
-    if known is not None and (token := max(map(max, rows))) >= known:
-        raise ArtifactError(
-            f"the samples contain token {token}, but the model's vocabulary has {known} tokens; sample again"
-        )
-    return samples
-
-
-def _base_path(context: Context) -> Path:
-    assert context.config.base is not None
-    return Path(context.config.base)
-
-
-def _base_file(context: Context) -> BaseFile:
-    return read_base_file(_base_path(context), context.facts)
-
-
-def _check_layers(
-    context: Context, groups: tuple[InputGroup, ...], path: Path, command: str
-) -> None:
-    if groups != tuple(context.groups):
-        raise MismatchError(
-            f"{path} was made for other layers than adapter.target_modules "
-            f"{context.config.adapter.target_modules!r} selects; rerun folora {command}"
-        )

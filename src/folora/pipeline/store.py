@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from folora.errors import ArtifactError
 from folora.pipeline.context import Context
 from folora.runtime import distributed
-from folora.runtime.artifacts import check_tensors, read_manifest
+from folora.runtime.artifacts import Saveable, check_tensors, read_manifest
 from folora.runtime.storage import read_sealed, write_sealed
 
 logger = logging.getLogger(__name__)
@@ -33,11 +33,13 @@ class Stage(ABC, Generic[T]):
         path: Path of its result in a run's folder.
         kind: Kind of artifact in the result's manifest.
         command: The subcommand of ``folora`` that makes it.
+        result: Class of the result.
     """
 
     path: ClassVar[str]
     kind: ClassVar[str]
     command: ClassVar[str]
+    result: ClassVar[type[Saveable]]
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -51,12 +53,7 @@ class Stage(ABC, Generic[T]):
         return None
 
     def check_folder(self, folder: Path, request: str) -> None:
-        """Refuse unfinished work that folora did not write.
-
-        Args:
-            folder: Folder of the unfinished work.
-            request: Name of the file there with its fingerprints.
-        """
+        """Refuse unfinished work, beside its file of fingerprints, that folora did not write."""
 
     @abstractmethod
     def compute(self, folder: Path | None) -> T:
@@ -68,14 +65,20 @@ class Stage(ABC, Generic[T]):
                 then every process returns it.
         """
 
-    @abstractmethod
-    def save(self, value: T, path: Path, facts: Mapping[str, Any]) -> None:
+    def save(self, value: Any, path: Path, facts: Mapping[str, Any]) -> None:
         """Write the result."""
+        value.save(path, facts)
 
     @classmethod
-    @abstractmethod
     def load(cls, context: Context, path: Path, expected: Mapping[str, Any]) -> T:
         """Read the result and check its fingerprints. Raises ArtifactError, MismatchError."""
+        value: T = cls.result.load(path, expected)
+        cls.check_result(value, context, path)
+        return value
+
+    @classmethod
+    def check_result(cls, value: T, context: Context, path: Path) -> None:
+        """Refuse a result that does not fit the model or the options. Raises FoLoraError."""
 
 
 @dataclass(frozen=True)
@@ -129,12 +132,7 @@ class Folder:
     def read(
         self, stage: type[Stage[T]], context: Context, expected: Mapping[str, Any] | None = None
     ) -> StageResult[T]:
-        """The existing result of a stage.
-
-        Args:
-            stage: Class of the stage.
-            context: Of the run.
-            expected: Facts that its manifest must have; default is those of the model.
+        """The existing result of a stage, whose manifest must have these facts (default: the model's).
 
         Raises:
             ArtifactError: It is missing, or damaged according to its checksum.

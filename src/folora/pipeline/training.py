@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from folora.adapters.adapter import Factors, lora_factors
@@ -19,17 +20,16 @@ from folora.metrics.meter import Reading, total_norm
 from folora.pipeline.context import Context
 from folora.pipeline.store import Stage, StageResult
 from folora.runtime import distributed
-from folora.runtime.artifacts import read_artifact, write_artifact
+from folora.runtime.artifacts import Saveable
 from folora.runtime.checkpoints import check_checkpoints
 from folora.runtime.contexts import without_adapter
-from folora.runtime.storage import json_fingerprint, malformed_is_damaged
+from folora.runtime.storage import json_fingerprint
 from folora.spectral.layers import Spectrum
 from folora.training.prepared import Prepared, assemble
 from folora.training.sft_options import effective
 
-
 @dataclass(frozen=True)
-class Trained:
+class Trained(Saveable):
     """The result of training.
 
     Attributes:
@@ -39,6 +39,24 @@ class Trained:
 
     factors: Factors
     facts: Mapping[str, Any]
+
+    kind = "training"
+
+    def to_artifact(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """See `Saveable`."""
+        tensors = {f"{name}/A": a for name, (a, _, _) in self.factors.items()}
+        tensors |= {f"{name}/B": b for name, (_, b, _) in self.factors.items()}
+        scaling = {name: scaling for name, (_, _, scaling) in self.factors.items()}
+        return tensors, {**self.facts, "scaling": scaling}
+
+    @classmethod
+    def from_artifact(cls, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> Trained:
+        """See `Saveable`."""
+        factors = {
+            name: (tensors[f"{name}/A"], tensors[f"{name}/B"], float(scaling))
+            for name, scaling in manifest["scaling"].items()
+        }
+        return cls(factors, manifest)
 
 
 class Training(Stage[Trained]):
@@ -50,7 +68,7 @@ class Training(Stage[Trained]):
         spectrum: The eigenbases.
     """
 
-    path, kind, command = "4-training/result", "training", "train"
+    path, kind, command, result = "4-training/result", Trained.kind, "train", Trained
 
     def __init__(
         self,
@@ -113,29 +131,6 @@ class Training(Stage[Trained]):
             "norms": {name: asdict(norm) for name, norm in norms.items()},
         }
         return Trained(factors, facts)
-
-    def save(self, value: Trained, path: Path, facts: Mapping[str, Any]) -> None:
-        """Write factors and readings."""
-        tensors = {f"{name}/A": a for name, (a, _, _) in value.factors.items()}
-        tensors |= {f"{name}/B": b for name, (_, b, _) in value.factors.items()}
-        scaling = {name: scaling for name, (_, _, scaling) in value.factors.items()}
-        write_artifact(path, self.kind, tensors, {**facts, **value.facts, "scaling": scaling})
-
-    @classmethod
-    def load(cls, context: Context, path: Path, expected: Mapping[str, Any]) -> Trained:
-        """Read factors and readings."""
-        return load_trained(path, expected)
-
-
-def load_trained(path: Path, expected: Mapping[str, Any] | None = None) -> Trained:
-    """Read the result of training without a model. Raises ArtifactError, MismatchError."""
-    found = read_artifact(path, Training.kind, expected)
-    with malformed_is_damaged(path):
-        factors = {
-            name: (found.tensors[f"{name}/A"], found.tensors[f"{name}/B"], float(scaling))
-            for name, scaling in found.manifest["scaling"].items()
-        }
-    return Trained(factors, found.manifest)
 
 
 def check_finite_factors(factors: Factors, steps: int, config: FoLoraConfig) -> None:
