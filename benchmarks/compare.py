@@ -28,7 +28,7 @@ from folora.calibration.moments import measure
 from folora.compare.comparison import Arm, Comparison, Score
 from folora.config import FoLoraConfig
 from folora.data.rows import text_examples
-from folora.errors import ConfigError
+from folora.errors import ConfigError, FoLoraError
 from folora.pipeline.run import Run
 from folora.pipeline.stages import KeepMoments
 from folora.runtime.storage import write_text
@@ -205,4 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except FoLoraError as error:
+        print(f"folora: {error}", file=sys.stderr)
+        sys.exit(2)

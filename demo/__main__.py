@@ -123,11 +123,11 @@ def table(scores: dict[str, Scores]) -> Table:
     for column in ("", *scores):
         result.add_column(column, justify="right" if column else "left")
     rows = [
-        ("learned: task loss (nats a token)", "task_loss", "{:.3f}"),
+        ("learned: task loss (nats per token)", "task_loss", "{:.3f}"),
         ("learned: problems solved", "task_accuracy", "{:.1%}"),
         ("kept: facts known (base is the mark)", "facts_accuracy", "{:.1%}"),
         ("kept: log-probability of a fact", "facts_log_probability", "{:.2f}"),
-        ("forgot: KL to the base (nats a token)", "kl", "{:.4f}"),
+        ("forgot: KL to the base (nats per token)", "kl", "{:.4f}"),
     ]
     for title, name, style in rows:
         result.add_row(title, *[style.format(getattr(s, name)) for s in scores.values()])

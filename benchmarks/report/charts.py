@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 
 from folora.compare.frontier import Interval, interval, kept_at, kl_at
 from folora.compare.plots import COLORS, new_figure, save_picture, styles, tidy
-from folora.compare.results import Result, by_method, of_task, point_sets, scores_of
+from folora.compare.results import Result, of_task, point_sets, scores_of
 from folora.compare.tables import matched_levels
 from folora.spectral.eigenproblem import spectral_gate
 
@@ -57,7 +57,7 @@ class Panel:
 def at_matched_task(results: Iterable[Result], task: str) -> tuple[float, dict[str, Matched]]:
     """The matched task score as `comparison_table` finds it, and what each method does there."""
     chosen = of_task(results, task)
-    scores, sets = scores_of(chosen), by_method(point_sets(chosen))
+    scores, sets = scores_of(chosen), point_sets(chosen)
     level = matched_levels(sets, {r.seed: scores.point(r.base) for r in chosen}, scores).task
     return level, {
         method: Matched(
@@ -94,7 +94,7 @@ def knob_picture(panels: Sequence[Panel], title: str, path: Path) -> None:
     rows[1, 0].set_ylim(0, 2 * largest)
     rows[0, 0].set_ylim(*SCORES)
     rows[0, 0].set_ylabel(KEPT)
-    rows[1, 0].set_ylabel("KL there (nats a token)")
+    rows[1, 0].set_ylabel("KL at matched task (nats per token)")
     figure.suptitle(f"{title}; star and dotted line: the default", fontsize=10)
     save_picture(figure, path)
 

@@ -15,7 +15,6 @@ from folora.compare.frontier import interval, paired
 from folora.compare.results import (
     Result,
     Scores,
-    by_method,
     grouped,
     mean_score,
     point_sets,
@@ -47,7 +46,7 @@ def forgetting_table(results: Sequence[Result], baseline: str = BASELINE) -> Tab
         baseline: A method; without results of it nothing is compared.
     """
     scores, levels = scores_of(results), levels_of(results)
-    arms = by_method(grouped(results))
+    arms = grouped(results)
     titles = {r.method: r.title for r in results}
     header, rows = ["method"], {method: [titles[method]] for method in arms}
     for title, loss in LOSSES.items():
@@ -65,13 +64,13 @@ def forgetting_table(results: Sequence[Result], baseline: str = BASELINE) -> Tab
     stated = ", ".join(f"{-level:.3f}" for _, level in sorted(levels.items()))
     base = interval([-scores.point(r.base).task for r in results]).mean
     caption = (
-        f"{results[0].task}, at a task loss of at most {stated} nats a token, by seed (base: "
-        f"{base:.3f} on average): what every method reaches that gets halfway to that seed's best. KL to the base "
-        f"in nats a token; its part of {titles.get(baseline, 'the baseline')}'s is the geometric mean over seeds of the ratio, with its 95 % "
-        "interval. Kept lost: fall of the mean kept score. Nats lost: fall of the log-probability of right "
-        "answers, mean over the tasks that tell it. Bits lost: rise of the bits a byte on running text. ± "
-        "is half of the 95 % interval over seeds; *: the interval excludes no difference. "
-        f"{NONE}: no seed gets there."
+        f"{results[0].task}, at a task loss of at most {stated} nats per token, by seed (base: "
+        f"{base:.3f} on average): reached by every method that gets halfway to that seed's best. KL to the base "
+        f"in nats per token; its ratio to {titles.get(baseline, 'the baseline')}'s is a geometric mean over seeds, with its 95 % "
+        "confidence interval. Kept lost: decrease of the mean kept score. Nats lost: decrease of the "
+        "log-probability of right answers, mean over the tasks that report it. Bits lost: increase of the bits "
+        "per byte on running text. ± is the half-width of the 95 % confidence interval over seeds; *: the "
+        f"interval excludes no difference. {NONE}: reached by no seed."
     )
     return Table((*header, "arms", "seeds"), tuple(map(tuple, rows.values())), caption)
 
@@ -81,7 +80,7 @@ def levels_of(results: Sequence[Result]) -> dict[int, float]:
     scores = scores_of(results)
     return {
         seed: matched_levels(
-            by_method(point_sets(r for r in results if r.seed == seed)),
+            point_sets(r for r in results if r.seed == seed),
             {r.seed: scores.point(r.base) for r in results if r.seed == seed},
             scores,
         ).task
@@ -117,7 +116,7 @@ def answers_table(results: Sequence[Result]) -> Table:
     scores, levels = scores_of(results), levels_of(results)
     titles = {r.method: r.title for r in results}
     models: dict[str, dict[int, Reading]] = {"base": {r.seed: r.base for r in results}}
-    for method, seeds in by_method(grouped(results)).items():
+    for method, seeds in grouped(results).items():
         models[titles[method]] = {
             seed: min(
                 (r for arm in arms for r in arm.readings if _asked(r, scores, levels[seed])),

@@ -23,11 +23,11 @@ from folora.compare.results import Result
 from folora.compare.tables import Table, comparison_table
 
 DEMO = (
-    ("learned: task loss (nats a token)", "task_loss", "{:.3f}"),
+    ("learned: task loss (nats per token)", "task_loss", "{:.3f}"),
     ("learned: problems solved (of 40)", "task_accuracy", "{:.1%}"),
     ("kept: facts known (of 400; base is the mark)", "facts_accuracy", "{:.1%}"),
     ("kept: log-probability of a fact", "facts_log_probability", "{:.2f}"),
-    ("forgot: KL to the base (nats a token)", "kl", "{:.4f}"),
+    ("forgot: KL to the base (nats per token)", "kl", "{:.4f}"),
 )
 
 

@@ -36,7 +36,7 @@ from benchmarks.report.charts import (
 from benchmarks.report.source import MAIN, NoResultsError, Source, check_word, rate_of
 from folora.compare.frontier import at_norm
 from folora.compare.plots import NORMS, Norm, frontier_picture, norm_picture
-from folora.compare.results import Result, by_method, grouped, scores_of
+from folora.compare.results import Result, grouped, scores_of
 from folora.compare.tables import NONE, Column, Table, comparison_table
 from folora.config import FoLoraConfig
 
@@ -143,7 +143,7 @@ def calibration(source: Source) -> Block:
 
 def norm_table(results: Sequence[Result], which: Norm) -> Table:
     """Kept at three sizes of the update in one norm, and the difference from folora."""
-    scores, arms = scores_of(results), by_method(grouped(results))
+    scores, arms = scores_of(results), grouped(results)
     titles = {r.method: r.title for r in results}
     paths = {
         method: {seed: [arm.points(scores) for arm in group] for seed, group in seeds.items()}
@@ -178,10 +178,10 @@ def norm_table(results: Sequence[Result], which: Norm) -> Table:
                 row.append(column.difference(method, REFERENCE))
     caption = (
         f"{results[0].task}: kept score at equal {which[0].upper()} = {NORMS[which]}, interpolated along each arm, mean over the "
-        "arms of a method that get there, then mean ± half-width of the 95 % interval over seeds. "
+        "arms of a method that reach it, then mean ± half-width of the 95 % confidence interval over seeds. "
         f"Sizes: rounded quartiles among those readings of {titles[mine]} that have learned at least "
-        f"half of the best. *: the interval of the differences by seed excludes zero. {NONE}: no arm gets "
-        "there."
+        f"half of the best. *: the interval of the differences by seed excludes zero. {NONE}: reached "
+        "by no arm."
     )
     return Table(tuple(header), tuple(map(tuple, rows.values())), caption)
 

@@ -252,7 +252,7 @@ def test_adapting_less_than_half_of_the_weights_warns(
     case = next(c for c in CASES if c.kind == "mixtral")
     build(case).save_pretrained(tmp_path)
     found = plan(CONFIG.replace(model=str(tmp_path), device="cpu"))
-    assert found.layers == 8 and found.activations > 0
+    assert len(found.coverage.layers) == 8 and found.activations > 0
     assert "LoRA adapts 19.7 % of the weights outside embeddings" in caplog.text
     adapted, *others = found.coverage.lines()
     assert adapted.startswith("adapted: 17.4% of 35,232 weights (19.7% without embeddings)")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from benchmarks.compare import TESTBEDS
 from benchmarks.includes import read_included
@@ -43,6 +46,17 @@ def test_committed_plans_are_valid_and_name_every_arm_once(path: Path, data: Non
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_committed_configs_are_valid(path: Path) -> None:
     assert FoLoraConfig.from_yaml(path).model is not None
+
+
+def test_a_wrong_plan_ends_with_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump({**GOOD, "model": "wrld"}))
+    command = [sys.executable, "-m", "benchmarks.compare", "--plan", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = (line for line in done.stderr.splitlines() if "folora:" in line)
+    assert line.startswith("folora: the plan names 'wrld' (did you mean 'world'?)")
+    assert "Traceback" not in done.stderr
 
 
 def test_arms_are_chosen_by_method_and_learning_rate() -> None:

@@ -173,7 +173,7 @@ def test_a_server_with_another_model_is_refused(server: FakeServer) -> None:
     config = CONFIG.replace(server=server.url + "/v1/")
     engine_of(make_llama(), START, [EOS], config)
     assert server.requests[-1]["max_tokens"] == PROBE_TOKENS
-    with pytest.raises(MismatchError, match="nats a token"):
+    with pytest.raises(MismatchError, match="nats per token"):
         engine_of(make_llama(seed=1), START, [EOS], config)
     another = config.replace(sampler_model="another")  # the server's model is not verified then
     engine_of(make_llama(seed=1), START, [EOS], another)

@@ -113,8 +113,8 @@ def test_plan_advises_directions_that_fit_into_memory(
     )
     whole = config.changed({"spectrum.directions": "all"})
     found = plan(whole)
-    every = sum(4 * g.d_in**2 for g in found.groups)
-    leading = sum(4 * 16 * g.d_in for g in found.groups)
+    every = sum(4 * g.d_in**2 for g in found.coverage.groups)
+    leading = sum(4 * 16 * g.d_in for g in found.coverage.groups)
     assert [(s.directions, s.bases) for s in found.sizes] == [(None, every), (16, leading)]
     assert [s.directions for s in plan(config).sizes] == [16, None]
     without = found.sizes[0].training - every
@@ -199,7 +199,7 @@ def test_plan_counts_the_passes_of_a_small_memory(
     monkeypatch.setattr("folora.pipeline.planning._speed", lambda *_: 1e9)
     config = FoLoraConfig.from_dict({"model": str(model_folder), "device": "cpu"})
     whole = plan(config)
-    needed = sum(4 * g.d_in**2 for g in whole.groups) / 1e9
+    needed = sum(4 * g.d_in**2 for g in whole.coverage.groups) / 1e9
     half = plan(config.changed({"statistics.memory_gb": needed / 2}))
     a, b = (next(s for s in found.stages if s.name == "measure") for found in (whole, half))
     assert a.seconds is not None

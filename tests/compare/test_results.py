@@ -116,7 +116,7 @@ def test_fields_of_later_versions_do_no_harm(tmp_path: Path) -> None:
         (b'{"format": 2, "task": ', "cannot be read"),
         (b"\xff\xfe", "cannot be read"),
         (b'{"format": 2, "task": ' + b"[" * 5000 + b"]" * 5000 + b"}", "cannot be read"),
-        (b'{"format": 2}', "line 2 has no 'stage'"),
+        (b'{"format": 2}', "line 2: stage: Field required; delete"),
         (b'{"format": 1}', "line 2 is not a result of format 2"),
         (b"[1, 2]", "line 2 is not a result of format 2"),
     ],

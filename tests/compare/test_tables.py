@@ -23,7 +23,7 @@ from folora.compare.plots import (
     mean_staircase,
     norm_picture,
 )
-from folora.compare.results import by_method, grouped, of_task, point_sets, scores_of
+from folora.compare.results import grouped, of_task, point_sets, scores_of
 from folora.compare.tables import Table, best_average, comparison_table
 from folora.errors import DataError
 
@@ -59,23 +59,21 @@ def test_nulls_after_divergence_become_nan_and_leave_the_frontier(tmp_path: Path
 # --- groups and scores
 
 
-def test_arms_are_pooled_by_task_method_and_seed(tmp_path: Path) -> None:
+def test_arms_are_pooled_by_method_and_seed(tmp_path: Path) -> None:
     write_all(tmp_path)
     write(tmp_path, "lora", 1, [(0.3, 0.3, 0.3)], task="other")
     results = load(tmp_path)
-    sets = point_sets(results)
-    assert set(sets) == {
-        *[("shift", m, s) for m in ("folora", "lora") for s in range(3)],
-        ("other", "lora", 1),
-    }
-    assert len(sets["shift", "folora", 0]) == 6  # two arms of two readings, each with its base
-    assert sum(p.step == 0 for p in sets["shift", "folora", 0]) == 2
-    assert [len(group) for group in grouped(results).values()].count(2) == 3
     chosen = of_task(results, "shift", ["lora", "folora"])
-    assert {m: list(s) for m, s in by_method(grouped(chosen)).items()} == {
-        "lora": [0, 1, 2],
-        "folora": [0, 1, 2],
-    }
+    sets = point_sets(chosen)
+    assert [(method, list(seeds)) for method, seeds in sets.items()] == [
+        ("lora", [0, 1, 2]),
+        ("folora", [0, 1, 2]),
+    ]
+    assert len(sets["folora"][0]) == 6  # two arms of two readings, each with its base
+    assert sum(p.step == 0 for p in sets["folora"][0]) == 2
+    assert [len(arms) for arms in grouped(chosen)["folora"].values()] == [2, 2, 2]
+    with pytest.raises(DataError, match="seed 1 of task 'shift' has two stages, 'world-1/other'"):
+        grouped(results)
 
 
 def test_without_scorers_loss_and_kl_are_the_scores(tmp_path: Path) -> None:
@@ -138,8 +136,8 @@ def test_table_of_losses(tmp_path: Path) -> None:
     write_all(tmp_path, scored=False)
     table = comparison_table(load(tmp_path), "shift")
     # Best losses are 0 and .1 (task .95), both beyond halfway from 1.8.
-    assert "loss of at most 0.100 nats a token (reached by every method" in table.caption
-    assert "KL of at most 0.05 nats a token" in table.caption
+    assert "loss of at most 0.100 nats per token (reached by every method" in table.caption
+    assert "KL of at most 0.05 nats per token" in table.caption
     assert table.header[1:-2] == (
         "KL at matched task", "minus FOLORA", "loss at matched kept", "area",
     )  # fmt: skip
@@ -151,7 +149,7 @@ def test_table_of_losses(tmp_path: Path) -> None:
     area = 1.0 * 0.4 / (1.8 * 0.5)
     assert cells(table, "LORA")["area"] == f"{area:.3f} ± 0.000"
     given = comparison_table(load(tmp_path), "shift", level=-0.2, kept_level=-0.1)
-    assert "loss of at most 0.200 nats a token. " in given.caption
+    assert "loss of at most 0.200 nats per token. " in given.caption
     assert cells(given, "LORA")["minus FOLORA"] == stated([0.46, 0.47, 0.48], 4, "+") + " *"
     assert cells(given, "LORA")["loss at matched kept"] == "0.800 ± 0.000"
 
@@ -264,7 +262,7 @@ def test_mean_curves_end_where_the_first_seed_ends(tmp_path: Path) -> None:
     write(tmp_path, "lora", 0, [(0.5, 0.9, 0.1), (1.0, 0.5, 0.2)])
     write(tmp_path, "lora", 1, [(0.5, 0.7, 0.1)])
     results = load(tmp_path)
-    seeds = by_method(point_sets(results))["lora"]
+    seeds = point_sets(results)["lora"]
     levels, kept = mean_staircase(seeds)
     assert (levels[0], levels[-1]) == (0.1, 1.0)
     assert kept[0] == pytest.approx(0.95)

@@ -115,7 +115,7 @@ class VllmEngine:
         if not apart <= LOGPROB_TOLERANCE:
             raise MismatchError(
                 f"the server at {self.server.url} serves {self.server.name}, whose log-probabilities "
-                f"are {apart:.2g} nats a token from those of the model here (allowed: {LOGPROB_TOLERANCE:g}). "
+                f"are {apart:.2g} nats per token from those of the model here (allowed: {LOGPROB_TOLERANCE:g}). "
                 "Serve the same weights in the same precision, or, to sample from another "
                 "model on purpose, name it with --sampling.sampler_model"
             )

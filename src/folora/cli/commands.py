@@ -22,7 +22,7 @@ from folora.config import FoLoraConfig
 from folora.errors import ConfigError
 from folora.metrics.summary import summary
 from folora.pipeline.context import Context
-from folora.pipeline.planning import Plan, Stage, plan, widths
+from folora.pipeline.planning import Plan, StageEstimate, plan, widths
 from folora.pipeline.run import ADAPTER, COMPARISON, Run
 from folora.runtime import distributed
 from folora.runtime.loading import required
@@ -150,7 +150,7 @@ def _print_plan(found: Plan) -> None:
     console = Console()
     console.print("\n".join(found.coverage.lines()), markup=False, highlight=False, soft_wrap=True)
     shapes = Table("width d_in", "shared inputs", "layers", "whole basis each", title="Inputs")
-    for d, groups, layers in widths(found.groups):
+    for d, groups, layers in widths(found.coverage.groups):
         shapes.add_row(str(d), str(groups), str(layers), _bytes(4 * d * d))
     console.print(shapes)
     stages = Table("stage", "memory", "disk", "time", title="Stages")
@@ -162,8 +162,8 @@ def _print_plan(found: Plan) -> None:
         sizes.add_row(str(size.directions or "all"), _bytes(size.bases), _bytes(size.training))
     console.print(sizes)
     console.print(
-        f"{found.layers} layers read {len(found.groups)} inputs; {found.trainable:,} of "
-        f"{found.parameters:,} parameters are trained."
+        f"{len(found.coverage.layers)} layers read {len(found.coverage.groups)} inputs; "
+        f"{found.trainable:,} of {found.parameters:,} parameters are trained."
     )
     own, advice = found.sizes[0], found.advice
     free = f"of {_bytes(found.free)} that are free"
@@ -207,7 +207,7 @@ def _bytes(count: float) -> str:
     return decimal(round(count))
 
 
-def _durations(stage: Stage) -> str:
+def _durations(stage: StageEstimate) -> str:
     if stage.soonest is None or stage.seconds is None:
         return "not known"
     soonest, latest = _duration(stage.soonest), _duration(stage.seconds)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from folora.spectral.layers import Spectrum
 from folora.spectral.moments import Moments
 from folora.training.arguments import sft_config
 from folora.training.callbacks import AfterStep
-from folora.training.prepared import Prepared, assemble
+from folora.training.prepared import assemble
 from folora.training.trainer import FoLoraTrainer
 
 READ_AT = (1 / 4, 1 / 2, 3 / 4, 1.0)
@@ -184,31 +185,29 @@ class Comparison:
             FoLoraError: An arm is invalid, or no rows are held out for the task loss.
         """
         configs = [self.config(arm) for arm in chosen]
-        done = self.results.read()
-        on_cpu = self.run.context.model.device.type == "cpu"
+        context = self.run.context
         for config in configs:
             if config.adapter.target_modules != self.run.config.adapter.target_modules:
                 raise ConfigError("arms share statistics, so adapter.target_modules cannot differ")
-            sft_config(config, self.results.path.parent, evaluates=False, on_cpu=on_cpu)
-            check_adapter(self.run.context.model, self.run.context.groups, config)
+            self._arguments(config)
+            check_adapter(context.model, context.groups, config)
         # Results made from another model or other rows are detected before sampling starts.
-        known = {**self.run.context.facts, "data": self.run.context.task.fingerprint}
-        for arm, config in zip(chosen, configs, strict=True):
-            if line := done.get(self.key(arm, config)):
-                checked_arm(line, config, known)
-        if not self.run.context.task.held_out:
+        self.check_results(chosen, {**context.facts, "data": context.task.fingerprint})
+        if not context.task.held_out:
             raise DataError(
                 "a comparison needs held-out rows for the task loss, but none of the "
-                f"{len(self.run.context.task.train)} rows are held out. Give at least 10 rows, and data.eval_rows > 0."
+                f"{len(context.task.train)} rows are held out. Give at least 10 rows, and data.eval_rows > 0."
             )
         return configs
 
-    def check_results(self, chosen: Sequence[Arm]) -> None:
-        """Check the file of results, before the model is loaded.
+    def check_results(
+        self, chosen: Sequence[Arm], made_from: Mapping[str, Any] | None = None
+    ) -> None:
+        """Check the file of results; without `made_from` before the model is loaded.
 
         Raises:
-            FoLoraError: It has a result of one of these arms with other options, is damaged, or is not a
-                regular file.
+            FoLoraError: It has a result of one of these arms with other options or inputs, is damaged, or
+                is not a regular file.
         """
         if why := obstacle(self.results.path):
             raise ConfigError(
@@ -218,7 +217,7 @@ class Comparison:
         for arm in chosen:
             config = self.config(arm)
             if line := done.get(self.key(arm, config)):
-                checked_arm(line, config)
+                checked_arm(line, config, made_from)
 
     def _result(
         self, arm: Arm, config: FoLoraConfig, shared: Shared, null_rank: int
@@ -228,7 +227,11 @@ class Comparison:
         spectrum = self._spectrum(config, shared, null_rank)
         prepared = assemble(context.model, spectrum, context.task, shared.samples.load(), config)
         try:
-            readings, diverged = self._trained(prepared, config)
+            arguments = self._arguments(config.changed({"training.save_strategy": "no"}))
+            trainer = FoLoraTrainer(prepared, arguments, context.tokenizer)
+            if not self._base:  # the same for every arm, whose update is zero before the first step
+                self._base = {**self._read(trainer, 0), "frobenius": 0.0, "h_norm": 0.0}
+            readings, diverged = _train(trainer, self.read_at, partial(self._read, trainer))
         finally:
             prepared.model.unload()
             vars(context.model).pop("forward", None)  # TRL wraps it again for every arm
@@ -251,44 +254,39 @@ class Comparison:
             "diverged": diverged,
         }
 
-    def _trained(
-        self, prepared: Prepared, config: FoLoraConfig
-    ) -> tuple[list[dict[str, Any]], bool]:
-        """Readings during and after training, and whether training diverged."""
-        on_cpu = prepared.model.device.type == "cpu"
-        without = config.changed({"training.save_strategy": "no"})
-        args = sft_config(without, self.results.path.parent, evaluates=False, on_cpu=on_cpu)
-        readings: list[dict[str, Any]] = []
-        trainer = FoLoraTrainer(prepared, args, self.run.context.tokenizer)
+    def _arguments(self, config: FoLoraConfig) -> Any:
+        on_cpu = self.run.context.model.device.type == "cpu"
+        return sft_config(config, self.results.path.parent, evaluates=False, on_cpu=on_cpu)
 
-        def read(step: int) -> dict[str, Any]:
-            reading, norms = trainer.read()
-            found = {"step": step, **asdict(reading), **asdict(total_norm(norms))}
-            due = step in {0, *steps_at(self.score_at, trainer.state.max_steps)}
-            due = due and math.isfinite(reading.kl)
-            scores = self.score(prepared.model) if due else {"task": {}, "kept": {}}
-            return _rounded({**found, **scores})
+    def _read(self, trainer: FoLoraTrainer, step: int) -> dict[str, Any]:
+        """A reading of the meter, with scores if they are due and the model has not diverged."""
+        reading, norms = trainer.read()
+        due = step in {0, *steps_at(self.score_at, trainer.state.max_steps)}
+        scored = due and math.isfinite(reading.kl)
+        scores = self.score(trainer.prepared.model) if scored else {"task": {}, "kept": {}}
+        return _rounded({"step": step, **asdict(reading), **asdict(total_norm(norms)), **scores})
 
-        # A uniform distribution has at most this KL to the base.
-        uniform = math.log(prepared.model.get_input_embeddings().num_embeddings)
 
-        def diverged() -> bool:
-            kl = readings[-1]["kl"]
-            return kl is None or kl > uniform
+def _train(
+    trainer: FoLoraTrainer, read_at: Sequence[float], read: Callable[[int], dict[str, Any]]
+) -> tuple[list[dict[str, Any]], bool]:
+    """Readings at fractions of training, and whether training diverged, which ends it."""
+    readings: list[dict[str, Any]] = []
+    # A uniform distribution has at most this KL to the base.
+    uniform = math.log(trainer.prepared.model.get_input_embeddings().num_embeddings)
 
-        def after_step(state: TrainerState, control: TrainerControl) -> None:
-            if state.global_step in steps_at(self.read_at, state.max_steps):
-                readings.append(read(state.global_step))
-                if diverged():
-                    control.should_training_stop = True
+    def diverged() -> bool:
+        kl = readings[-1]["kl"]
+        return kl is None or kl > uniform
 
-        if (
-            not self._base
-        ):  # the same for every arm: before the first step the model equals its base
-            self._base = {**read(0), "frobenius": 0.0, "h_norm": 0.0}
-        trainer.add_callback(AfterStep(after_step))
-        trainer.train()
-        return readings, diverged()
+    def after_step(state: TrainerState, control: TrainerControl) -> None:
+        if state.global_step in steps_at(read_at, state.max_steps):
+            readings.append(read(state.global_step))
+            control.should_training_stop |= diverged()
+
+    trainer.add_callback(AfterStep(after_step))
+    trainer.train()
+    return readings, diverged()
 
 
 def checked_arm(

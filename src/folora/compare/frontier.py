@@ -88,7 +88,7 @@ def pareto(points: Iterable[Point]) -> list[Point]:
     smallest KL is used, so that the order of `points` does not matter.
     """
     front: list[Point] = []
-    for point in sorted((p for p in points if _is_finite(p)), key=_best_first):
+    for point in sorted(_finite(points), key=_best_first):
         if not front or point.kept > front[-1].kept:
             front.append(point)
     return front[::-1]
@@ -96,16 +96,12 @@ def pareto(points: Iterable[Point]) -> list[Point]:
 
 def kept_at(points: Iterable[Point], level: float) -> float:
     """Best kept score among points with a task score of at least `level`; NaN if there is none."""
-    return max(
-        (p.kept for p in points if _is_finite(p) and _reaches(p.task, level)), default=math.nan
-    )
+    return max((p.kept for p in _finite(points) if _reaches(p.task, level)), default=math.nan)
 
 
 def task_at(points: Iterable[Point], level: float) -> float:
     """Best task score among points with a kept score of at least `level`; NaN if there is none."""
-    return max(
-        (p.task for p in points if _is_finite(p) and _reaches(p.kept, level)), default=math.nan
-    )
+    return max((p.task for p in _finite(points) if _reaches(p.kept, level)), default=math.nan)
 
 
 def kl_at(points: Iterable[Point], level: float) -> float:
@@ -143,14 +139,8 @@ def at_norm(
 ) -> float:
     """Kept score at a given norm of the update, averaged over the paths that reach it.
 
-    Args:
-        paths: For each arm its points in order of step.
-        norm: Norm of the update, > 0.
-        which: Which norm.
-
-    Returns:
-        Mean over paths of the kept score, interpolated linearly in log(norm) where a path first crosses
-        `norm`; NaN if none does. Points without a positive norm (the base) are ignored.
+    The kept score is interpolated linearly in log(norm) where a path (the points of an arm in order of
+    step) first crosses `norm`. NaN if none does. Points without a positive norm (the base) are ignored.
 
     Raises:
         ConfigError: `norm` is not above 0, or `which` is not a norm.
@@ -172,20 +162,14 @@ def interval(values: Iterable[float], confidence: float = 0.95) -> Interval:
     if not 0 < confidence < 1:
         raise ConfigError(f"confidence {confidence} must be between 0 and 1")
     kept = [value for value in values if not math.isnan(value)]
-    if len(kept) < 2:
-        return Interval(_mean(kept), math.nan, math.nan, len(kept))
-    mean = _mean(kept)
-    error = float(np.std(kept, ddof=1)) / math.sqrt(len(kept))
-    half = float(stats.t.ppf((1 + confidence) / 2, len(kept) - 1)) * error
-    return Interval(mean, mean - half, mean + half, len(kept))
+    mean, count, half = _mean(kept), len(kept), math.nan
+    if count > 1:
+        half = float(stats.t.ppf((1 + confidence) / 2, count - 1) * stats.sem(kept))
+    return Interval(mean, mean - half, mean + half, count)
 
 
 def paired(a: Mapping[int, float], b: Mapping[int, float], confidence: float = 0.95) -> Interval:
-    """Interval of the paired differences a - b over the seeds that have both values.
-
-    Raises:
-        ConfigError: `confidence` is not between 0 and 1.
-    """
+    """Interval of the paired differences a - b over the seeds that have both values; see `interval`."""
     return interval([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())], confidence)
 
 
@@ -207,8 +191,8 @@ def averages(kept: Iterable[float], base_kept: Iterable[float], task: float) -> 
     )
 
 
-def _is_finite(point: Point) -> bool:
-    return math.isfinite(point.task) and math.isfinite(point.kept)
+def _finite(points: Iterable[Point]) -> list[Point]:
+    return [p for p in points if math.isfinite(p.task) and math.isfinite(p.kept)]
 
 
 def _reaches(score: float, level: float) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,6 @@ from folora.compare.frontier import Point, at_norm, kept_at, pareto, task_at
 from folora.compare.results import (
     Result,
     Scores,
-    by_method,
     grouped,
     of_task,
     point_sets,
@@ -63,19 +63,19 @@ def frontier_picture(
         DataError: There are no such results, or they cannot be compared with each other.
     """
     chosen = of_task(results, task, methods)
-    scores, sets = scores_of(chosen), by_method(point_sets(chosen))
+    scores, sets = scores_of(chosen), point_sets(chosen)
     figure = new_figure(8.0)
     axis = figure.subplots()
-    titles = _titles(chosen)
+    titles = {r.method: r.title for r in chosen}
     for (method, seeds), style in zip(sets.items(), styles(len(sets)), strict=True):
-        points = [p for of_seed in seeds.values() for p in of_seed]
+        points = [*chain(*seeds.values())]
         kept = _shown([p.kept for p in points], scores)
         axis.plot([p.task for p in points], kept, **{**style, **THIN, "linestyle": "none"})
         levels, mean = mean_staircase(seeds)
         line = {**style, **BOLD, "drawstyle": "steps-pre", "label": titles[method]}
         axis.plot(levels, _shown(mean, scores), **line)
     if not scores.task_scored:  # exclude diverged arms from the axis range
-        everyone = [p for seeds in sets.values() for points in seeds.values() for p in points]
+        everyone = chain.from_iterable(chain(*seeds.values()) for seeds in sets.values())
         low, high = min(scores.point(r.base).task for r in chosen), task_at(everyone, -math.inf)
         margin = 0.03 * (high - low) or 0.1
         axis.set_xlim(low - margin, high + margin)
@@ -87,29 +87,18 @@ def frontier_picture(
 def norm_picture(
     results: Iterable[Result], task: str, path: str | Path, methods: Sequence[str] | None = None
 ) -> None:
-    """Write a PNG of kept score against the norm of the update, for both norms.
-
-    Args:
-        results: Results of any tasks.
-        task: Task to show.
-        path: File to write; its folder is made.
-        methods: Methods to show, in this order. By default all.
-
-    Raises:
-        DataError: There are no such results, or they cannot be compared with each other.
-    """
+    """Write a PNG of kept score against the norm of the update, for both norms; see `frontier_picture`."""
     chosen = of_task(results, task, methods)
-    scores, arms = scores_of(chosen), by_method(grouped(chosen))
+    scores, arms = scores_of(chosen), grouped(chosen)
     figure = new_figure(10.0)
     axes = list(figure.subplots(1, 2, sharey=True))
-    titles = _titles(chosen)
+    titles = {r.method: r.title for r in chosen}
     for (method, seeds), style in zip(arms.items(), styles(len(arms)), strict=True):
         paths = {seed: [arm.points(scores) for arm in group] for seed, group in seeds.items()}
         for axis, which in zip(axes, NORMS, strict=True):
-            for arm in (arm for of_seed in paths.values() for arm in of_seed):
-                norms = [
-                    getattr(p, which) or math.nan for p in arm
-                ]  # the base has norm 0, not shown on a log axis
+            for arm in chain(*paths.values()):
+                # The base has norm 0, which a log axis cannot show.
+                norms = [getattr(p, which) or math.nan for p in arm]
                 axis.plot(norms, _shown([p.kept for p in arm], scores), **{**style, **THIN})
             grid, mean = mean_at_norm(paths, which)
             axis.plot(grid, _shown(mean, scores), label=titles[method], **{**style, **BOLD})
@@ -121,14 +110,7 @@ def norm_picture(
 
 
 def mean_staircase(seeds: Mapping[int, Sequence[Point]]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over seeds of `kept_at`, on a grid of task levels.
-
-    Args:
-        seeds: Points by seed.
-
-    Returns:
-        Levels and means, both of shape (GRID,); NaN where a seed does not reach the level.
-    """
+    """Task levels (GRID,), and the mean over seeds of `kept_at`; NaN where a seed does not reach the level."""
     fronts = [pareto(points) for points in seeds.values()]
     scores = [p.task for front in fronts for p in front] or [0.0]
     levels = np.linspace(min(scores), max(scores), GRID)
@@ -139,15 +121,7 @@ def mean_staircase(seeds: Mapping[int, Sequence[Point]]) -> tuple[np.ndarray, np
 def mean_at_norm(
     paths: Mapping[int, Sequence[Sequence[Point]]], which: Norm
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over seeds of `at_norm`, on a grid of norms.
-
-    Args:
-        paths: By seed, for each arm its points in order of step.
-        which: Which norm.
-
-    Returns:
-        Norms and means, both of shape (GRID,); NaN where a seed has no arm with that norm.
-    """
+    """Norms (GRID,), and the mean over seeds of `at_norm`; NaN where a seed has no arm with that norm."""
     sizes = [getattr(p, which) for arms in paths.values() for arm in arms for p in arm]
     sizes = [size for size in sizes if math.isfinite(size) and size > 0] or [1.0]
     norms = np.geomspace(min(sizes), max(sizes), GRID)
@@ -182,10 +156,6 @@ def _shown(kept: Sequence[float] | np.ndarray, scores: Scores) -> np.ndarray:
     """Kept scores as plotted: without scorers, the KL."""
     values = np.asarray(kept, dtype=float)
     return values if scores.kept_scored else np.maximum(-values, MIN_KL)
-
-
-def _titles(results: Iterable[Result]) -> dict[str, str]:
-    return {r.method: r.title for r in results}
 
 
 def _finish(figure: Figure, axes: Sequence[Axes], scores: Scores, title: str) -> None:

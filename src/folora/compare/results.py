@@ -10,8 +10,19 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter, itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    GetPydanticSchema,
+    ValidationError,
+)
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+from typing_extensions import TypedDict
 
 from folora.compare.frontier import Point
 from folora.errors import ArtifactError, DataError
@@ -20,26 +31,33 @@ from folora.runtime.storage import exclusive, folder_lock, parse_json, read_text
 FORMAT = 2
 LOCK_SECONDS = 60.0  # maximum wait for another process that adds a result
 REMEDY = "delete this line to rerun its arm"
-NUMBERS = ("task_loss", "kl", "ce_change", "frobenius", "h_norm")
-TYPES: dict[str, type | tuple[type, ...]] = {
-    "stage": str,
-    "task": str,
-    "seed": int,
-    "method": str,
-    "title": str,
-    "changes": dict,
-    "command": str,
-    "config": dict,
-    "versions": dict,
-    "seconds": (int, float, type(None)),
-    "base": dict,
-    "readings": list,
-    "diverged": bool,
-}
 
-Group = tuple[str, str, int]  # task, method, seed
 Key = tuple[str, int, str]  # task, seed and name: no two lines of a file share all three
-T = TypeVar("T")
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+
+
+class _Reading(TypedDict):
+    """A reading on disk, with null for NaN."""
+
+    step: int
+    task_loss: Number
+    kl: Number
+    ce_change: Number
+    frobenius: Number
+    h_norm: Number
+    task: dict[str, Number]
+    kept: dict[str, Number]
+    other: dict[str, Number]
+
+
+Reading = Annotated[
+    Mapping[str, Any],
+    GetPydanticSchema(lambda _, handler: handler(_Reading)),
+    BeforeValidator(lambda value: {"other": {}, **value} if isinstance(value, dict) else value),
+]
+Readings = Annotated[
+    Sequence[Reading], AfterValidator(lambda readings: sorted(readings, key=itemgetter("step")))
+]
 
 
 @dataclass(frozen=True)
@@ -68,9 +86,9 @@ class Scores:
         )
 
 
-@dataclass(frozen=True)
+@pydantic_dataclass(frozen=True, config=ConfigDict(strict=True))
 class Result:
-    """The result of one arm; null in readings is converted to NaN.
+    """The result of one arm.
 
     Attributes:
         stage: Model (with its seed) and task.
@@ -100,8 +118,8 @@ class Result:
     config: Mapping[str, Any]
     versions: Mapping[str, str]
     seconds: float | None
-    base: Mapping[str, Any]
-    readings: tuple[Mapping[str, Any], ...]
+    base: Reading
+    readings: Readings
     diverged: bool
     place: str
     calibration: Mapping[str, Any] = field(default_factory=dict)
@@ -174,7 +192,15 @@ def load_results(path: str | Path) -> list[Result]:
     path = Path(path)
     if not path.is_file():
         raise ArtifactError(f"there is no file of results {path}; run the comparison first")
-    return [_result(line) for line in ResultFile(path).read().values()]
+    found = []
+    for place, values in ResultFile(path).read().values():
+        try:
+            found.append(Result(**{**values, "place": place}))
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            name = ".".join(map(str, wrong["loc"]))
+            raise ArtifactError(f"{place}: {name}: {wrong['msg']}; {REMEDY}") from error
+    return found
 
 
 def of_task(
@@ -223,46 +249,40 @@ def scores_of(results: Iterable[Result]) -> Scores:
     return scores
 
 
-def grouped(results: Iterable[Result]) -> dict[Group, list[Result]]:
-    """Results by task, method and seed.
+def grouped(results: Iterable[Result]) -> dict[str, dict[int, list[Result]]]:
+    """Results of one task by method (in order of appearance) and seed (ascending).
 
     Raises:
-        DataError: Results with the same task and seed have two stages, that is two models.
+        DataError: Results with the same seed are of two tasks or stages, that is of two models.
     """
-    stages: dict[tuple[str, int], Result] = {}
-    groups: dict[Group, list[Result]] = {}
-    for result in results:
-        first = stages.setdefault((result.task, result.seed), result)
-        if first.stage != result.stage:
+    results = list(results)
+    groups: dict[str, dict[int, list[Result]]] = {r.method: {} for r in results}
+    first: dict[int, Result] = {}
+    for result in sorted(results, key=attrgetter("seed")):
+        other = first.setdefault(result.seed, result)
+        if (other.task, other.stage) != (result.task, result.stage):
             raise DataError(
-                f"task {result.task!r}, seed {result.seed} has two stages, {first.stage!r} "
-                f"({first.place}) and {result.stage!r} ({result.place}); compare one at a time"
+                f"seed {result.seed} of task {result.task!r} has two stages, {other.stage!r} "
+                f"({other.place}) and {result.stage!r} ({result.place}); compare one at a time"
             )
-        groups.setdefault((result.task, result.method, result.seed), []).append(result)
+        groups[result.method].setdefault(result.seed, []).append(result)
     return groups
 
 
-def point_sets(results: Iterable[Result]) -> dict[Group, list[Point]]:
-    """Points of all arms by task, method and seed, including the base model.
+def point_sets(results: Iterable[Result]) -> dict[str, dict[int, list[Point]]]:
+    """Points of all arms of one task by method and seed, including the base model.
 
     Raises:
         DataError: See `grouped` and `scores_of`.
     """
     results = list(results)
-    tasks = dict.fromkeys(r.task for r in results)
-    scores = {task: scores_of(r for r in results if r.task == task) for task in tasks}
+    scores = scores_of(results)
     return {
-        group: [point for arm in arms for point in arm.points(scores[group[0]])]
-        for group, arms in grouped(results).items()
+        method: {
+            seed: [p for arm in arms for p in arm.points(scores)] for seed, arms in seeds.items()
+        }
+        for method, seeds in grouped(results).items()
     }
-
-
-def by_method(groups: Mapping[Group, T]) -> dict[str, dict[int, T]]:
-    """Groups of one task as method -> seed -> group, seeds in order."""
-    found: dict[str, dict[int, T]] = {}
-    for (_, method, seed), group in sorted(groups.items(), key=lambda item: item[0][2]):
-        found.setdefault(method, {})[seed] = group
-    return {method: found[method] for _, method, _ in groups}
 
 
 def mean_score(scores: Mapping[str, float]) -> float:
@@ -278,40 +298,3 @@ def _line(text: str, place: str) -> Line:
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise ArtifactError(f"{place} is not a result of format {FORMAT}; {REMEDY}")
     return Line(place, values)
-
-
-def _result(line: Line) -> Result:
-    values, place = line.values, line.place
-    for name, kind in TYPES.items():
-        if name not in values:
-            raise ArtifactError(f"{place} has no {name!r}; {REMEDY}")
-        if not isinstance(values[name], kind):
-            raise ArtifactError(f"{place} has an invalid {name!r}: {values[name]!r:.80}; {REMEDY}")
-    readings = [_reading(reading, place) for reading in values["readings"]]
-    fields = {name: values[name] for name in TYPES}
-    fields["base"] = _reading(values["base"], place)
-    fields["readings"] = tuple(sorted(readings, key=lambda reading: reading["step"]))
-    return Result(**fields, place=place, calibration=values.get("calibration") or {})
-
-
-def _reading(values: Any, place: str) -> dict[str, Any]:
-    """A reading with NaN for null."""
-    try:
-        return {
-            "step": int(values["step"]),
-            **{name: _number(values[name]) for name in NUMBERS},
-            **{name: _numbers(values[name]) for name in ("task", "kept")},
-            "other": _numbers(values.get("other", {})),
-        }
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise ArtifactError(
-            f"{place} has an invalid reading ({error!r}): {values!r:.80}; {REMEDY}"
-        ) from error
-
-
-def _numbers(values: Any) -> dict[str, float]:
-    return {key: _number(value) for key, value in values.items()}
-
-
-def _number(value: Any) -> float:
-    return math.nan if value is None else float(value)

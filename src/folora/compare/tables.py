@@ -10,6 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import TypeVar
 
 import rich.table
 from rich.text import Text
@@ -29,7 +32,6 @@ from folora.compare.frontier import (
 from folora.compare.results import (
     Result,
     Scores,
-    by_method,
     grouped,
     mean_score,
     of_task,
@@ -37,14 +39,22 @@ from folora.compare.results import (
     scores_of,
 )
 
-FRACTION = (
-    0.9  # default levels: fraction of the best task improvement, and of the base's kept score
-)
+# Default levels: fraction of the best task improvement, and of the base's kept score.
+FRACTION = 0.9
 KL_LEVEL = 0.05  # nats per token: matched KL, without scorers
 KL_FLOOR = 0.5  # nats per token: lower edge of the area, without scorers
 NONE = "–"
+AVERAGES = {
+    "Avg1": ("avg1", 3),
+    "Avg1 %": ("avg1_percent", 1),
+    "Avg2": ("avg2", 3),
+    "GM": ("gm", 3),
+}
+"""Fields of `Averages` by title, and their decimals."""
 
-Sets = dict[str, dict[int, list[Point]]]  # method -> seed -> points of its arms and of the base
+T = TypeVar("T")
+BySeed = Mapping[str, Mapping[int, T]]  # method -> seed -> value
+Sets = Mapping[str, Mapping[int, list[Point]]]  # points of the arms and of the base
 
 
 @dataclass(frozen=True)
@@ -99,7 +109,7 @@ class Column:
 
     title: str
     digits: int
-    values: Mapping[str, Mapping[int, float]]
+    values: BySeed[float]
 
     def cell(self, method: str) -> str:
         """Mean and half-width over the seeds of a method."""
@@ -143,36 +153,36 @@ def comparison_table(
     """
     chosen = of_task(results, task, methods)
     scores = scores_of(chosen)
-    sets, arms = by_method(point_sets(chosen)), by_method(grouped(chosen))
+    sets, arms = point_sets(chosen), grouped(chosen)
     bases = {r.seed: scores.point(r.base) for r in chosen}
     levels = matched_levels(sets, bases, scores, level, kept_level)
     titles = {r.method: r.title for r in chosen}
 
     columns = _frontier_columns(sets, bases, scores, levels)
-    if scores.task_scored and scores.kept_scored:
-        columns += _average_columns(arms)
-    header = ["method", *[column.title for column in columns], "arms", "seeds"]
-    rows = []
-    for method, seeds in arms.items():
-        row = [titles[method]]
-        row += [column.cell(method) for column in columns]
-        row += [_count([arm for group in seeds.values() for arm in group]), str(len(seeds))]
-        rows.append(row)
-    if reference in arms:
-        header.insert(2, f"minus {titles[reference]}")
-        for method, row in zip(arms, rows, strict=True):
-            row.insert(2, columns[0].difference(method, reference))
     caption = [
-        f"{task}: mean ± half-width of the 95 % interval over seeds; all arms of a method are pooled.",
+        f"{task}: mean ± half-width of the 95 % confidence interval over seeds; all arms of a method are "
+        "pooled.",
         _describe_levels(levels, scores, level is None, kept_level is None),
         _describe_area(levels, scores),
     ]
     if scores.task_scored and scores.kept_scored:
+        best = {m: {s: best_average(g) for s, g in seeds.items()} for m, seeds in arms.items()}
+        for title, (name, digits) in AVERAGES.items():
+            values = {
+                m: {s: getattr(a, name) for s, a in seeds.items()} for m, seeds in best.items()
+            }
+            columns.append(Column(title, digits, values))
         caption.append("Avg1, Avg2, GM: at each seed's reading with the best GM.")
+    cells = [(column.title, column.cell) for column in columns]
     if reference in arms:
+        difference = partial(columns[0].difference, reference=reference)
+        cells.insert(1, (f"minus {titles[reference]}", difference))
         caption.append("*: the interval of the differences by seed excludes zero.")
-    caption.append(f"{NONE}: no seed gets there.")
-    return Table(tuple(header), tuple(map(tuple, rows)), " ".join(caption))
+    cells.append(("arms", lambda method: _count([*chain(*arms[method].values())])))
+    cells.append(("seeds", lambda method: str(len(arms[method]))))
+    caption.append(f"{NONE}: reached by no seed.")
+    rows = tuple((titles[method], *(cell(method) for _, cell in cells)) for method in arms)
+    return Table(("method", *(title for title, _ in cells)), rows, " ".join(caption))
 
 
 def matched_levels(
@@ -205,12 +215,12 @@ def _describe_levels(levels: Levels, scores: Scores, task_found: bool, kept_foun
         task = f"score of at least {levels.task:.3f}"
         why = "90 % of the way from the base to the best method"
     else:
-        task = f"loss of at most {-levels.task:.3f} nats a token"
+        task = f"loss of at most {-levels.task:.3f} nats per token"
         why = "reached by every method that gets halfway to the best"
     if scores.kept_scored:
         kept = f"score of at least {levels.kept:.3f}" + (" (90 % of the base's)" * kept_found)
     else:
-        kept = f"KL of at most {-levels.kept:g} nats a token"
+        kept = f"KL of at most {-levels.kept:g} nats per token"
     return f"Matched task: {task}{f' ({why})' * task_found}. Matched kept: {kept}."
 
 
@@ -218,7 +228,8 @@ def _describe_area(levels: Levels, scores: Scores) -> str:
     task = "score 1" if scores.task_scored else f"loss {-levels.best_task:.3f}"
     kept = "score 0 to 1" if scores.kept_scored else f"KL {KL_FLOOR:g} to 0"
     return (
-        f"Area: under the staircase, as a share of task from the base to {task}, kept from {kept}."
+        f"Area: under the frontier, as a fraction of that between task scores from the base to {task} and "
+        f"kept scores from {kept}."
     )
 
 
@@ -228,11 +239,8 @@ def _frontier_columns(
     """The columns computed from points; losses and KLs are shown as such, not as negative scores."""
 
     def column(title: str, digits: int, measure: Callable[[list[Point], int], float]) -> Column:
-        return Column(
-            title,
-            digits,
-            {m: {s: measure(p, s) for s, p in seeds.items()} for m, seeds in sets.items()},
-        )
+        values = {m: {s: measure(p, s) for s, p in seeds.items()} for m, seeds in sets.items()}
+        return Column(title, digits, values)
 
     def area(points: list[Point], seed: int) -> float:
         floor, top = (0.0, 1.0) if scores.kept_scored else (-KL_FLOOR, 0.0)
@@ -246,24 +254,6 @@ def _frontier_columns(
     else:
         columns.append(column("loss at matched kept", 3, lambda p, _: -task_at(p, levels.kept)))
     return [*columns, column("area", 3, area)]
-
-
-def _average_columns(arms: Mapping[str, Mapping[int, list[Result]]]) -> list[Column]:
-    best = {
-        method: {seed: best_average(group) for seed, group in seeds.items()}
-        for method, seeds in arms.items()
-    }
-
-    def column(title: str, digits: int, field: str) -> Column:
-        values = {m: {s: getattr(a, field) for s, a in seeds.items()} for m, seeds in best.items()}
-        return Column(title, digits, values)
-
-    return [
-        column("Avg1", 3, "avg1"),
-        column("Avg1 %", 1, "avg1_percent"),
-        column("Avg2", 3, "avg2"),
-        column("GM", 3, "gm"),
-    ]
 
 
 def best_average(arms: Sequence[Result]) -> Averages:

@@ -49,7 +49,7 @@ QUANTITIES = (
 
 
 def verdict(kl: float | None) -> str:
-    """One sentence on a KL in nats a token; None or NaN if it could not be measured."""
+    """One sentence on a KL in nats per token; None or NaN if it could not be measured."""
     if kl is None or math.isnan(kl):
         return "KL to the base could not be measured: the adapted model's logits are not finite"
     words = next(words for limit, words in VERDICTS if kl < limit or limit == math.inf)

@@ -13,10 +13,10 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from itertools import product
 
 import torch
-from transformers import PreTrainedModel
+from torch.utils.benchmark import Timer
 
 from folora.adapters.adapter import outline
 from folora.adapters.coverage import Coverage, cover_config, warn_if_few_adapted
@@ -47,7 +47,7 @@ REDUCTION, ALL_VECTORS, LEADING_VECTORS = 2.4, 17, 60
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageEstimate:
     """Estimated requirements of one stage.
 
     Attributes:
@@ -85,9 +85,7 @@ class Plan:
     """The estimates that `folora plan` prints.
 
     Attributes:
-        coverage: Which layers are adapted.
-        groups: Shared inputs.
-        layers: Number of adapted layers.
+        coverage: Which layers are adapted, and their shared inputs.
         parameters: Number of parameters of the model.
         trainable: Number of trainable parameters of the adapter.
         stages: Estimates by stage.
@@ -98,11 +96,9 @@ class Plan:
     """
 
     coverage: Coverage
-    groups: list[InputGroup]
-    layers: int
     parameters: int
     trainable: int
-    stages: list[Stage]
+    stages: list[StageEstimate]
     sizes: list[BasisSize]
     batch: tuple[int, int]
     activations: int
@@ -137,121 +133,95 @@ def plan(
     """
     if processes < 1:
         raise ConfigError(f"--processes is {processes}, but must be >= 1")
-    known = _workload(config, processes)
+    found = _Estimator(config, processes)
     training = config.training
     # Packed rows have the length that they are packed to.
     extra = training.model_extra or {}
     packed = extra.get("max_length") if extra.get("packing") else None
     batch = (training.per_device_train_batch_size, packed or longest or config.data.max_length)
-    activations = _activations(known, config, batch)
-    factors = known.trainable * 4 * (2 if config.method.init in NONZERO else 1)
-    without = (
-        known.weights + 3 * factors + activations
-    )  # factors and two moments, also of frozen halves
-    sizes = basis_sizes(config, known.groups, without)
-    seconds = _training_seconds(known, config, task_tokens, rows)
+    activations = found.activations(*batch)
+    factors = found.trainable * 4 * (2 if config.method.init in NONZERO else 1)
+    # Factors and two moments, also of frozen halves.
+    without = found.weights + 3 * factors + activations
+    sizes = [
+        BasisSize(directions, found.bases(directions), without + found.bases(directions))
+        for directions in dict.fromkeys((config.directions, None, config.adapter.r))
+    ]
+    seconds = found.training_seconds(task_tokens, rows)
     checkpoints = 2 * 4 * factors
-    free = free_bytes(known.device) // (processes if known.device.type == "cpu" else 1)
     return Plan(
-        coverage=known.coverage,
-        groups=known.groups,
-        layers=len(known.layers),
-        parameters=known.parameters,
-        trainable=known.trainable,
+        coverage=found.coverage,
+        parameters=found.parameters,
+        trainable=found.trainable,
         stages=[
-            *_text_stages(known, config),
-            _solving(known, config),
-            Stage("train", sizes[0].training, checkpoints, seconds, seconds),
-            Stage("export", factors, factors, None, None),
+            found.sampling(),
+            found.measuring(),
+            found.solving(),
+            StageEstimate("train", sizes[0].training, checkpoints, seconds, seconds),
+            StageEstimate("export", factors, factors, None, None),
         ],
         sizes=sizes,
         batch=batch,
         activations=activations,
-        free=free,
+        free=free_bytes(found.device) // (processes if found.device.type == "cpu" else 1),
     )
 
 
-@dataclass(frozen=True)
-class _Workload:
-    """Model, layers, number of processes and speed, on which all estimates are based."""
+class _Estimator:
+    """Model, layers and the speed of this machine, and the estimates that follow from them."""
 
-    device: torch.device
-    dtype: torch.dtype
-    model_config: Any
-    skeleton: PreTrainedModel
-    coverage: Coverage
-    groups: list[InputGroup]
-    layers: dict[str, tuple[int, int]]
-    parameters: int
-    trainable: int
-    processes: int
-    weights: int
-    """Bytes of the base model per process."""
-    rate: float
-    """Operations per second of a matrix product in the model's dtype."""
-    float64_rate: float
-    """The same in float64."""
+    def __init__(self, config: FoLoraConfig, processes: int) -> None:
+        self.config, self.processes = config, processes
+        self.device = device_of(config)
+        self.model_config = load_config(config, required(config.model, "model"))
+        self.skeleton, self.coverage = cover_config(config, self.model_config)
+        warn_if_few_adapted(self.coverage)
+        self.groups = self.coverage.groups
+        self.dtype = dtype_for(config, self.device, self.model_config) or torch.bfloat16
+        self.parameters = self.skeleton.num_parameters()
+        self.weights = self.parameters * self.dtype.itemsize  # bytes of the base model per process
+        if config.shard:
+            blocks = self.model_config.get_text_config().num_hidden_layers
+            self.weights = int(sharded_weight_bytes(self.weights, blocks, processes))
+        shapes = self.coverage.layers.values()
+        self.trainable = sum(config.adapter.r * (d_in + d_out) for d_in, d_out in shapes)
+        self.moments = sum(4 * g.d_in**2 for g in self.groups)  # bytes of all second moments
+        self.rate = _speed(self.device, self.dtype)  # operations per second of a matrix product
+        # Sampling may end at the first check; with a base file there is none.
+        sampling = config.sampling
+        self.most = 0 if config.base is not None else sampling.num_sequences
+        self.fewest = min(self.most, FIRST_LOOK) if config.ends_early else self.most
+        self.length = (sampling.min_new_tokens + sampling.max_new_tokens) // 2
 
-    @property
-    def moments(self) -> int:
-        """Bytes of all second moments."""
-        return sum(4 * g.d_in**2 for g in self.groups)
+    def bases(self, directions: int | None) -> int:
+        """Bytes of all bases with this number of eigenvectors each."""
+        return sum(4 * g.d_in * min(directions or g.d_in, g.d_in) for g in self.groups)
 
+    def activations(self, rows: int, tokens: int) -> int:
+        """Bytes of a step's forward and backward pass, computed on the meta device.
 
-def _workload(config: FoLoraConfig, processes: int) -> _Workload:
-    device = device_of(config)
-    model_config = load_config(config, required(config.model, "model"))
-    skeleton, coverage = cover_config(config, model_config)
-    warn_if_few_adapted(coverage)
-    groups, layers = coverage.groups, coverage.layers
-    dtype = dtype_for(config, device, model_config) or torch.bfloat16
-    parameters = sum(p.numel() for p in skeleton.parameters())
-    weights = parameters * dtype.itemsize
-    if config.shard:
-        blocks = model_config.get_text_config().num_hidden_layers
-        weights = int(sharded_weight_bytes(weights, blocks, processes))
-    return _Workload(
-        device=device,
-        dtype=dtype,
-        model_config=model_config,
-        skeleton=skeleton,
-        coverage=coverage,
-        groups=groups,
-        layers=layers,
-        parameters=parameters,
-        trainable=sum(config.adapter.r * (d_in + d_out) for d_in, d_out in layers.values()),
-        processes=processes,
-        weights=weights,
-        rate=_speed(device, dtype),
-        float64_rate=_speed(device, torch.float64),
-    )
+        Some architectures accept no 4D mask; experts are computed in bf16, the only dtype of torch's grouped
+        products on the meta device. If a pass is too slow (a state-space model without its kernels), short
+        rows are measured and extrapolated linearly. If it fails, the widths of the adapted layers give an
+        estimate.
+        """
+        with suppress(AttributeError, ValueError):  # older transformers; a model without experts
+            self.skeleton.set_experts_implementation("grouped_mm")
+        layers, config = self.coverage.layers, self.config
+        model = outline(self.skeleton, layers, config.adapter.r, config.method.init).train()
 
+        def count(tokens: int, dtype: torch.dtype, masked: bool) -> int:
+            found = step_bytes(
+                model.to(dtype=dtype),  # type: ignore[call-arg]
+                rows,
+                tokens,
+                on_cpu=self.device.type == "cpu",
+                checkpointing=config.training.gradient_checkpointing,
+                masked=masked,
+            )
+            return found * self.dtype.itemsize // dtype.itemsize
 
-def _activations(known: _Workload, config: FoLoraConfig, batch: tuple[int, int]) -> int:
-    """Bytes of a step's forward and backward pass, computed on the meta device.
-
-    Some architectures accept no 4D mask; experts are computed in bf16, the only dtype of torch's grouped
-    products on the meta device. If a pass is too slow (a state-space model without its kernels), short rows
-    are measured and extrapolated linearly. If it fails, the widths of the adapted layers give an estimate.
-    """
-    with suppress(AttributeError, ValueError):  # older transformers; a model without experts
-        known.skeleton.set_experts_implementation("grouped_mm")
-    model = outline(known.skeleton, known.layers, config.adapter.r, config.method.init).train()
-    rows, tokens = batch
-
-    def count(tokens: int, dtype: torch.dtype, masked: bool) -> int:
-        found = step_bytes(
-            model.to(dtype=dtype),  # type: ignore[call-arg]
-            rows,
-            tokens,
-            on_cpu=known.device.type == "cpu",
-            checkpointing=config.training.gradient_checkpointing,
-            masked=masked,
-        )
-        return found * known.dtype.itemsize // dtype.itemsize
-
-    for dtype in dict.fromkeys((known.dtype, torch.bfloat16)):
-        for masked in (True, False):
+        for dtype, masked in product(dict.fromkeys((self.dtype, torch.bfloat16)), (True, False)):
             try:
                 began = time.perf_counter()
                 short = count(SHORT_TOKENS, dtype, masked)
@@ -262,116 +232,78 @@ def _activations(known: _Workload, config: FoLoraConfig, batch: tuple[int, int])
                 return int(short + per_token * (tokens - SHORT_TOKENS))
             except Exception as error:  # whatever the model's code raises
                 logger.debug("a step on the meta device: %s", error)
-    logger.info(
-        "activation memory is a rough estimate: this architecture does not run on the meta device"
-    )
-    widths = sum(g.d_in for g in known.groups) + sum(d for _, d in known.layers.values())
-    return ACTIVATION_FACTOR * widths * rows * tokens * known.dtype.itemsize
+        logger.info(
+            "activation memory is a rough estimate: this architecture does not run on the meta device"
+        )
+        widths = sum(g.d_in for g in self.groups) + sum(d for _, d in layers.values())
+        return ACTIVATION_FACTOR * widths * rows * tokens * self.dtype.itemsize
 
+    def sampling(self) -> StageEstimate:
+        """Weights and KV cache; nothing but weights if a server generates."""
+        sampling, itemsize = self.config.sampling, self.dtype.itemsize
+        disk = 8 * self.most * self.length
+        if sampling.server is not None:
+            return StageEstimate("sample", self.weights, disk, None, None)
+        at_once = batch_size_for(
+            self.device, self.model_config, itemsize, sampling, self.processes, self.weights
+        )
+        cache = cache_bytes(self.model_config, itemsize) * at_once * sampling.max_new_tokens
 
-def _text_stages(known: _Workload, config: FoLoraConfig) -> tuple[Stage, Stage]:
-    """Estimates of sampling and of measuring the moments."""
-    sampling, processes = config.sampling, known.processes
-    length = (sampling.min_new_tokens + sampling.max_new_tokens) // 2
-    most = 0 if config.base is not None else sampling.num_sequences
-    fewest = min(most, FIRST_LOOK) if config.ends_early else most
-    at_once = batch_size_for(
-        known.device, known.model_config, known.dtype.itemsize, sampling, processes, known.weights
-    )
-    per_token = cache_bytes(known.model_config, known.dtype.itemsize)
-    cache = per_token * at_once * sampling.max_new_tokens
-    room = room_for_moments(known.device, config.statistics.memory_gb, known.weights)
-    parts = [sum(4 * g.d_in**2 for g in part) for part in passes(known.groups, room)]
-    of_task = config.statistics.task_examples * min(config.data.max_length, 256)
-    forward = 2 * known.parameters
-    gram = GRAM_SHARE * sum(2 * g.d_in**2 for g in known.groups)
-    elsewhere = sampling.server is not None
+        def seconds(sequences: int) -> float:
+            # For the process with most batches; batches are not divided, and the last counts as full.
+            sequences = math.ceil(math.ceil(sequences / at_once) / self.processes) * at_once
+            operations = 2 * self.parameters * sequences * self.length
+            return operations / self.rate / DECODING_EFFICIENCY
 
-    def sampling_seconds(sequences: int) -> float | None:
-        if elsewhere:
+        times = seconds(self.most), seconds(self.fewest)
+        return StageEstimate("sample", self.weights + cache, disk, *times)
+
+    def measuring(self) -> StageEstimate:
+        """Forward passes over samples and task rows, once for each part of the moments that fits."""
+        statistics = self.config.statistics
+        room = room_for_moments(self.device, statistics.memory_gb, self.weights)
+        parts = [sum(4 * g.d_in**2 for g in part) for part in passes(self.groups, room)]
+        of_task = statistics.task_examples * min(self.config.data.max_length, 256)
+        gram = GRAM_SHARE * sum(2 * g.d_in**2 for g in self.groups)
+
+        def seconds(sequences: int) -> float:
+            operations = len(parts) * 2 * self.parameters + gram
+            return operations * (sequences * self.length + of_task) / self.rate / self.processes
+
+        memory, times = self.weights + 2 * max(parts), (seconds(self.most), seconds(self.fewest))
+        return StageEstimate("measure", memory, 2 * self.moments, *times)
+
+    def solving(self) -> StageEstimate:
+        """One eigenproblem for each shared input, in float64."""
+        kept = solve_options(self.config)["directions"]
+        count = len(self.groups)
+        share = math.ceil(count / self.processes) / count  # of the process with most groups
+        operations = share * sum(_solve_operations(g.d_in, kept) for g in self.groups)
+        seconds = operations / _speed(self.device, torch.float64)
+        widest = max(g.d_in for g in self.groups)
+        memory = 2 * self.moments + self.bases(kept) + 10 * 8 * widest**2
+        return StageEstimate("solve", memory, self.bases(kept), seconds, seconds)
+
+    def training_seconds(self, task_tokens: int | None, rows: int | None) -> float | None:
+        """Seconds of training; None if the number of tokens is not known."""
+        if not task_tokens:
             return None
-        # For the process with most batches; batches are not divided, and the last counts as full.
-        sequences = math.ceil(math.ceil(sequences / at_once) / processes) * at_once
-        return forward * sequences * length / known.rate / DECODING_EFFICIENCY
-
-    def measuring_seconds(sequences: int) -> float:
-        tokens = sequences * length + of_task
-        return (len(parts) * forward + gram) * tokens / known.rate / processes
-
-    return (
-        Stage(
-            "sample",
-            known.weights + (0 if elsewhere else cache),
-            8 * most * length,
-            sampling_seconds(most),
-            sampling_seconds(fewest),
-        ),
-        Stage(
-            "measure",
-            known.weights + 2 * max(parts),
-            2 * known.moments,
-            measuring_seconds(most),
-            measuring_seconds(fewest),
-        ),
-    )
-
-
-def _solving(known: _Workload, config: FoLoraConfig) -> Stage:
-    kept = solve_options(config)["directions"]
-    bases = sum(4 * g.d_in * min(kept or g.d_in, g.d_in) for g in known.groups)
-    widest = max(g.d_in for g in known.groups)
-    count = len(known.groups)
-    share = math.ceil(count / known.processes) / count  # of the process with most groups
-    seconds = (
-        share * sum(_solve_operations(g.d_in, kept) for g in known.groups) / known.float64_rate
-    )
-    memory = 2 * known.moments + bases + 10 * 8 * widest**2
-    return Stage("solve", memory, bases, seconds, seconds)
-
-
-def _training_seconds(
-    known: _Workload, config: FoLoraConfig, task_tokens: int | None, rows: int | None
-) -> float | None:
-    """Seconds of training; None if the number of tokens is not known."""
-    if not task_tokens:
-        return None
-    training = config.training
-    tokens = training.num_train_epochs * task_tokens / known.processes
-    if training.max_steps > 0 and rows:
-        a_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
-        tokens = training.max_steps * a_step * task_tokens / rows
-    efficiency = TRAINING_EFFICIENCY.get(known.device.type, 1.0)
-    return 3 * 2 * known.parameters * tokens / known.rate / efficiency
-
-
-def basis_sizes(
-    config: FoLoraConfig, groups: Sequence[InputGroup], without: int
-) -> list[BasisSize]:
-    """Bytes of the bases by number of eigenvectors; see `Plan.sizes`.
-
-    Args:
-        config: Gives the number of eigenvectors.
-        groups: Shared inputs.
-        without: Bytes of training without bases.
-    """
-    found = []
-    for directions in dict.fromkeys((config.directions, None, config.adapter.r)):
-        bases = sum(4 * g.d_in * min(directions or g.d_in, g.d_in) for g in groups)
-        found.append(BasisSize(directions, bases, without + bases))
-    return found
+        training = self.config.training
+        tokens = training.num_train_epochs * task_tokens / self.processes
+        if training.max_steps > 0 and rows:
+            a_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
+            tokens = training.max_steps * a_step * task_tokens / rows
+        efficiency = TRAINING_EFFICIENCY.get(self.device.type, 1.0)
+        return 3 * 2 * self.parameters * tokens / self.rate / efficiency
 
 
 def widths(groups: Sequence[InputGroup]) -> list[tuple[int, int, int]]:
     """(d_in, number of groups, number of layers) for every width, largest first."""
-    found = sorted({g.d_in for g in groups}, reverse=True)
-    return [
-        (
-            d,
-            sum(g.d_in == d for g in groups),
-            sum(len(g.layers) for g in groups if g.d_in == d),
-        )
-        for d in found
-    ]
+    found = []
+    for d in sorted({g.d_in for g in groups}, reverse=True):
+        same = [g for g in groups if g.d_in == d]
+        found.append((d, len(same), sum(len(g.layers) for g in same)))
+    return found
 
 
 def _solve_operations(d: int, kept: int | None) -> float:
@@ -383,15 +315,6 @@ def _solve_operations(d: int, kept: int | None) -> float:
 
 def _speed(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of a matrix product."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(PROBE, 4 * PROBE, generator=generator).to(device, dtype)
-    best = min(_seconds(device, lambda: x @ x.T) for _ in range(5))
-    return 8 * PROBE**3 / best
-
-
-def _seconds(device: torch.device, work: object) -> float:
-    started = time.perf_counter()
-    work()  # type: ignore[operator]
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter() - started
+    x = torch.ones(PROBE, 4 * PROBE, device=device, dtype=dtype)
+    timer = Timer("x @ x.T", globals={"x": x}, num_threads=torch.get_num_threads())
+    return 8 * PROBE**3 / timer.timeit(5).mean

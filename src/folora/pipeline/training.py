@@ -28,6 +28,7 @@ from folora.spectral.layers import Spectrum
 from folora.training.prepared import Prepared, assemble
 from folora.training.sft_options import effective
 
+
 @dataclass(frozen=True)
 class Trained(Saveable):
     """The result of training.
