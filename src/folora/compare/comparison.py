@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from transformers import TrainerControl, TrainerState
 
 from folora.adapters.coverage import check_adapter
 from folora.calibration.base_file import tensors_sha256
+from folora.calibration.calibration_set import CalibrationSet
 from folora.compare.results import FORMAT, REMEDY, Key, Line, ResultFile
 from folora.config import FoLoraConfig
 from folora.errors import ArtifactError, ConfigError, DataError, MismatchError
@@ -113,17 +114,11 @@ class Comparison:
         self.calibration: dict[str, Any] = {}
         self._pre: Moments | None = None
         self._base: dict[str, Any] = {}
-        self._solved: tuple[Any, Spectrum] = (None, Spectrum(()))
 
     def calibrated(self, calibration: dict[str, Any], pre: Moments) -> Comparison:
-        """The same comparison with another C_pre.
-
-        Args:
-            calibration: Describes its data, for the arms' names and tables.
-            pre: C_pre.
-        """
+        """The same comparison with another C_pre; `calibration` describes its data in names and tables."""
         other = copy(self)
-        other.calibration, other._pre, other._solved = calibration, pre, (None, Spectrum(()))
+        other.calibration, other._pre = calibration, pre
         return other
 
     def run_all(self, chosen: Sequence[Arm]) -> Iterator[dict[str, Any]]:
@@ -137,11 +132,19 @@ class Comparison:
         null_rank = max(solve_options(config)["null_rank"] for config in configs)
         shared = self.run.share()
         made_from = self._made_from(shared)
+
+        @lru_cache(maxsize=1)
+        def solved(options: frozenset[tuple[str, Any]]) -> Spectrum:
+            keep = self._pre or shared.keep.load()
+            return solve_all(self.run.context, keep, shared.task.load(), **dict(options))
+
         with progress("arms", len(chosen)) as tick:
             for arm, config in zip(chosen, configs, strict=True):
                 key = self.key(arm, config)
                 if key not in self.results.read():
-                    result = self._result(arm, config, shared, null_rank)
+                    options = {"null_rank": null_rank, "directions": None}
+                    spectrum = solved(frozenset({**solve_options(config), **options}.items()))
+                    result = self._result(arm, config, spectrum, shared.samples.load())
                     self.results.add({**result, "made_from": made_from})
                 yield checked_arm(self.results.read()[key], config, made_from)
                 tick()
@@ -157,14 +160,6 @@ class Comparison:
     def name(self, arm: Arm) -> str:
         """The arm's name, with the calibration if it differs from the run's."""
         return "--".join([arm.name, *(f"{k}={v}" for k, v in self.calibration.items())])
-
-    def _spectrum(self, config: FoLoraConfig, shared: Shared, null_rank: int) -> Spectrum:
-        """The whole spectrum of a config, solved from the shared moments; the last one is cached."""
-        options = {**solve_options(config), "null_rank": null_rank, "directions": None}
-        if self._solved[0] != options:
-            keep, task = self._pre or shared.keep.load(), shared.task.load()
-            self._solved = (options, solve_all(self.run.context, keep, task, **options))
-        return self._solved[1]
 
     def _made_from(self, shared: Shared) -> dict[str, Any]:
         """Fingerprints of the model, data, samples and moments that an arm uses."""
@@ -220,12 +215,11 @@ class Comparison:
                 checked_arm(line, config, made_from)
 
     def _result(
-        self, arm: Arm, config: FoLoraConfig, shared: Shared, null_rank: int
+        self, arm: Arm, config: FoLoraConfig, spectrum: Spectrum, samples: CalibrationSet
     ) -> dict[str, Any]:
         began = time.monotonic()
         context = self.run.context
-        spectrum = self._spectrum(config, shared, null_rank)
-        prepared = assemble(context.model, spectrum, context.task, shared.samples.load(), config)
+        prepared = assemble(context.model, spectrum, context.task, samples, config)
         try:
             arguments = self._arguments(config.changed({"training.save_strategy": "no"}))
             trainer = FoLoraTrainer(prepared, arguments, context.tokenizer)

@@ -22,30 +22,30 @@ QUANTITIES = (
     (
         "task loss",
         "cross-entropy of a response token on held-out rows, in nats",
-        lambda report, part: report[part]["task_loss"],
+        "task_loss",
     ),
     (
         "KL to the base",
         "KL(base || adapted) per token on held-out text that the base model generated, in nats",
-        lambda report, part: report[part]["kl"],
+        "kl",
     ),
     (
         "change in cross-entropy",
         "cross-entropy of the adapted minus the base model on that text, in nats per token",
-        lambda report, part: report[part]["ce_change"],
+        "ce_change",
     ),
     (
         "norm of the update",
         "Frobenius norm of the weight updates of all layers together",
-        lambda report, part: 0.0 if part == "base" else report["total_norm"]["frobenius"],
+        "frobenius",
     ),
     (
         "norm of the update in H",
         "the same, weighted by the layers' inputs on generated text",
-        lambda report, part: 0.0 if part == "base" else report["total_norm"]["h_norm"],
+        "h_norm",
     ),
 )
-"""Name, definition, and how to read the value from a report for ``"base"`` or ``"adapted"``."""
+"""Name, definition, and name in a report."""
 
 
 def verdict(kl: float | None) -> str:
@@ -63,9 +63,10 @@ def summary(report: Mapping[str, Any]) -> Group:
     table.add_column("base", justify="right")
     table.add_column("adapted", justify="right")
     table.add_column("definition")
-    for name, definition, read in QUANTITIES:
-        values = (_number(read(report, part)) for part in ("base", "adapted"))
-        table.add_row(name, *values, definition)
+    base = {**report["base"], "frobenius": 0.0, "h_norm": 0.0}
+    adapted = {**report["adapted"], **report["total_norm"]}
+    for name, definition, key in QUANTITIES:
+        table.add_row(name, _number(base[key]), _number(adapted[key]), definition)
     lines = [verdict(report["adapted"]["kl"]) + "."]
     if report["base"]["task_loss"] is None:
         lines.append("No rows are held out (data.eval_rows), so there is no task loss.")

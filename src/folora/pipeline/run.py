@@ -20,11 +20,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import wraps
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import Any, Literal
 
 from peft import LoraConfig
 
@@ -52,20 +51,6 @@ KIND = "run"
 """Kind of folder in its list of files; see `ownership`."""
 
 ExportKind = Literal["adapter", "merged"]
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def _alone(method: Callable[Concatenate[Run, P], R]) -> Callable[Concatenate[Run, P], R]:
-    """Make a method of `Run` hold the lock of its folder."""
-
-    @wraps(method)
-    def held(self: Run, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with self.alone():
-            return method(self, *args, **kwargs)
-
-    return held
 
 
 class Run:
@@ -116,34 +101,35 @@ class Run:
         self.check_command("run")
         with self.alone():
             self.write_config()
-            self._train(self.share())
+            shared = self.share()
+            spectrum = self.store.make(Solved(self.context, shared.keep, shared.task))
+            self.store.make(Training(self.context, shared.samples, spectrum))
             self.export()
             return self.report()
 
-    @_alone
     def share(self) -> Shared:
         """Stages 1 and 2, which all methods share."""
-        return stages.share(self.context, self.store)
+        with self.alone():
+            return stages.share(self.context, self.store)
 
-    @_alone
     def sample(self) -> CalibrationSet:
         """Stage 1: the calibration set."""
-        return stages.sample(self.context, self.store)[0].load()
+        with self.alone():
+            return stages.sample(self.context, self.store)[0].load()
 
-    @_alone
     def measure(self) -> None:
         """Stage 2: C_pre and C_task."""
-        samples = self.store.read(Samples, self.context)
-        self.store.make(KeepMoments(self.context, samples, base=base_file(self.context)))
-        self.store.make(TaskMoments(self.context))
+        with self.alone():
+            samples = self.store.read(Samples, self.context)
+            self.store.make(KeepMoments(self.context, samples, base=base_file(self.context)))
+            self.store.make(TaskMoments(self.context))
 
-    @_alone
     def solve(self) -> None:
         """Stage 3: the eigenbases."""
-        found = [self.store.read(stage, self.context) for stage in (KeepMoments, TaskMoments)]
-        self.store.make(Solved(self.context, *found))
+        with self.alone():
+            found = [self.store.read(stage, self.context) for stage in (KeepMoments, TaskMoments)]
+            self.store.make(Solved(self.context, *found))
 
-    @_alone
     def train(self, source: Run | None = None) -> None:
         """Stage 4: training, resumed from the latest checkpoint if there is one.
 
@@ -152,15 +138,11 @@ class Run:
                 this run.
         """
         store = (source or self).store
-        spectrum = store.read(Solved, self.context)
-        samples = store.read(Samples, self.context)
-        self.store.make(Training(self.context, samples, spectrum))
+        with self.alone():
+            spectrum = store.read(Solved, self.context)
+            samples = store.read(Samples, self.context)
+            self.store.make(Training(self.context, samples, spectrum))
 
-    def _train(self, shared: Shared) -> None:
-        spectrum = self.store.make(Solved(self.context, shared.keep, shared.task))
-        self.store.make(Training(self.context, shared.samples, spectrum))
-
-    @_alone
     def base(self, path: Path | None = None) -> Path:
         """Write samples and C_pre to a base file, for any task on this model; returns its path.
 
@@ -168,10 +150,11 @@ class Run:
             path: File to write or replace. Default is in the run's folder.
         """
         path = self.base_target(path)
-        samples, keep = stages.sample_and_measure(self.context, self.store)
-        found, moments = samples.load(), keep.load()
-        facts = self.context.facts
-        distributed.on_rank_zero(lambda: write_base_file(path, found, moments, facts))
+        with self.alone():
+            samples, keep = stages.sample_and_measure(self.context, self.store)
+            found, moments = samples.load(), keep.load()
+            facts = self.context.facts
+            distributed.on_rank_zero(lambda: write_base_file(path, found, moments, facts))
         return path
 
     def base_target(self, path: Path | None) -> Path:
@@ -238,7 +221,6 @@ class Run:
         )
         return report
 
-    @_alone
     def write_config(self) -> None:
         """Write the resolved config to ``config.yaml``."""
         text = self.config.to_yaml()
@@ -247,7 +229,8 @@ class Run:
             if not _config_exists(self.folder, self.config):
                 write_own(self.folder / CONFIG, KIND, lambda file: file.write_text(text, "utf-8"))
 
-        distributed.on_rank_zero(write)
+        with self.alone():
+            distributed.on_rank_zero(write)
 
 
 def _write_merged(run: Run, trained: Trained, target: Path) -> None:
@@ -295,15 +278,8 @@ def _config_exists(folder: Path, config: FoLoraConfig) -> bool:
     try:
         check_own(folder, KIND, [CONFIG])
     except ConfigError:
-        if obstacle(file) or not _is_config(file, config):
-            raise
-        return True
+        with suppress(FoLoraError):  # it cannot be read
+            if not obstacle(file) and FoLoraConfig.from_yaml(file) == config:
+                return True
+        raise
     return False
-
-
-def _is_config(file: Path, config: FoLoraConfig) -> bool:
-    """Whether a YAML file parses to this config."""
-    try:
-        return FoLoraConfig.from_yaml(file) == config
-    except FoLoraError:
-        return False
