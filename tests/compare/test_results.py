@@ -144,7 +144,8 @@ def test_a_broken_line_is_named(tmp_path: Path, content: bytes, message: str) ->
 )
 def test_a_wrong_field_is_named_with_its_line(tmp_path: Path, changes: dict[str, Any]) -> None:
     path = write(tmp_path, "lora", 0, [], **changes)
-    with pytest.raises(ArtifactError, match=re.escape(f"{path}, line 1")):
+    name = next(iter(changes))
+    with pytest.raises(ArtifactError, match=re.escape(f"{path}, line 1: {name}")):
         load(tmp_path)
 
 

@@ -66,17 +66,9 @@ class Arm:
 
 
 def arms(
-    methods: Sequence[str],
-    learning_rates: Sequence[float],
-    **knobs: Sequence[Any],
+    methods: Sequence[str], learning_rates: Sequence[float], **knobs: Sequence[Any]
 ) -> list[Arm]:
-    """Every combination of methods, learning rates and further options.
-
-    Args:
-        methods: Names in `methods.METHODS`.
-        learning_rates: Peak learning rates.
-        knobs: Dotted option names (as ``**{"training.seed": (0, 1)}``) and their values.
-    """
+    """Every combination of methods, learning rates and further options, as ``**{"training.seed": (0, 1)}``."""
     names = ("training.learning_rate", *knobs)
     values = list(product(learning_rates, *knobs.values()))
     return [Arm(name, dict(zip(names, v, strict=True))) for name in methods for v in values]
@@ -286,12 +278,7 @@ def _train(
 def checked_arm(
     line: Line, config: FoLoraConfig, made_from: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The result in a line, after checking that it has this config and was made from the same inputs.
-
-    Args:
-        line: Line of a file of results.
-        config: The arm's config.
-        made_from: Expected fingerprints of its inputs.
+    """The result in a line, after checking that it has this config and these fingerprints of its inputs.
 
     Raises:
         ArtifactError: It has other options.

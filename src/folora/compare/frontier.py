@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from folora.errors import ConfigError
 from folora.runtime.extras import needed_by
@@ -64,15 +64,9 @@ class Interval:
         return self.low > 0 or self.high < 0
 
 
-@dataclass(frozen=True)
-class Averages:
-    """Averages of one model's scores.
-
-    Attributes:
-        avg1: Mean of the kept scores.
-        avg1_percent: 100 * avg1 / avg1 of the base.
-        avg2: Mean of avg1 and the task score.
-        gm: Geometric mean of avg1 and the task score.
+class Averages(NamedTuple):
+    """Averages of one model's scores: Avg1 is the mean kept score, also as a percentage of the base's; Avg2
+    and GM are the arithmetic and the geometric mean of Avg1 and the task score.
     """
 
     avg1: float
@@ -115,13 +109,8 @@ def dominated_area(
 ) -> float:
     """Area under the frontier of `points`, as a fraction of the rectangle from `start` to `best`.
 
-    Args:
-        points: Points of one method, including the base model.
-        start: Lower corner (task, kept): usually the base's task score, and 0.
-        best: Upper corner (task, kept).
-
-    Returns:
-        A number in [0, 1]; NaN if the rectangle is empty.
+    `points` include the base model. `start`, the lower corner (task, kept), is usually the base's task score
+    and 0. NaN if the rectangle is empty.
     """
     width, height = best[0] - start[0], best[1] - start[1]
     if not (width > 0 and height > 0):
@@ -174,13 +163,7 @@ def paired(a: Mapping[int, float], b: Mapping[int, float], confidence: float = 0
 
 
 def averages(kept: Iterable[float], base_kept: Iterable[float], task: float) -> Averages:
-    """Avg1, Avg1 %, Avg2 and GM of one model; NaN where a score is missing.
-
-    Args:
-        kept: Scores in [0, 1] on abilities of the base model.
-        base_kept: The base model's scores on the same.
-        task: Score in [0, 1] on the task.
-    """
+    """Averages of a model's kept and task scores in [0, 1]; NaN where a score is missing."""
     avg1, base = _mean(list(kept)), _mean(list(base_kept))
     product = avg1 * task
     return Averages(

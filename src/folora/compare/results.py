@@ -199,7 +199,8 @@ def load_results(path: str | Path) -> list[Result]:
         except ValidationError as error:
             wrong = error.errors()[0]
             name = ".".join(map(str, wrong["loc"]))
-            raise ArtifactError(f"{place}: {name}: {wrong['msg']}; {REMEDY}") from error
+            given = "" if wrong["type"] == "missing" else f", not {wrong['input']!r:.80}"
+            raise ArtifactError(f"{place}: {name}: {wrong['msg']}{given}; {REMEDY}") from error
     return found
 
 

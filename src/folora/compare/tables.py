@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import rich.table
 from rich.text import Text
@@ -88,15 +88,8 @@ class Table:
         return table
 
 
-@dataclass(frozen=True)
-class Levels:
-    """Levels at which methods are compared.
-
-    Attributes:
-        task: Matched task score.
-        kept: Matched kept score.
-        best_task: Upper edge of the area.
-    """
+class Levels(NamedTuple):
+    """Levels at which methods are compared: matched scores, and the upper edge of the area."""
 
     task: float
     kept: float
@@ -225,12 +218,9 @@ def _describe_levels(levels: Levels, scores: Scores, task_found: bool, kept_foun
 
 
 def _describe_area(levels: Levels, scores: Scores) -> str:
-    task = "score 1" if scores.task_scored else f"loss {-levels.best_task:.3f}"
-    kept = "score 0 to 1" if scores.kept_scored else f"KL {KL_FLOOR:g} to 0"
-    return (
-        f"Area: under the frontier, as a fraction of that between task scores from the base to {task} and "
-        f"kept scores from {kept}."
-    )
+    task = "score to 1" if scores.task_scored else f"loss to {-levels.best_task:.3f}"
+    kept = "kept score 0 to 1" if scores.kept_scored else f"KL {KL_FLOOR:g} to 0"
+    return f"Area: under the frontier, as a fraction of the rectangle from the base's task {task} and from {kept}."
 
 
 def _frontier_columns(
@@ -257,17 +247,14 @@ def _frontier_columns(
 
 
 def best_average(arms: Sequence[Result]) -> Averages:
-    """Averages of the reading with the best GM, base included, among arms of one method and seed.
-
-    All are NaN if no reading has a GM.
-    """
+    """Averages of the reading with the best GM, base included, among arms of one method and seed, or NaN."""
     found = [
         averages(reading["kept"].values(), arm.base["kept"].values(), mean_score(reading["task"]))
         for arm in arms
         for reading in (arm.base, *arm.readings)
     ]
-    nothing = Averages(math.nan, math.nan, math.nan, math.nan)
-    return max((a for a in found if math.isfinite(a.gm)), key=lambda a: a.gm, default=nothing)
+    usable = (a for a in found if math.isfinite(a.gm))
+    return max(usable, key=lambda a: a.gm, default=Averages(*[math.nan] * 4))
 
 
 def _stated(found: Interval, seeds: int, digits: int, sign: str = "-") -> str:

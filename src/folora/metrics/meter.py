@@ -141,11 +141,7 @@ def update_norms(
 def warn_if_not_stepped(optimizer: SAdam, model: PeftModel, bases: Sequence[GroupBasis]) -> None:
     """Warn if an adapter was trained without its prepared optimizer, as by a Trainer's default AdamW.
 
-    Args:
-        optimizer: From `prepare`.
-        model: Its model.
-        bases: Their bases. While A lies in the span of a truncated basis, another `SAdam` may have
-            trained it, and there is no warning.
+    While A lies in the span of a truncated basis, another `SAdam` may have trained it: no warning.
     """
     spectral = any("basis" in group for group in optimizer.param_groups)
     if optimizer.state or not spectral:

@@ -14,7 +14,7 @@ from folora.adapters.coverage import report
 from folora.calibration.base_file import read_base_manifest, warn_of_dtype
 from folora.calibration.engine import Engine
 from folora.calibration.vllm import ENGINE, find_server
-from folora.config import FoLoraConfig, TrainingConfig
+from folora.config import TrainingConfig
 from folora.data.files import check_dataset
 from folora.data.rows import TaskData, check_fits
 from folora.data.special_tokens import check_same_tokenizer
@@ -56,20 +56,21 @@ READS: dict[str, tuple[type[Stage[Any]], ...]] = {
 
 
 def check_options(context: Context, training: Path, *, needs_data: bool, trains: bool) -> None:
-    """All checks that do not need the model's weights.
+    """All checks that do not need the model's weights. Raises FoLoraError.
 
     Args:
         context: Of the run.
         training: Folder for checkpoints.
         needs_data: Whether the task rows are read.
         trains: Whether training follows; if not, TRL need not be installed.
-
-    Raises:
-        FoLoraError: With what failed and the remedy.
     """
     config = context.config
     check_quantizer(config)
-    arguments = _arguments(config, training) if trains or find_spec("trl") is not None else None
+    if has_trl := trains or find_spec("trl") is not None:
+        from folora.training.arguments import sft_config  # an extra
+
+        on_cpu = device_of(config).type == "cpu"
+        arguments = sft_config(config, training, evaluates=True, on_cpu=on_cpu)
     if config.shard and distributed.asks_for_fsdp((config.training.model_extra or {}).get("fsdp")):
         raise ConfigError("--shard shards the weights already; start the processes without FSDP")
     if needs_data:
@@ -82,8 +83,11 @@ def check_options(context: Context, training: Path, *, needs_data: bool, trains:
         check_same_tokenizer(context.tokenizer, other, name)
     task = context.task if needs_data else TaskData([], [])
     check_fits(task, context.tokenizer, start_id, **limits)
-    if arguments is not None:
-        _check_trainer(context, arguments, task)
+    default = TrainingConfig().lr_scheduler_type
+    if has_trl and (config.training.model_extra or config.training.lr_scheduler_type != default):
+        from folora.training.trainer_check import check_trainer
+
+        check_trainer(arguments, context.tokenizer, task.train, context.model_config)
     if needs_data and trains and config.training.eval_steps and not task.held_out:
         raise ConfigError(
             f"training.eval_steps is {config.training.eval_steps}, but no rows are held out of "
@@ -93,13 +97,10 @@ def check_options(context: Context, training: Path, *, needs_data: bool, trains:
 
 
 def check_in_memory(context: Context) -> Engine | None:
-    """Checks before `prepare` measures anything, the cheap ones first.
+    """Checks before `prepare` measures anything, the cheap ones first. Raises FoLoraError.
 
     Returns:
         What generates the calibration set; None if it is read from a base file.
-
-    Raises:
-        FoLoraError: With what failed and the remedy.
     """
     config, dataset = context.config, context.dataset
     if dataset is None:
@@ -122,15 +123,7 @@ def check_command(context: Context, store: Folder, command: str) -> None:
     """All other checks before a command's stages start.
 
     Samples fit the context; results of earlier stages exist and belong to this model; weights are
-    finite; the adapter fits the layers; the model can generate.
-
-    Args:
-        context: Of the run.
-        store: Its folder.
-        command: The subcommand of ``folora``.
-
-    Raises:
-        FoLoraError: With what failed and the remedy.
+    finite; the adapter fits the layers; the model can generate. Raises FoLoraError.
     """
     config = context.config
     samples = Samples in WRITES.get(command, ()) and config.base is None
@@ -161,23 +154,6 @@ def check_is_no_model(folder: Path, name: str) -> None:
         raise ConfigError(f"output {folder} is the folder of the model; choose another output")
 
 
-def _arguments(config: FoLoraConfig, folder: Path) -> Any:
-    """TRL's arguments. Raises ConfigError if they are invalid or TRL is not installed."""
-    from folora.training.arguments import sft_config
-
-    on_cpu = device_of(config).type == "cpu"
-    return sft_config(config, folder, evaluates=True, on_cpu=on_cpu)
-
-
-def _check_trainer(context: Context, arguments: Any, task: TaskData) -> None:
-    """Checks by TRL that need rows and a tokenizer. Raises ConfigError."""
-    from folora.training.trainer_check import check_trainer
-
-    training = context.config.training
-    if training.model_extra or training.lr_scheduler_type != TrainingConfig().lr_scheduler_type:
-        check_trainer(arguments, context.tokenizer, task.train, context.model_config)
-
-
 def _check_sampling(context: Context, store: Folder) -> None:
     """Samples fit the model's context, and the generation server, if it is needed, responds."""
     sampling = context.config.sampling
@@ -198,12 +174,8 @@ def _check_sampling(context: Context, store: Folder) -> None:
 
 
 def _check_given(context: Context, model: PreTrainedModel) -> None:
-    """Refuse loading options that a model in memory contradicts; warn of unused ones.
-
-    Raises:
-        ConfigError: The model is on another device, or has another dtype or quantization.
-    """
-    if not context.has_tokenizer:
+    """Refuse loading options that a model in memory contradicts; warn of unused ones. Raises ConfigError."""
+    if context.given_tokenizer is None:
         raise ConfigError("prepare needs the tokenizer of a model that is given in memory")
     check_model(model)  # before it is frozen
     config = context.config

@@ -42,6 +42,10 @@ class Context:
         model: The base model; default is to load ``config.model``.
         tokenizer: Of the model; default is to load it.
         dataset: Rows, a `datasets.Dataset`, a file or a Hub name; default is ``config.dataset``.
+
+    Attributes:
+        given: The model that was given, as it is; None if it is loaded by its name.
+        given_tokenizer: The tokenizer that was given, or None.
     """
 
     def __init__(
@@ -54,8 +58,8 @@ class Context:
     ) -> None:
         self.config = config
         self._name = model if isinstance(model, str) else config.model
-        self._model = None if isinstance(model, str) else model
-        self._tokenizer = tokenizer
+        self.given = None if isinstance(model, str) else model
+        self.given_tokenizer = tokenizer
         self.dataset = config.dataset if dataset is None else dataset
 
     @property
@@ -63,24 +67,10 @@ class Context:
         """Hub name or folder of the model. Raises ConfigError if it is not given."""
         return required(self._name, "model")
 
-    @property
-    def given(self) -> PreTrainedModel | None:
-        """The model that was given, as it is; None if it is loaded by its name."""
-        return self._model
-
-    @property
-    def has_tokenizer(self) -> bool:
-        """Whether the tokenizer was given."""
-        return self._tokenizer is not None
-
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The base model, frozen, after a check that its weights are finite.
-
-        Raises:
-            FoLoraError: It cannot be loaded, or a weight, which is named, is not finite.
-        """
-        model = self._model if self._model is not None else load_model(self.config, self.name)
+        """The base model, frozen. Raises FoLoraError if it cannot be loaded, or a weight is not finite."""
+        model = self.given if self.given is not None else load_model(self.config, self.name)
         model.requires_grad_(False)  # before it runs; see load_model
         distributed.raise_together(lambda: check_finite_weights(model))
         return model
@@ -88,15 +78,15 @@ class Context:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the model."""
-        if self._tokenizer is not None:
-            return self._tokenizer
+        if self.given_tokenizer is not None:
+            return self.given_tokenizer
         return load_tokenizer(self.config, self.name)
 
     @cached_property
     def model_config(self) -> Any:
         """The transformers config of the model; weights are not loaded."""
-        if self._model is not None:
-            return self._model.config
+        if self.given is not None:
+            return self.given.config
         return load_config(self.config, self.name)
 
     @cached_property
@@ -117,8 +107,8 @@ class Context:
     @cached_property
     def start_id(self) -> int:
         """The start token of sampling."""
-        if self._model is not None:
-            generation = getattr(self._model, "generation_config", None)
+        if self.given is not None:
+            generation = getattr(self.given, "generation_config", None)
         else:
             generation = load_generation_config(self.config, self.name)
         chosen = self.config.sampling.start_token
@@ -131,15 +121,8 @@ class Context:
 
     @cached_property
     def task(self) -> TaskData:
-        """The tokenized rows.
-
-        Raises:
-            ConfigError: No dataset is given.
-            DataError: It cannot be read, or its rows are invalid.
-        """
-        dataset = self.dataset
-        if dataset is None:
-            dataset = required(None, "dataset")
+        """The tokenized rows. Raises ConfigError if there is no dataset, DataError if it is invalid."""
+        dataset = required(None, "dataset") if self.dataset is None else self.dataset
         rows = load_rows(dataset, self.config.data.split)
         return prepare_task(rows, self.tokenizer, self.config.data, self.config.seed)
 
@@ -202,11 +185,6 @@ class Context:
 
 def coverage_of(model: PreTrainedModel, config: FoLoraConfig, start_id: int) -> Coverage:
     """Which layers of a model in memory are adapted, found by a forward pass over two short rows.
-
-    Args:
-        model: The base model.
-        config: Gives target modules, rank and method.
-        start_id: The first token of each row.
 
     Raises:
         ConfigError: The model is not a causal LM or already has an adapter, no layer can be adapted, or

@@ -56,11 +56,7 @@ class _CalibrationSetStage(Stage[CalibrationSet]):
 class Samples(_CalibrationSetStage):
     """Self-samples: text that the base model generates.
 
-    Args:
-        context: Of the run.
-        stopping: Early stopping of the sampling.
-        task: C_task, on which `stopping` depends.
-        engine: Generates the text; default is the context's engine, created if needed.
+    Early stopping depends on C_task, `task`. The default engine is the context's, created if needed.
     """
 
     def __init__(
@@ -174,11 +170,7 @@ class TaskMoments(_Measured):
 class KeepMoments(_Measured):
     """C_pre: second moments on the calibration set.
 
-    Args:
-        context: Of the run.
-        samples: The calibration set.
-        stopping: Early stopping of the sampling; its last check may have measured C_pre.
-        base: From `base_file`; holds C_pre.
+    A base file (`base`) holds them, and the last check of early stopping (`stopping`) may have measured them.
     """
 
     path = "2-statistics/pre"
@@ -212,13 +204,7 @@ class KeepMoments(_Measured):
 
 
 class Solved(_LayersStage[Spectrum]):
-    """The eigenbasis of every shared input.
-
-    Args:
-        context: Of the run.
-        keep: C_pre.
-        task: C_task.
-    """
+    """The eigenbasis of every shared input, from C_pre (`keep`) and C_task (`task`)."""
 
     path, kind, command, result = "3-spectrum", Spectrum.kind, "solve", Spectrum
 
@@ -255,13 +241,9 @@ def sample(
     task: StageResult[Moments] | None = None,
     engine: Engine | None = None,
 ) -> tuple[StageResult[CalibrationSet], KeepMoments]:
-    """The calibration set, and the stage that makes C_pre from it.
+    """The calibration set, and the stage that makes C_pre from it; see `Samples`.
 
-    Args:
-        context: Of the run.
-        store: Where results are kept.
-        task: C_task; by default it is measured if early stopping needs it.
-        engine: Generates the text; default is the context's.
+    Without `task`, C_task is measured if early stopping needs it.
     """
     if base := base_file(context):
         samples = store.make(BaseSamples(context, base))
@@ -289,13 +271,13 @@ def sample_and_measure(
     task: StageResult[Moments] | None = None,
     engine: Engine | None = None,
 ) -> tuple[StageResult[CalibrationSet], StageResult[Moments]]:
-    """The calibration set and C_pre, which depend on the base model; arguments as in `sample`."""
+    """The calibration set and C_pre, which depend on the base model; see `sample`."""
     samples, keep = sample(context, store, task, engine)
     return samples, store.make(keep)
 
 
 def share(context: Context, store: Store, engine: Engine | None = None) -> Shared:
-    """The first stages: calibration set, C_pre and C_task; arguments as in `sample`."""
+    """The first stages: calibration set, C_pre and C_task."""
     task = store.make(TaskMoments(context))
     samples, keep = sample_and_measure(context, store, task, engine)
     return Shared(samples, keep, task)

@@ -104,11 +104,7 @@ class Memory:
 
 
 class Folder:
-    """Stores the results of stages in a folder.
-
-    Args:
-        folder: The run's folder.
-    """
+    """Stores the results of stages in a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -63,10 +63,7 @@ class Trained(Saveable):
 class Training(Stage[Trained]):
     """Training with SAdam, from the latest checkpoint if there is one.
 
-    Args:
-        context: Of the run.
-        samples: The calibration set; the meter uses its held-out part.
-        spectrum: The eigenbases.
+    The meter uses the held-out part of the samples.
     """
 
     path, kind, command, result = "4-training/result", Trained.kind, "train", Trained
