@@ -20,10 +20,27 @@ from torch import Tensor
 from folora.config import LAMBDA, S_MIN, TAU
 from folora.runtime.artifacts import read_artifact, software_versions
 from folora.runtime.storage import write_text
-from folora.spectral.eigenproblem import generalized_eigenbasis, off_diagonal_mass, spectral_gate
+from folora.spectral.eigenproblem import checked_pair, generalized_eigenbasis, spectral_gate
+from folora.spectral.leading import eigh
 
 FORMAT = "spectra/1"
 QUANTILES = 33
+
+
+def off_diagonal_mass(c_pre: Tensor, c_task: Tensor, name: str = "layer") -> float:
+    """How far C_pre and C_task are from a common eigenbasis, in [0, 1] (figure 1a).
+
+    With V the eigenvectors of C_pre: sum over i != j of (V' C_task V)_ij^2, over ||C_task||_F^2.
+    Zero if V diagonalizes C_task as well, or if C_task is zero.
+
+    Raises:
+        NumericsError: See `checked_moment`; also unequal shapes or a zero C_pre.
+    """
+    pre, task, _ = checked_pair(c_pre, c_task, 0.0, name)
+    vectors = eigh(pre, name)[1]
+    squares = (vectors.T @ task @ vectors) ** 2
+    total = float(squares.sum())
+    return float((squares - torch.diag(squares.diagonal())).sum()) / total if total > 0 else 0.0
 
 
 def group_spectrum(name: str, c_pre: Tensor, c_task: Tensor) -> dict[str, Any]:

@@ -25,11 +25,11 @@ from support.made_results import (
 )
 
 from benchmarks.report.page import render
+from benchmarks.spectra import off_diagonal_mass
 from folora.compare.results import ResultFile
 from folora.config import S_MIN, TAU
 from folora.errors import NumericsError
 from folora.methods import METHODS
-from folora.spectral.eigenproblem import off_diagonal_mass
 
 
 def test_methods(made: Path) -> None:

@@ -7,7 +7,6 @@ device. On the CPU a step attends only to the written part of the cache.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,8 +16,6 @@ from transformers import Cache, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from folora.runtime.contexts import is_sharded
-
-logger = logging.getLogger(__name__)
 
 COUNT = "cumulative_length"  # the device's token count in Transformers 5's static cache
 EAGER_STEPS = 2  # before the graph is captured: libraries initialize in the first

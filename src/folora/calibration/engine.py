@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -84,26 +85,21 @@ def batch_size_for(
     return max((n for n in BATCH_SIZES if n <= size), default=BATCH_SIZES[0])
 
 
+@dataclass(eq=False)
 class HuggingFaceEngine:
     """An engine on a transformers model, with a random stream per sequence instead of per batch.
 
     Uses `decoding` for models that support it, otherwise ``generate``.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        start_id: int,
-        eos_ids: Sequence[int],
-        config: SamplingConfig,
-        seed: int = 0,
-    ) -> None:
-        self.model: Any = model
-        self.start_id = start_id
-        self.eos_ids = list(eos_ids)
-        self.config = config
-        self.seed = seed
-        self.steps = is_steppable(model)
+    model: PreTrainedModel
+    start_id: int
+    eos_ids: Sequence[int]
+    config: SamplingConfig
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.steps = is_steppable(self.model)
 
     def __call__(self, numbers: Sequence[int]) -> list[list[int]]:
         """See `Engine`. After an out-of-memory error the batch is split in half."""
@@ -165,7 +161,8 @@ class HuggingFaceEngine:
     def _decode_with_generate(
         self, start: Tensor, sampler: PerSequenceSampler, most: int
     ) -> Tensor:
-        written: Tensor = self.model.generate(
+        generate: Any = self.model.generate
+        written: Tensor = generate(
             input_ids=start,
             attention_mask=torch.ones_like(start),
             generation_config=GenerationConfig(
@@ -173,7 +170,7 @@ class HuggingFaceEngine:
                 num_beams=1,
                 use_cache=True,
                 max_new_tokens=most,
-                eos_token_id=self.eos_ids or NO_TOKEN,
+                eos_token_id=list(self.eos_ids) or NO_TOKEN,
                 pad_token_id=self.eos_ids[0] if self.eos_ids else 0,
                 repetition_penalty=1.0,
             ),
@@ -185,6 +182,6 @@ class HuggingFaceEngine:
         return written[:, 1:]
 
 
-def _until_eos(row: list[int], eos_ids: list[int]) -> list[int]:
+def _until_eos(row: list[int], eos_ids: Sequence[int]) -> list[int]:
     end = next((n for n, token in enumerate(row, start=1) if token in eos_ids), len(row))
     return row[:end]

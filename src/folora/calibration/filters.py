@@ -6,8 +6,8 @@ activation thousands of times, so it is rejected; rejections are counted by reas
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
+from itertools import groupby
 
 MIN_TOKENS = 32
 MAX_RUN = 20
@@ -17,21 +17,9 @@ UNIQUE_4GRAMS_FROM, MIN_UNIQUE_4GRAMS = 256, 0.25
 REASONS = ("duplicate", "too_short", "token_run", "few_unique_tokens", "few_unique_4grams")
 
 
-def digest(tokens: Sequence[int]) -> str:
-    """SHA-1 of a token sequence, for finding duplicates (not for security)."""
-    text = ",".join(map(str, tokens)).encode()
-    return hashlib.sha1(text, usedforsecurity=False).hexdigest()
-
-
 def longest_run(tokens: Sequence[int]) -> int:
     """Length of the longest run of equal tokens; 0 for an empty sequence."""
-    longest = current = 0
-    previous: int | None = None
-    for token in tokens:
-        current = current + 1 if token == previous else 1
-        longest = max(longest, current)
-        previous = token
-    return longest
+    return max((len([*run]) for _, run in groupby(tokens)), default=0)
 
 
 def unique_ratio(tokens: Sequence[int], n: int = 1) -> float:
@@ -42,15 +30,10 @@ def unique_ratio(tokens: Sequence[int], n: int = 1) -> float:
     return len({tuple(tokens[i : i + n]) for i in range(count)}) / count
 
 
-def rejection(tokens: Sequence[int], seen: set[str]) -> str | None:
-    """Return why a sequence is rejected, or None if it is accepted, and then add it to `seen`.
+def rejection(tokens: Sequence[int], seen: set[tuple[int, ...]]) -> str | None:
+    """Which of `REASONS` rejects a sequence; None if it is accepted, and then it is added to `seen`.
 
-    Args:
-        tokens: Generated token ids, without BOS, EOS and padding.
-        seen: Digests of the sequences accepted so far; updated in place on acceptance.
-
-    Returns:
-        One of `REASONS`, or None.
+    The tokens are those generated, without BOS, EOS and padding.
     """
     if len(tokens) < MIN_TOKENS:
         return "too_short"
@@ -60,8 +43,7 @@ def rejection(tokens: Sequence[int], seen: set[str]) -> str | None:
         return "few_unique_tokens"
     if len(tokens) >= UNIQUE_4GRAMS_FROM and unique_ratio(tokens, 4) < MIN_UNIQUE_4GRAMS:
         return "few_unique_4grams"
-    key = digest(tokens)
-    if key in seen:
+    if tuple(tokens) in seen:
         return "duplicate"
-    seen.add(key)
+    seen.add(tuple(tokens))
     return None

@@ -49,23 +49,15 @@ MIXTURE = (
 )
 
 
-_SCHEDULE = tuple(setting for setting in MIXTURE for _ in range(setting.tenths))
-
-
 def decoding_of(number: int) -> Decoding:
     """Setting of a sequence: 7, 2 and 1 of every ten, interleaved."""
-    return _SCHEDULE[number * 3 % 10]
+    schedule = [setting for setting in MIXTURE for _ in range(setting.tenths)]
+    return schedule[number * 3 % 10]
 
 
 def stream_seed(seed: int, number: int) -> int:
     """The seed of a sequence's random stream, in [0, 2^63)."""
     return (seed * 0x9E3779B97F4A7C15 + number * 0xBF58476D1CE4E5B9 + 1) % 2**63
-
-
-def _uniforms(seed: int, number: int, count: int) -> Tensor:
-    """Uniform random numbers of one sequence, shape (count,) float64 in [0, 1)."""
-    generator = torch.Generator().manual_seed(stream_seed(seed, number))
-    return torch.rand(count, generator=generator, dtype=torch.float64)
 
 
 class PerSequenceSampler(LogitsProcessor):
@@ -78,7 +70,7 @@ class PerSequenceSampler(LogitsProcessor):
         self,
         model: Any,
         numbers: Sequence[int],
-        eos_ids: list[int],
+        eos_ids: Sequence[int],
         config: SamplingConfig,
         seed: int = 0,
         on_token: Callable[[], None] = lambda: None,
@@ -95,9 +87,12 @@ class PerSequenceSampler(LogitsProcessor):
             for setting, found in rows.items()
             if not setting.is_plain
         }
-        uniforms = [_uniforms(seed, number, config.max_new_tokens) for number in numbers]
-        self.uniforms = torch.stack(uniforms).to(model.device)
-        self.eos_ids = eos_ids
+        seeds = [stream_seed(seed, number) for number in numbers]
+        streams = [torch.Generator().manual_seed(found) for found in seeds]
+        count = config.max_new_tokens
+        uniforms = [torch.rand(count, generator=g, dtype=torch.float64) for g in streams]
+        self.uniforms = torch.stack(uniforms).to(model.device)  # (rows, tokens), in [0, 1)
+        self.eos_ids = list(eos_ids)
         self.min_new_tokens = config.min_new_tokens
         self.step = 0
 
@@ -115,9 +110,7 @@ class PerSequenceSampler(LogitsProcessor):
                 inputs = {"input_ids": input_ids, "use_cache": False}
                 where = first_non_finite_module(self.model, inputs)
                 raise NumericsError(NON_FINITE_LOGITS.format(f": {where}"))
-            self.non_finite = (
-                True  # raised later: the others need this process in every forward pass
-            )
+            self.non_finite = True  # raised later: the others need this process in the forward pass
             scores = torch.zeros_like(scores)
         if self.step < self.min_new_tokens and self.eos_ids:
             scores[:, self.eos_ids] = -float("inf")

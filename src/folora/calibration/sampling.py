@@ -88,7 +88,7 @@ def sample_sequences(
         DataError: Too many sequences are rejected; the reasons are named.
         ArtifactError: A shard is damaged.
     """
-    seen: set[str] = set()
+    seen: set[tuple[int, ...]] = set()
     accepted: list[list[int]] = []
     rejected: Counter[str] = Counter()
     attempts = 0

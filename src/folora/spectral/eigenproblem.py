@@ -122,7 +122,7 @@ def generalized_eigenbasis(
         NumericsError: See `checked_moment`; also unequal shapes, a zero C_pre, a negative `tau`, or
             a pair for which no ridge within bounds works.
     """
-    pre, task, mean_power = _checked_pair(c_pre, c_task, tau, name)
+    pre, task, mean_power = checked_pair(c_pre, c_task, tau, name)
     h, lower, used = _factor(pre, tau, name)
     reduced = _congruent(lower, task)
     gamma, rotation = largest_eigenpairs(reduced, directions, name)
@@ -167,7 +167,7 @@ def pretraining_eigenbasis(
     `generalized_eigenbasis`; `Eigenpairs.diagonality` is its distance from diagonalizing C_task. Other
     arguments and errors as there.
     """
-    pre, task, mean_power = _checked_pair(c_pre, c_task, tau, name)
+    pre, task, mean_power = checked_pair(c_pre, c_task, tau, name)
     values, vectors = eigh(pre, name)
     values = values + tau
     rounding = len(values) * torch.finfo(values.dtype).eps * float(values[-1])
@@ -259,23 +259,7 @@ def smallest_eigenvectors(c_pre: Tensor, r: int, name: str = "layer") -> Float64
     return eigh(pre, name)[1][:, :r].contiguous()
 
 
-def off_diagonal_mass(c_pre: Tensor, c_task: Tensor, name: str = "layer") -> float:
-    """How far C_pre and C_task are from a common eigenbasis, in [0, 1] (figure 1a).
-
-    With V the eigenvectors of C_pre: sum over i != j of (V' C_task V)_ij^2, over ||C_task||_F^2.
-    Zero if V diagonalizes C_task as well, or if C_task is zero.
-
-    Raises:
-        NumericsError: See `checked_moment`; also unequal shapes or a zero C_pre.
-    """
-    pre, task, _ = _checked_pair(c_pre, c_task, 0.0, name)
-    vectors = eigh(pre, name)[1]
-    squares = (vectors.T @ task @ vectors) ** 2
-    total = float(squares.sum())
-    return float((squares - torch.diag(squares.diagonal())).sum()) / total if total > 0 else 0.0
-
-
-def _checked_pair(
+def checked_pair(
     c_pre: Tensor, c_task: Tensor, tau: float, name: str
 ) -> tuple[Tensor, Tensor, float]:
     """Both moments in float64, divided by the mean of C_pre's diagonal, and that mean."""

@@ -68,14 +68,12 @@ def _leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
 def eigh(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """Symmetric eigenproblem on the matrix's device, or on the CPU if that fails. Raises NumericsError."""
     on_cpu = matrix.cpu()  # a failed cuSOLVER call can leave the device's copy unreadable
-    try:
-        values, vectors = torch.linalg.eigh(matrix)
-        if bool(torch.isfinite(values).all()) and bool(torch.isfinite(vectors).all()):
-            return values, fix_signs(vectors)
-    except RuntimeError as error:  # torch.linalg.LinAlgError is one
-        logger.warning("%s: eigh failed on %s (%s)", name, matrix.device, error)
-    if matrix.device.type != "cpu":
-        values, vectors = torch.linalg.eigh(on_cpu)
+    for where in [matrix] if matrix.device.type == "cpu" else [matrix, on_cpu]:
+        try:
+            values, vectors = torch.linalg.eigh(where)
+        except RuntimeError as error:  # torch.linalg.LinAlgError is one
+            logger.warning("%s: eigh failed on %s (%s)", name, where.device, error)
+            continue
         if bool(torch.isfinite(values).all()) and bool(torch.isfinite(vectors).all()):
             return values.to(matrix.device), fix_signs(vectors.to(matrix.device))
     raise NumericsError(f"{name}: the eigenvalue problem did not converge. Raise tau.")
