@@ -1,4 +1,4 @@
-"""Chat templates: the assistant's tokens are found, and no message is dropped silently."""
+"""Chats: the loss covers the assistant's tokens, and no message is dropped silently."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ LEFT_OUT = {
 
 
 @pytest.mark.parametrize("case", LEFT_OUT.values(), ids=LEFT_OUT)
-def test_messages_that_a_template_drops_are_refused(case: tuple[str, Row, str]) -> None:
+def test_templates_that_drop_part_of_a_chat_are_refused(case: tuple[str, Row, str]) -> None:
     template, row, message = case
     with pytest.raises(DataError, match=message):
         learned(t.byte_tokenizer(template), row)
@@ -203,7 +203,7 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
 def test_the_loss_covers_assistant_tokens_only_in_any_chat(template: str) -> None:
-    """Random chats: if one is accepted, exactly the answers with a nonzero weight have loss."""
+    """In random chats that are accepted, exactly the answers with a nonzero weight have loss."""
     draw = random.Random(7)
     tokenizer = t.byte_tokenizer(template)
     for _ in range(25):
@@ -239,7 +239,7 @@ FAMILIES = sorted(p.stem for p in FOLDER.glob("*.jinja") if not p.stem.endswith(
 @pytest.mark.parametrize("trl", [True, False], ids=["with TRL", "without TRL"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_templates_of_models(family: str, trl: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One and two turns; every answer begins after its generation prompt and ends with a special token."""
+    """Every answer begins after its generation prompt and ends with a special token."""
     if not trl:
         monkeypatch.setattr(folora.data.chats, "find_spec", lambda _: None)
     tokenizer = t.byte_tokenizer((FOLDER / f"{family}.jinja").read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
-"""Every format of rows is used or refused with a remedy; no column is dropped silently.
+"""Every format of rows is read, or refused with a remedy; no column is dropped silently.
 
-TRL's formats and types, and the columns of well-known instruction sets.
+The rows have TRL's formats and types, and the columns of well-known instruction sets.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TEMPLATE = (
 
 
 def read(rows: Sequence[Row], chat: bool = True, **options: Any) -> tuple[str, str]:
-    """The text that the model reads of the rows, and the part with loss."""
+    """The text of the tokenized rows, and of the tokens with loss."""
     tokenizer = chat_templates.byte_tokenizer(TEMPLATE if chat else None)
     task = prepare_task(rows, tokenizer, DataConfig(eval_rows=0, **options))
     ids = [token for e in task.train for token in e.input_ids]
@@ -55,7 +55,7 @@ CHAT = [USER, ANSWER]
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
 BOTH = "<|u|>u<|end|><|a|>a<|end|>"
 
-# TRL's types, standard and conversational.
+# TRL's types of rows, standard and conversational.
 
 TRL: dict[str, tuple[Row, str | tuple[str, str]]] = {
     "language modeling": ({"text": "t"}, ("t</s>", "t</s>")),
@@ -87,8 +87,8 @@ TRL: dict[str, tuple[Row, str | tuple[str, str]]] = {
         {"prompt": "u", "completions": ["a", "b"], "labels": [True, False]},
         "stepwise supervision.*Join the steps",
     ),
-    "text with a picture": ({"messages": CHAT, "images": ["x.png"]}, "'images' changes what a row"),
-    "picture in the content": (
+    "text with images": ({"messages": CHAT, "images": ["x.png"]}, "'images' changes what a row"),
+    "image in the content": (
         {"messages": [turn("user", [{"type": "image"}, {"type": "text", "text": "u"}]), ANSWER]},
         "content of type image is not supported",
     ),
@@ -98,7 +98,7 @@ TRL: dict[str, tuple[Row, str | tuple[str, str]]] = {
     ),
 }  # fmt: skip
 
-# The columns of well-known instruction sets.
+# Well-known instruction sets.
 
 SETS: dict[str, tuple[Row, str | tuple[str, str]]] = {
     "Alpaca": (
@@ -117,7 +117,7 @@ SETS: dict[str, tuple[Row, str | tuple[str, str]]] = {
         {"message_id": "1", "parent_id": None, "text": "u", "role": "prompter", "lang": "en"},
         "text/role.*are refused",
     ),
-    "OpenAssistant, a reply": (
+    "OpenAssistant reply": (
         {"message_id": "2", "parent_id": "1", "text": "u", "role": "assistant", "lang": "en"},
         "message tree.*Follow parent_id",
     ),
@@ -220,7 +220,7 @@ SETS: dict[str, tuple[Row, str | tuple[str, str]]] = {
     ),
 }  # fmt: skip
 
-# Tokens, and columns that contradict each other.
+# Tokenized rows, and columns that contradict each other.
 
 TOKENS: dict[str, tuple[Row, str | tuple[str, str]]] = {
     "tokens": ({"input_ids": [64, 65]}, ("ab", "ab")),
@@ -234,45 +234,47 @@ TOKENS: dict[str, tuple[Row, str | tuple[str, str]]] = {
         {"input_ids": [9, 64, 65, 9], "attention_mask": [0, 1, 1, 0], "labels": [-100, -100, 65, -100]},
         ("ab", "b"),
     ),
-    "tokens beside their text": ({"text": "x", "input_ids": [64, 65]}, ("ab", "ab")),
-    "a hole": ({"input_ids": [64, 65, 66], "attention_mask": [1, 0, 1]}, "0 between tokens"),
+    "tokens and text": ({"text": "x", "input_ids": [64, 65]}, ("ab", "ab")),
+    "gap in the attention mask": ({"input_ids": [64, 65, 66], "attention_mask": [1, 0, 1]}, "0 between tokens"),
     "shifted labels": ({"input_ids": [64, 65], "labels": [65, -100]}, "not shifted"),
     "labels of another length": ({"input_ids": [64, 65], "labels": [65]}, "1 entries, but 'input_ids' 2"),
-    "no tokens": ({"input_ids": [], "labels": []}, "must hold token ids"),
-    "lists of lists": ({"input_ids": [[64], [65]]}, "list of integers"),
+    "empty tokens": ({"input_ids": [], "labels": []}, "must hold token ids"),
+    "nested lists": ({"input_ids": [[64], [65]]}, "list of integers"),
     "packed": ({"input_ids": [64, 65], "position_ids": [0, 0]}, "'position_ids' changes"),
-    "a number for input": ({"instruction": "i", "input": 0, "output": "a"}, "'input' holds int, not text"),
+    "number as input": ({"instruction": "i", "input": 0, "output": "a"}, "'input' holds int, not text"),
     "two system prompts": (
         {"instruction": "i", "output": "a", "system": "s", "system_prompt": "t"},
         "system and system_prompt differ",
     ),
-    "system beside the same": (
+    "system column equal to the system message": (
         {"messages": [turn("system", "s"), *CHAT], "system": "s"},
         (f"<|s|>s<|end|>{BOTH}", "a<|end|>"),
     ),
-    "system beside another": (
+    "system column different from the system message": (
         {"messages": [turn("system", "s"), *CHAT], "system": "t"},
         "the system prompts in the column and in the messages differ",
     ),
-    "system before text": ({"prompt": "u", "completion": "a", "system": "s"}, "'system' is for chats"),
-    "tools before text": ({"prompt": "u", "completion": "a", "tools": TOOLS}, "'tools' is for chats"),
-    "context before text": ({"prompt": "u", "completion": "a", "context": "c"}, "'context' changes"),
-    "tools that are no JSON": ({"messages": CHAT, "tools": "f(x)"}, "'tools' must hold a list or its JSON"),
-    "EOS of its own": ({"prompt": "u", "completion": "a</s>"}, ("ua</s>", "a</s>")),
-    "a block without text": ({"messages": [turn("user", [{"type": "text"}]), ANSWER]}, "must be a list of"),
-    "a sender that is no name": ({"conversations": [said(["x"], "u")]}, "known are human"),
-    "options of folora": (
+    "system column with text": ({"prompt": "u", "completion": "a", "system": "s"}, "'system' is for chats"),
+    "tools column with text": ({"prompt": "u", "completion": "a", "tools": TOOLS}, "'tools' is for chats"),
+    "context column with text": ({"prompt": "u", "completion": "a", "context": "c"}, "'context' changes"),
+    "tools that are not JSON": ({"messages": CHAT, "tools": "f(x)"}, "'tools' must hold a list or its JSON"),
+    "completion that ends with EOS": ({"prompt": "u", "completion": "a</s>"}, ("ua</s>", "a</s>")),
+    "text block without text": ({"messages": [turn("user", [{"type": "text"}]), ANSWER]}, "must be a list of"),
+    "sender that is not a string": ({"conversations": [said(["x"], "u")]}, "known are human"),
+    "template option that folora sets": (
         {"messages": CHAT, "chat_template_kwargs": {"add_generation_prompt": True}},
         "holds 'add_generation_prompt', which folora sets itself",
     ),
-    "options of no kind": ({"messages": CHAT, "chat_template_kwargs": [1]}, "must hold a dict, not list"),
-    "an empty answer of a chat": ({"question": "u", "answer": ""}, ("<|u|>u<|end|><|a|><|end|>", "<|end|>")),
-    "a label elsewhere": ({"instruction": "u", "output": "a", "label": 0}, "'label' changes"),
+    "template options that are not a dict": ({"messages": CHAT, "chat_template_kwargs": [1]}, "must hold a dict, not list"),
+    "empty answer of a chat": ({"question": "u", "answer": ""}, ("<|u|>u<|end|><|a|><|end|>", "<|end|>")),
+    "label beside an instruction": ({"instruction": "u", "output": "a", "label": 0}, "'label' changes"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", [*(TRL | SETS | TOKENS).values()], ids=[*(TRL | SETS | TOKENS)])
-def test_every_documented_format_is_read(case: tuple[Row, str | tuple[str, str]]) -> None:
+def test_every_documented_format_is_read_or_refused(
+    case: tuple[Row, str | tuple[str, str]],
+) -> None:
     row, expected = case
     if isinstance(expected, str):
         with pytest.raises(DataError, match=expected):
@@ -341,7 +343,7 @@ def test_every_row_is_checked(later: Row, message: str) -> None:
         read([{"prompt": "u", "completion": "a"}] * 5 + [later])
 
 
-def test_an_input_of_later_rows_is_used() -> None:
+def test_columns_that_only_later_rows_fill_are_used() -> None:
     rows = [{"instruction": "i", "output": "a"}] * 5 + [
         {"instruction": "i", "input": "n", "output": "a"}
     ]

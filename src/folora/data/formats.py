@@ -83,7 +83,7 @@ def _pair(prompt: str, response: str) -> Format:
     return Format(
         "prompt and completion",
         (prompt, response),
-        "Two texts are joined as they are, without a chat template; two lists of messages are a "
+        "Two texts are concatenated without a chat template; two lists of messages are a "
         "chat. Loss on the completion.",
         (*SYSTEM, *TEMPLATE),
         partial(read_pair, prompt, response),
@@ -111,7 +111,7 @@ FORMATS = (
     Format(
         "tokens",
         TOKENS[:1],
-        "Used as they are, without padding. Loss where labels is not -100 and every mask is 1; "
+        "Padding is removed. Loss where labels is not -100 and every mask is 1; "
         "without them, on every token.",
         TOKENS[1:],
         read_tokens,
@@ -143,9 +143,9 @@ FORMATS = (
         ("query", "answers", "tools"),
         "Give messages, the calls in tool_calls of an assistant's message, and tools.",
     ),
-    _messages("messages", "Loss on what the assistant says, unless its weight is 0."),
-    _messages("conversations", "Likewise; ShareGPT's from and value, or texts in turn."),
-    _messages("conversation", "Likewise; also pairs of input and output."),
+    _messages("messages", "Loss on the assistant's messages, unless their weight is 0."),
+    _messages("conversations", "The same; also ShareGPT's from and value, or alternating texts."),
+    _messages("conversation", "The same; also pairs of input and output."),
     _pair("prompt", "completion"),
     *(_instruction(prompt, response) for prompt, response in INSTRUCTIONS),
     Format(
