@@ -24,11 +24,16 @@ from datasets import Dataset
 from support.chat_templates import byte_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from folora.data.rows import IGNORE, prepare_task
+import folora.data.chats
+from folora.data.contents import IGNORE
+from folora.data.rows import prepare_task
 from folora.errors import DataError
 
 DECISION = Path(__file__).parents[2] / "docs/decisions/0015-rows-are-formatted-by-folora.md"
 MEASURED = "1.16.0"  # the version of TRL in the decision's table
+pytestmark = pytest.mark.skipif(
+    find_spec("trl") is None or version("trl") != MEASURED, reason=f"measured with TRL {MEASURED}"
+)
 
 Row = dict[str, Any]
 Tokens = tuple[list[int], list[int]]
@@ -161,8 +166,6 @@ def cause(ours: Tokens, theirs: Tokens, row: Row, decode: Any) -> str:
 
 
 def test_the_table_of_the_decision_is_the_measurement() -> None:
-    if find_spec("trl") is None or version("trl") != MEASURED:
-        pytest.skip(f"measured with TRL {MEASURED}")
     from trl import SFTConfig
 
     args = SFTConfig(output_dir="none", max_length=100_000, report_to=[], use_cpu=True, bf16=False)
@@ -181,3 +184,13 @@ def test_the_table_of_the_decision_is_the_measurement() -> None:
     table += [f"| {column} | {why} | {number} |" for (column, why), number in causes.most_common() if number]  # fmt: skip
     print("\n".join(table))
     assert set(table) <= set(DECISION.read_text(encoding="utf-8").splitlines())
+
+
+def test_most_pairs_are_the_same_without_trl(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [by_folora(row, tokenizer) for _, row, tokenizer in pairs()]
+    monkeypatch.setattr(folora.data.chats, "find_spec", lambda _: None)
+    without = [by_folora(row, tokenizer) for _, row, tokenizer in pairs()]
+    changed = [after for before, after in zip(found, without, strict=True) if before != after]
+    refused = sum(isinstance(after, str) for after in changed)
+    counts = f"{len(found) - len(changed)} pairs are the same, {refused} are refused and {len(changed) - refused} differ"
+    assert counts in DECISION.read_text(encoding="utf-8")
