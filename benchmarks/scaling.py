@@ -1,9 +1,9 @@
-"""What set-up and training cost on 1 to 64 GPUs, carried over from measured points by the counts of operations.
+"""Cost of set-up and training on 1 to 64 GPUs, extrapolated from measurements by counts of operations.
 
-The points are for Qwen3-1.7B on one GPU: the paper's 1146 s of sampling and 241 s of statistics, and of our
-own the solve (an H200, 128 directions: 32 ms for an input of 2048, 119 ms for one of 6144). Sampling grows
-with the active parameters that are read for a token, statistics with forward pass and Gram matrices, the
-solve with the cube of the width.
+The measurements are of Qwen3-1.7B on one GPU: the paper's 1146 s of sampling and 241 s of second moments, and our
+eigenproblems (an H200, 128 eigenvectors: 32 ms for an input of 2048, 119 ms for one of 6144). Sampling is
+proportional to the active parameters per token, second moments to forward pass and Gram matrices, an
+eigenproblem to the cube of the width.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ POINTS = {"sample": 1146.0, "measure": 241.0, "solve": 84 * 0.032 + 28 * 0.119} 
 
 @dataclass(frozen=True)
 class Size:
-    """A model by what counts here.
+    """A model's size.
 
     Attributes:
         inputs: Width of each kind of shared input, and how many there are.
         layers: Sum of d_in + d_out over the adapted layers.
         parameters: In all.
-        active: That a token meets.
+        active: Parameters used by a token.
         blocks: How many.
     """
 
@@ -43,11 +43,11 @@ class Size:
     blocks: int
 
     def held(self, gpus: int) -> float:
-        """Bytes of bf16 weights on a GPU; several share them out (``--shard``)."""
+        """Bytes of bf16 weights per GPU; several GPUs shard them (``--shard``)."""
         return sharded_weight_bytes(2 * self.parameters, self.blocks, gpus)
 
     def passes(self, gpus: int) -> int | None:
-        """How often the texts are read for C_pre; None if the weights leave no room for it."""
+        """Passes over the texts for C_pre; None if the weights leave no memory for it."""
         room = (BYTES - self.held(gpus)) * SHARE_OF_FREE
         block = [
             InputGroup((f"width {d}",), d) for d, n in self.inputs for _ in range(n // self.blocks)
@@ -62,12 +62,12 @@ class Size:
 
     @property
     def gram(self) -> float:
-        """Operations a token for Gram matrices; of an expert's input only its tokens count."""
+        """Operations per token for Gram matrices; an expert's input counts for its own tokens only."""
         return 2 * GRAM_SHARE * self.squares * self.active / self.parameters
 
     @property
     def forward(self) -> float:
-        """Operations a token for the forward pass."""
+        """Operations per token of the forward pass."""
         return 2 * self.active
 
 
@@ -79,7 +79,7 @@ def dense(hidden: int, inner: int, attention: int, kv: int, blocks: int, paramet
 
 
 def experts(hidden: int, inner: int, number: int, used: int, blocks: int) -> Size:
-    """A mixture of experts: gate and up of an expert read its tokens, and down what they make of them."""
+    """A mixture of experts: an expert's gate and up projections share an input, its down projection has its own."""
     inputs = ((hidden, blocks * (2 + number)), (inner, blocks * number))
     each = 3 * hidden * inner
     shared = blocks * 4 * hidden * hidden
@@ -100,7 +100,7 @@ POINT = MODELS["Qwen3-1.7B"]
 
 
 def seconds(size: Size, gpus: int) -> dict[str, float]:
-    """Seconds of each stage of the set-up, by the busiest process."""
+    """Seconds of each set-up stage, on the busiest process."""
     batches = math.ceil(SEQUENCES / BATCH)
     cubes = sorted((float(d) ** 3 for d, n in size.inputs for _ in range(n)), reverse=True)
     busiest = max(sum(cubes[rank::gpus]) for rank in range(gpus))
@@ -135,26 +135,26 @@ def time_table() -> Table:
         )
     header = ("model", *(f"{stage}, {gpus}" for stage in POINTS for gpus in GPUS))
     caption = (
-        f"Of the paper's {SEQUENCES} sequences of {LENGTH} tokens; by number of GPUs. From the paper's seconds for "
-        f"Qwen3-1.7B on one GPU, the solve from ours on an H200. Sampling is shared out in batches of {BATCH}, the solve by "
-        "shared inputs; the texts are "
-        "read as often for statistics as the next table says. –: the weights do not fit one GPU of 80 GB in bf16."
+        f"Estimates for the paper's {SEQUENCES} sequences of {LENGTH} tokens, by number of GPUs; extrapolated from the paper's times for "
+        f"Qwen3-1.7B on one GPU, and ours for the eigenproblems on an H200. Sampling is distributed in batches of {BATCH}, solving by "
+        "shared inputs; measuring takes the passes over the texts of "
+        "the next table. –: the bf16 weights do not fit one GPU of 80 GB."
     )
     return Table(header, tuple(rows), caption)
 
 
 def bytes_table() -> Table:
-    """Memory of a GPU, traffic and disk by model."""
+    """Memory per GPU, traffic and disk by model."""
     rows = [(name, *_bytes(size)) for name, size in MODELS.items()]
     header = (
-        "model", "weights, bf16", "C_pre", "passes, 1", "passes, 8", "kept columns", "adapter and moments", "training, 1",
-        "training, 8", "traffic: statistics", "traffic: bases", "traffic: a step", "disk",
+        "model", "weights, bf16", "C_pre", "passes, 1", "passes, 8", "eigenvectors", "adapter and moments", "training, 1",
+        "training, 8", "traffic: second moments", "traffic: bases", "traffic: one step", "disk",
     )  # fmt: skip
     caption = (
-        f"r {RANK}. With 1 GPU of 80 GB it holds the weights; of 8 each holds a part (`--shard`). In half of what is left C_pre is "
-        "measured, in as many passes over the texts as it takes. Training: weights, kept columns, adapter and moments, without "
-        "activations; whole embedding and head are not counted. Traffic is what a process sends and receives, without shared-out weights: sums of C_pre and C_task by a "
-        "ring, the bases once, the adapter's gradients every step. Disk: C_pre, C_task, columns, two checkpoints."
+        f"r {RANK}. One GPU of 80 GB holds the weights; 8 GPUs hold a shard each (`--shard`). C_pre is measured in half of the memory "
+        "that is left, in as many passes over the texts as needed. Training: weights, eigenvectors, adapter and moments, without "
+        "activations and without unsharded embedding and head. Traffic: sent and received by one process, without gathered weights: sums of C_pre and C_task by "
+        "ring all-reduce, the bases once, the adapter's gradients every step. Disk: C_pre, C_task, eigenvectors, two checkpoints."
     )
     return Table(header, tuple(rows), caption)
 

@@ -1,8 +1,8 @@
-"""Data for the demo: what a model should keep, and a made-up task for it to learn."""
+"""Data for the demo: facts that the model should retain, and a templated task to learn."""
 
 import logging
 import os
 
-# Said while they are imported: bitsandbytes of kernels, tqdm of the conversion of a GGUF file.
+# Silence messages on import: bitsandbytes about kernels, tqdm about the conversion of the GGUF file.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 os.environ.setdefault("TQDM_DISABLE", "1")

@@ -225,7 +225,7 @@ def fuzz_all(known: Mapping[str, Parser], seed: int, count: int, seconds: float)
 
 
 def fuzz_table(result: Mapping[str, Any]) -> Table:
-    """A row a parser, and what they come to."""
+    """A row per parser, and the totals."""
     columns = ("tried", *FINE)
     rows = [
         (
@@ -245,16 +245,16 @@ def fuzz_table(result: Mapping[str, Any]) -> Table:
         "changed files",
         "refused",
         "same value",
-        "another value",
+        "other value",
         "findings",
         "seconds",
     )
     limits = result["limits"]
     caption = (
-        f"Seed {result['seed']}. A finding: any exception that is not folora's own, the end of the process, "
+        f"Seed {result['seed']}. A finding: any exception that is not folora's own, a crash of the process, "
         f"more than {limits['seconds']:g} s or {limits['bytes'] / 2**20:.0f} MiB for one file, or another "
-        "value from a sealed file whose checksums were not made right again. Files that have no checksum, "
-        f"and resealed ones, may give another value. `{result['command']}`"
+        "value from a file whose checksums no longer match. Files without a checksum, "
+        f"and those whose checksums were recomputed after the change, may give another value. `{result['command']}`"
     )
     return Table(header, tuple(rows), caption)
 

@@ -1,4 +1,4 @@
-"""Tables of docs/reliability.md and docs/scaling.md from what the harnesses left behind."""
+"""Tables of docs/reliability.md and docs/scaling.md, from the results of the harnesses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ENDS = {0: "done", 2: "refused", 130: "Ctrl-C", 143: "SIGTERM", -9: "killed"}
 
 
 def disturbance_table(found: Mapping[str, Any]) -> Table:
-    """How often runs were disturbed, how the attempts ended, and what was lost."""
+    """Disturbances of runs, exit of each attempt, and what was lost."""
     rows = []
     for kind in KINDS:
         trials = [t for t in found["trials"] if t["kind"] == kind]
@@ -38,23 +38,23 @@ def disturbance_table(found: Mapping[str, Any]) -> Table:
     writes = ", ".join(f"{stage} {count}" for stage, count in found["writes"].items())
     caption = (
         f"`{found['command']}`, {found['seconds'] / 60:.0f} minutes beside other work. Lost: files that differ by a "
-        "byte from the run that nothing disturbed, finished work that was done again, tracebacks, refusals that do "
-        f"not name the file. Writes that Python makes in each stage of the run: {writes}; before each of them a "
-        "run can be killed."
+        "byte from the undisturbed run, finished work that was repeated, tracebacks, errors that do "
+        f"not name the file. Python's writes in each stage of the run: {writes}; a run can be killed before each "
+        "of them."
     )
     header = (
-        "trouble",
+        "disturbance",
         "runs",
-        "where it came",
-        "how the attempts ended",
-        "slowest end (s)",
+        "at",
+        "attempts ended",
+        "slowest exit (s)",
         "lost",
     )
     return Table(header, tuple(rows), caption)
 
 
 def soak_table(found: Mapping[str, Any]) -> Table:
-    """What grew over thousands of steps, and what differs after many stops."""
+    """Growth over thousands of steps, and differences after many interruptions."""
     readings = found["readings"]
     first, last = readings[len(readings) // 3], readings[-1]
     rows = [
@@ -72,20 +72,20 @@ def soak_table(found: Mapping[str, Any]) -> Table:
         ),
     ]  # fmt: skip
     caption = (
-        f"`{found['command']}`: {found['steps']} steps; of memory the median of the last third over that of the second. The "
-        f"same training stopped {found['stops']} times, each time gone on with by a new model, optimizer and trainer: of "
-        f"{found['compared']} tensors (factors, moments, sketches of bases) {len(found['differing'])} differ, and "
-        f"{len(found['changed_bases'])} bases are not what they were."
+        f"`{found['command']}`: {found['steps']} steps; growth of memory: median of the last third minus that of the second. The "
+        f"same training interrupted {found['stops']} times, each time resumed by a new model, optimizer and trainer: of "
+        f"{found['compared']} tensors (factors, moments, fingerprints of bases) {len(found['differing'])} differ, and "
+        f"{len(found['changed_bases'])} bases differ."
     )
-    header = ("", f"after {first['step']} steps", f"after {last['step']}", "grew by")
+    header = ("", f"after {first['step']} steps", f"after {last['step']}", "growth")
     return Table(header, tuple(rows), caption)
 
 
 def distributed_table(found: Mapping[str, Any]) -> Table:
-    """Several processes against one, and what they do when one is killed or told to stop."""
+    """Several processes against one, and their exits when one is killed or interrupted."""
     rows = [
         (
-            f"{n} processes against one",
+            f"{n} processes, compared with one",
             "",
             f"{parts[KeepMoments.path]:.1g}",
             f"{parts[Training.path]:.1g}",
@@ -94,13 +94,13 @@ def distributed_table(found: Mapping[str, Any]) -> Table:
         for n, parts in found["same"].items()
     ]
     rows += [
-        (f"{n} by {way} against {n} by DDP", "", "", "exact" if d == 0 else f"{d:.1g}", "")
+        (f"{n} by {way}, compared with {n} by DDP", "", "", "exact" if d == 0 else f"{d:.1g}", "")
         for way, counts in found["ways"].items()
         for n, d in counts.items()
     ]
     rows += [
         (
-            f"{one['processes']} by {one['way']}, number {one['victim']} killed, then "
+            f"{one['processes']} by {one['way']}, rank {one['victim']} killed, then "
             f"{one['then']} by {one['then_by']}",
             _codes(one["codes"]), "", _weights(one), f"{one['seconds']:.1f}",
         )
@@ -117,18 +117,20 @@ def distributed_table(found: Mapping[str, Any]) -> Table:
         (f"{name}, 2 processes", _codes(one["codes"]), "", _weights(one), "")
         for name, one in found["launched"].items()
     ]
-    rows += [(f"process 1 sees another {what}", "refused", "", "", "") for what in found["refused"]]
+    rows += [
+        (f"rank 1 is given another {what}", "refused", "", "", "") for what in found["refused"]
+    ]
     caption = (
-        f"`{found['command']}`. Largest difference over the largest value of a tensor, from one process, or *exact*: from as "
-        "many processes undisturbed, to the bit. Samples are the same to the bit in all. Seconds: until all have ended. Runs of "
-        "so many processes were killed after their first checkpoint."
+        f"`{found['command']}`. Differences: the largest of a tensor divided by its largest value, from a run of one process; *exact*: bitwise "
+        "equal to an undisturbed run of as many processes. Samples are bitwise equal in all. Seconds: until all have exited. Kills "
+        "came after the first checkpoint."
     )
-    header = ("what", "how they ended", "C_pre", "weights", "seconds")
+    header = ("run", "exit by rank", "C_pre", "weights", "seconds")
     return Table(header, tuple(rows), caption)
 
 
 def _codes(codes: Iterable[int]) -> str:
-    ends = ENDS | {2: "stopped with a word"}
+    ends = ENDS | {2: "error"}
     return ", ".join(ends.get(code, str(code)) for code in codes)
 
 

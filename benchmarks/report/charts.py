@@ -21,7 +21,7 @@ from folora.compare.results import Result, of_task, point_sets, scores_of
 from folora.compare.tables import matched_levels
 from folora.spectral.eigenproblem import spectral_gate
 
-KEPT = "kept at matched task"
+KEPT = "retained at matched task"
 BARS: dict[str, Any] = {"capsize": 3, "linewidth": 1.4, "markersize": 6}
 SCORES = (-0.03, 1.03)  # limits of an axis of scores
 LINEAR = ("s_min",)  # knobs that may be zero
@@ -102,7 +102,7 @@ def knob_picture(panels: Sequence[Panel], title: str, path: Path) -> None:
 def calibration_picture(
     kept: Mapping[tuple[str, str, int], Interval], count: int, path: Path
 ) -> None:
-    """Write a PNG of kept at matched task, by source and by number of sequences (figure 3).
+    """Write a PNG of retained at matched task, by source and by number of sequences (figure 3).
 
     Args:
         kept: By title of the method, source and number of sequences.

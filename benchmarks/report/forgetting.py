@@ -1,7 +1,7 @@
-"""How much less is forgotten than by LoRA, or another method, at matched task loss: one table a target.
+"""Forgetting relative to LoRA, or another method, at matched task loss: one table per target.
 
-Every method may stop at any reading of any arm that has reached the loss; of these, what it forgot is
-the smallest KL, the best kept score and the best log-probability of right answers.
+Every method may stop at any measurement of any arm that has reached the loss; its forgetting is the smallest
+KL, the best retained score and the best log-probability of right answers among them.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ Loss = Callable[[Reading, Reading], float]
 
 LOSSES: Mapping[str, Loss] = {
     "KL": lambda base, reading: reading["kl"],
-    "kept lost": lambda base, reading: mean_score(base["kept"]) - mean_score(reading["kept"]),
+    "score lost": lambda base, reading: mean_score(base["kept"]) - mean_score(reading["kept"]),
     "nats lost": lambda base, reading: _other(base, ".nats") - _other(reading, ".nats"),
     "bits lost": lambda base, reading: _other(reading, BITS) - _other(base, BITS),
 }
-"""What a reading has lost against its base."""
+"""What a measurement has lost relative to its base."""
 
 
 def forgetting_table(results: Sequence[Result], baseline: str = BASELINE) -> Table:
-    """Table of what each method forgot, and what part that is of the baseline's.
+    """Table of each method's forgetting, and its ratio to the baseline's.
 
     Args:
-        results: Of one task, with a task loss and kept scores.
-        baseline: A method; without results of it nothing is compared.
+        results: Of one task, with a task loss and retained scores.
+        baseline: A method; without its results there are no comparisons.
     """
     scores, levels = scores_of(results), levels_of(results)
     arms = grouped(results)
@@ -64,13 +64,13 @@ def forgetting_table(results: Sequence[Result], baseline: str = BASELINE) -> Tab
     stated = ", ".join(f"{-level:.3f}" for _, level in sorted(levels.items()))
     base = interval([-scores.point(r.base).task for r in results]).mean
     caption = (
-        f"{results[0].task}, at a task loss of at most {stated} nats per token, by seed (base: "
-        f"{base:.3f} on average): reached by every method that gets halfway to that seed's best. KL to the base "
-        f"in nats per token; its ratio to {titles.get(baseline, 'the baseline')}'s is a geometric mean over seeds, with its 95 % "
-        "confidence interval. Kept lost: decrease of the mean kept score. Nats lost: decrease of the "
-        "log-probability of right answers, mean over the tasks that report it. Bits lost: increase of the bits "
-        "per byte on running text. ± is the half-width of the 95 % confidence interval over seeds; *: the "
-        f"interval excludes no difference. {NONE}: reached by no seed."
+        f"{results[0].task}, at a task loss of at most {stated} nats per token by seed (base: "
+        f"{base:.3f} on average), which every method reaches that gets at least halfway to that seed's best. KL to the "
+        f"base in nats per token; its ratio to {titles.get(baseline, 'the baseline')}'s is the geometric mean over seeds, with its 95 % "
+        "interval. Score lost: decrease of the mean retained score. Nats lost: decrease of the log-probability of "
+        "right answers, mean over the tasks that have one. Bits lost: increase of bits per byte on plain text. ± "
+        "is half of the 95 % interval over seeds; *: the interval excludes zero difference. "
+        f"{NONE}: no seed reaches the loss."
     )
     return Table((*header, "arms", "seeds"), tuple(map(tuple, rows.values())), caption)
 
@@ -91,7 +91,7 @@ def levels_of(results: Sequence[Result]) -> dict[int, float]:
 def _least(
     arms: Mapping[int, Sequence[Result]], loss: Loss, scores: Scores, levels: Mapping[int, float]
 ) -> dict[int, float]:
-    """The smallest loss among a method's readings, each seed at its own level; NaN without any."""
+    """The smallest loss among a method's measurements, each seed at its own level; NaN without any."""
     return {
         seed: min(
             (
@@ -108,9 +108,9 @@ def _least(
 
 
 def answers_table(results: Sequence[Result]) -> Table:
-    """What the models answer, question by question, at matched loss: a column a method.
+    """Scores of the models by benchmark at matched loss: a column per method.
 
-    Of a method and seed, the model is that with the smallest KL among those that were asked and have
+    For each method and seed: the model with the smallest KL among those that were evaluated and have
     reached the loss.
     """
     scores, levels = scores_of(results), levels_of(results)
@@ -126,7 +126,7 @@ def answers_table(results: Sequence[Result]) -> Table:
             for seed, arms in seeds.items()
         }
     rows = []
-    for kind, suffix in (("kept", " (kept)"), ("other", "")):
+    for kind, suffix in (("kept", " (retained)"), ("other", "")):
         for name in results[0].base[kind]:
             values = {
                 title: {seed: r[kind].get(name, math.nan) for seed, r in of_seeds.items()}
@@ -135,16 +135,16 @@ def answers_table(results: Sequence[Result]) -> Table:
             column = Column(name, 3, values)
             rows.append((name + suffix, *map(column.cell, models)))
     caption = (
-        "Mean over seeds ± half of the 95 % interval, of the same questions before and after. "
-        "kept: what counts as the kept score, here the probability of the right answer, among the "
-        "choices where there are some. nats: its log-probability. acc: share that is right. "
-        f"{NONE}: no model that was asked has reached the loss."
+        "Mean over seeds ± half of the 95 % interval, on the same questions before and after. "
+        "retained: counts towards the retained score; here the probability of the right answer, among the "
+        "choices if there are any. nats: its log-probability. acc: accuracy. "
+        f"{NONE}: no evaluated model has reached the loss."
     )
-    return Table(("asked", *models), tuple(rows), caption)
+    return Table(("benchmark", *models), tuple(rows), caption)
 
 
 def without_scores(result: Result) -> Result:
-    """The same arm by its meter alone, so that points are loss and KL."""
+    """The same arm without benchmark scores, so that points are loss and KL."""
     base, *readings = ({**r, "task": {}, "kept": {}} for r in (result.base, *result.readings))
     return replace(result, base=base, readings=tuple(readings))
 
@@ -158,7 +158,7 @@ def _other(reading: Reading, metric: str) -> float:
 
 
 def _part(column: Column, method: str, baseline: str) -> str:
-    """What part of the baseline's value a method's is: the geometric mean over seeds of the ratio."""
+    """Ratio of a method's value to the baseline's: geometric mean over seeds."""
     if method == baseline:
         return NONE
     mine, other = ({s: _log(v) for s, v in column.values[m].items()} for m in (method, baseline))
@@ -172,7 +172,7 @@ def _part(column: Column, method: str, baseline: str) -> str:
 
 
 def _up_to(share: float) -> str:
-    """Two seeds can leave an interval whose end says nothing but that."""
+    """The upper end of an interval; beyond a limit only that, because two seeds can leave it almost unbounded."""
     return f"{share:.1%}" if share < FAR else f"over {FAR:.0%}"
 
 

@@ -1,4 +1,4 @@
-"""Blocks on all plans and methods: what was run, the catalogue of methods, spectra."""
+"""Blocks on all plans and methods: plans, methods, spectra."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SEEDS = re.compile(r"\s+--seeds(?:[ =]\d+)+")
 
 
 def runs(source: Source) -> Block:
-    """What was run: how much of each plan, for how long, by which commands and versions."""
+    """Plans: completed arms, hours, commands and versions."""
     rows, commands, versions = [], dict[str, None](), dict[str, None]()
     for plan in dict.fromkeys([*source.plans, *source.results]):
         results, expected = source.results.get(plan, []), source.expected(plan)
@@ -30,7 +30,7 @@ def runs(source: Source) -> Block:
         versions |= dict.fromkeys(
             ", ".join(f"{name} {number}" for name, number in r.versions.items()) for r in results
         )
-    caption = "Arms: those with a result, of those planned. Hours: of one core, for these arms."
+    caption = "Arms (trainings): completed of planned. Hours: of one core, for these arms."
     table = Table(("plan", "tasks", "seeds", "arms", "hours"), tuple(rows), caption)
     typed = "\n".join(["```", *commands, "```"]) if commands else ""
     made = f"Versions: {'; '.join(versions)}." if versions else ""
@@ -38,7 +38,7 @@ def runs(source: Source) -> Block:
 
 
 def catalogue(source: Source) -> Block:
-    """All methods: what each changes, and what it is."""
+    """All methods: what each changes, and a description."""
     del source
     rows = [
         (
@@ -49,7 +49,9 @@ def catalogue(source: Source) -> Block:
         )
         for name, m in METHODS.items()
     ]
-    caption = "Names are those of `folora compare --methods`; options those of `folora run`."
+    caption = (
+        "Names for `folora run --method` and `folora compare --methods`; options of `folora run`."
+    )
     return Block([Table(("name", "method", "changes", "what it is"), tuple(rows), caption)])
 
 
@@ -62,7 +64,7 @@ def _changes(method: Method) -> dict[str, Any]:
 
 
 def spectra(source: Source) -> Block:
-    """How far C_task is from C_pre's eigenbasis, and how few directions carry the task."""
+    """How far C_task is from diagonal in C_pre's eigenbasis, and how few directions carry the task."""
     if not source.spectra:
         raise NoResultsError("No results of `benchmarks.spectra` yet.")
     header = (

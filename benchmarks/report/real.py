@@ -23,16 +23,16 @@ from folora.compare.results import Result
 from folora.compare.tables import Table, comparison_table
 
 DEMO = (
-    ("learned: task loss (nats per token)", "task_loss", "{:.3f}"),
-    ("learned: problems solved (of 40)", "task_accuracy", "{:.1%}"),
-    ("kept: facts known (of 400; base is the mark)", "facts_accuracy", "{:.1%}"),
-    ("kept: log-probability of a fact", "facts_log_probability", "{:.2f}"),
-    ("forgot: KL to the base (nats per token)", "kl", "{:.4f}"),
+    ("task loss (nats per token)", "task_loss", "{:.3f}"),
+    ("problems solved (of 40)", "task_accuracy", "{:.1%}"),
+    ("known facts retained (of 400)", "facts_accuracy", "{:.1%}"),
+    ("log-probability of a fact", "facts_log_probability", "{:.2f}"),
+    ("KL to the base (nats per token)", "kl", "{:.4f}"),
 )
 
 
 def real(source: Source, plan: str, task: str) -> Block:
-    """What each method forgot of a pretrained model, by what it was asked, and the frontier."""
+    """Forgetting of each method on a pretrained model, scores by benchmark, and the frontier."""
     results = source.chosen(plan, task)
     picture = f"{plan}_{task}.png"
     content = parts(
@@ -41,18 +41,18 @@ def real(source: Source, plan: str, task: str) -> Block:
         source.missing(plan, task),
         image(picture, f"KL against task loss, {task}"),
     )
-    meter = [without_scores(r) for r in results]  # the KL tells more than few questions do
+    meter = [without_scores(r) for r in results]  # KL resolves more than a few questions
     return Block(content, {picture: partial(frontier_picture, meter, task)})
 
 
 def real_seeds(source: Source, plan: str, task: str, baseline: str, *others: str) -> Block:
-    """The same of a pretrained model: what each method forgot, and what part that is of a baseline's."""
+    """Forgetting of each method relative to a baseline's, at all seeds of several plans."""
     table = forgetting_table(source.pooled(plan, task, others), baseline)
     return Block(parts(table, source.missing(plan, task)))
 
 
 def ingredients(source: Source, plan: str, task: str, other: str) -> Block:
-    """Methods and settings of a plan, beside another plan's references of the same seeds, by the KL alone."""
+    """Methods and settings of a plan, with another plan's references at the same seeds, by KL alone."""
 
     def named(result: Result) -> Result:
         return relabelled(result, f"folora, {setting(result)}") if knobs_of(result) else result
@@ -63,19 +63,19 @@ def ingredients(source: Source, plan: str, task: str, other: str) -> Block:
 
 
 def real_beside(source: Source, plan: str, task: str, other: str) -> Block:
-    """What each method of a plan forgot, beside another plan's references of the same seeds."""
+    """Forgetting of each method of a plan, with another plan's references at the same seeds."""
     return _beside(source, plan, task, other, lambda result: result)
 
 
 def real_rates(source: Source, plan: str, task: str, other: str) -> Block:
-    """The same with each learning rate as a row of its own."""
+    """The same with one row per learning rate."""
     return _beside(
         source, plan, task, other, lambda r: relabelled(r, f"{r.title} at {rate_of(r):g}")
     )
 
 
 def compared(source: Source, plan: str, task: str) -> Block:
-    """What one ``folora compare`` found, by the meter alone."""
+    """The result of one ``folora compare``, by KL alone."""
     results = source.chosen(plan, task)
     picture = f"{plan}_{task}.png"
     content = parts(
@@ -86,7 +86,7 @@ def compared(source: Source, plan: str, task: str) -> Block:
 
 
 def demo(source: Source) -> Block:
-    """What ``make demo`` wrote: one seed of LoRA and folora at the same rate and steps."""
+    """The result of ``make demo``: one seed of LoRA and folora with the same learning rate and steps."""
     if not source.demo:
         raise NoResultsError("No result of `make demo` yet.")
     kinds = " and ".join(run["cpu"] for run in source.demo)

@@ -1,4 +1,4 @@
-"""Blocks of docs/reliability.md and docs/scaling.md: kills, damage, several processes."""
+"""Blocks of docs/reliability.md and docs/scaling.md: interruptions, damage, several processes."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from benchmarks.scaling import bytes_table, time_table
 
 
 def disturbed(source: Source) -> Block:
-    """Runs that were killed, interrupted, starved and damaged, and what was lost."""
+    """Runs that were killed, interrupted, out of disk or damaged, and what was lost."""
     return Block(parts(disturbance_table(source.disturbances("chaos"))))
 
 
 def soaked(source: Source) -> Block:
-    """What grew in a long training, and what many stops changed."""
+    """Growth over a long training, and changes by many interruptions."""
     return Block(parts(soak_table(source.disturbances("soak"))))
 
 
 def fuzzed(source: Source) -> Block:
-    """Mutated files by parser, and what was found."""
+    """Mutated files by parser, and findings."""
     return Block(parts(fuzz_table(source.disturbances("fuzz"))))
 
 
 def distributed(source: Source) -> Block:
-    """Several processes against one."""
+    """Several processes compared with one."""
     return Block(parts(distributed_table(source.disturbances("distributed"))))
 
 
 def scaling(source: Source) -> Block:
-    """Seconds, bytes and traffic on more GPUs, by counts of operations."""
+    """Time, memory and traffic on several GPUs, from counts of operations."""
     return Block(parts(time_table(), bytes_table()))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,10 @@ class Source:
     @classmethod
     def load(cls, results: Path, plans: Path, demo: Path) -> Source:
         """Read the plans, the results in a JSONL file named after each plan, and the demo's."""
-        found = {path.stem: load_results(path) for path in sorted(results.glob("*.jsonl"))}
+        found = {
+            path.stem: [_titled(r) for r in load_results(path)]
+            for path in sorted(results.glob("*.jsonl"))
+        }
         spectra = [read_json(path) for path in sorted((results / "spectra").glob("*.json"))]
         return cls(
             {path.stem: Plan.load(path) for path in sorted(plans.glob("*.yaml"))},
@@ -191,6 +194,12 @@ def rate_of(result: Result) -> float:
 def settings(result: Result) -> str:
     """What the arm changes beyond its method, as `Source.expected` writes it."""
     return _text(result.changes)
+
+
+def _titled(result: Result) -> Result:
+    """With the present title of its method."""
+    known = METHODS.get(result.method)
+    return replace(result, title=known.title) if known else result
 
 
 def _identity(result: Result) -> Identity:

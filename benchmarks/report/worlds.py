@@ -1,4 +1,4 @@
-"""Blocks on synthetic worlds: frontiers, norms, ablations, knobs, seeds, calibration."""
+"""Blocks on synthetic worlds: frontiers, norms, ablations, hyperparameters, seeds, calibration."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def methods(source: Source, task: str) -> Block:
         comparison_table(results, task, reference=REFERENCE),
         source.missing(MAIN, task),
         source.missing(STRENGTH, task),
-        image(frontier, f"kept against task score, {task}"),
-        image(norm, f"kept against the size of the update, {task}"),
+        image(frontier, f"retained against task score, {task}"),
+        image(norm, f"retained against the norm of the update, {task}"),
     )
     return Block(
         content,
@@ -76,14 +76,14 @@ def methods(source: Source, task: str) -> Block:
 
 
 def norms(source: Source, task: str) -> Block:
-    """What methods keep at an equal size of the update: one table a norm."""
+    """What methods retain at equal norm of the update: one table per norm."""
     results = [*source.chosen(MAIN, task), *source.maybe(STRENGTH, task)]
     tables = [norm_table(results, which) for which in NORMS]
     return Block(parts(*tables, source.missing(MAIN, task)))
 
 
 def variants(source: Source, plan: str, task: str) -> Block:
-    """Variants of folora, beside methods of the main plan with the same learning rates and seeds."""
+    """Variants of folora, with the references of the main plan at the same learning rates and seeds."""
     check_word(plan, VARIANTS, "plan of variants")
     results = source.chosen(plan, task)
     rates = source.main_rates(plan)
@@ -98,14 +98,14 @@ def variants(source: Source, plan: str, task: str) -> Block:
 
 
 def seeds(source: Source, plan: str, task: str) -> Block:
-    """The arms of a plan at all seeds that there are, those of other plans included."""
+    """The arms of a plan at all seeds, including those of other plans."""
     pooled = source.pooled(plan, task, (MAIN, *VARIANTS))
     table = comparison_table(pooled, task, reference=REFERENCE)
     return Block(parts(table, source.missing(plan, task)))
 
 
 def knobs(source: Source, method: str) -> Block:
-    """Each value of a knob as a method of its own, beside the defaults; a panel for each knob."""
+    """Each value of a hyperparameter as a row, after the defaults; one panel per hyperparameter."""
     results = source.chosen(KNOBS, method=method)
     task = only_task(results)
     defaults = [relabelled(r, DEFAULTS) for r in source.beside(results, [method])]
@@ -117,14 +117,14 @@ def knobs(source: Source, method: str) -> Block:
     content = parts(
         comparison_table(together, task, reference=DEFAULTS),
         source.missing(KNOBS, method=method),
-        image(picture, f"knobs of {method}"),
+        image(picture, f"hyperparameters of {method}"),
     )
     panels = knob_panels(turned, defaults, at_matched_task(together, task)[1])
     return Block(content, {picture: partial(knob_picture, panels, f"{method}, {task}")})
 
 
 def calibration(source: Source) -> Block:
-    """What C_pre was measured on: its source, and how many sequences; a table for each method."""
+    """Source and number of sequences of C_pre: a table per method."""
     results = source.chosen(CALIBRATION)
     task = only_task(results)
     ordered = sorted(results, key=lambda r: (source_of(r) != SELF, source_of(r), count_of(r)))
@@ -134,15 +134,15 @@ def calibration(source: Source) -> Block:
         rows = [relabelled(r, calibrated(r)) for r in ordered if r.title == title]
         reference = f"{title}, {SELF} {COUNT}"
         tables.append(comparison_table(rows, task, level, reference=reference))
-    shared = "The tables share their level: 90 % of the way from the base to the best row of all."
+    shared = "Both tables use the same level: 90 % of the way from the base to the best row of all."
     kept = {(r.title, source_of(r), count_of(r)): matched[calibrated(r)].kept for r in ordered}
-    picture = image("calibration.png", "kept by source and number of sequences")
+    picture = image("calibration.png", "retained by source and number of sequences")
     content = parts(*tables, shared, source.missing(CALIBRATION), picture)
     return Block(content, {"calibration.png": partial(calibration_picture, kept, COUNT)})
 
 
 def norm_table(results: Sequence[Result], which: Norm) -> Table:
-    """Kept at three sizes of the update in one norm, and the difference from folora."""
+    """Retained score at three values of one norm of the update, and the difference from folora."""
     scores, arms = scores_of(results), grouped(results)
     titles = {r.method: r.title for r in results}
     paths = {
@@ -177,11 +177,11 @@ def norm_table(results: Sequence[Result], which: Norm) -> Table:
             for method, row in rows.items():
                 row.append(column.difference(method, REFERENCE))
     caption = (
-        f"{results[0].task}: kept score at equal {which[0].upper()} = {NORMS[which]}, interpolated along each arm, mean over the "
-        "arms of a method that reach it, then mean ± half-width of the 95 % confidence interval over seeds. "
-        f"Sizes: rounded quartiles among those readings of {titles[mine]} that have learned at least "
-        f"half of the best. *: the interval of the differences by seed excludes zero. {NONE}: reached "
-        "by no arm."
+        f"{results[0].task}: retained score at equal {which[0].upper()} = {NORMS[which]}, interpolated along each arm, mean over the "
+        "arms of a method that reach it, then mean ± half-width of the 95 % interval over seeds. "
+        f"Values: rounded quartiles over the measurements of {titles[mine]} with at least "
+        f"half of the best task score. *: the interval of the differences by seed excludes zero. {NONE}: no arm reaches "
+        "it."
     )
     return Table(tuple(header), tuple(map(tuple, rows.values())), caption)
 
@@ -189,7 +189,7 @@ def norm_table(results: Sequence[Result], which: Norm) -> Table:
 def knob_panels(
     turned: Sequence[Result], defaults: Sequence[Result], matched: Mapping[str, Matched]
 ) -> list[Panel]:
-    """One panel for each knob that was turned alone."""
+    """One panel for each hyperparameter that was varied alone."""
     panels = []
     for knob in dict.fromkeys(knob for r in turned for knob in knobs_of(r)):
         alone = [r for r in turned if knobs_of(r) == [knob]]

@@ -239,7 +239,7 @@ def test_forgetting_at_matched_loss(tmp_path: Path) -> None:
     logs = [math.log(f) for f in (0.2, 0.1, 0.4)]
     mean, half = sum(logs) / 3, stats.t.ppf(0.975, 2) * stats.sem(logs)
     low, high = math.exp(mean - half), math.exp(mean + half)
-    assert table.header[:5] == ("method", "KL", "of LORA's", "kept lost", "minus LORA's")
+    assert table.header[:5] == ("method", "KL", "of LORA's", "score lost", "minus LORA's")
     assert lora[1:3] == ("0.1000 ± 0.0000", "–")
     assert folora[2] == f"{math.exp(mean):.1%} ({low:.1%} to {high:.1%})"
     assert folora[3:5] == ("0.0200 ± 0.0000", "-0.0800 ± 0.0000 *")
@@ -248,7 +248,7 @@ def test_forgetting_at_matched_loss(tmp_path: Path) -> None:
     assert "at most 1.000, 2.000, 3.000 nats" in table.caption
     other = forgetting_table(load_results(tmp_path / "arms.jsonl"), "folora")
     back = next(r for r in other.rows if r[0] == "LORA")
-    assert other.header[2] == "of FOLORA's" and "part of FOLORA's is" in other.caption
+    assert other.header[2] == "of FOLORA's" and "ratio to FOLORA's is" in other.caption
     assert 1 / low > FAR  # 28 times as much
     assert back[2] == f"{math.exp(-mean):.1%} ({1 / high:.1%} to over 1000%)"
     assert back[4] == "+0.0800 ± 0.0000 *"

@@ -35,10 +35,10 @@ from folora.methods import METHODS
 def test_methods(made: Path) -> None:
     text = page(made, "methods shift")
     (table,) = tables(text)
-    assert list(table) == ["folora", "folora, null-space start", "LoRA", "MiLoRA"]
+    assert list(table) == ["folora", "folora, null-space init", "LoRA", "MiLoRA"]
     lora = [final("lora", seed, 1e-2) for seed in range(3)]  # the highest rate keeps the most
     folora = [final("folora", seed, 1e-2) for seed in range(3)]
-    assert table["LoRA"]["kept at matched task"] == stated(lora)
+    assert table["LoRA"]["retained at matched task"] == stated(lora)
     difference = stated([a - b for a, b in zip(lora, folora, strict=True)], sign="+")
     assert table["LoRA"]["minus folora"] == f"{difference} *"
     assert table["LoRA"]["KL at matched task"] == stated([(1 - k) / 10 for k in lora], 4)
@@ -89,10 +89,10 @@ def test_variants_stand_beside_arms_of_their_rates_and_seeds(
     assert "at the same seeds and learning rates 0.001, 0.003: folora, lora, folora-null." in text
     (table,) = tables(text)
     title = METHODS[method].title
-    assert list(table)[:4] == ["folora", "LoRA", "folora, null-space start", title]
+    assert list(table)[:4] == ["folora", "LoRA", "folora, null-space init", title]
     folora = [final("folora", seed, 3e-3) for seed in range(2)]
     variant = [final(method, seed, 3e-3) for seed in range(2)]
-    assert table["folora"]["kept at matched task"] == stated(folora)
+    assert table["folora"]["retained at matched task"] == stated(folora)
     assert (table["folora"]["arms"], table["folora"]["seeds"]) == ("4", "2")
     difference = stated([a - b for a, b in zip(variant, folora, strict=True)], sign="+")
     assert table[title]["minus folora"].removesuffix(" *") == difference
@@ -123,7 +123,7 @@ def test_more_seeds_are_pooled_with_those_of_other_plans(made: Path) -> None:
     (table,) = tables(text)
     assert list(table) == ["folora", "folora, gate off"]
     kept = [final("folora", seed, RATES[1]) for seed in range(4)]  # without the highest rate
-    assert table["folora"]["kept at matched task"] == stated(kept)
+    assert table["folora"]["retained at matched task"] == stated(kept)
     assert [row["seeds"] for row in table.values()] == ["4", "3"]
     assert "4 of 8 arms of `world_seeds` have no result yet (of seed 4)" in text
 
@@ -182,10 +182,10 @@ def test_a_real_model_is_asked_before_and_after(made: Path) -> None:
     kl = [(1 - final("folora", seed, 1e-3)) / 10 for seed in range(2)]
     assert forgotten["folora"]["KL"] == stated(kl, 4)
     lost = [1 - final("lora", seed, 1e-3) for seed in range(2)]
-    assert forgotten["LoRA"]["kept lost"] == stated(lost, 4)
-    assert asked["city (kept)"]["base"] == "1.000 ± 0.000"
+    assert forgotten["LoRA"]["score lost"] == stated(lost, 4)
+    assert asked["city (retained)"]["base"] == "1.000 ± 0.000"
     kept = [final("folora", seed, 1e-3) - 0.05 for seed in range(2)]
-    assert asked["city (kept)"]["folora"] == stated(kept)
+    assert asked["city (retained)"]["folora"] == stated(kept)
     assert asked["city.nats"]["LoRA"] == "-1.000 ± 0.000"
     assert set(found.pictures) == {"real_plan_words.png"}
     found.pictures["real_plan_words.png"](made / "picture.png")
@@ -196,7 +196,7 @@ def test_knobs(made: Path) -> None:
     assert list(table) == ["defaults", "tau = 1e-05", "tau = 0.1", "s_min = 0"]
     assert (table["defaults"]["arms"], table["tau = 0.1"]["arms"]) == ("4", "4")
     kept = [final("folora", seed, 3e-3) - 0.3 * (1 + seed) for seed in range(2)]
-    assert table["tau = 1e-05"]["kept at matched task"] == stated(kept)
+    assert table["tau = 1e-05"]["retained at matched task"] == stated(kept)
     assert table["tau = 1e-05"]["minus defaults"] == stated([-0.3, -0.6], sign="+")
     assert table["s_min = 0"]["minus defaults"].startswith("+0.000 ± 0.000")
 
@@ -205,9 +205,9 @@ def test_calibration(made: Path) -> None:
     text = page(made, "calibration")
     table, null = tables(text)
     assert list(table) == ["folora, self 16", "folora, self 256", "folora, narrow 256"]
-    assert list(null) == [row.replace("folora", "folora, null-space start") for row in table]
+    assert list(null) == [row.replace("folora", "folora, null-space init") for row in table]
     narrow = [final("folora", seed, 3e-3) - 0.5 for seed in range(2)]
-    assert table["folora, narrow 256"]["kept at matched task"] == stated(narrow)
+    assert table["folora, narrow 256"]["retained at matched task"] == stated(narrow)
     minus = table["folora, narrow 256"]["minus folora, self 256"]
     assert minus.removesuffix(" *") == "-0.500 ± 0.000"
     assert text.count("Matched task: score of at least 0.900.") == 2

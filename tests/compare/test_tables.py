@@ -50,7 +50,7 @@ def test_nulls_after_divergence_become_nan_and_leave_the_frontier(tmp_path: Path
     assert last.step == 50
     assert all(map(math.isnan, (last.task, last.kept, last.kl, last.frobenius, last.h_norm)))
     table = comparison_table([result], "shift", level=0.5)
-    assert cells(table, "LORA")["kept at matched task"] == "0.800"
+    assert cells(table, "LORA")["retained at matched task"] == "0.800"
     assert cells(table, "LORA")["arms"] == "1 (1 diverged)"
     frontier_picture([result], "shift", tmp_path / "one.png")
     norm_picture([result], "shift", tmp_path / "two.png")
@@ -113,13 +113,13 @@ def test_table_of_scores(tmp_path: Path) -> None:
     assert "score of at least 0.910 (90 % of the way" in table.caption
     assert "score of at least 0.855 (90 % of the base's)" in table.caption
     folora, lora = cells(table, "FOLORA"), cells(table, "LORA")
-    assert folora["kept at matched task"] == "0.700 ± 0.000"
-    assert lora["kept at matched task"] == stated([0.5, 0.47, 0.44], 3)
+    assert folora["retained at matched task"] == "0.700 ± 0.000"
+    assert lora["retained at matched task"] == stated([0.5, 0.47, 0.44], 3)
     assert lora["minus FOLORA"] == stated([-0.2, -0.23, -0.26], 3, "+") + " *"
     assert folora["minus FOLORA"] == "–"
     assert lora["KL at matched task"] == stated([0.5, 0.51, 0.52], 4)
-    assert folora["task at matched kept"] == "0.700 ± 0.000"
-    assert lora["task at matched kept"] == "0.100 ± 0.000"  # the base itself
+    assert folora["task at matched retention"] == "0.700 ± 0.000"
+    assert lora["task at matched retention"] == "0.100 ± 0.000"  # the base itself
     # Steps above the base's .1: .6 wide at .9, then .2 and .1.
     areas = [(0.6 * 0.9 + 0.2 * (0.8 - 0.01 * s) + 0.1 * 0.7) / 0.9 for s in range(3)]
     assert folora["area"] == stated(areas, 3)
@@ -137,21 +137,21 @@ def test_table_of_losses(tmp_path: Path) -> None:
     table = comparison_table(load(tmp_path), "shift")
     # Best losses are 0 and .1 (task .95), both beyond halfway from 1.8.
     assert "loss of at most 0.100 nats per token (reached by every method" in table.caption
-    assert "KL of at most 0.05 nats per token" in table.caption
+    assert "Matched KL: at most 0.05 nats per token" in table.caption
     assert table.header[1:-2] == (
-        "KL at matched task", "minus FOLORA", "loss at matched kept", "area",
+        "KL at matched task", "minus FOLORA", "loss at matched KL", "area",
     )  # fmt: skip
     assert cells(table, "FOLORA")["KL at matched task"] == "0.3000 ± 0.0000"
     assert cells(table, "LORA")["KL at matched task"] == stated([0.5, 0.51, 0.52], 4)
-    assert cells(table, "FOLORA")["loss at matched kept"] == "0.200 ± 0.000"
-    assert cells(table, "LORA")["loss at matched kept"] == "1.800 ± 0.000"
+    assert cells(table, "FOLORA")["loss at matched KL"] == "0.200 ± 0.000"
+    assert cells(table, "LORA")["loss at matched KL"] == "1.800 ± 0.000"
     # From loss 1.8 to the best of all, 0, and from KL .5 to 0; the last of lora's is at the floor.
     area = 1.0 * 0.4 / (1.8 * 0.5)
     assert cells(table, "LORA")["area"] == f"{area:.3f} ± 0.000"
     given = comparison_table(load(tmp_path), "shift", level=-0.2, kept_level=-0.1)
     assert "loss of at most 0.200 nats per token. " in given.caption
     assert cells(given, "LORA")["minus FOLORA"] == stated([0.46, 0.47, 0.48], 4, "+") + " *"
-    assert cells(given, "LORA")["loss at matched kept"] == "0.800 ± 0.000"
+    assert cells(given, "LORA")["loss at matched KL"] == "0.800 ± 0.000"
 
 
 def test_seeds_that_do_not_get_there_are_counted(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_seeds_that_do_not_get_there_are_counted(tmp_path: Path) -> None:
     write(tmp_path, "lora", 1, [(0.6, 0.7, 0.1)])
     table = comparison_table(load(tmp_path), "shift", level=0.9)
     row = cells(table, "LORA")
-    assert row["kept at matched task"] == stated([0.5, 0.44], 3) + " (2 of 3 seeds)"
+    assert row["retained at matched task"] == stated([0.5, 0.44], 3) + " (2 of 3 seeds)"
     # The reference keeps .8 and .78 there.
     assert row["minus FOLORA"] == stated([-0.3, -0.34], 3, "+") + " (2 of 3 seeds) *"
 
@@ -176,7 +176,7 @@ def test_one_seed_has_no_interval_and_no_mark(tmp_path: Path) -> None:
     write(tmp_path, "folora", 0, [(1.0, 0.9, 0.1)])
     write(tmp_path, "lora", 0, [(1.0, 0.5, 0.1)])
     row = cells(comparison_table(load(tmp_path), "shift"), "LORA")
-    assert (row["kept at matched task"], row["minus FOLORA"]) == ("0.500", "-0.400")
+    assert (row["retained at matched task"], row["minus FOLORA"]) == ("0.500", "-0.400")
 
 
 def test_methods_come_in_the_order_asked_for_and_without_the_reference(tmp_path: Path) -> None:

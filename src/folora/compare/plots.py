@@ -162,7 +162,7 @@ def _finish(figure: Figure, axes: Sequence[Axes], scores: Scores, title: str) ->
     for axis in axes:
         tidy(axis)
     if scores.kept_scored:
-        axes[0].set_ylabel("kept score")
+        axes[0].set_ylabel("retained score")
     else:  # panels share the axis; up is better, as with scores
         axes[0].set_ylabel(f"KL to the base (nats per token, ≥ {MIN_KL:g})")
         axes[0].set_yscale("log")

@@ -153,8 +153,8 @@ def comparison_table(
 
     columns = _frontier_columns(sets, bases, scores, levels)
     caption = [
-        f"{task}: mean ± half-width of the 95 % confidence interval over seeds; all arms of a method are "
-        "pooled.",
+        f"{task}: mean ± half-width of the 95 % confidence interval over seeds; all arms (trainings) of a method "
+        "are pooled.",
         _describe_levels(levels, scores, level is None, kept_level is None),
         _describe_area(levels, scores),
     ]
@@ -165,7 +165,7 @@ def comparison_table(
                 m: {s: getattr(a, name) for s, a in seeds.items()} for m, seeds in best.items()
             }
             columns.append(Column(title, digits, values))
-        caption.append("Avg1, Avg2, GM: at each seed's reading with the best GM.")
+        caption.append("Avg1, Avg2, GM: at each seed's measurement with the best GM.")
     cells = [(column.title, column.cell) for column in columns]
     if reference in arms:
         difference = partial(columns[0].difference, reference=reference)
@@ -211,15 +211,16 @@ def _describe_levels(levels: Levels, scores: Scores, task_found: bool, kept_foun
         task = f"loss of at most {-levels.task:.3f} nats per token"
         why = "reached by every method that gets halfway to the best"
     if scores.kept_scored:
-        kept = f"score of at least {levels.kept:.3f}" + (" (90 % of the base's)" * kept_found)
+        kept = f"Matched retention: score of at least {levels.kept:.3f}"
+        kept += " (90 % of the base's)" * kept_found
     else:
-        kept = f"KL of at most {-levels.kept:g} nats per token"
-    return f"Matched task: {task}{f' ({why})' * task_found}. Matched kept: {kept}."
+        kept = f"Matched KL: at most {-levels.kept:g} nats per token"
+    return f"Matched task: {task}{f' ({why})' * task_found}. {kept}."
 
 
 def _describe_area(levels: Levels, scores: Scores) -> str:
     task = "score to 1" if scores.task_scored else f"loss to {-levels.best_task:.3f}"
-    kept = "kept score 0 to 1" if scores.kept_scored else f"KL {KL_FLOOR:g} to 0"
+    kept = "retained score 0 to 1" if scores.kept_scored else f"KL {KL_FLOOR:g} to 0"
     return f"Area: under the frontier, as a fraction of the rectangle from the base's task {task} and from {kept}."
 
 
@@ -238,11 +239,13 @@ def _frontier_columns(
 
     columns = [column("KL at matched task", 4, lambda p, _: kl_at(p, levels.task))]
     if scores.kept_scored:  # without scorers it is the same as the KL
-        columns.insert(0, column("kept at matched task", 3, lambda p, _: kept_at(p, levels.task)))
+        columns.insert(
+            0, column("retained at matched task", 3, lambda p, _: kept_at(p, levels.task))
+        )
     if scores.task_scored:
-        columns.append(column("task at matched kept", 3, lambda p, _: task_at(p, levels.kept)))
+        columns.append(column("task at matched retention", 3, lambda p, _: task_at(p, levels.kept)))
     else:
-        columns.append(column("loss at matched kept", 3, lambda p, _: -task_at(p, levels.kept)))
+        columns.append(column("loss at matched KL", 3, lambda p, _: -task_at(p, levels.kept)))
     return [*columns, column("area", 3, area)]
 
 
