@@ -91,28 +91,23 @@ def sample_sequences(
     seen: set[tuple[int, ...]] = set()
     accepted: list[list[int]] = []
     rejected: Counter[str] = Counter()
-    attempts = 0
     check_points = _check_points(config.num_sequences)
+    generated = _sequences(engine, config.batch_size or BATCH_SIZES[0], shards)
     with progress("sampling", config.num_sequences) as tick:
-        for batch in _batches(engine, config.batch_size or BATCH_SIZES[0], shards):
-            before = len(accepted)
-            for tokens in batch:
+        for attempts, tokens in enumerate(generated, start=1):
+            body = tokens[:-1] if tokens and tokens[-1] in eos_ids else tokens
+            reason = rejection(body, seen)
+            tick(int(reason is None), len(tokens))
+            if reason is None:
+                accepted.append([start_id, *tokens])
                 if len(accepted) == config.num_sequences:
                     break
-                attempts += 1
-                body = tokens[:-1] if tokens and tokens[-1] in eos_ids else tokens
-                reason = rejection(body, seen)
-                if reason is not None:
-                    rejected[reason] += 1
-                    continue
-                accepted.append([start_id, *tokens])
-                if converged and len(accepted) in check_points:  # before another batch is decoded
+                if converged and len(accepted) in check_points:
                     found = _split(accepted, config, rejected)
                     if converged(found.calibration):
                         return found
-            tick(len(accepted) - before, sum(map(len, batch)))
-            if len(accepted) == config.num_sequences:
-                break
+            else:
+                rejected[reason] += 1
             hopeless = attempts >= MIN_ATTEMPTS and not accepted
             if hopeless or attempts >= MAX_ATTEMPTS_PER_SEQUENCE * config.num_sequences:
                 raise DataError(
@@ -159,8 +154,8 @@ def lazy_engine(make: Callable[[], Engine]) -> Engine:
     return lambda numbers: made()(numbers)
 
 
-def _batches(engine: Engine, size: int, shards: Path | None) -> Iterator[list[list[int]]]:
-    """Endless batches in the order of sequence numbers, from shards where they exist.
+def _sequences(engine: Engine, size: int, shards: Path | None) -> Iterator[list[int]]:
+    """Endless sequences in the order of their numbers, from shards where they exist.
 
     Each process decodes a batch at a time; rank 0 reads and writes the files.
     """
@@ -178,7 +173,7 @@ def _batches(engine: Engine, size: int, shards: Path | None) -> Iterator[list[li
             ahead = dict(zip(due, decoded, strict=True))
             distributed.on_rank_zero(partial(_store, shards, ahead))
         batch = ahead.pop(number)
-        yield batch
+        yield from batch
         number += len(batch)
 
 
