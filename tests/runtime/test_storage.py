@@ -27,7 +27,6 @@ from folora.runtime.artifacts import read_artifact, read_manifest, read_tensors,
 from folora.runtime.storage import (
     FORMAT_VERSION,
     exclusive,
-    folder_lock,
     read_json,
     read_sealed,
     sealed,
@@ -188,7 +187,7 @@ def test_a_read_only_folder_is_named() -> None:
             write_sealed(folder / "b.json", {})
         with (
             pytest.raises(ArtifactError, match=f"cannot write {folder}"),
-            exclusive(folder_lock(folder)),
+            exclusive(folder),
         ):
             pass
     finally:
@@ -261,7 +260,7 @@ def test_oversized_json_files_are_not_read(tmp_path: Path) -> None:
 
 
 def hold(folder: Path, held: Any, enough: Any) -> None:
-    with exclusive(folder_lock(folder)):
+    with exclusive(folder):
         held.set()
         enough.wait(60)
 
@@ -276,14 +275,13 @@ def test_the_lock_admits_one_process_at_a_time(
     other = fork.Process(target=hold, args=(tmp_path, held, enough))
     other.start()
     assert held.wait(60)
-    lock = folder_lock(tmp_path)
     taken = pytest.raises(ArtifactError, match=f"another process of folora is using {tmp_path}")
-    with taken, exclusive(lock):
+    with taken, exclusive(tmp_path):
         pass
     if end == "leaves":
         enough.set()
     else:
         other.kill()
     other.join()
-    with exclusive(lock), exclusive(lock):  # reentrant
+    with exclusive(tmp_path), exclusive(tmp_path):  # reentrant
         pass

@@ -7,7 +7,7 @@ Built on click. Flags win over the file given by ``--config``, which for later s
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import NoneType
@@ -140,12 +140,7 @@ class _Command(click.Command):
         values = nested(FoLoraConfig.paper().differences()) if given.pop("preset") else {}
         if file := given.pop("config") or self._config_of_run(changes.get("output")):
             _merge(values, read_yaml(file))
-        ingredients = {n[7:]: changes.pop(n) for n in list(changes) if n.startswith("method.")}
         _merge(values, nested(changes))
-        if ingredients:
-            chosen = values.get("method", "folora")
-            chosen = chosen if isinstance(chosen, Mapping) else {"name": chosen}
-            values["method"] = {**chosen, **ingredients}
         return Request(str(self.name), **given), FoLoraConfig.from_dict(values)
 
     def _config_of_run(self, output: str | None) -> str | None:
@@ -299,7 +294,9 @@ def _help(option: Option) -> str:
 
 
 def _merge(values: dict[str, Any], more: dict[str, Any]) -> None:
-    """Put nested `more` over `values`, section by section, in place."""
+    """Put nested `more` over `values`, section by section, in place; a named method replaces another."""
     for name, value in more.items():
-        both = isinstance(value, dict) and isinstance(values.get(name), dict) and name != "method"
-        values[name] = {**values[name], **value} if both else value
+        old: Any = values.get(name)
+        old = {"name": old} if name == "method" and isinstance(old, str) else old
+        both = isinstance(value, dict) and isinstance(old, dict) and "name" not in value
+        values[name] = {**old, **value} if both else value

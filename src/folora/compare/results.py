@@ -26,7 +26,7 @@ from typing_extensions import TypedDict
 
 from folora.compare.frontier import Point
 from folora.errors import ArtifactError, DataError
-from folora.runtime.storage import exclusive, folder_lock, parse_json, read_text, write_text
+from folora.runtime.storage import exclusive, parse_json, read_text, write_text
 
 FORMAT = 2
 LOCK_SECONDS = 60.0  # maximum wait for another process that adds a result
@@ -176,7 +176,7 @@ class ResultFile:
         Raises:
             ArtifactError: The file is damaged or cannot be written.
         """
-        with exclusive(folder_lock(self.path.parent, LOCK_SECONDS)):
+        with exclusive(self.path.parent, LOCK_SECONDS):
             values = {key: line.values for key, line in self.read().items()}
             values[result["task"], result["seed"], result["name"]] = dict(result)
             text = "".join(json.dumps(values[key]) + "\n" for key in sorted(values))

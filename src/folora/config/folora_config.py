@@ -28,7 +28,7 @@ from folora.methods import METHODS, Method, method
 def as_method(value: Any) -> Method:
     """A method from its name, or from a mapping of its name and the ingredients that differ.
 
-    A mapping with a new name needs a title; it starts from the defaults.
+    A mapping without a name starts from `folora`, one with a new name from the defaults; it needs a title.
 
     Raises:
         ConfigError: There is no such method or ingredient, or a value is outside of its interval.
@@ -37,13 +37,14 @@ def as_method(value: Any) -> Method:
         return value
     if isinstance(value, str):
         return method(value)
-    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+    name = value.get("name", "folora") if isinstance(value, Mapping) else None
+    if not isinstance(name, str):
         raise ConfigError(
             f"method is {short(value)}, but must be a name, or a mapping with a name and ingredients"
         )
-    known = {"about": ""} if "title" in value else dict(method(value["name"]))
+    known = {"about": ""} if "title" in value else dict(method(name))
     try:
-        return Method(**{**known, **dict(METHODS.get(value["name"], {})), **value})
+        return Method(**{**known, **dict(METHODS.get(name, {})), **value})
     except ValidationError as error:
         raise ConfigError(explained(error, Method, "method")) from None
 
@@ -198,17 +199,12 @@ class FoLoraConfig(Options):
         Raises:
             ConfigError: As `from_dict`.
         """
-        changes = dict(changes)
         for name in changes:
             check_name(name)
         values = self.differences()
         if "method" in changes:
-            values["method"] = as_method(changes.pop("method"))
-            values = {n: v for n, v in values.items() if n not in values["method"].settings}
-        ingredients = {n[7:]: changes.pop(n) for n in list(changes) if n.startswith("method.")}
-        if ingredients:
-            now = as_method(values.get("method", self.method))
-            values["method"] = as_method({**dict(now), **ingredients})
+            settings = as_method(changes["method"]).settings
+            values = {name: v for name, v in values.items() if name not in settings}
         return FoLoraConfig.from_dict(nested({**values, **changes}))
 
     def differences(self) -> dict[str, Any]:
@@ -275,10 +271,8 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
         section, _, option = name.partition(".")
         if option:
             inner = found.get(section, {})
-            found[section] = {
-                **(dict(inner) if isinstance(inner, Options) else inner),
-                option: values[name],
-            }
+            inner = {"name": inner} if isinstance(inner, str) else dict(inner)
+            found[section] = {**inner, option: values[name]}
         else:
             found[name] = values[name]
     return found

@@ -43,7 +43,7 @@ from folora.runtime.checkpoints import check_checkpoints
 from folora.runtime.fingerprints import config_fingerprint, weights_fingerprint
 from folora.runtime.loading import load_model, required
 from folora.runtime.ownership import check_own, check_owned_folder, write_own
-from folora.runtime.storage import check_lock, check_writable, exclusive, folder_lock, obstacle
+from folora.runtime.storage import check_lock, check_writable, exclusive, obstacle
 
 CONFIG, REPORT, BASE = "config.yaml", "report.json", "base.safetensors"
 ADAPTER, MERGED, COMPARISON = "5-adapter", "merged", "compare"
@@ -71,7 +71,6 @@ class Run:
         if os.path.isfile(self.folder):  # Path.is_file raises if the name is too long
             raise ConfigError(f"output {self.folder} is a file, but must be a folder")
         self.store = Folder(self.folder)
-        self._lock = folder_lock(self.folder)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -81,7 +80,7 @@ class Run:
             ArtifactError: Another folora process is running there.
         """
         with ExitStack() as held:
-            distributed.on_rank_zero(lambda: held.enter_context(exclusive(self._lock)))
+            distributed.on_rank_zero(lambda: held.enter_context(exclusive(self.folder)))
             distributed.raise_together(lambda: _check_shared(self.folder))
             yield
 

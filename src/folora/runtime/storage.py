@@ -317,11 +317,6 @@ def check_writable(folder: Path, what: str) -> None:
         raise ConfigError(f"{what} {folder} cannot be written: no permission in {place}")
 
 
-def folder_lock(folder: Path, seconds: float = LOCK_SECONDS) -> FileLock:
-    """The reentrant lock of a folder, for `exclusive`; `seconds` is the timeout."""
-    return FileLock(folder / LOCK, timeout=seconds)
-
-
 def check_lock(folder: Path) -> None:
     """Refuse a lock file that folora did not create. Raises ConfigError."""
     file = folder / LOCK
@@ -332,17 +327,19 @@ def check_lock(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def exclusive(lock: FileLock) -> Iterator[None]:
-    """Hold a folder's lock while the block runs; the system releases it if the process is killed.
+def exclusive(folder: Path, seconds: float | None = None) -> Iterator[None]:
+    """Hold a folder's lock while the block runs; blocks may be nested.
+
+    The system releases it if the process is killed.
 
     Raises:
-        ArtifactError: Another process holds it, or the folder cannot be written.
+        ArtifactError: Another process held it for so many seconds, or the folder cannot be written.
     """
-    folder = Path(lock.lock_file).parent
+    lock = FileLock(folder / LOCK, is_singleton=True)  # one for each path, which counts
     try:
         folder.mkdir(parents=True, exist_ok=True)
         check_lock(folder)
-        lock.acquire()
+        lock.acquire(LOCK_SECONDS if seconds is None else seconds)
     except Timeout:
         raise ArtifactError(
             f"another process of folora is using {folder}; wait for it, or choose another output folder"
