@@ -51,7 +51,7 @@ USES: dict[str, tuple[str, ...]] = {
     "compare": tuple(name for name in ALL if name != "method"),
 }
 """The options and sections that each command uses."""
-LATER_STAGES = ("measure", "solve", "train", "export")
+LATER_STAGES = ("measure", "solve", "train", "export")  # they read the run folder's config.yaml
 
 COMMANDS = {
     "run": "All stages: from a model and a data set to an adapter and a report.",
@@ -72,13 +72,13 @@ class Request:
 
     command: str
     verbose: bool = False
-    to: str | None = None  # of export and base, as the next two of export alone
-    rank: int | None = None
-    merged: bool = False
-    processes: int = 1  # of plan
-    methods: tuple[str, ...] = ()  # of compare, as the next two
-    learning_rates: tuple[float, ...] = ()
-    seeds: tuple[int, ...] = ()
+    to: str | None = None  # export, base: where to write
+    rank: int | None = None  # export: truncate to this rank
+    merged: bool = False  # export: write merged weights
+    processes: int = 1  # plan: how many work together
+    methods: tuple[str, ...] = ()  # compare
+    learning_rates: tuple[float, ...] = ()  # compare
+    seeds: tuple[int, ...] = ()  # compare
 
 
 def parse(arguments: Sequence[str]) -> tuple[Request, FoLoraConfig] | None:

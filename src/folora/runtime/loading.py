@@ -81,12 +81,7 @@ def device_of(config: FoLoraConfig) -> torch.device:
 def load_config(config: FoLoraConfig, name: str) -> Any:
     """The transformers config of a causal LM. Raises ConfigError."""
     check_model_name(name)
-    found = _load(
-        AutoConfig.from_pretrained,
-        name,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-    )
+    found = _load(AutoConfig.from_pretrained, config, name)
     check_config(found, name)
     return found
 
@@ -119,13 +114,10 @@ def fast_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
 
 def is_slow_here(dtype: torch.dtype) -> bool:
     """Whether oneDNN has no matrix products in this dtype on this CPU."""
-    if dtype == torch.bfloat16:
-        has_products = torch.ops.mkldnn._is_mkldnn_bf16_supported
-    elif dtype == torch.float16:
-        has_products = torch.ops.mkldnn._is_mkldnn_fp16_supported
-    else:
-        return False
-    return not (torch.backends.mkldnn.is_available() and has_products())
+    narrow = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
+    if narrow is None or not torch.backends.mkldnn.is_available():
+        return narrow is not None
+    return not getattr(torch.ops.mkldnn, f"_is_mkldnn_{narrow}_supported")()
 
 
 def warn_if_slow(dtype: torch.dtype | None, device: torch.device) -> None:
@@ -141,23 +133,17 @@ def warn_if_slow(dtype: torch.dtype | None, device: torch.device) -> None:
 
 def load_skeleton(config: FoLoraConfig, model_config: Any) -> PreTrainedModel:
     """The model with uninitialized weights, on torch's default device. Raises ConfigError."""
-    return _load(
-        lambda name, **options: AutoModelForCausalLM.from_config(model_config, **options),
-        required(config.model, "model"),
-        trust_remote_code=config.trust_remote_code,
-    )
+
+    def load(name: str, revision: str | None, **options: Any) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_config(model_config, **options)
+
+    return _load(load, config, required(config.model, "model"))
 
 
 def load_tokenizer(config: FoLoraConfig, name: str) -> PreTrainedTokenizerBase:
     """The tokenizer, with right padding. Raises ConfigError."""
     check_model_name(name)
-    tokenizer = _load(
-        AutoTokenizer.from_pretrained,
-        name,
-        "the tokenizer of model",
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-    )
+    tokenizer = _load(AutoTokenizer.from_pretrained, config, name, "the tokenizer of model")
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
@@ -179,11 +165,7 @@ def load_model(config: FoLoraConfig, name: str, as_stored: bool = False) -> PreT
     model_config = load_config(config, name)
     dtype = None if as_stored else dtype_for(config, device, model_config)
     warn_if_slow(dtype, device)
-    options: dict[str, Any] = {
-        "dtype": dtype or config.dtype,
-        "revision": config.revision,
-        "trust_remote_code": config.trust_remote_code,
-    }
+    options: dict[str, Any] = {"dtype": dtype or config.dtype}
     if config.quantize != "none":
         options["device_map"] = {"": device}
         options["quantization_config"] = BitsAndBytesConfig(
@@ -199,7 +181,7 @@ def load_model(config: FoLoraConfig, name: str, as_stored: bool = False) -> PreT
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     # Weights of a wrong shape are refused below; transformers only logs them.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, info = _load(AutoModelForCausalLM.from_pretrained, name, **options)
+    model, info = _load(AutoModelForCausalLM.from_pretrained, config, name, **options)
     if info["mismatched_keys"]:
         layer, found, wanted = min(info["mismatched_keys"])
         raise ConfigError(
@@ -217,10 +199,11 @@ def load_model(config: FoLoraConfig, name: str, as_stored: bool = False) -> PreT
     return model.requires_grad_(False).eval()
 
 
-def _load(load: Any, name: str, what: str = "model", **options: Any) -> Any:
+def _load(load: Any, config: FoLoraConfig, name: str, what: str = "model", **options: Any) -> Any:
     """Call a `from_pretrained`; any error becomes a ConfigError."""
+    own = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
-        return load(name, **options)
+        return load(name, **own, **options)
     except Exception as error:  # OSError, ValueError, SafetensorError, ImportError, HTTP errors ...
         offline = distributed.is_set("HF_HUB_OFFLINE") and not os.path.exists(name)
         where = " (HF_HUB_OFFLINE is set, so only the local cache was searched)" if offline else ""
