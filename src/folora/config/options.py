@@ -28,11 +28,7 @@ class Options(BaseModel):
     """
 
     model_config = ConfigDict(
-        strict=True,
-        extra="forbid",
-        frozen=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
     section: ClassVar[str] = ""
     """What its options are called by: ``"adapter"`` for ``adapter.r``."""

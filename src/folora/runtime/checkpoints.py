@@ -33,7 +33,9 @@ SEAL = LIST
 
 
 def check_checkpoints(folder: Path, request: str) -> None:
-    """Refuse a training folder with checkpoints that folora did not write, for lack of `request` in it.
+    """Refuse a training folder with checkpoints that folora did not write.
+
+    `request` is the name of the file in it that describes the training.
 
     Raises:
         ConfigError: A checkpoint was not written by folora, or is a link; it is named.
@@ -55,7 +57,7 @@ def begin_checkpoint(folder: Path) -> None:
 
 
 def prune(folder: Path, keep: int, best: str | None = None) -> None:
-    """Delete all but the latest `keep` checkpoints, `best` included; modified or damaged ones are retained."""
+    """Delete all but the latest `keep` checkpoints, `best` included; modified or damaged ones stay."""
     complete = []
     for _, path in sorted(_numbered(folder)):
         with contextlib.suppress(ArtifactError):  # damaged ones are not deleted
