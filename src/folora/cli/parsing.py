@@ -140,7 +140,8 @@ class _Command(click.Command):
         values = nested(FoLoraConfig.paper().differences()) if given.pop("preset") else {}
         if file := given.pop("config") or self._config_of_run(changes.get("output")):
             _merge(values, read_yaml(file))
-        _merge(values, nested(changes))
+        own = {"method": values["method"]} if "method" in values else {}
+        _merge(values, nested({**own, **changes}))
         return Request(str(self.name), **given), FoLoraConfig.from_dict(values)
 
     def _config_of_run(self, output: str | None) -> str | None:
@@ -294,9 +295,7 @@ def _help(option: Option) -> str:
 
 
 def _merge(values: dict[str, Any], more: dict[str, Any]) -> None:
-    """Put nested `more` over `values`, section by section, in place; a named method replaces another."""
+    """Put nested `more` over `values`, section by section, in place; a method replaces another."""
     for name, value in more.items():
-        old: Any = values.get(name)
-        old = {"name": old} if name == "method" and isinstance(old, str) else old
-        both = isinstance(value, dict) and isinstance(old, dict) and "name" not in value
-        values[name] = {**old, **value} if both else value
+        both = isinstance(value, dict) and isinstance(values.get(name), dict) and name != "method"
+        values[name] = {**values[name], **value} if both else value

@@ -7,7 +7,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BeforeValidator, PlainSerializer, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, PlainSerializer, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from folora.config.options import Options, allowed, check_keys, explained, short, unknown
@@ -28,7 +28,7 @@ from folora.methods import METHODS, Method, method
 def as_method(value: Any) -> Method:
     """A method from its name, or from a mapping of its name and the ingredients that differ.
 
-    A mapping without a name starts from `folora`, one with a new name from the defaults; it needs a title.
+    A mapping with a new name needs a title; it starts from the defaults.
 
     Raises:
         ConfigError: There is no such method or ingredient, or a value is outside of its interval.
@@ -37,14 +37,13 @@ def as_method(value: Any) -> Method:
         return value
     if isinstance(value, str):
         return method(value)
-    name = value.get("name", "folora") if isinstance(value, Mapping) else None
-    if not isinstance(name, str):
+    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
         raise ConfigError(
             f"method is {short(value)}, but must be a name, or a mapping with a name and ingredients"
         )
-    known = {"about": ""} if "title" in value else dict(method(name))
+    known = {"about": ""} if "title" in value else dict(method(value["name"]))
     try:
-        return Method(**{**known, **dict(METHODS.get(name, {})), **value})
+        return Method(**{**known, **dict(METHODS.get(value["name"], {})), **value})
     except ValidationError as error:
         raise ConfigError(explained(error, Method, "method")) from None
 
@@ -265,13 +264,13 @@ def check_name(name: Any) -> None:
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted names as nested dicts; a whole section goes before its options."""
+    """Dotted names as nested dicts; a whole section or method goes before its options."""
     found: dict[str, Any] = {}
     for name in sorted(values, key=lambda n: "." in n):
         section, _, option = name.partition(".")
         if option:
-            inner = found.get(section, {})
-            inner = {"name": inner} if isinstance(inner, str) else dict(inner)
+            inner = found.get(section, "folora" if section == "method" else {})
+            inner = dict(inner) if isinstance(inner, Mapping | BaseModel) else {"name": inner}
             found[section] = {**inner, option: values[name]}
         else:
             found[name] = values[name]
