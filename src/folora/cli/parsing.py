@@ -140,6 +140,7 @@ class _Command(click.Command):
         values = nested(FoLoraConfig.paper().differences()) if given.pop("preset") else {}
         if file := given.pop("config") or self._config_of_run(changes.get("output")):
             _merge(values, read_yaml(file))
+        # Flags such as --method.protect change ingredients of the file's method.
         own = {"method": values["method"]} if "method" in values else {}
         _merge(values, nested({**own, **changes}))
         return Request(str(self.name), **given), FoLoraConfig.from_dict(values)
@@ -207,8 +208,13 @@ def _command(name: str) -> click.Command:
 
 def _own_options(name: str) -> list[click.Parameter]:
     """The options of a command that are no part of the config."""
+    default = " Default: config.yaml in the run folder." if name in LATER_STAGES else ""
     found: list[click.Parameter] = [
-        _Option(["--config"], metavar="FILE", help="YAML file with the options below; flags win."),
+        _Option(
+            ["--config"],
+            metavar="FILE",
+            help=f"YAML file with the options below; flags win.{default}",
+        ),
         _Option(
             ["--preset"], type=click.Choice(["paper"]), help="Start from FoLoraConfig.paper()."
         ),
