@@ -8,7 +8,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-if "FOLORA_TEST_GPU" not in os.environ:  # tests compare with what the CPU gives, and fork
+if "FOLORA_TEST_GPU" not in os.environ:  # tests compare with the CPU's results, and fork
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from jaxtyping import install_import_hook
@@ -35,7 +35,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from benchmarks.tiny import MAKERS, make_tokenizer, tiny_config, write_model, write_rows
 from folora.pipeline.run import Run
 
-# How long an example takes depends on what else the machine does.
+# The time of an example depends on the load of the machine.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
@@ -47,7 +47,7 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _threads() -> None:
-    """One, so that processes that test side by side do not disturb each other; see `make cpus`."""
+    """One thread, so that test processes side by side do not slow each other down; see `make cpus`."""
     torch.set_num_threads(int(os.environ.get("FOLORA_TEST_THREADS", "1")))
 
 
@@ -69,7 +69,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty rows of a made-up task."""
+    """Forty rows of a synthetic task."""
     return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
 
 
@@ -77,7 +77,7 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(
     model_folder: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> folora.FoLoraConfig:
-    """A whole tiny run that made everything itself, to read and to copy from, not to change."""
+    """A complete tiny run, to be read or copied, not changed."""
     output = tmp_path_factory.mktemp("runs") / "whole"
     config = tiny_config(model=str(model_folder), dataset=str(rows_file), output=str(output))
     Run(config).run()

@@ -89,7 +89,7 @@ def test_wrong_values_are_named(values: dict[str, Any], message: str) -> None:
         FoLoraConfig.from_dict(values)
 
 
-def test_flags_win_over_the_file_and_have_the_same_names(tmp_path: Path) -> None:
+def test_flags_override_the_file_and_have_the_same_names(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(
         "model: m\nspectrum:\n  tau: 0.5\n  lam: 2.0\nadapter:\n  r: 3\n"
     )
@@ -111,7 +111,7 @@ def test_a_preset_can_be_changed_by_flags() -> None:
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "\x00"])
-def test_bad_yaml(tmp_path: Path, text: str) -> None:
+def test_invalid_yaml_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"c\.yaml"):
         read_yaml(tmp_path / "c.yaml")
@@ -147,7 +147,7 @@ anything = st.one_of(
 
 
 def fitting(kind: Any) -> st.SearchStrategy[Any]:
-    """Values of an option's type, also such as its interval refuses."""
+    """Values of an option's type, inside and outside its interval."""
     if get_origin(kind) is Annotated:
         return fitting(get_args(kind)[0])
     if get_origin(kind) is Literal:
@@ -171,7 +171,7 @@ changes = st.lists(st.sampled_from(sorted(OPTIONS)), max_size=6, unique=True).fl
 
 
 def configured(given: dict[str, Any]) -> FoLoraConfig:
-    """The default with as many of these changes as are possible together."""
+    """The default config with as many of the changes as fit together."""
     config = FoLoraConfig()
     for name, value in given.items():
         with contextlib.suppress(ConfigError):
@@ -181,7 +181,7 @@ def configured(given: dict[str, Any]) -> FoLoraConfig:
 
 @settings(max_examples=40, deadline=None)
 @given(changes)
-def test_any_config_survives_its_file(given: dict[str, Any]) -> None:
+def test_any_config_round_trips_through_its_file(given: dict[str, Any]) -> None:
     config = configured(given)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "c.yaml"
@@ -189,12 +189,12 @@ def test_any_config_survives_its_file(given: dict[str, Any]) -> None:
         assert FoLoraConfig.from_yaml(file) == config
     assert FoLoraConfig.from_dict(config.to_dict()) == config
     assert FoLoraConfig().changed(config.differences()) == config
-    json_fingerprint(config.to_dict())  # as requests keep it
+    json_fingerprint(config.to_dict())  # as a request stores it
 
 
 @settings(max_examples=60, deadline=None)
 @given(changes, st.sampled_from(sorted(OPTIONS)), st.data())
-def test_a_change_is_refused_or_changes_this_option_alone(
+def test_a_change_is_refused_or_changes_only_this_option(
     given: dict[str, Any], name: str, data: st.DataObject
 ) -> None:
     before = configured(given)
@@ -208,7 +208,7 @@ def test_a_change_is_refused_or_changes_this_option_alone(
         if option != name:
             assert attrgetter(option)(after) == attrgetter(option)(before)
     found = attrgetter(name)(after)
-    assert found == value or found == type(found)(value)  # a list as a tuple, a number as another
+    assert found == value or found == type(found)(value)  # a list becomes a tuple, an int a float
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_a_change_is_refused_or_changes_this_option_alone(
         3,
     ],
 )
-def test_a_name_that_is_no_option(name: Any) -> None:
+def test_an_unknown_option_is_refused(name: Any) -> None:
     with pytest.raises(ConfigError, match="unknown option"):
         FoLoraConfig().changed({name: 1})
 
@@ -236,8 +236,8 @@ def test_a_name_that_is_no_option(name: Any) -> None:
     ["!!int ''", "!!int '+'", "!!float ''", "!!bool maybe", "!!timestamp soon", "!!timestamp ''",
      "0x" + "f" * 5000, "0b1" + "0" * 70, "!!python/object:os.system x"],
 )  # fmt: skip
-def test_yaml_that_pyyaml_itself_stumbles_over(tmp_path: Path, text: str) -> None:
-    """An IndexError, a KeyError, an AttributeError, or a number that Python refuses to print."""
+def test_yaml_on_which_pyyaml_fails_is_refused(tmp_path: Path, text: str) -> None:
+    """PyYAML raises IndexError, KeyError or AttributeError, or returns a number that Python cannot print."""
     (tmp_path / "c.yaml").write_text(f"statistics:\n  batch_size: {text}\n")
     with pytest.raises(ConfigError):
         FoLoraConfig.from_yaml(tmp_path / "c.yaml")
@@ -246,7 +246,7 @@ def test_yaml_that_pyyaml_itself_stumbles_over(tmp_path: Path, text: str) -> Non
 @pytest.mark.parametrize(
     "text", ["2001-02-03", "!!binary YQ==", "!!set {a, b}", "{1: a, b: c}", ".nan"]
 )
-def test_options_of_trl_hold_what_a_request_can_keep(tmp_path: Path, text: str) -> None:
+def test_values_of_trl_options_must_be_json(tmp_path: Path, text: str) -> None:
     (tmp_path / "c.yaml").write_text(f"training:\n  lr_scheduler_kwargs: {{x: {text}}}\n")
     with pytest.raises(ConfigError, match=r"training\.lr_scheduler_kwargs|names of options"):
         FoLoraConfig.from_yaml(tmp_path / "c.yaml")
@@ -275,7 +275,7 @@ def test_sections_may_be_dicts() -> None:
         (lambda: AdapterConfig(alpha="8"), r"adapter\.alpha is '8': Input should be a valid number"),
     ],
 )  # fmt: skip
-def test_wrong_types_are_refused_where_a_section_is_built(
+def test_wrong_types_are_refused_when_a_section_is_built(
     build: Callable[[], Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -283,10 +283,8 @@ def test_wrong_types_are_refused_where_a_section_is_built(
 
 
 @pytest.mark.parametrize("name", REMEDIES)
-def test_an_option_of_an_earlier_version_is_refused_with_its_remedy(
-    name: str, tmp_path: Path
-) -> None:
-    """In a file, by a flag and by `changed`; what the remedy names is there."""
+def test_a_removed_option_is_refused_with_a_remedy(name: str, tmp_path: Path) -> None:
+    """In a file, as a flag and in `changed`; the options that the remedy names exist."""
     section, _, option = name.partition(".")
     (tmp_path / "c.yaml").write_text(f"{section}:\n  {option}: 1\n")
     for refused in (
@@ -317,7 +315,7 @@ def test_a_method_changes_the_defaults_of_options_that_are_not_given() -> None:
     assert FoLoraConfig().changed(given.differences()) == given
 
 
-def test_a_change_of_method_leaves_nothing_of_the_one_before() -> None:
+def test_changing_the_method_resets_the_settings_of_the_previous_one() -> None:
     corda = FoLoraConfig(method="corda", adapter={"r": 8})
     lora = corda.changed({"method": "lora"})
     assert (lora.spectrum.tau, lora.adapter.r) == (0.001, 8)
@@ -325,8 +323,8 @@ def test_a_change_of_method_leaves_nothing_of_the_one_before() -> None:
     assert lora.changed({"method": "lora-r2", "adapter.r": 4}).adapter.r == 4
 
 
-def test_a_method_may_have_other_ingredients(tmp_path: Path) -> None:
-    """By a mapping, by flags, or by a name of its own with a title; all survive their file."""
+def test_settings_of_a_method_can_be_overridden(tmp_path: Path) -> None:
+    """By a mapping, by flags, or as a new method with a title; all round-trip through a file."""
     of_flags = parsed(["run", "--method", "oplora", "--method.protect", "8"])
     config = FoLoraConfig(method={"name": "oplora", "protect": 8})
     assert config == of_flags == FoLoraConfig().changed({"method": "oplora", "method.protect": 8})
@@ -340,8 +338,8 @@ def test_a_method_may_have_other_ingredients(tmp_path: Path) -> None:
         assert FoLoraConfig().changed(made.differences()) == made
 
 
-def test_numbers_may_be_written_as_in_python(tmp_path: Path) -> None:
-    """PyYAML alone takes 1e-3 for text; text that looks like a number is written in quotes."""
+def test_numbers_are_parsed_as_in_python(tmp_path: Path) -> None:
+    """PyYAML parses 1e-3 as text; text that looks like a number is written in quotes."""
     (tmp_path / "c.yaml").write_text("spectrum: {tau: 1e-3, lam: 2E1}\nrevision: '1e5'\n")
     config = FoLoraConfig.from_yaml(tmp_path / "c.yaml")
     assert (config.spectrum.tau, config.spectrum.lam, config.revision) == (1e-3, 20.0, "1e5")
@@ -350,6 +348,6 @@ def test_numbers_may_be_written_as_in_python(tmp_path: Path) -> None:
 
 
 def test_there_are_at_most_forty_options() -> None:
-    """Beside those of SFTConfig that folora has another default or an interval for."""
+    """Not counting options of SFTConfig for which folora has another default or an interval."""
     own = [n for n in option_names() if not n.startswith("training.") or n == "training.lr_b_ratio"]
     assert len(own) <= 40

@@ -1,4 +1,4 @@
-"""On a GPU: the same numbers as on the CPU, and what only a GPU does. Run by ``make gpu``, else skipped."""
+"""GPU results match those of the CPU, and GPU-only code works. Run by ``make gpu``, otherwise skipped."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from folora.spectral.moments import Moments
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    pytest.mark.filterwarnings("default"),  # which ones there are depends on the driver too
+    pytest.mark.filterwarnings("default"),  # warnings depend on the driver
 ]
 GPU = torch.device("cuda")
 ROWS = [[1, *range(4, 4 + n)] for n in (3, 11, 7, 2, 19)]
@@ -83,7 +83,7 @@ def test_the_step_does_not_use_tf32() -> None:
     assert all(torch.equal(a, b) for a, b in zip(allowed, plain, strict=True))
 
 
-def test_float64_follows_the_equations() -> None:
+def test_float64_matches_the_equations() -> None:
     basis, gate = orthogonal_and_gate(17)
     (a,) = params([(4, 17)])
     expected = reference(a.detach(), [g[0] for g in gradients([(4, 17)], 20)], basis, gate, 1e-2)
@@ -153,7 +153,7 @@ def test_moments_match_the_cpu(make: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("d", [33, 64, 576])
 def test_half_precision_inputs_accumulate_in_float32(dtype: torch.dtype, d: int) -> None:
-    """As near to float64, also where sums are much larger than their parts."""
+    """As close to float64, also where sums are much larger than their terms."""
     generator = torch.Generator(GPU).manual_seed(0)
     total = torch.zeros(d, d, device=GPU)
     expected = total.double()
@@ -176,7 +176,7 @@ def test_spectra_match_the_cpu(directions: int | None) -> None:
     here = solve(pre, task, tau=1e-3, null_rank=2, directions=directions)
     there = solve(pre, task, tau=1e-3, null_rank=2, directions=directions, device=GPU)
     for a, b in zip(here, there, strict=True):
-        assert b.basis.device.type == "cpu"  # where C_pre lies
+        assert b.basis.device.type == "cpu"  # the device of C_pre
         assert_near(a.gamma, b.gamma)
         assert_near(a.basis.abs(), b.basis.abs(), roundings=1e3, rtol=1e-3)
 
@@ -184,8 +184,8 @@ def test_spectra_match_the_cpu(directions: int | None) -> None:
 CONFIG = SamplingConfig(num_sequences=40, min_new_tokens=32, max_new_tokens=40, batch_size=16)
 
 
-def test_the_set_matches_the_cpus_at_any_batch_size() -> None:
-    """In float32; a draw may fall between the roundings of two devices, but not of these seeds."""
+def test_the_calibration_set_matches_the_cpu_at_any_batch_size() -> None:
+    """In float32; rounding may change a sampled token on another device, but not with these seeds."""
     expected = sample_sequences(HuggingFaceEngine(make_llama(), 1, [2], CONFIG), 1, [2], CONFIG)
     for size in (5, 64):
         config = CONFIG.replace(batch_size=size)
@@ -197,7 +197,7 @@ def test_the_set_matches_the_cpus_at_any_batch_size() -> None:
 
 @pytest.mark.parametrize("make", [make_llama, make_gpt2, make_mistral])
 def test_cuda_graph_decoding_matches_generate(make: Any) -> None:
-    """In float32, where the two attend alike; a model that may not be replayed is generated from."""
+    """In float32, where both use the same attention; a model that cannot be replayed uses `generate`."""
     model = make().to(GPU)
     replays = HuggingFaceEngine(model, 1, [2], CONFIG)
     generates = HuggingFaceEngine(model, 1, [2], CONFIG)
@@ -205,13 +205,13 @@ def test_cuda_graph_decoding_matches_generate(make: Any) -> None:
     assert not (replays.steps and make is make_mistral)
     generates.steps = False
     assert replays(range(32)) == generates(range(32))
-    before = torch.cuda.memory_allocated()  # with what the libraries keep for graphs
+    before = torch.cuda.memory_allocated()  # includes the libraries' memory for graphs
     replays(range(32))
-    assert torch.cuda.memory_allocated() <= before  # cache and graph are gone
+    assert torch.cuda.memory_allocated() <= before  # cache and graph are freed
 
 
 def test_sampling_with_too_little_memory(caplog: pytest.LogCaptureFixture) -> None:
-    """The memory really runs out, and the same set comes out, but for rounding in some sequence."""
+    """Sampling runs out of memory and still returns the same set, except for rounding in one sequence."""
     config = CONFIG.replace(num_sequences=1024, batch_size=1024)
     model = make_llama(vocab=20000).to(GPU)
     expected = sample_sequences(HuggingFaceEngine(model, 1, [2], config), 1, [2], config)
@@ -244,10 +244,10 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
     ],
     ids=str,
 )
-def test_a_whole_run(
+def test_a_run_matches_the_cpu_and_resumes_exactly(
     changes: dict[str, Any], model_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:
-    """As on the CPU, where that has the same precision; stopped and gone on with it is the same to the bit."""
+    """As on the CPU where the precision is the same; a resumed run is bitwise equal."""
     named = {"model": str(model_folder), "dataset": str(rows_file), "output": str(tmp_path / "gpu")}
     config = tiny_config(**named, **changes).changed({"device": "cuda"})
     Run(config).run()
@@ -262,7 +262,7 @@ def test_a_whole_run(
     resumed = weights(again)
     assert all(torch.equal(resumed[name], found[name]) for name in found)
 
-    # Signs of eigenvectors are as they come, and a start by them is another one.
+    # Signs of eigenvectors are arbitrary, and so is an initialization that depends on them.
     if config.dtype == "float32" and config.method.init == "eigen":
         cpu = config.changed({"device": "cpu", "output": str(tmp_path / "cpu")})
         Run(cpu).run()
@@ -272,7 +272,7 @@ def test_a_whole_run(
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
-def test_a_quantized_base(bits: str, rows_file: Path, tmp_path: Path) -> None:
+def test_a_run_with_a_quantized_base(bits: str, rows_file: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     make_llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
@@ -283,10 +283,10 @@ def test_a_quantized_base(bits: str, rows_file: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("way", ["DDP", "FSDP2"])
-def test_one_process_by_a_launcher(
+def test_one_process_started_by_a_launcher(
     way: str, model_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:
-    """By NCCL and Accelerate as they are; two processes would need two GPUs."""
+    """With NCCL and unmodified Accelerate; two processes would need two GPUs."""
     config = tiny_config(model=str(model_folder), dataset=str(rows_file)).changed(
         {"device": "cuda"}
     )
@@ -307,7 +307,9 @@ def test_one_process_by_a_launcher(
     assert furthest([found[n] for n in expected], [*expected.values()]) < 1e-3
 
 
-def test_a_plan_uses_the_gpus_memory(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+def test_a_plan_uses_the_memory_of_the_gpu(
+    model_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
     named = {"model": str(model_folder), "dataset": str(rows_file), "output": str(tmp_path)}
     found = plan(tiny_config(**named).changed({"device": "cuda"}))
     assert 0 < found.free <= torch.cuda.get_device_properties(GPU).total_memory

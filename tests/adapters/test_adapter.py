@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +12,10 @@ import torch
 from peft import LoraConfig, PeftModel
 from support.adapted import IDS, bases_for, trained
 from support.closeness import assert_near
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from benchmarks.tiny import MAKERS, make_llama
+from benchmarks.tiny import make_llama
 from folora.adapters.adapter import attach, lora_factors
-from folora.adapters.export import export_adapter, export_merged, truncate
 from folora.adapters.initialization import kaiming, leading_eigenvectors
 from folora.errors import ConfigError, NumericsError
 from folora.metrics.meter import total_norm, update_norms
@@ -108,76 +105,6 @@ def test_a_saved_adapter_loads_over_an_attached_one(tmp_path: Path) -> None:
     other = attach(fresh, bases_for(fresh), LoraConfig(r=4, lora_alpha=8), init="null_space")
     other.load_adapter(str(tmp_path), "default", is_trainable=True)
     assert torch.equal(other(IDS).logits, adapted(IDS).logits)
-
-
-PLAIN = """
-import sys, torch
-sys.modules["folora"] = None  # importing folora is an error here
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-base = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-model = PeftModel.from_pretrained(base, sys.argv[2]).eval()
-torch.save(model(torch.load(sys.argv[3])).logits, sys.argv[4])
-merged = model.merge_and_unload()
-torch.save(merged(torch.load(sys.argv[3])).logits, sys.argv[5])
-"""
-
-
-@pytest.mark.parametrize("kind", sorted(MAKERS))
-def test_export_loads_without_folora(kind: str, tmp_path: Path) -> None:
-    model = MAKERS[kind]()
-    model.save_pretrained(tmp_path / "base")
-    adapted = trained(model)
-    report = export_adapter(adapted, tmp_path / "adapter")
-    assert report.rank == 8
-    assert report.relative_error == 0
-    assert {f.name for f in (tmp_path / "adapter").iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "folora.json",
-    }  # fmt: skip
-    torch.save(IDS, tmp_path / "ids")
-    arguments = [str(tmp_path / n) for n in ("base", "adapter", "ids", "out", "merged")]
-    subprocess.run([sys.executable, "-c", PLAIN, *arguments], check=True, cwd=tmp_path)
-    expected = adapted(IDS).logits
-    assert_near(torch.load(tmp_path / "out"), expected)
-    assert_near(torch.load(tmp_path / "merged"), expected)
-
-
-@pytest.mark.parametrize("kind", sorted(MAKERS))
-def test_merged_export(kind: str, tmp_path: Path) -> None:
-    adapted = trained(MAKERS[kind]())
-    expected = adapted(IDS).logits
-    export_merged(adapted, tmp_path / "merged")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-    assert_near(loaded(IDS).logits, expected)
-    assert torch.equal(adapted(IDS).logits, expected)
-
-
-def test_an_export_with_b0_zero_has_rank_r(tmp_path: Path) -> None:
-    assert export_adapter(trained(make_llama(), "eigen"), tmp_path / "a").rank == 4
-
-
-def test_a_truncated_export_reports_its_error(tmp_path: Path) -> None:
-    adapted = trained(make_llama())
-    full = {n: s * b @ a for n, (a, b, s) in lora_factors(adapted).items()}
-    report = export_adapter(adapted, tmp_path / "a", rank=3)
-    model = PeftModel.from_pretrained(make_llama(), str(tmp_path / "a"))
-    cut = {n: s * b @ a for n, (a, b, s) in lora_factors(model).items()}
-    lost = sum(float((full[n] - cut[n]).square().sum()) for n in full) ** 0.5
-    whole = sum(float(m.square().sum()) for m in full.values()) ** 0.5
-    assert report.rank == 3
-    assert report.relative_error == pytest.approx(lost / whole, rel=1e-3)
-    assert report.worst_relative_error >= report.relative_error
-    with pytest.raises(ConfigError, match="rank is 9"):
-        export_adapter(adapted, tmp_path / "b", rank=9)
-
-
-def test_truncate_is_the_best_approximation() -> None:
-    a, b = torch.randn(6, 20).double(), torch.randn(15, 6).double()
-    cut_a, cut_b, lost, whole = truncate(a, b, 2)
-    s = torch.linalg.svdvals(b @ a)
-    assert lost == pytest.approx(float((s[2:] ** 2).sum()))
-    assert whole == pytest.approx(float((s**2).sum()))
-    assert float((b @ a - cut_b @ cut_a).square().sum()) == pytest.approx(lost)
 
 
 def test_norms_against_dense_matrices() -> None:

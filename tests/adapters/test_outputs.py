@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,14 +21,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 from support import adapted
-from support.adapter_files import write
 from support.closeness import assert_near
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from benchmarks.tiny import MAKERS, make_llama, make_tokenizer, tiny_config
 from folora.adapters.constraint import project_after_step
-from folora.adapters.export import export_adapter, export_merged, write_adapter
+from folora.adapters.export import export_adapter, export_merged
 from folora.adapters.initialization import INITIALIZATIONS, NONZERO
 from folora.calibration.calibration_set import CalibrationSet
 from folora.data.contents import Example
@@ -319,22 +315,6 @@ def test_weight_decay_alone_does_not_change_the_output() -> None:
     assert torch.equal(logits(model), logits(make_llama()))
 
 
-def test_files_do_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
-    """A process with another PYTHONHASHSEED writes the same bytes."""
-    seed = "1" if os.environ.get("PYTHONHASHSEED") == "0" else "0"
-    code = f"from support.adapter_files import write; write({str(tmp_path / 'other')!r})"
-    subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
-        check=True,
-    )
-    write(str(tmp_path / "own"))
-    files = sorted(p.relative_to(tmp_path / "own") for p in (tmp_path / "own").rglob("*.*"))
-    assert len(files) == 6
-    for file in files:
-        assert (tmp_path / "own" / file).read_bytes() == (tmp_path / "other" / file).read_bytes()
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("written", ["saved", "exported"])
 def test_the_adapter_config_is_readable_by_other_programs(
@@ -364,30 +344,6 @@ def test_a_hub_name_is_kept() -> None:
     model.name_or_path = "someone/some-model"
     adapted = untrained("eigen", model).model
     assert adapted.peft_config["default"].base_model_name_or_path == "someone/some-model"
-
-
-@pytest.mark.parametrize(
-    ("rank", "needed"), [(1, 8), (8, 8), (24, 32), (256, 256), (257, 320), (512, 512), (513, None)]
-)
-def test_the_lora_rank_for_vllm_is_logged(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, rank: int, needed: int | None
-) -> None:
-    caplog.set_level("INFO", logger="folora")
-    factors = {"layer": (torch.ones(rank, 3), torch.ones(2, rank), 0.5)}
-    write_adapter(factors, tmp_path / "a", LoraConfig())
-    assert f"rank {rank}: " in caplog.text
-    assert (f"--max-lora-rank {needed}" if needed else "too large for vLLM") in caplog.text
-
-
-def test_layers_with_several_ranks_and_scales_are_exported_as_one_adapter(tmp_path: Path) -> None:
-    torch.manual_seed(1)
-    config = LoraConfig(
-        r=2, lora_alpha=4, target_modules="all-linear", init_lora_weights=False,
-        rank_pattern={"q_proj": 3}, alpha_pattern={"q_proj": 5, "up_proj": 1},
-    )  # fmt: skip
-    model: Any = get_peft_model(make_llama(), config)
-    export_adapter(model, tmp_path / "a")
-    assert_near(logits(loaded(tmp_path / "a")), logits(model))
 
 
 def test_trl_uses_a_copy_of_the_adapter_as_reference(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A folder with made-up plans, results and a template of every block."""
+"""A folder with synthetic plans, results and a template of every block."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.spectra import main as spectra_main
 
 @pytest.fixture
 def made(tmp_path: Path) -> Path:
-    """Plans, results and a template with every block."""
+    """Synthetic plans, results and a template with every block."""
     write_plans(tmp_path / "plans")
     write_results(tmp_path / "results")
     moments(tmp_path / "run")

@@ -26,7 +26,7 @@ def test_directions_are_scored_by_their_trace_quotient() -> None:
     h, there = (m.double() + 1e-3 * m.diagonal().mean() * torch.eye(12).double() for m in (a, b))
     v = torch.from_numpy(eigh(task.numpy(), h.numpy())[1][:, -3:])
     best = eigh(other.numpy(), there.numpy())[0][-3:].sum()
-    # The best basis of their span, whatever basis it was found in.
+    # The best basis of their span, independent of the basis that was used.
     worth = eigh((v.T @ other @ v).numpy(), (v.T @ there @ v).numpy())[0].sum()
     assert held((a, task), (b, other), 3) == pytest.approx(worth / best)
     assert 0 < worth / best < 1
@@ -105,7 +105,7 @@ def test_from_samples_and_rows_to_a_file(
     }
     assert {row["tokens"] for row in found["text"]} == {16, 32, 64}
     assert [row["rows"] for row in found["rows"]] == [3, 6]
-    # The best directions there are worth 1, and dearer on text that they were not found on.
+    # The best directions score 1, and worse on text that they were not computed from.
     assert all(0 < row["share"] < 1 and row["cost"] > 1 for row in found["text"])
     assert all(0 < row["share"] < 1 for row in found["rows"])
 

@@ -18,7 +18,7 @@ from benchmarks.reliability.stand import Stand
 def test_killed_runs_lose_nothing(tmp_path: Path) -> None:
     found = disturb(tmp_path, seed=7, counts=dict.fromkeys(KINDS, 1))
     assert [trial["lost"] for trial in found["trials"]] == [[]] * len(KINDS)
-    assert found["varying"] == []  # two undisturbed runs are the same to the byte
+    assert found["varying"] == []  # two uninterrupted runs have the same bytes
     codes = {
         kind: {c for t in found["trials"] if t["kind"] == kind for c in t["codes"]}
         for kind in KINDS
@@ -36,14 +36,14 @@ def test_a_non_atomic_writer_is_detected(tmp_path: Path, monkeypatch: pytest.Mon
     stand, trial = Stand(tmp_path), Trial("kill", 0)
     stand.reference()
     stand.afresh()
-    assert stand.writes["solve"] == 2  # the folder and the manifest: it is killed between them
+    assert stand.writes["solve"] == 2  # folder and manifest; it is killed between them
     assert stand.attempt(at_write(stand, "solve", 2, kill_self)).ended().code == -9
     finish(stand, trial)
     assert "3-spectrum/manifest.json is missing" in trial.lost[0]
 
 
 class BeforeWrites(random.Random):
-    """Always chooses to kill before a write, the first one: no moment that a busy machine could shift."""
+    """Always kills before the first write, which does not depend on the load of the machine."""
 
     def random(self) -> float:
         return 0.0

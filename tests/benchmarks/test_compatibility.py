@@ -48,7 +48,7 @@ def test_the_lock_file_is_a_tested_stack() -> None:
 
 
 def bounds(package: str) -> dict[str, Version]:
-    """Operator and version of what pyproject.toml asks for."""
+    """Operators and versions of the bounds in pyproject.toml."""
     extras = PROJECT["optional-dependencies"].values()
     listed = [*PROJECT["dependencies"], *(line for lines in extras for line in lines)]
     (found,) = {str(r.specifier) for r in map(Requirement, listed) if r.name == package}
@@ -57,7 +57,7 @@ def bounds(package: str) -> dict[str, Version]:
 
 @pytest.mark.parametrize("package", RANGED)
 def test_version_ranges_are_those_that_passed(package: str) -> None:
-    """The lowest version is the lower bound; the highest is of the last series below the upper one."""
+    """The lowest tested version is the lower bound, the highest is in the last series below the upper bound."""
     versions = sorted(Version(Version(row[package]).public) for row in PASSED)
     asked = bounds(package)
     assert asked[">="] == versions[0]

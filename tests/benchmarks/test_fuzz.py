@@ -21,7 +21,7 @@ from benchmarks.reliability.parsers import Files, Parser, parsers, resealed
 from folora.errors import ArtifactError, ConfigError
 from folora.runtime.storage import read_sealed, sealed
 
-COUNT, SECONDS = 25, 200.0  # of each parser; `make fuzz` tries more
+COUNT, SECONDS = 25, 200.0  # per parser; `make fuzz` tries more
 
 CONTENT = json.dumps(sealed({"held_out": 16, "rejected": {"short": 3}, "layers": ["q", "k"]}))
 
@@ -31,14 +31,14 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Parser]:
     return parsers(finished_run(tmp_path_factory.mktemp("fuzz")))
 
 
-def test_no_changed_file_does_harm(known: dict[str, Parser]) -> None:
-    """Every parser refuses some of its files, and none of them ends otherwise."""
+def test_mutated_files_are_refused_or_read_correctly(known: dict[str, Parser]) -> None:
+    """Every parser refuses some files, and none fails in another way."""
     found = {name: fuzz(parser, name, 1, COUNT, SECONDS) for name, parser in known.items()}
     counts = {name: Counter(o["is"] for o in outcomes) for name, outcomes in found.items()}
     bad = [(name, o) for name, os_ in found.items() for o in os_ if o["is"] not in fuzzing.FINE]
     assert not bad
     assert all(c.total() == COUNT and c["refused"] >= COUNT // 4 for c in counts.values())
-    assert sum(c["other"] for c in counts.values()) > COUNT  # resealed files are looked at, too
+    assert sum(c["other"] for c in counts.values()) > COUNT  # resealed files are parsed, too
 
 
 def test_a_seed_reproduces_its_files(known: dict[str, Parser]) -> None:
@@ -72,7 +72,7 @@ def unsure(folder: Path) -> object:
 
 
 def trusting(folder: Path) -> object:
-    """Forgets to compare the checksum."""
+    """Does not compare the checksum."""
     try:
         return json.loads((folder / "a.json").read_bytes())["held_out"]
     except (ValueError, RecursionError, TypeError, KeyError):
@@ -80,7 +80,7 @@ def trusting(folder: Path) -> object:
 
 
 def at_a_cut(act: Callable[[], object]) -> Callable[[Path], object]:
-    """Does something bad with a file that was cut, and refuses any other."""
+    """Call `act` for truncated files, and refuse all others."""
 
     def parse(folder: Path) -> object:
         content = (folder / "a.json").read_text(errors="replace")
@@ -118,11 +118,11 @@ def test_a_planted_bug_is_detected(parse: Callable[[Path], object], kind: str, w
     longest = 0.5 if kind == "hangs" else 20.0
     outcomes = fuzz(planted(parse), "planted", 0, count, 120, longest)
     found = summed(outcomes, 1.0)
-    assert found["tried"] == count  # it goes on after a crash
+    assert found["tried"] == count  # it continues after a crash
     assert found["findings"]
     assert all(f["is"] == kind for f in found["findings"])
     assert any(what in f["what"] for f in found["findings"])
-    # The number alone gives it again.
+    # The number alone reproduces it.
     files, _ = changed_files(planted(parse), "planted", 0, found["findings"][0]["number"])
     assert files != planted(parse).files
 
@@ -142,7 +142,7 @@ def test_a_correct_parser_has_no_findings() -> None:
     assert min(found["refused"], found["equal"], found["other"]) > 5
 
 
-def test_without_a_checksum_a_changed_value_is_no_finding() -> None:
+def test_a_changed_value_without_a_checksum_is_not_a_finding() -> None:
     found = summed(fuzz(planted(trusting, reseal=False), "planted", 0, 200, 60), 1.0)
     assert found["findings"] == []
     assert found["other"] > 5

@@ -1,4 +1,4 @@
-"""Plans: their names and types, what they may include, and that the committed ones are possible."""
+"""Plans: names, types and includes are checked, and the committed plans are valid."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GOOD: dict[str, Any] = {
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder of data sets, as far as a plan is checked for it."""
+    """A folder of datasets with the files that a plan is checked for."""
     (tmp_path / "PROVENANCE.md").write_text("made up")
     monkeypatch.setenv("FOLORA_DATA_DIR", str(tmp_path))
 

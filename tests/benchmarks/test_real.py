@@ -105,7 +105,7 @@ def test_a_plan_from_rows_to_results(
         for task in ("mawps", "mbpp")
     ]
     assert pre[0].read_bytes() == pre[1].read_bytes()
-    assert pre[0].stat().st_mtime_ns == pre[1].stat().st_mtime_ns  # copied, not measured again
+    assert pre[0].stat().st_mtime_ns == pre[1].stat().st_mtime_ns  # copied, not recomputed
 
     stamp = (tmp_path / "out.jsonl").stat().st_mtime_ns
     run(tmp_path, model_folder, monkeypatch)
@@ -120,7 +120,7 @@ def test_a_plan_from_rows_to_results(
 def test_the_number_of_measured_texts_can_be_reduced(
     tmp_path: Path, data: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another C_pre is another basis, and other weights, of the same held-out rows and texts."""
+    """Another C_pre gives another basis and other weights, with the same held-out rows and texts."""
     calibration = [None, {"source": "self", "count": 8}]
     changes = {"tasks": ["mawps"], "calibration": calibration}
     plan_file(tmp_path, **changes)
@@ -197,7 +197,7 @@ def test_every_target_has_trainable_rows(name: str) -> None:
     assert not any("<<" in row[answered] for row in rows if name == "gsm8k")
 
 
-# The table of the aim, its numbers a second time.
+# The table at matched loss against numbers computed independently.
 
 
 def arm(
@@ -226,7 +226,7 @@ def arm(
 
 def test_forgetting_at_matched_loss(tmp_path: Path) -> None:
     for seed, factor in enumerate((0.2, 0.1, 0.4)):
-        # Folora gets to 1.0 + seed and LoRA further, so that is each seed's level.
+        # folora reaches 1.0 + seed and LoRA a lower loss, so this is the matched loss of each seed.
         shift = float(seed)
         lora = [(2.0, 0.01, 0.49), (1.0, 0.1, 0.40), (0.9, 0.5, 0.30)]
         arm(tmp_path, "lora", seed, [(loss + shift, kl, kept) for loss, kl, kept in lora], shift)
@@ -249,7 +249,7 @@ def test_forgetting_at_matched_loss(tmp_path: Path) -> None:
     other = forgetting_table(load_results(tmp_path / "arms.jsonl"), "folora")
     back = next(r for r in other.rows if r[0] == "LORA")
     assert other.header[2] == "of FOLORA's" and "ratio to FOLORA's is" in other.caption
-    assert 1 / low > FAR  # 28 times as much
+    assert 1 / low > FAR  # 28 times larger
     assert back[2] == f"{math.exp(-mean):.1%} ({1 / high:.1%} to over 1000%)"
     assert back[4] == "+0.0800 ± 0.0000 *"
 

@@ -1,4 +1,4 @@
-"""Tables of docs/results from made-up results, against numbers computed a second time."""
+"""Tables of docs/results from synthetic results, against numbers computed independently."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_methods(made: Path) -> None:
     text = page(made, "methods shift")
     (table,) = tables(text)
     assert list(table) == ["folora", "folora, null-space init", "LoRA", "MiLoRA"]
-    lora = [final("lora", seed, 1e-2) for seed in range(3)]  # the highest rate keeps the most
+    lora = [final("lora", seed, 1e-2) for seed in range(3)]  # the highest rate retains the most
     folora = [final("folora", seed, 1e-2) for seed in range(3)]
     assert table["LoRA"]["retained at matched task"] == stated(lora)
     difference = stated([a - b for a, b in zip(lora, folora, strict=True)], sign="+")
@@ -54,7 +54,7 @@ def test_norms(made: Path) -> None:
     assert titles == [f"F = {level:g}" for level in levels]
 
     def kept(method: str, seed: int, level: float) -> float:
-        """Mean over the arms that pass the level, on a straight line in its logarithm."""
+        """Mean over the arms that pass the level, interpolated linearly in the logarithm."""
         arms = [
             np.interp(
                 math.log(level),
@@ -72,7 +72,7 @@ def test_norms(made: Path) -> None:
     difference = stated([a - b for a, b in zip(lora, folora, strict=True)], sign="+")
     assert frobenius["LoRA"]["minus folora1"] == f"{difference} *"
     assert frobenius["folora"]["minus folora1"] == "–"
-    # Both norms are proportional here, so their tables are the same but for the sizes.
+    # Both norms are proportional here, so their tables differ in scale only.
     assert [list(row.values()) for row in h_norm.values()] == [
         list(row.values()) for row in frobenius.values()
     ]
@@ -82,7 +82,7 @@ def test_norms(made: Path) -> None:
 @pytest.mark.parametrize(
     ("plan", "method"), [("world_ablation", "gate-off"), ("world_complements", "lora-kl")]
 )
-def test_variants_stand_beside_arms_of_their_rates_and_seeds(
+def test_variants_are_compared_at_the_same_rates_and_seeds(
     made: Path, plan: str, method: str
 ) -> None:
     text = page(made, f"variants {plan} shift")
@@ -98,8 +98,8 @@ def test_variants_stand_beside_arms_of_their_rates_and_seeds(
     assert table[title]["minus folora"].removesuffix(" *") == difference
 
 
-def test_ingredients_stand_beside_references_of_their_seeds(made: Path) -> None:
-    """By the KL, all rates pooled; a setting of folora's is a row of its own."""
+def test_ingredients_are_compared_with_references_of_the_same_seeds(made: Path) -> None:
+    """By KL, with all rates pooled; each setting of folora has a row."""
     write_arm(made / "results", "world_ablation", "folora", 1, 3e-3, -0.2, {"spectrum.tau": 1e-2})
     (table,) = tables(page(made, "ingredients world_ablation shift world_methods"))
     titles = [
@@ -128,13 +128,13 @@ def test_more_seeds_are_pooled_with_those_of_other_plans(made: Path) -> None:
     assert "4 of 8 arms of `world_seeds` have no result yet (of seed 4)" in text
 
 
-def test_more_seeds_of_a_real_model_are_compared_with_a_method_of_choice(made: Path) -> None:
+def test_more_seeds_of_a_real_model_are_compared_with_a_chosen_method(made: Path) -> None:
     (made / "plans/more_seeds.yaml").write_text(yaml.safe_dump(MORE_SEEDS))
     for method, rate in product(("folora", "gate-off"), RATES[:2]):
         write_arm(made / "results", "more_seeds", method, 3, rate)
     text = page(made, "real_seeds more_seeds shift gate-off world_methods world_ablation")
     (table,) = tables(text)
-    assert list(table) == ["folora", "folora, gate off"]  # and nothing else of those plans
+    assert list(table) == ["folora", "folora, gate off"]  # and no other arm of those plans
     assert [row["seeds"] for row in table.values()] == ["4", "3"]
     assert "of folora, gate off's" in table["folora"]
     kl = [(1 - final("folora", seed, RATES[1])) / 10 for seed in range(4)]
@@ -142,7 +142,7 @@ def test_more_seeds_of_a_real_model_are_compared_with_a_method_of_choice(made: P
     assert "4 of 8 arms of `more_seeds` have no result yet (of seed 4)" in text
 
 
-def test_a_rate_is_a_row_of_its_own_beside_references_of_its_seeds(made: Path) -> None:
+def test_each_rate_has_a_row_and_references_of_the_same_seeds(made: Path) -> None:
     for rate in RATES[:2]:
         write_arm(made / "results", "rates", "folora", 1, rate)
     (table,) = tables(page(made, "real_rates rates shift world_methods"))
@@ -155,8 +155,8 @@ def test_a_rate_is_a_row_of_its_own_beside_references_of_its_seeds(made: Path) -
         assert table[title]["KL"] == f"{(1 - final(method, 1, rate)) / 10:.4f}"
 
 
-def test_rates_are_pooled_beside_references_of_the_same_seeds(made: Path) -> None:
-    """So that a rate that learns little has no row of its own to lower the matched loss."""
+def test_pooled_rates_are_compared_with_references_of_the_same_seeds(made: Path) -> None:
+    """Otherwise a rate that learns little would have a row and change the matched loss."""
     for rate in RATES[:2]:
         write_arm(made / "results", "mixed", "lora-kl", 1, rate)
     (table,) = tables(page(made, "real_beside mixed shift world_methods"))
@@ -165,20 +165,20 @@ def test_rates_are_pooled_beside_references_of_the_same_seeds(made: Path) -> Non
     assert {row["seeds"] for row in table.values()} == {"1"}
 
 
-def test_a_real_model_is_asked_before_and_after(made: Path) -> None:
+def test_a_real_model_is_scored_before_and_after_training(made: Path) -> None:
     for method in ("lora", "folora"):
         for seed in range(2):
             values = write_arm(made / "results", "world_methods", method, seed, 1e-3)
             for reading in (values["base"], *values["readings"]):
                 reading["task"] = {}
                 reading["other"] = {"city.nats": -reading["step"] / 100}
-            values["readings"][0]["kept"] = {}  # read, but not asked
+            values["readings"][0]["kept"] = {}  # measured, but without probes
             ResultFile(made / "results/real_plan.jsonl").add(
                 values | {"stage": "real", "task": "words"}
             )
     found = render("{{ real real_plan words }}", source(made))
     forgotten, asked = tables(found.text)
-    # A loss of 1 - .6 is reached at the end alone.
+    # A loss of 1 - .6 is reached at the last step only.
     kl = [(1 - final("folora", seed, 1e-3)) / 10 for seed in range(2)]
     assert forgotten["folora"]["KL"] == stated(kl, 4)
     lost = [1 - final("lora", seed, 1e-3) for seed in range(2)]

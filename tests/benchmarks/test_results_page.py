@@ -1,4 +1,4 @@
-"""Pages made from results: blocks, chosen columns, what is missing; the committed pages are up to date."""
+"""Pages made from results: blocks, columns and missing results; the committed pages are current."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_columns_of_a_block_are_chosen_by_title(made: Path) -> None:
     (table,), (whole,) = tables(chosen), tables(page(made, "methods shift"))
     title = "KL at matched task"
     assert table == {n: {"method": n, title: row[title]} for n, row in whole.items()}
-    assert "![" not in chosen and "mean ±" not in chosen  # neither pictures nor the caption
+    assert "![" not in chosen and "mean ±" not in chosen  # neither images nor the caption
 
 
 def test_narrow_tables_have_a_column_per_task(made: Path) -> None:
@@ -55,7 +55,7 @@ def test_narrow_tables_have_a_column_per_task(made: Path) -> None:
     assert beside["LoRA + KL"]["shift"] == whole["LoRA + KL"]["of LoRA's"]
 
 
-def test_a_page_has_its_text_and_small_pictures(made: Path) -> None:
+def test_a_page_has_its_text_and_small_images(made: Path) -> None:
     places = {name: str(made / name) for name in ("results", "plans")}
     main(["--results", places["results"], "--plans", places["plans"], "--template",
           str(made / "template.md"), "--output", str(made / "docs" / "page.md")])  # fmt: skip
@@ -93,8 +93,8 @@ def test_a_wrong_line_is_named(made: Path, line: str, message: str) -> None:
     assert message in str(caught.value)
 
 
-def test_what_is_missing_is_said(made: Path) -> None:
-    """Without a plan's results, then with one arm less, then with nothing at all."""
+def test_missing_results_are_reported(made: Path) -> None:
+    """Without the results of a plan, then with one arm missing, then without any result."""
     results = made / "results"
     (results / "world_ablation.jsonl").rename(made / "aside")
     assert page(made, "variants world_ablation shift") == (
@@ -123,7 +123,7 @@ def test_variants_without_references_and_knobs_without_defaults(made: Path) -> N
     assert page(made, "knobs folora").startswith("*No results of `world_methods` `folora`")
 
 
-def test_a_comparison_without_a_plan_and_the_demo_have_blocks_too(made: Path) -> None:
+def test_blocks_of_a_comparison_without_a_plan_and_of_the_demo(made: Path) -> None:
     assert page(made, "demo") == "*No result of `make demo` yet.*\n"
     (made / "demo.json").write_text((ROOT / "docs/demo.json").read_text())
     scores = json.loads((made / "demo.json").read_text())[0]["scores"]
@@ -139,7 +139,7 @@ def test_a_comparison_without_a_plan_and_the_demo_have_blocks_too(made: Path) ->
 
 
 def test_numbers_in_the_text_are_in_the_tables() -> None:
-    """The text of a template is written by hand; what it quotes must be in a table made from results."""
+    """The text of a template is hand-written; numbers that it quotes must be in a generated table."""
     templates = {
         template: output
         for template, output in pages(ROOT / "docs").items()
@@ -162,7 +162,7 @@ def test_numbers_in_the_text_are_in_the_tables() -> None:
 @pytest.mark.parametrize(
     ("template", "output"), pages(ROOT / "docs").items(), ids=lambda path: path.name
 )
-def test_the_committed_page_is_what_the_results_give(template: Path, output: Path) -> None:
+def test_the_committed_page_is_current(template: Path, output: Path) -> None:
     found = render(
         template.read_text(encoding="utf-8"),
         Source.load(

@@ -29,7 +29,7 @@ def test_memory_does_not_grow_and_interruptions_change_nothing(tmp_path: Path) -
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone can be asked to")
 def test_freed_memory_is_returned_before_it_is_measured() -> None:
     pieces = [bytearray(b"1" * 10**5) for _ in range(10**3)]
-    above = bytearray(b"1" * 10**5)  # without it the allocator would give all below back by itself
+    above = bytearray(b"1" * 10**5)  # without it the allocator would free everything below
     taken = standing(torch.nn.Module())["memory"]
     del pieces
     assert taken - standing(torch.nn.Module())["memory"] > 8e7 > len(above)
@@ -45,7 +45,7 @@ def leaking_handles() -> Callable[[int], None]:
     return lambda step: kept.append(open(os.devnull))
 
 
-@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # they are leaked on purpose
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # leaked on purpose
 @pytest.mark.parametrize(
     ("leak", "said"), [(leaking_memory, "memory grew by"), (leaking_handles, "handles grew by")]
 )

@@ -51,7 +51,7 @@ def test_storage_modes_differ_in_the_bytes_of_their_bases(contenders: dict[str, 
     ids = random_batch(64, 32, CPU)
     peaks = {name: c.peak_bytes(ids) for name, c in contenders.items()}
     assert peaks["folora-all"] - peaks["folora"] >= whole - contenders["folora"].basis_bytes
-    assert peaks["folora"] < peaks["lora"]  # which keeps wide copies of what its layers read
+    assert peaks["folora"] < peaks["lora"]  # which saves wide copies of its layers' inputs
 
 
 def test_every_round_has_a_step_of_each_and_the_first_is_not_counted(
@@ -91,7 +91,7 @@ def test_one_command_and_its_tables(
     assert capsys.readouterr().out.split() == [str(path)] * 2
     result: dict[str, Any] = read_json(path)
     assert set(result["steps"]["modes"]) == set(MODES)
-    assert result["steps"]["dtype"] == "float32"  # as `--dtype auto` would have it on such a CPU
+    assert result["steps"]["dtype"] == "float32"  # the choice of `--dtype auto` on such a CPU
     steps = step_table(result)
     assert [row[0] for row in steps.rows] == [m.about for m in MODES.values()]
     lora = steps.rows[0]

@@ -40,7 +40,7 @@ def some_documents(world: World, count: int) -> list[str]:
 
 
 def answer(prompt: str) -> str:
-    """The right completion, worked out from the text of the prompt alone."""
+    """The correct completion, computed from the text of the prompt only."""
     word, *rest = prompt.split()
     if word == "copy":
         return rest[0]
@@ -61,7 +61,7 @@ def check(rows: list[Row]) -> None:
         assert row == {"prompt": row["prompt"], "completion": f" {answer(row['prompt'])}"}
 
 
-def test_language_follows_from_the_seed() -> None:
+def test_the_language_depends_on_the_seed_only() -> None:
     for make in (skills, tasks, lambda world: some_documents(world, 500)):
         assert make(World(3)) == make(World(3))
         assert make(World(3)) != make(World(4))
@@ -167,7 +167,7 @@ def slow_row(model: nn.Module, tokenizer: PreTrainedTokenizerBase, row: Row) -> 
 
 @torch.no_grad()
 def greedy_row(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str) -> Row | None:
-    """The row that the model itself completes, if it stops soon."""
+    """The row with the model's own greedy completion, if it ends soon."""
     ids = [tokenizer.bos_token_id, *tokenizer(prompt)["input_ids"]]
     start = len(ids)
     while len(ids) < start + 12:

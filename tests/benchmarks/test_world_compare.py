@@ -23,7 +23,7 @@ PLANS = sorted((Path(__file__).parents[2] / "benchmarks" / "plans").glob("*.yaml
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A world that was hardly pretrained."""
+    """A world with a minimally pretrained model."""
     folder = tmp_path_factory.mktemp("worlds")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("benchmarks.world.pretrain.BATCH", 2)
@@ -33,7 +33,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _few_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of each skill: what a world has kept is not judged here, and asking takes the most time."""
+    """Few probes per skill: accuracy is not tested here, and scoring takes most of the time."""
     monkeypatch.setattr("benchmarks.world.testbed.EVERY", 40)
 
 
@@ -97,7 +97,7 @@ def test_a_plan_adds_one_line_per_arm_and_shares_the_base_statistics(
         for task in ("difference", "instrument")
     ]
     assert pre[0].read_bytes() == pre[1].read_bytes()
-    assert pre[0].stat().st_mtime_ns == pre[1].stat().st_mtime_ns  # copied, not measured again
+    assert pre[0].stat().st_mtime_ns == pre[1].stat().st_mtime_ns  # copied, not recomputed
 
     stamp = (tmp_path / "out.jsonl").stat().st_mtime_ns
     run(tmp_path, models, plan_file(tmp_path))

@@ -1,4 +1,4 @@
-"""The command line: wrong input ends with one sentence, exit code 2, and an untouched disk."""
+"""The command line: wrong input ends with one sentence, exit code 2, and no changed file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from folora.pipeline.planning import plan
 
 @pytest.fixture(autouse=True)
 def measures_whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plan extrapolates nothing, however busy the machine is."""
+    """A plan measures full rows and does not extrapolate, however busy the machine is."""
     monkeypatch.setattr("folora.pipeline.planning.MAX_SECONDS", 1e6)
 
 
@@ -51,7 +51,7 @@ def test_wrong_input_of_every_kind(
     def run(extra: list[str] | None = None, **changes: str | None) -> str:
         values = {k: v for k, v in {**good, **changes}.items() if v is not None}
         flags = [part for k, v in values.items() for part in (f"--{k}", v)]
-        length = ["--sampling.max_new_tokens", "200"]  # the tiny model reads 256
+        length = ["--sampling.max_new_tokens", "200"]  # the tiny model's context is 256
         return fails(["run", *flags, *length, "--device", "cpu", *(extra or [])], capsys)
 
     assert "--model is required" in run(model=None)
@@ -71,14 +71,14 @@ def test_wrong_input_of_every_kind(
     assert "did you mean 'prompt'" in run(column)
     assert "not a token" in run(["--sampling.start_token", "nonsense"])
     assert "device is 'cuda:77'" in run(["--device", "cuda:77"])
-    assert not out.exists()  # nothing was begun
+    assert not out.exists()  # nothing was started
 
     assert "r is 999" in run(["--r", "999"])
     assert "down_proj" in run(model=str(nan_model))
     assert not list(out.rglob("shard-*"))
 
 
-def test_stage_without_its_input(
+def test_a_stage_without_its_input_is_refused(
     model_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--model", str(model_folder), "--dataset", str(rows_file), "--output", str(tmp_path)]
@@ -105,7 +105,7 @@ def test_plan(model_folder: Path, rows_file: Path, capsys: pytest.CaptureFixture
     assert "Memory by spectrum.directions" in text
 
 
-def test_plan_advises_directions_that_fit_into_memory(
+def test_plan_recommends_directions_that_fit_into_memory(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = FoLoraConfig.from_dict(
@@ -126,7 +126,7 @@ def test_plan_advises_directions_that_fit_into_memory(
         assert [size.directions for size in [advice] if size] == advised
 
 
-def test_plan_counts_the_batch_that_training_takes(model_folder: Path) -> None:
+def test_plan_uses_the_training_batch_size(model_folder: Path) -> None:
     config = FoLoraConfig.from_dict(
         {"model": str(model_folder), "device": "cpu", "dtype": "float32"}
     ).changed({"training.per_device_train_batch_size": 3, "data.max_length": 100})
@@ -141,10 +141,10 @@ def test_plan_counts_the_batch_that_training_takes(model_folder: Path) -> None:
     assert less.activations < found.activations
 
 
-def test_plan_shares_out_what_several_processes_do(
+def test_plan_divides_work_among_processes(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """2000 sequences are 32 batches, 8 inputs are solved: by 3 processes 11 and 3 at most each."""
+    """2000 sequences are 32 batches, and 8 inputs are solved: at most 11 and 3 for each of 3 processes."""
     monkeypatch.setattr("folora.pipeline.planning._speed", lambda *_: 1e9)
     monkeypatch.setattr("folora.pipeline.planning.free_bytes", lambda _: 12_000_000)
     config = FoLoraConfig.from_dict({"model": str(model_folder), "device": "cpu"})
@@ -160,7 +160,7 @@ def test_plan_shares_out_what_several_processes_do(
     assert one.free == 3 * three.free
 
 
-def test_plan_leaves_to_a_server_what_it_does(model_folder: Path) -> None:
+def test_plan_excludes_sampling_on_a_server(model_folder: Path) -> None:
     config = FoLoraConfig.from_dict({"model": str(model_folder), "device": "cpu"})
     own = plan(config).stages
     other = plan(config.changed({"sampling.server": "http://localhost:8000"})).stages
@@ -169,10 +169,10 @@ def test_plan_leaves_to_a_server_what_it_does(model_folder: Path) -> None:
     assert [s.memory for s in own[1:]] == [s.memory for s in other[1:]]
 
 
-def test_plan_knows_that_sampling_may_end_at_its_first_look(
+def test_plan_gives_the_minimum_if_sampling_stops_at_its_first_check(
     model_folder: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That is after one batch of 64 sequences of the 32 that 2000 take."""
+    """The first check is after one of 32 batches of 64 sequences."""
     monkeypatch.setattr("folora.pipeline.planning._speed", lambda *_: 1e9)
     config = FoLoraConfig(model=str(model_folder), device="cpu", dataset=str(rows_file))
     stages = {stage.name: stage for stage in plan(config).stages}
@@ -185,17 +185,15 @@ def test_plan_knows_that_sampling_may_end_at_its_first_look(
         (FIRST_LOOK * length + task) / (2000 * length + task)
     )
     never = plan(config.changed({"sampling.tolerance": None})).stages
-    no_task = plan(
-        config.changed({"dataset": None})
-    ).stages  # then nothing can say that it is enough
+    no_task = plan(config.changed({"dataset": None})).stages  # early stopping needs a task
     assert all(stage.soonest == stage.seconds for stage in (*never, *no_task))
     assert [stage.seconds for stage in never] == [stage.seconds for stage in plan(config).stages]
 
 
-def test_plan_counts_the_passes_of_a_small_memory(
+def test_plan_counts_the_passes_that_a_small_memory_needs(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half of the memory is one pass more: the forward passes are doubled, the matrices halved."""
+    """With half of the memory there are two passes: twice the forward passes, half of the matrices."""
     monkeypatch.setattr("folora.pipeline.planning._speed", lambda *_: 1e9)
     config = FoLoraConfig.from_dict({"model": str(model_folder), "device": "cpu"})
     whole = plan(config)
@@ -210,7 +208,7 @@ def test_plan_counts_the_passes_of_a_small_memory(
     assert a.memory - b.memory == pytest.approx(needed * 1e9)
 
 
-def test_stages_one_by_one(
+def test_stages_run_one_by_one(
     model_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
@@ -252,7 +250,7 @@ def test_later_stages_take_their_options_from_the_run_folder(tmp_path: Path) -> 
 
 
 def test_the_module_runs_and_libraries_are_silent(model_folder: Path) -> None:
-    """In an environment with every extra; bitsandbytes logs while it is imported."""
+    """With every extra installed; bitsandbytes logs when it is imported."""
     command = [sys.executable, "-m", "folora"]
     done = subprocess.run(
         [*command, "plan", "--model", str(model_folder), "--device", "cpu"],

@@ -1,4 +1,4 @@
-"""Every wrong input of the corpus: what is said, how soon, and that the disk stays as it was."""
+"""Every wrong input of the corpus gives its message, before expensive work, and changes no file."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from folora.cli.main import main
 
 CASES = {f"{kind}: {case.name}": case for kind, cases in KINDS.items() for case in cases}
 ORDER = get_args(Found)
-PATIENCE = 30  # seconds, on a machine with much else to do
+PATIENCE = 30  # seconds, on a busy machine
 
-# Where a command turns to something, and how far it has come by then.
+# Functions that read something, and what has been read when they are called.
 DOORS: list[tuple[Any, str, Found]] = [
     (folora.pipeline.context, "load_config", "files"),
     (folora.pipeline.context, "load_tokenizer", "files"),
@@ -54,7 +54,7 @@ DOORS: list[tuple[Any, str, Found]] = [
 def base(
     model_folder: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> list[str]:
-    """Words of a command line that works, but for the output."""
+    """A command line that works, without the output."""
     config = tiny_config(model=str(model_folder), dataset=str(rows_file))
     file = tmp_path_factory.mktemp("base") / "config.yaml"
     file.write_text(config.to_yaml())
@@ -63,7 +63,7 @@ def base(
 
 @pytest.fixture(scope="module")
 def finished(base: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds a whole run."""
+    """The folder of a complete run."""
     output = tmp_path_factory.mktemp("runs") / "finished"
     assert main(["run", *base, "--output", str(output)]) == 0
     return output
@@ -71,7 +71,7 @@ def finished(base: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def kept() -> dict[Any, Any]:
-    """What was loaded of the good model and data, which need not be loaded for every case."""
+    """Cache of the valid model and data, which are loaded once for all cases."""
     return {}
 
 
@@ -79,7 +79,7 @@ def kept() -> dict[Any, Any]:
 def entered(
     monkeypatch: pytest.MonkeyPatch, kept: dict[Any, Any], model_folder: Path, rows_file: Path
 ) -> Iterator[list[Found]]:
-    """How far commands have come."""
+    """What commands have read, in order."""
     found: list[Found] = ["options"]
 
     def watched(function: Callable[..., Any], level: Found) -> Callable[..., Any]:
@@ -161,19 +161,18 @@ def test_wrong_input(
 
 def test_the_corpus_is_large() -> None:
     assert len(CASES) == sum(map(len, KINDS.values())) >= 200
-    assert len({(c.arguments, str(c.files), c.command, c.name) for c in CASES.values()}) == len(
-        CASES
-    )
+    distinct = {(c.arguments, str(c.files), c.command, c.name) for c in CASES.values()}
+    assert len(distinct) == len(CASES)
 
 
 @pytest.mark.parametrize("arguments", ["--spectrum.tau 0", "--spectrum.lam 0", "--dataset ROW"])
-def test_what_only_looks_wrong(arguments: str, base: list[str], tmp_path: Path) -> None:
-    """No ridge (raised where C_pre asks for it), a gate of ones, a single row: all give a result."""
+def test_unusual_but_valid_inputs_work(arguments: str, base: list[str], tmp_path: Path) -> None:
+    """No ridge (raised if C_pre requires it), a gate of ones, a single row."""
     (tmp_path / "row.jsonl").write_text('{"prompt": "1+1=", "completion": "2."}\n')
     words = shlex.split(arguments.replace("ROW", str(tmp_path / "row.jsonl")))
     assert main(["run", *base, *words, "--output", str(tmp_path / "run")]) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["adapted"]["kl"] > 0
     assert math.isfinite(report["total_norm"]["frobenius"])
-    # One row cannot be held out as well; the task loss is then not read.
+    # A single row is not held out, so there is no task loss.
     assert (report["adapted"]["task_loss"] is None) == ("ROW" in arguments)

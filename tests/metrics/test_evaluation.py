@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a model in memory: likelihoods by hand, and the model is unchanged."""
+"""lm-evaluation-harness on a model in memory matches likelihoods by hand and does not change the model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HELPERS = Path(utils.__file__).read_text()
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cloze and a choice task with documents of their own."""
+    """A cloze task and a multiple-choice task with local documents."""
     found = tmp_path_factory.mktemp("tasks")
     (found / "utils.py").write_text(
         HELPERS
@@ -88,12 +88,12 @@ def test_evaluation_does_not_change_the_model(folder: Path) -> None:
     assert torch.equal(states[0], torch.get_rng_state())
     assert states[1:] == (random.getstate(), np.random.get_state()[1].tolist())
     assert all(m.training for m in model.modules())
-    assert ask(model) == before  # questions can be asked again
+    assert ask(model) == before  # evaluation can be repeated
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_B" in name:
                 p.add_(1.0)
-    assert ask(model) != before  # and the adapter answers
+    assert ask(model) != before  # the adapter is evaluated
     with model.disable_adapter():
         assert ask(model) == before
 

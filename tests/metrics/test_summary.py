@@ -1,4 +1,4 @@
-"""The table at the end of a run explains in words what was measured."""
+"""The table at the end of a run explains its measurements in words."""
 
 from __future__ import annotations
 

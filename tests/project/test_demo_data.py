@@ -1,4 +1,4 @@
-"""The demo's data: word problems are correct, facts are well formed and scored correctly."""
+"""The demo's data: word problems are correct, and facts are well formed and scored correctly."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COMPLETION = re.compile(rf" {STEP.pattern}(; {STEP.pattern})*\. #### \d+")
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Models this small run many times slower where several threads wait for each other."""
+    """Several threads make models this small many times slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -36,7 +36,7 @@ def one_thread() -> Iterator[None]:
 
 
 def exact(left: int, operator: str, right: int) -> int:
-    """The value of one step, worked out apart from the generator's own code."""
+    """The value of one step, computed independently of the generator."""
     if operator == "/":
         assert left % right == 0, f"{left} / {right} is not exact"
         return left // right
@@ -48,7 +48,7 @@ def numbers(text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_every_step_of_every_word_problem_is_right(seed: int) -> None:
+def test_every_step_of_every_word_problem_is_correct(seed: int) -> None:
     for row in generate(2000, seed):
         completion = row["completion"]
         assert COMPLETION.fullmatch(completion), completion
@@ -70,7 +70,7 @@ def test_word_problems_use_all_the_numbers_of_their_text_and_no_others() -> None
                 uses.append(operand)
             results.append(int(result))
         assert set(given) <= set(uses), row
-        # No step is idle: every result but the answer is used again.
+        # No step is unused: every result except the answer is used again.
         assert set(results[:-1]) <= set(uses), row
 
 
@@ -84,7 +84,7 @@ def test_word_problems_come_from_many_templates() -> None:
     assert len(shapes) >= 12
 
 
-def test_word_problems_have_the_promised_form() -> None:
+def test_word_problems_have_the_documented_form() -> None:
     for row in generate(500, 4):
         assert set(row) == {"prompt", "completion"}
         assert row["prompt"].startswith("Problem: ")
@@ -96,7 +96,7 @@ def test_word_problems_depend_on_the_seed_only() -> None:
     assert first == again
     prompts = {row["prompt"] for row in first}
     assert len(prompts) == 2000
-    # Chance may repeat a problem, but hardly ever does.
+    # A problem may be repeated by chance, but rarely is.
     assert len(prompts & {row["prompt"] for row in other}) <= 2
 
 
@@ -142,7 +142,7 @@ def test_facts_are_well_formed() -> None:
         for choice in fact.choices:
             assert re.fullmatch(r" \S.*\S| \S", choice), fact
             assert len(choice) <= 30, fact
-        # An ending that begins another is at least as likely, whatever the model knows.
+        # An ending that is a prefix of another is at least as likely for any model.
         for other in fact.others:
             assert not other.startswith(fact.answer), fact
             assert not fact.answer.startswith(other), fact
@@ -154,7 +154,7 @@ def test_facts_have_at_least_six_kinds_of_some_size() -> None:
     assert all(kinds.count(kind) >= 20 for kind in set(kinds))
 
 
-def test_facts_file_has_one_fact_a_line() -> None:
+def test_the_facts_file_has_one_fact_per_line() -> None:
     lines = FACTS_PATH.read_text(encoding="utf-8").splitlines()
     assert (lines[0], lines[-1]) == ("[", "]")
     assert len(lines) == len(load_facts()) + 2
@@ -185,7 +185,7 @@ def tiny_llama(vocab_size: int) -> LlamaForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        initializer_range=0.3,  # large enough that context matters to the output
+        initializer_range=0.3,  # large enough that the context affects the output
     )
     return LlamaForCausalLM(config).eval()
 
@@ -223,7 +223,7 @@ def test_scores_equal_a_slow_reference(batch_size: int, bos: bool) -> None:
     assert scores.log_probability == pytest.approx(mean, rel=1e-5)
     assert scores.right == tuple(row[0] > max(row[1:]) for row in expected)
     assert scores.accuracy == pytest.approx(sum(scores.right) / len(facts))
-    assert 0 < sum(scores.right) < len(facts)  # else the comparison would say little
+    assert 0 < sum(scores.right) < len(facts)  # otherwise the comparison would be trivial
     for kind, (hits, total) in scores.by_kind.items():
         of_kind = [right for f, right in zip(facts, scores.right, strict=True) if f.kind == kind]
         assert (hits, total) == (sum(of_kind), len(of_kind))
@@ -279,7 +279,7 @@ def test_peft_models_are_scored_with_their_adapter() -> None:
     assert abs(after.log_probability - before.log_probability) > 0.01
 
 
-def test_scoring_puts_every_module_back_in_its_own_mode() -> None:
+def test_scoring_restores_the_mode_of_every_module() -> None:
     facts = some_facts()[:3]
     tokenizer = character_tokenizer(facts)
     model = tiny_llama(len(tokenizer)).train()
@@ -306,7 +306,7 @@ def test_endings_of_one_prompt_share_rows() -> None:
     assert rows[row_of[1]][:1] == (1,)
 
 
-def test_endings_that_join_the_prompt_are_refused() -> None:
+def test_endings_that_merge_with_the_prompt_are_refused() -> None:
     class Joining:
         def __call__(self, text: str) -> dict[str, list[int]]:
             return {"input_ids": [1, 9] if text == "a" else [1, 2, 9]}  # 9 ends every text

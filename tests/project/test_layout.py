@@ -64,7 +64,7 @@ def test_packages_import_in_one_direction() -> None:
     assert found.returncode == 0, found.stdout
 
 
-def test_every_package_says_what_it_is_for() -> None:
+def test_every_package_has_a_docstring() -> None:
     for package in (p for p in SOURCE.iterdir() if p.is_dir() and p.name != "__pycache__"):
         assert ast.get_docstring(ast.parse((package / "__init__.py").read_text())), package
 
@@ -90,8 +90,8 @@ def test_every_public_name_is_importable() -> None:
     assert sorted(ast.literal_eval(listed)) == sorted(folora.__all__)
 
 
-def test_the_optimizer_needs_torch_alone() -> None:
-    """And of folora only the helpers for tensors, which need torch alone too."""
+def test_the_optimizer_needs_torch_only() -> None:
+    """And folora's helpers for tensors, which need torch only as well."""
     files = [*(SOURCE / "optim").glob("*.py"), SOURCE / "runtime" / "tensors.py"]
     found = set().union(*map(imports, files))
     outside = {i for i in found if i.split(".")[0] not in sys.stdlib_module_names}
@@ -101,7 +101,7 @@ def test_the_optimizer_needs_torch_alone() -> None:
 
 
 def hidden_imports(path: Path) -> set[str]:
-    """What is imported inside of functions, or for types alone."""
+    """Imports inside functions, or for types only."""
     tree = ast.parse(path.read_text())
     blocks = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.If)]
     return {name for block in blocks for name in imports_of(block)}
@@ -118,7 +118,7 @@ def test_only_what_needs_an_extra_is_imported_in_a_function(path: Path) -> None:
 
 
 def declared(extra: str) -> tuple[set[str], set[str]]:
-    """The packages of an extra, or of a plain install, by their import names; and the extras it includes."""
+    """Packages of an extra, or of the base install, by import name; and the extras it includes."""
     project = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text())["project"]
     packages, extras = set(), {extra}
     for line in project["optional-dependencies"][extra] if extra else project["dependencies"]:
@@ -134,7 +134,7 @@ def declared(extra: str) -> tuple[set[str], set[str]]:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_import_is_declared(name: str) -> None:
-    """What needs an extra is imported only where that extra is needed anyway."""
+    """A package of an extra is imported only in modules that require the extra."""
     path = file_of(name)
     top = imports(path) - hidden_imports(path)
     packages, extras = declared(OPTIONAL[name]) if name in OPTIONAL else (set(), set())
@@ -144,7 +144,7 @@ def test_every_import_is_declared(name: str) -> None:
 
 
 def test_without_extras_other_modules_import_and_missing_extras_are_named() -> None:
-    """The packages of the extras are hidden, but for those that the plain install's packages need."""
+    """Packages of the extras are hidden, except those that the base install requires."""
     needed_anyway = {"accelerate", "numpy", "httpx2", "anyio"}
     extras = ("trl", "compare", "eval", "quantized", "demo")
     hidden = {"jaxtyping", *(p for e in extras for p in declared(e)[0])} - needed_anyway
@@ -178,6 +178,6 @@ def test_no_pickle(path: Path) -> None:
 
 
 def test_shapes_are_checked_while_tests_run() -> None:
-    """By the import hook of conftest, which does nothing for what was imported before."""
+    """By conftest's import hook, which does not affect modules that were imported before."""
     with pytest.raises(TypeCheckError, match="truncate"):
         truncate(torch.ones(2, 5), torch.ones(4, 3), 1)

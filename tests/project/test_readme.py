@@ -1,4 +1,4 @@
-"""README's example runs, and its numbers are the demo's and those of the results."""
+"""README's example runs, and its numbers are those of the demo and the results."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_the_python_example_runs(
     assert (tmp_path / "adapter" / "adapter_config.json").exists()
 
 
-def test_the_table_is_what_the_demo_wrote() -> None:
+def test_the_table_matches_the_demos_output() -> None:
     _, rows = demo_cells(json.loads((ROOT / "docs" / "demo.json").read_text()))
     for row in rows:
         assert re.search(r"\|\s*" + r"\s*\|\s*".join(map(re.escape, row[1:])) + r"\s*\|", README), (
@@ -50,7 +50,7 @@ def test_every_named_option_and_file_exists() -> None:
 
 
 def test_every_number_is_in_the_results() -> None:
-    """README quotes docs/results.md and its appendices, which are made from the files of results."""
+    """README quotes docs/results.md and its appendices, which are generated from result files."""
     pages = [ROOT / "docs" / "results.md", *(ROOT / "docs" / "results").glob("*.md")]
     results = "\n".join(page.read_text() for page in pages)
     shown = README.split("## Use it")[0].replace("Python 3.11", "")

@@ -1,7 +1,6 @@
 """What SECURITY.md promises: no network, no code from files, nothing outside the output folder.
 
-Every test does what an attacker could do to a file that folora reads, and looks for the mark that
-the attack would leave.
+Every test attacks a file that folora reads, and looks for the mark that the attack would leave.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def flags(config: FoLoraConfig, **changes: object) -> list[str]:
-    """The config as a command line says it; `changes` go on top."""
+    """The config as flags, with `changes`."""
     values = config.differences() | changes
     return [part for name, value in values.items() for part in (f"--{name}", str(value))]
 
@@ -67,7 +66,7 @@ sys.addaudithook(watch)
 from folora.cli.main import main
 codes = [main(words) for words in json.loads(sys.argv[1])]
 folora_asked = list(asked)
-socket.getaddrinfo("127.0.0.1", 9)  # which opens no connection, and shows that the watch is awake
+socket.getaddrinfo("127.0.0.1", 9)  # opens no connection, and shows that the hook works
 print(json.dumps({"codes": codes, "asked": folora_asked, "awake": asked != folora_asked}))
 """
 """Runs command lines and tells what Python asked of the network; libraries in other languages could
@@ -75,7 +74,7 @@ ask behind its back."""
 
 
 def watched(commands: list[list[str]], **environment: str) -> tuple[dict[str, Any], str]:
-    """What `WATCHED` found, and what was said."""
+    """The result of `WATCHED`, and the output."""
     hidden = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
     env = {name: value for name, value in os.environ.items() if name not in hidden}
     done = subprocess.run(
@@ -91,7 +90,7 @@ def watched(commands: list[list[str]], **environment: str) -> tuple[dict[str, An
 def test_a_run_on_local_folders_makes_no_network_request(
     model_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:
-    """Not even to look for news of the model: HF_HUB_OFFLINE is not set here."""
+    """Not even to check for a newer model: HF_HUB_OFFLINE is not set here."""
     config = tiny_config(
         model=str(model_folder), dataset=str(rows_file), output=str(tmp_path / "r")
     )
@@ -100,8 +99,8 @@ def test_a_run_on_local_folders_makes_no_network_request(
     assert (tmp_path / "r" / "5-adapter" / "adapter_model.safetensors").exists()
 
 
-def test_offline_is_honoured(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
-    """A Hub name with HF_HUB_OFFLINE=1: no network, and a sentence that says so."""
+def test_hf_hub_offline_is_respected(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    """A Hub name with HF_HUB_OFFLINE=1: no network request, and a message that names the variable."""
     config = tiny_config(
         model=str(model_folder), dataset=str(rows_file), output=str(tmp_path / "r")
     )
@@ -114,7 +113,7 @@ def test_offline_is_honoured(model_folder: Path, rows_file: Path, tmp_path: Path
     assert "HF_HUB_OFFLINE is set" in said
 
 
-# No code from a model's folder, unless asked for.
+# No code from a model folder, unless trusted.
 
 OWN_CODE = """
 from pathlib import Path
@@ -134,7 +133,7 @@ class OwnTokenizer(PreTrainedTokenizerFast):
 
 
 def with_own_code(model: Path, model_type: str, marker: Path) -> None:
-    """Give a model's folder Python code of its own, which leaves a mark when it is read."""
+    """Add Python code to a model folder, which leaves a mark when it is executed."""
     code = OWN_CODE.format(marker=str(marker), model_type=model_type)
     (model / "own.py").write_text(code)
     maps: dict[str, dict[str, Any]] = {
@@ -159,7 +158,7 @@ def test_remote_code_runs_only_if_trusted(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Of a type that transformers knows, its own class is taken instead; of another, none."""
+    """Otherwise transformers' class is used if the model type is known, and no class if it is not."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "c"))
     monkeypatch.setattr("sys.path", [*sys.path, str(tmp_path / "c")])
     marker = tmp_path / "marker"
@@ -197,7 +196,7 @@ def test_the_malicious_pickle_executes_when_loaded(tmp_path: Path) -> None:
 
 
 def interrupted(finished: FoLoraConfig, output: Path) -> tuple[FoLoraConfig, Path]:
-    """A run as SIGKILL leaves it in training, and the checkpoint that it will go on from."""
+    """A run killed in training, and the checkpoint from which it resumes."""
     config = copied(finished, output)
     training = output / "4-training"
     for path in (training / "result", training / "checkpoint-6", output / "5-adapter"):
@@ -207,7 +206,7 @@ def interrupted(finished: FoLoraConfig, output: Path) -> tuple[FoLoraConfig, Pat
 
 
 def seal_again(checkpoint: Path) -> None:
-    """What an attacker would do who knows how checkpoints are sealed."""
+    """Update the seal, as an attacker who knows its format would."""
     (checkpoint / "folora.json").unlink()
     seal_checkpoint(checkpoint)
 
@@ -224,7 +223,7 @@ PICKLES += ["adapter_model.bin", "pytorch_model.bin"]
 def test_a_pickle_in_a_checkpoint_is_not_executed(
     name: str, form: str, finished: FoLoraConfig, tmp_path: Path
 ) -> None:
-    """Refused as it lies there; and sealed again, so that its bytes are read, still not executed."""
+    """It is refused; with an updated seal it is read, but not executed."""
     config, checkpoint = interrupted(finished, tmp_path / "run")
     marker = tmp_path / "marker"
     if name.endswith("_model.bin"):
@@ -238,7 +237,7 @@ def test_a_pickle_in_a_checkpoint_is_not_executed(
 
 
 def test_the_same_checkpoint_is_read_when_intact(finished: FoLoraConfig, tmp_path: Path) -> None:
-    """Else the test above would see nothing executed because nothing is read."""
+    """Otherwise the test above could pass because the file is not read."""
     config, checkpoint = interrupted(finished, tmp_path / "run")
     seal_again(checkpoint)
     assert main(["run", *flags(config)]) == 0
@@ -253,7 +252,7 @@ def test_the_same_checkpoint_is_read_when_intact(finished: FoLoraConfig, tmp_pat
 def test_a_pickle_in_a_model_folder_is_not_executed(
     model_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:
-    """Weights as pytorch_model.bin are read by ``weights_only``."""
+    """pytorch_model.bin is read with ``weights_only``."""
     shutil.copytree(model_folder, tmp_path / "model")
     weights = load_file(tmp_path / "model" / "model.safetensors")
     (tmp_path / "model" / "model.safetensors").unlink()
@@ -265,7 +264,7 @@ def test_a_pickle_in_a_model_folder_is_not_executed(
     assert not (tmp_path / "marker").exists()
 
 
-# Nothing outside the output folder.
+# No file outside the output folder.
 
 
 def outside(folder: Path, output: Path) -> set[str]:
@@ -273,7 +272,7 @@ def outside(folder: Path, output: Path) -> set[str]:
 
 
 def renamed(value: Any, prefix: str) -> Any:
-    """Layers named ``model.layers...`` get names that begin with `prefix` instead."""
+    """Replace ``model.layers`` in names of layers by `prefix`."""
     if isinstance(value, dict):
         return {renamed(k, prefix): renamed(v, prefix) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -286,7 +285,7 @@ def renamed(value: Any, prefix: str) -> Any:
 def test_names_in_a_run_folder_cannot_escape_it(
     part: str, prefix: str, finished: FoLoraConfig, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    """A part of the folder is made anew, sealed, with layers whose names are paths."""
+    """A part of the folder is rewritten and sealed with paths as names of layers."""
     output = tmp_path / "here" / "run"
     config = copied(finished, output)
     monkeypatch.chdir(tmp_path / "here")
@@ -296,9 +295,7 @@ def test_names_in_a_run_folder_cannot_escape_it(
     facts = {k: v for k, v in found.manifest.items() if k not in own}
     prefix = prefix.replace("HERE", str(tmp_path))
     write_artifact(output / part, kind, renamed(found.tensors, prefix), renamed(facts, prefix))
-    if (
-        part != Training.path
-    ):  # else what was made from the part would only be found to be another's
+    if part != Training.path:  # otherwise its outputs would be refused first
         shutil.rmtree(output / Training.path)
     if part in (KeepMoments.path, TaskMoments.path):
         shutil.rmtree(output / Solved.path)
@@ -311,7 +308,7 @@ def test_names_in_a_run_folder_cannot_escape_it(
 def test_names_in_a_base_file_cannot_escape_the_folder(
     prefix: str, finished: FoLoraConfig, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    """A base file comes from others; with layers of such names it has nothing for this model."""
+    """A base file may come from others; names that are paths match no layer of this model."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     base, output = tmp_path / "base.safetensors", tmp_path / "here" / "run"
@@ -345,7 +342,7 @@ PIN = re.compile(r"^([\w.-]+)==([\w.!+-]+)", re.M)
 
 
 def pins(name: str) -> dict[str, str]:
-    """Versions by name, spelled as in a lock file."""
+    """Versions by normalized name."""
     return dict(PIN.findall((ROOT / name).read_text()))
 
 
@@ -362,8 +359,8 @@ def test_both_torch_builds_are_one_version() -> None:
 
 
 @pytest.mark.skipif("CI" not in os.environ, reason="a developer may have installed other things")
-def test_all_that_is_installed_is_locked() -> None:
-    """Torch's CPU build counts as the version that it is a build of."""
+def test_every_installed_package_is_locked() -> None:
+    """The CPU build of torch counts as its version."""
     locked = pins("requirements-dev.txt")
     found = {
         re.sub(r"[-_.]+", "-", d.name).lower(): d.version.removesuffix("+cpu")
@@ -371,7 +368,7 @@ def test_all_that_is_installed_is_locked() -> None:
             path=[p for p in sys.path if "site-packages" in p]
         )
     }
-    for name in ("folora", "pip"):  # the project itself, and what came with Python
+    for name in ("folora", "pip"):  # the project itself and Python's own package
         found.pop(name, None)
     assert len(found) > 100
     assert {n: v for n, v in found.items() if locked.get(n) != v} == {}

@@ -1,11 +1,11 @@
-"""folora as a stranger gets it: the wheel in a fresh environment, and README's commands word for word.
+"""The wheel in a fresh environment, with README's commands verbatim.
 
 First without extras, then with ``trl``, then with ``compare``. The model is a very small Qwen3 in a
 folder named as in README. Not collected by pytest; ``make wheel`` runs it::
 
     python tests/project/wheel.py DIRECTORY CONSTRAINTS WHEEL [TORCH_REQUIREMENTS]
 
-The directory is made and may hold an environment of an earlier try.
+The directory is created, and may hold the environment of an earlier run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ REFUSED = {"run": "trl", "compare": "compare"}
 
 
 def main(place: Path, constraints: Path, wheel: Path, torch: Path | None) -> None:
-    """Run everything; ends at the first command that does something else than README says."""
+    """Run everything until a command differs from README."""
     place.mkdir(parents=True, exist_ok=True)
     stranger = Stranger(place, constraints)
     if torch is not None:
@@ -64,7 +64,7 @@ def main(place: Path, constraints: Path, wheel: Path, torch: Path | None) -> Non
 
 
 def readme_commands() -> list[str]:
-    """The commands of "Use it", each in one line, without comments."""
+    """The commands of "Use it", one per line, without comments."""
     block = re.search(r"## Use it\n\n```\n(.*?)```", README, re.S)
     assert block is not None
     lines = block[1].replace("\\\n", " ").splitlines()
@@ -81,7 +81,7 @@ def readme_example() -> str:
 
 
 class Stranger:
-    """An environment of its own and a working folder.
+    """A virtual environment and a working folder.
 
     Args:
         place: Holds both.
@@ -94,7 +94,7 @@ class Stranger:
         if not self.bin.exists():
             subprocess.run([sys.executable, "-m", "venv", str(place / "venv")], check=True)
         self.constraints = place / "constraints.txt"
-        # Without hashes, which a wheel of one's own has none of.
+        # Without hashes, since the local wheel has none.
         pins = re.findall(r"^[a-z0-9].*==.*?(?= *\\?$)", constraints.read_text(), re.M)
         self.constraints.write_text("\n".join(pins) + "\n")
 
@@ -108,7 +108,7 @@ class Stranger:
         self._run([str(self.bin / "python"), "-c", code], environment)
 
     def folora(self, command: str) -> None:
-        """Run a command, which must end well and say nothing on stderr that is not folora's."""
+        """Run a command, which must succeed and write only folora's lines to stderr."""
         errors = self._run(["bash", "-c", command])
         foreign = [line for line in errors.splitlines() if NOISE.search(line)]
         assert not foreign, f"{command}: {foreign}"

@@ -42,7 +42,7 @@ def test_two_processes_match_one(bench: Bench) -> None:
 
 def test_padding_rows_of_the_last_step_do_not_count(bench: Bench) -> None:
     """36 rows in steps of 8: process 1 has only padding rows in the fifth. Counting them changes it by 14 %."""
-    masked = {"method.masked_kl_weight": 0.1}  # a mean over rows that count
+    masked = {"method.masked_kl_weight": 0.1}  # a mean over rows that are not padding
     for name, count, size in (("short", 1, 8), ("filled", 2, 4)):
         changes = {"training.per_device_train_batch_size": size, "training.max_steps": 5, **masked}
         assert not any(e.code for e in ended(bench.start(name, count, **changes)))
@@ -188,7 +188,7 @@ def test_a_single_process_communicates_nothing() -> None:
         pytest.raises(RuntimeError, match="gloo") as raised,
         distributed.reporting_lost_processes(),
     ):
-        raise RuntimeError("gloo")  # with one process no other can be lost
+        raise RuntimeError("gloo")  # with one process there is no other to lose
     assert not isinstance(raised.value, ProcessError)
 
 
@@ -215,7 +215,7 @@ def test_a_fsdp2_run_resumes_with_one_process(bench: Bench) -> None:
 
 
 def test_a_run_with_a_sharded_base_resumes_without_sharding(bench: Bench) -> None:
-    """Its checkpoints, statistics and fingerprints are those of an unsharded base."""
+    """Checkpoints, moments and fingerprints equal those of an unsharded base."""
     stopped = [killed(bench, 2, 1, 2, "--shard", "DDP")]
     assert breaches({**NOTHING, "killed": stopped}) == []
     names = bench.undisturbed(1), bench.undisturbed(2, "--shard")
@@ -267,10 +267,10 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
         {}, {"fsdp": "full_shard", "fsdp_config": {"activation_checkpointing": True}},
         "--training.gradient_checkpointing true",
     ),
-    "FSDP of a base that is shared out": (
+    "FSDP with a sharded base": (
         {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, {"shard": True}, "without FSDP",
     ),
-    "a quantized base to be shared out": ({}, {"shard": True, "quantize": "4bit"}, "with shard"),
+    "a quantized base with shard": ({}, {"shard": True, "quantize": "4bit"}, "with shard"),
 }  # fmt: skip
 
 
@@ -279,9 +279,8 @@ def test_options_that_lose_rows_are_refused_first(
     what: str, bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     variables, given, message = REFUSED[what]
-    monkeypatch.setenv(
-        "ACCELERATE_USE_FSDP", "false"
-    )  # transformers sets it; monkeypatch restores it
+    # transformers sets it; monkeypatch restores it.
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     words = bench.words("flat", 1)

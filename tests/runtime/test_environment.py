@@ -153,7 +153,7 @@ def test_an_export_to_the_working_directory(
         ("spectrum.tau", "1e-3", 1e-3),
     ],
 )
-def test_text_options_are_taken_verbatim(option: str, text: str, value: object) -> None:
+def test_text_options_are_used_verbatim(option: str, text: str, value: object) -> None:
     _, config = parse(["run", f"--{option}", text])
     for name in option.split("."):
         config = getattr(config, name)

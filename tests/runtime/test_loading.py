@@ -101,7 +101,7 @@ def test_plan_uses_the_dtype_that_is_loaded(narrow: Path, monkeypatch: pytest.Mo
         planned = plan(auto)
         found.append((planned.stages[0].memory, planned.parameters))
     (there, parameters), (here, _) = found
-    assert here - there > 2 * parameters  # and a wider cache
+    assert here - there > 2 * parameters  # and a larger cache
 
 
 def test_a_merged_export_has_the_checkpoints_dtype(

@@ -21,7 +21,7 @@ def test_progress_reports_time_left_and_time_taken(
         tick(4, tokens=80)
     first, last = (record.getMessage() for record in caplog.records)
     assert first.startswith("reading: 4 of 10, 0 s left ") and first.endswith("tokens/s")
-    assert last.startswith("reading: took 0.0 s ")  # although it ended early
+    assert last.startswith("reading: took 0.0 s ")  # although it stopped early
 
 
 def test_failed_work_is_not_reported_as_done(caplog: pytest.LogCaptureFixture) -> None:

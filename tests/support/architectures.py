@@ -1,6 +1,6 @@
 """The matrix of architectures: one tiny random model of each, and the expected result.
 
-A row says which layers are adapted and which are left out, or why the model is refused. It is the source of
+Each case has the adapted layers and those left out, or why the model is refused. It is the source of
 docs/compatibility/architectures.json (``python -m tests.support.architectures``).
 """
 
@@ -34,7 +34,7 @@ SHAPE: dict[str, Any] = {
     "mamba_headdim": 8, "n_mamba_heads": 2, "mamba_dt_rank": 4,
     "embed_dim": 32, "projection_dim": 32, "image_size": 16, "patch_size": 8,
 }  # fmt: skip
-"""Small values for the options that a config has."""
+"""Small values of config options."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class Case:
 
     Attributes:
         kind: transformers' model type.
-        family: What it is.
-        adapted: Ends of the names of the adapted layers.
-        left: Linear layers that are left out, with ``*`` for numbers.
-        refused: Pattern of the message, if it is not accepted.
-        head: Class to build, if it is not what AutoModelForCausalLM builds.
-        cannot_sample: Why transformers does not generate with it here, if it does not.
-        changes: To the config.
+        family: Family in the table.
+        adapted: Last parts of the names of adapted layers.
+        left: Linear layers that are not adapted, with ``*`` for indices.
+        refused: Pattern of the error message if the model is refused.
+        head: Class to build, if not that of AutoModelForCausalLM.
+        cannot_sample: Why `generate` does not work here, if it does not.
+        changes: Changes of the config.
     """
 
     kind: str
@@ -63,12 +63,12 @@ class Case:
 
     @property
     def name(self) -> str:
-        """For tests and tables."""
+        """Name in tests and tables."""
         return f"{self.kind}-{self.head}" if self.head else self.kind
 
 
 def tiny_config(kind: str, **changes: Any) -> PretrainedConfig:
-    """A config of a model type with everything small."""
+    """A config of a model type with small values."""
     make = CONFIG_MAPPING[kind]
     default = make()
     known = default.to_dict()

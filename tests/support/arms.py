@@ -1,4 +1,4 @@
-"""A file of made-up results: arms with a few readings each."""
+"""A file of synthetic results: arms with a few readings each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from folora.compare.results import Result, ResultFile, load_results
 
 ARMS = "arms.jsonl"
 
-Readings = list[tuple[float, float, float]]  # task accuracy, kept, KL
+Readings = list[tuple[float, float, float]]  # task accuracy, accuracy retained, KL
 
 
 def reading(step: int, task: float, kept: float, kl: float, scored: bool = True) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def load(folder: Path) -> list[Result]:
 
 
 def write_all(folder: Path, scored: bool = True, task: str = "shift") -> None:
-    """Two methods at three seeds, folora with two arms a seed."""
+    """Two methods with three seeds; folora has two arms per seed."""
     for seed in range(3):
         d = 0.01 * seed
         write(folder, "folora", seed, [(0.5, 0.9 - d, 0.01), (0.9, 0.8 - d, 0.04)], task, scored)

@@ -1,6 +1,6 @@
-"""Short chat templates that behave like those of well-known models, and a tokenizer.
+"""Short chat templates with the behaviour of well-known models, and a tokenizer.
 
-Written for these tests; TRL's copies of the models' own templates are read where TRL is installed.
+Written for these tests; the models' own templates are read from TRL if it is installed.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ COUNTS = "{{ messages|length }}" + CHATML
 
 
 def byte_tokenizer(template: str | dict[str, str] | None) -> PreTrainedTokenizerFast:
-    """One token for each byte, and for each special token of the template."""
+    """One token per byte and per special token of the template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

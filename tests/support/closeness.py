@@ -1,7 +1,7 @@
 """`torch.testing.assert_close` with a tolerance that follows dtype and scale.
 
-Another CPU, or another number of threads, adds up in another order. A sum is then off by roundings
-of its terms, not of itself: an element near zero may be off as far as the largest beside it.
+The order of summation depends on the CPU and the number of threads. The rounding error of a sum scales with
+its terms, not with its value: an element near zero may have the error of the largest element.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ def assert_near(
     """Every element is within `roundings` units in the last place of the largest expected one.
 
     Args:
-        found, expected: Of one shape; dtypes may differ.
-        roundings: How many. 100 suit a product or a small model; longer computations have more.
-        rtol: Allowed on top, relative to each element.
-        dtype: In which it was computed; by default the less precise of the two.
+        found, expected: Tensors of the same shape; dtypes may differ.
+        roundings: 100 suit a product or a small model; longer computations need more.
+        rtol: Additional tolerance, relative to each element.
+        dtype: Dtype of the computation; by default the less precise of the two.
     """
     expected = expected.detach()
     given = dtype or max(found.dtype, expected.dtype, key=lambda d: torch.finfo(d).eps)

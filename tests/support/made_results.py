@@ -1,4 +1,4 @@
-"""Made-up results of plans, the blocks that they give, and numbers computed a second time."""
+"""Synthetic results of plans, a template of their blocks, and numbers computed independently."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from folora.methods import METHODS
 from folora.runtime.artifacts import write_artifact
 
 RATES = (1e-3, 3e-3, 1e-2)
-# What a method keeps in the end, at seed 0 and all rates but the highest.
+# Accuracy that a method retains after the last step, at seed 0 and all rates but the highest.
 KEPT = {
     "folora": 0.8, "folora-null": 0.7, "lora": 0.3, "milora": 0.2, "gate-off": 0.6, "eigen-frozen": 0.4,
     "lora-kl": 0.5,
@@ -80,13 +80,13 @@ TEMPLATE = """# Page
 
 
 def final(method: str, seed: int, rate: float, change: float = 0.0) -> float:
-    """Kept after the last step; the highest rate keeps more, and folora differs less by seed."""
+    """Accuracy retained after the last step; more at the highest rate, with less variance over seeds for folora."""
     spread = 0.01 if method == "folora" else 0.02
     return KEPT[method] - spread * seed + (0.1 if rate == RATES[-1] else 0.0) + change
 
 
 def reading(step: int, task: float, kept: float, rate: float) -> dict[str, Any]:
-    """Norms grow with step and rate; KL is what was not kept, over ten."""
+    """Norms grow with step and rate; KL is a tenth of the lost accuracy."""
     return {
         "step": step,
         "task_loss": 1 - task,
@@ -109,7 +109,7 @@ def write_arm(
     knobs: dict[str, float] | None = None,
     calibration: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Add one result; a model learns all after 100 steps, at the lowest rate but .6 of it."""
+    """Add one result; the task score after 100 steps is 1, at the lowest rate .6."""
     kept, reached = final(method, seed, rate, change), 0.6 if rate == RATES[0] else 1.0
     changes = {"training.learning_rate": rate, **(knobs or {})}
     values = {
@@ -164,7 +164,7 @@ def write_results(folder: Path) -> None:
 
 
 def moments(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """A run folder's statistics with two groups, of which the second is diagonal throughout."""
+    """A run folder's moments with two groups, of which the second has diagonal matrices only."""
     c_pre, c_task = np.diag([3.0, 2.0, 1.0]), np.array([[2.0, 1, 0], [1, 2, 0], [0, 0, 1]])
     for part, matrix in (("pre", c_pre), ("task", c_task)):
         tensors = {"a": torch.from_numpy(matrix), "b": torch.from_numpy(np.diag(np.diag(matrix)))}
@@ -177,7 +177,7 @@ def source(folder: Path) -> Source:
 
 
 def tables(text: str) -> list[dict[str, dict[str, str]]]:
-    """Tables of a page, each as row -> column -> cell; a repeated title has its number added."""
+    """Tables of a page, each as row -> column -> cell; a number is added to repeated titles."""
     found = []
     for lines in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         rows = [[c.strip() for c in row.strip("|").split(" | ")] for row in lines.splitlines()]

@@ -11,7 +11,7 @@ ALPACA = (
     "the request.\n\n### Instruction:\n"
 )
 
-# Two documents of every data set, in the columns that it has on the Hub.
+# Two documents of every dataset, with its columns on the Hub.
 
 GSM8K = [
     {"question": "Ann has 3 pens and buys 4. How many?", "answer": "3 + 4 = <<3+4=7>>7\n#### 7"},

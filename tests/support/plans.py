@@ -1,4 +1,4 @@
-"""The base of a benchmark plan whose every arm takes a second on a tiny model."""
+"""The base of a benchmark plan whose arms take about a second each on a tiny model."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def gradients(shapes: list[tuple[int, int]], steps: int, seed: int = 0) -> list[
 
 
 def orthogonal_and_gate(d: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """A basis that is not orthogonal, as T is not, and a gate."""
+    """A basis that is not orthogonal (as T), and a gate."""
     generator = torch.Generator().manual_seed(seed)
     basis = torch.randn(d, d, generator=generator, dtype=torch.float64)
     return basis, torch.rand(d, generator=generator, dtype=torch.float64)
@@ -59,7 +59,7 @@ def reference(
     eps: float = 1e-8,
     decay: float = 0.0,
 ) -> torch.Tensor:
-    """Eq. 18-24 as written, float64, one row and column at a time where it matters."""
+    """Eq. 18-24 as written, in float64, by single rows and columns."""
     a = a.clone()
     m = v = a.new_zeros(len(a), basis.shape[1])
     for t, g in enumerate(grads, start=1):

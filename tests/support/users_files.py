@@ -1,4 +1,4 @@
-"""Put files of a user into a folder, and compare what is there before and after."""
+"""Put a user's files into a folder, and compare its contents before and after."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def socket_at(name: str) -> Put:
 
 
 def appended(name: str, text: str) -> Put:
-    """The user modifies a file that folora wrote."""
+    """Append to a file that folora wrote, as a user."""
 
     def put(here: Path) -> None:
         (here / name).write_text((here / name).read_text() + text)
@@ -76,12 +76,12 @@ def appended(name: str, text: str) -> Put:
 
 
 def read_only(name: str) -> Put:
-    """The user makes a file read-only."""
+    """Make a file read-only."""
     return lambda here: (here / name).chmod(0o444)
 
 
 def both(*puts: Put) -> Put:
-    """Several in sequence."""
+    """Several changes in sequence."""
 
     def put(here: Path) -> None:
         for one in puts:
@@ -91,7 +91,7 @@ def both(*puts: Put) -> Put:
 
 
 def folder_of(files: Mapping[str, str]) -> Put:
-    """A writer of text files, by their names."""
+    """A function that writes text files, given by name."""
 
     def write(target: Path) -> None:
         for name, content in files.items():

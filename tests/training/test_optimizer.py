@@ -1,4 +1,4 @@
-"""The optimizer is made from a PEFT model and a spectrum, wherever both come from."""
+"""The optimizer is built from a PEFT model and a spectrum, also when both are loaded in a new process."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_a_frozen_half_is_recognized_in_an_export(
     adapted = attach(model.to(dtype), bases, LoraConfig(r=R, use_rslora=True), init=init)
     # Weight decay shrinks the frozen half, here to less than a third.
     steps(adapted, folora.optimizer(adapted, bases, lr=1e-2, lr_b_ratio=2.0, weight_decay=30.0))
-    for rank, trained in ((None, R), (R, None)):  # cut back, it is an adapter like any other
+    for rank, trained in ((None, R), (R, None)):  # a truncated export has no frozen half
         export_adapter(adapted, tmp_path / "a", rank=rank)
         again = PeftModel.from_pretrained(make().to(dtype), str(tmp_path / "a"), is_trainable=True)
         folora.optimizer(again, bases, lr=1e-2)
@@ -178,7 +178,7 @@ def test_a_constraint_holds_without_further_calls() -> None:
     steps(adapted, folora.optimizer(adapted, bases, 1e-2), 4)  # the first steps are checked
 
 
-def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
+def test_mismatched_adapters_and_spectra_are_refused_by_name(tmp_path: Path) -> None:
     model = make_llama()
     bases = bases_for(model)
     adapted = attach(model, bases, LoraConfig(r=R))

@@ -1,4 +1,4 @@
-"""Every option of SFTConfig is honoured, set by folora, or refused by name; none is ignored."""
+"""Every option of SFTConfig is supported, set by folora, or refused by name; none is ignored."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def prepare(**changes: Any) -> Prepared:
 
 @pytest.fixture(scope="module")
 def prepared() -> Prepared:
-    """To read, and to give other hyperparameters."""
+    """Not trained; hyperparameters may be changed."""
     return prepare()
 
 
@@ -48,13 +48,13 @@ def test_every_option_of_the_installed_trl_is_in_the_table() -> None:
     assert not found - KNOWN
 
 
-def test_no_option_is_in_two_parts_of_the_table() -> None:
+def test_every_option_is_in_one_part_of_the_table() -> None:
     parts = [set(SET_BY), set(REFUSED), HONOURED, WITHOUT_EFFECT]
     assert len(KNOWN) == sum(map(len, parts))
     assert set(SET_BY.values()) <= set(option_names())
 
 
-def test_options_with_a_default_of_folora_are_options_of_trl_that_are_honoured() -> None:
+def test_options_with_a_folora_default_are_supported_options_of_trl() -> None:
     fields = set(TrainingConfig.model_fields) - {"lr_b_ratio"}
     assert fields <= {field.name for field in dataclasses.fields(SFTConfig)}
     assert fields <= HONOURED | WITHOUT_EFFECT
@@ -83,13 +83,13 @@ def test_an_option_of_a_newer_trl_is_passed_on_and_reported(
         ({"seed": 3}, False),
     ],
 )
-def test_what_changes_the_result(changes: dict[str, Any], same: bool) -> None:
+def test_options_that_change_the_result_are_known(changes: dict[str, Any], same: bool) -> None:
     schedule = {k: v for k, v in changes.items() if k == "lr_scheduler_type"}
     before = effective(FoLoraConfig(training=schedule))
     assert (effective(FoLoraConfig(training=changes)) == before) is same
 
 
-def test_training_takes_the_seed_of_its_own_or_the_seed_of_all(tmp_path: Path) -> None:
+def test_training_uses_its_own_seed_or_the_global_seed(tmp_path: Path) -> None:
     for values, wanted in (({}, 0), ({"seed": 3}, 3), ({"seed": 3, "training": {"seed": 5}}, 5)):
         config = FoLoraConfig.from_dict(values)
         assert config.training_seed == effective(config)["seed"] == wanted
@@ -97,7 +97,7 @@ def test_training_takes_the_seed_of_its_own_or_the_seed_of_all(tmp_path: Path) -
         assert args.seed == wanted
 
 
-def test_other_intervals_do_not_train_again(finished: FoLoraConfig, tmp_path: Path) -> None:
+def test_changed_intervals_do_not_rerun_training(finished: FoLoraConfig, tmp_path: Path) -> None:
     shutil.copytree(str(finished.output), tmp_path / "run")
     changes = {
         "output": str(tmp_path / "run"),
@@ -108,10 +108,8 @@ def test_other_intervals_do_not_train_again(finished: FoLoraConfig, tmp_path: Pa
     assert not (tmp_path / "run" / "old").exists()
 
 
-def test_a_training_that_is_resumed_takes_the_new_intervals(
-    finished: FoLoraConfig, tmp_path: Path
-) -> None:
-    """It goes on after step 4 of 6, and saves after each step from there on."""
+def test_a_resumed_training_uses_the_new_intervals(finished: FoLoraConfig, tmp_path: Path) -> None:
+    """It resumes after step 4 of 6 and then saves after each step."""
     folder = tmp_path / "run"
     shutil.copytree(str(finished.output), folder)
     training = folder / "4-training"
@@ -138,10 +136,10 @@ def trained(prepared: Prepared, folder: Path, **changes: Any) -> folora.FoLoraTr
     return trainer
 
 
-def test_a_trainers_own_hyperparameters_are_followed(
+def test_the_hyperparameters_of_the_trainer_are_used(
     prepared: Prepared, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Also by a second Trainer on the same model; B keeps its ratio to A."""
+    """Also with a second Trainer on the same model; the ratio of B's to A's learning rate is kept."""
     config = prepared.config.changed({"training.lr_b_ratio": 4.0})
     prepared = dataclasses.replace(prepared, config=config)
     for rate in (3e-3, 5e-4):
@@ -200,7 +198,7 @@ def test_a_forgotten_optimizer_is_reported(
     assert (FORGOTTEN in caplog.text) is warned
 
 
-def test_an_option_that_changes_the_process_is_not_tried_out(
+def test_checking_options_does_not_change_the_process(
     model_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     paths = {"model": str(model_folder), "dataset": str(rows_file), "output": str(tmp_path / "run")}

@@ -49,7 +49,7 @@ def test_resumed_training_is_bitwise_equal_to_uninterrupted(tmp_path: Path, init
     cut = prepared(method={"name": "folora", "init": init})
     with pytest.raises(KeyboardInterrupt):
         train(cut, make_tokenizer(), tmp_path / "cut", callbacks=[StopAt(5)])
-    # A checkpoint that was cut off while being written is passed over.
+    # An incompletely written checkpoint is skipped.
     shutil.copytree(tmp_path / "cut" / "checkpoint-4", tmp_path / "cut" / "checkpoint-5")
     (tmp_path / "cut" / "checkpoint-5" / SEAL).unlink()
     assert latest_checkpoint(tmp_path / "cut") == tmp_path / "cut" / "checkpoint-4"
@@ -128,7 +128,7 @@ def test_other_options_pass_through(tmp_path: Path) -> None:
             "lr_scheduler_type": "linear", "adam_beta2": 0.95, "label_smoothing_factor": 0.1,
         }
     )  # fmt: skip
-    with warnings.catch_warnings(action="error"):  # nothing that is on its way out
+    with warnings.catch_warnings(action="error"):  # no deprecated API
         args = sft_config(config, tmp_path, evaluates=True, on_cpu=True)
     assert args.gradient_checkpointing
     assert args.lr_scheduler_type == "linear"

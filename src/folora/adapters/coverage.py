@@ -88,7 +88,7 @@ class Coverage:
         """The report: what is adapted, and each part that is not, with its share and the reason."""
         kinds = sorted({name.rsplit(".", 1)[-1] for name in self.layers})
         return [
-            f"adapted: {self.adapted / self.weights:.1%} of {_count(self.weights)} weights "
+            f"adapted: {self.adapted / self.weights:.1%} of {self.weights:,} weights "
             f"({self.share:.1%} without embeddings): {len(self.layers)} linear layers "
             f"({', '.join(kinds)})",
             *(
@@ -347,10 +347,3 @@ def _uncalled_modules(refused: Mapping[str, str], seen: Iterable[str]) -> list[s
         if reason == NOT_CALLED
     )
     return list(dict.fromkeys(tops))
-
-
-def _count(number: int) -> str:
-    for size, unit in ((1e9, "billion"), (1e6, "million")):
-        if number >= size:
-            return f"{number / size:.1f} {unit}"
-    return f"{number:,}"

@@ -99,14 +99,14 @@ def check_lora_config(config: LoraConfig) -> None:
             found = (remedy for remedy, names in REMEDIES.items() if name in names)
             remedy = next(found, "leave it out; folora trains ordinary LoRA adapters")
             raise ConfigError(f"LoraConfig: {name} is {value!r}, which is not supported: {remedy}")
-    if type(config.r) is not int or config.r < 1:
-        raise ConfigError(f"LoraConfig: r is {config.r!r}, but must be an integer >= 1")
-    if not 0 < config.lora_alpha < math.inf:
-        raise ConfigError(f"LoraConfig: lora_alpha is {config.lora_alpha}, but must be > 0")
-    if not 0 <= config.lora_dropout < 1:
-        raise ConfigError(
-            f"LoraConfig: lora_dropout is {config.lora_dropout}, but must lie in [0, 1)"
-        )
+    for name, allowed, interval in (
+        ("r", type(config.r) is int and config.r >= 1, "be an integer >= 1"),
+        ("lora_alpha", 0 < config.lora_alpha < math.inf, "be > 0"),
+        ("lora_dropout", 0 <= config.lora_dropout < 1, "lie in [0, 1)"),
+    ):
+        if not allowed:
+            value = getattr(config, name)
+            raise ConfigError(f"LoraConfig: {name} is {value!r}, but must {interval}")
 
 
 def check_modules(

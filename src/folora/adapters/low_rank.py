@@ -8,8 +8,10 @@ the same, except for rounding where kappa is not 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -43,8 +45,7 @@ def update(
     """
     kind = x.device.type  # autocast is not available on the meta device
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        first, rest = _parts(a, b, trained)
-        return _sum(_product(x, *first, scaling), rest and _product(x, *rest, scaling))
+        return _product(x, _parts(a, b, trained), scaling)
     return _Update.apply(x, a, b, scaling, trained)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -53,12 +54,13 @@ class _Update(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float, trained: int | None
     ) -> Tensor:
-        (first_a, first_b), rest = _parts(a, b, trained)
+        (first_a, first_b), *frozen = _parts(a, b, trained)
         wide = x.to(a.dtype)
         inner = _scaled(linear(wide, first_a), scaling)
         ctx.scaling, ctx.trained = scaling, trained
         ctx.save_for_backward(x, a, b, inner)
-        return _sum(linear(inner, first_b), rest and _product(wide, *rest, scaling))
+        out = linear(inner, first_b)
+        return out + _product(wide, frozen, scaling) if frozen else out
 
     @staticmethod
     @once_differentiable  # type: ignore[misc]
@@ -81,28 +83,23 @@ class _Update(torch.autograd.Function):
 Factors = tuple[Tensor, Tensor]
 
 
-def _parts(a: Tensor, b: Tensor, trained: int | None) -> tuple[Factors, Factors | None]:
+def _parts(a: Tensor, b: Tensor, trained: int | None) -> list[Factors]:
     """The trained part of A and B, and the frozen rest, detached.
 
     Both are contiguous copies: with views of different strides, kernels would round differently.
     """
     if trained is None:
-        return (a, b), None
+        return [(a, b)]
     first, rest = (a[:trained], b[:, :trained]), (a[trained:].detach(), b[:, trained:].detach())
-    return _copies(first), _copies(rest)
+    return [(_copy(part_a), _copy(part_b)) for part_a, part_b in (first, rest)]
 
 
-def _copies(factors: Factors) -> Factors:
-    a, b = (t.clone(memory_format=torch.contiguous_format) for t in factors)
-    return a, b
+def _copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
 
 
-def _product(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    return linear(_scaled(linear(x, a), scaling), b)
-
-
-def _sum(moved: Tensor, more: Tensor | None) -> Tensor:
-    return moved if more is None else moved + more
+def _product(x: Tensor, parts: Sequence[Factors], scaling: float) -> Tensor:
+    return reduce(add, (linear(_scaled(linear(x, a), scaling), b) for a, b in parts))
 
 
 def _scaled(x: Tensor, scaling: float) -> Tensor:

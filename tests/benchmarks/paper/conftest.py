@@ -1,4 +1,4 @@
-"""Local copies of the Hub datasets, a tokenizer for any text, and a folder that holds it."""
+"""Local copies of the Hub's datasets, a tokenizer for any text, and a folder with it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from benchmarks.paper.recipe import TASKS
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Hub's data sets without the Hub; IFEval's packages, where they are missing, as husks.
+    """The Hub's datasets from memory; stubs for IFEval's packages where they are not installed.
 
-    The checks of IFEVAL's document use neither language detection nor sentences.
+    The checks of IFEVAL's document use neither language detection nor sentence splitting.
     """
     read_file = datasets.load_dataset
 
@@ -51,7 +51,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Any text, in pieces of a few characters."""
+    """Encodes any text in tokens of a few characters."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -73,7 +73,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def model_folder(
     tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast
 ) -> str:
-    """What a recipe's model is replaced by; a trial takes the tokenizer alone from it."""
+    """The replacement of a recipe's model; a trial uses only its tokenizer."""
     folder = tmp_path_factory.mktemp("model")
     tokenizer.save_pretrained(folder)
     (folder / "config.json").write_text('{"model_type": "llama"}')

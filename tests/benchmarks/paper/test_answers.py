@@ -22,7 +22,7 @@ needs_data = pytest.mark.skipif(
 
 
 def local_rows(name: str) -> list[Row]:
-    """Rows of a real data set."""
+    """Rows of a real dataset."""
     with gzip.open(Path(os.environ["FOLORA_DATA_DIR"]) / f"{name}.jsonl.gz", "rt") as lines:
         return [json.loads(line) for line in lines]
 
@@ -119,13 +119,13 @@ def test_wrong_functions_do_not_pass(completion: str) -> None:
         ("", 0.0),
     ],
 )
-def test_programs_written_from_a_description(completion: str, passes: float) -> None:
+def test_programs_for_a_description_are_scored(completion: str, passes: float) -> None:
     with permission():
         assert functions.mbpp(MBPP[0], [completion]) == {"pass@1": passes}
 
 
 def test_a_tasks_setup_may_use_the_program() -> None:
-    """As in MBPP's task 367, whose set-up builds a tree of the program's own class."""
+    """As in MBPP's task 367, whose setup builds a tree of the program's own class."""
     doc = {**MBPP[0], "test_setup_code": "two = double(1)", "test_list": ["assert two == 2"]}
     with permission():
         assert functions.mbpp(doc, ["def double(n):\n    return 2 * n\n"]) == {"pass@1": 1.0}
@@ -133,7 +133,7 @@ def test_a_tasks_setup_may_use_the_program() -> None:
 
 @needs_data
 def test_reference_answers_are_scored_as_correct() -> None:
-    """Of the real data sets: every one of GSM8K and MATH, and some of the programs."""
+    """Of the real datasets: all of GSM8K and MATH, and some programs."""
     for row in local_rows("gsm8k/test"):
         said = row["answer"].rpartition("#### ")[2]
         for text in (
@@ -148,7 +148,7 @@ def test_reference_answers_are_scored_as_correct() -> None:
         said = f"So.The answer is: ${row['answer']}$"
         assert functions.math(row, [said]) == {"exact_match": 1.0}
     solved = sum(functions.math(row, [row["solution"]])["exact_match"] for row in problems)
-    assert solved >= len(problems) - 1  # one goes on: "The final answer is positive, because"
+    assert solved >= len(problems) - 1  # one continues: "The final answer is positive, because"
     with permission():
         for row in local_rows("humaneval/test")[::16]:
             fenced = f"Here:\n```python\n{row['prompt']}{row['canonical_solution']}\n```\nDone."
@@ -186,7 +186,7 @@ def test_squad(doc: Row, said: str, exact: float, f1: float) -> None:
         (" The answer is: seven", False),
         (" It is 7", False),
         (" The answer is: 7 pens", False),
-        # The first mark of the list decides, wherever it stands: PEFT's rule, kept as it is.
+        # PEFT's rule: the first marker of the list decides, wherever it is in the text.
         (" The answer is: 8\n#### 7", False),
     ],
 )
@@ -194,7 +194,7 @@ def test_pefts_accuracy(said: str, right: bool) -> None:
     assert functions.peft_gsm8k(GSM8K[0], [said]) == {"accuracy": float(right)}
 
 
-def test_peft_does_not_read_thousands() -> None:
-    """ "2,000" is no number for PEFT, so that 2000 does not match it; what is said must be the same."""
+def test_peft_does_not_parse_thousands_separators() -> None:
+    """PEFT does not parse "2,000" as a number, so 2000 does not match it; equal texts do."""
     assert functions.peft_gsm8k(GSM8K[1], [" The answer is: 2,000"]) == {"accuracy": 1.0}
     assert functions.peft_gsm8k(GSM8K[1], [" The answer is: 2000"]) == {"accuracy": 0.0}

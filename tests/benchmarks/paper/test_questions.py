@@ -62,16 +62,16 @@ def test_training_and_evaluation_prompts_match(
     assert prompt_of(task_of("paper_gsm8k", tokenizer)).startswith(trained)
 
 
-def test_mbpp_shows_its_three_examples(hub: None, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_mbpp_prompts_have_three_examples(hub: None, tokenizer: PreTrainedTokenizerFast) -> None:
     text = prompt_of(task_of("paper_mbpp", tokenizer, shots=3))
     assert text.count("[BEGIN]") == 4
     assert text.count("[DONE]") == 3
     assert [f"double({i}) == {2 * i}" in text for i in (2, 3, 4)] == [True] * 3
-    assert "double(5)" not in text  # task 5 is no example
+    assert "double(5)" not in text  # task 5 is not an example
     assert text.endswith("assert double(1) == 2\n[BEGIN]\n")
 
 
-def test_math_asks_all_seven_subjects(hub: None) -> None:
+def test_math_covers_all_seven_subjects(hub: None) -> None:
     assert len(functions.math_rows()["test"]) == 7
 
 
@@ -97,7 +97,7 @@ def test_instructions_are_checked_by_the_harness(
 def test_few_shot_examples_are_the_same_in_every_call(
     hub: None, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A base and its adapted models must be asked the same questions."""
+    """A base and its adapted models must get the same prompts."""
     text = (TASKS / "paper_mbpp.yaml").read_text()
     text = text.replace("sampler: first_n, split: prompt, process_docs: !function functions.mbpp_shots", "split: prompt")  # fmt: skip
     text = text.replace("functions.mbpp", "benchmarks.paper.tasks.functions.mbpp")
@@ -118,4 +118,4 @@ def test_few_shot_examples_are_the_same_in_every_call(
     ask(model)
     ask(model)
     assert seen[0] == seen[1]
-    assert len(set(seen[0])) > 2  # and they are drawn
+    assert len(set(seen[0])) > 2  # and they are sampled

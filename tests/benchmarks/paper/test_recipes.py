@@ -66,7 +66,7 @@ def test_recipes_have_the_papers_settings(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
-def test_every_benchmark_of_the_paper_is_target_or_retained(path: Path) -> None:
+def test_every_benchmark_of_the_paper_is_a_target_or_retained(path: Path) -> None:
     recipe = read_recipe(path)
     missing = set(recipe.benchmarks) - {*recipe.target, *recipe.kept}
     assert missing == ({"longbench_v2"} if recipe.stage == "llama2-7b" else set())
@@ -76,7 +76,7 @@ def test_every_benchmark_of_the_paper_is_target_or_retained(path: Path) -> None:
 PEFT_TEXT = (
     "Question: What is 0 + 1? Think step by step.\nAnswer:It is 1.\n#### 1\nThe answer is: 1"
 )
-FIRST = {  # what a model is trained on, by target
+FIRST = {  # the first training row, by target
     "math": (f"{ALPACA}What is 0 + 1?\n\n### Response:", "It is 1.\n#### 1\nThe answer is: 1"),
     "code": (f"{ALPACA}Add 0.\n\n### Response:", "```python\nx += 0\n```"),
     "instruction": (f"{ALPACA}Say 0.\n\n### Response:", "I say 0."),
@@ -125,7 +125,7 @@ def test_every_method_runs_end_to_end(hub: None, model_folder: str, tmp_path: Pa
 
 
 def small_recipe(folder: Path, **changes: Any) -> Path:
-    """A recipe of one method and one question, with something changed."""
+    """A recipe with one method and one benchmark, with changes."""
     values = {
         "stage": "tiny",
         "task": "math",
@@ -240,7 +240,7 @@ def test_invalid_arguments_are_refused_before_a_model_is_loaded(
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr("folora.pipeline.run.load_model", never)
-    if "paper_gsm'" in message:  # no harness index for one wrong name
+    if "paper_gsm'" in message:  # skips the harness's index
         monkeypatch.setattr("folora.metrics.evaluation._harness", lambda _: _Empty())
     recipe = str(small_recipe(tmp_path, **changes))
     given = ["--recipe", recipe, "--model", model_folder, "--output", str(tmp_path / "out")]
@@ -251,7 +251,7 @@ def test_invalid_arguments_are_refused_before_a_model_is_loaded(
 def test_the_harnesses_own_code_tasks_are_refused_even_with_permission(
     hub: None, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    """They would run programs outside of the sandbox."""
+    """They would run programs outside the sandbox."""
     text = (
         (TASKS / "paper_humaneval.yaml").read_text().replace("functions.", f"{functions.__name__}.")
     )
@@ -265,7 +265,7 @@ def test_the_harnesses_own_code_tasks_are_refused_even_with_permission(
 
 
 class _Empty:
-    """An index of tasks without any."""
+    """An index without tasks."""
 
     def __init__(self) -> None:
         self.task_index: dict[str, Any] = {}
@@ -288,6 +288,6 @@ def test_too_few_rows_are_reported_and_long_rows_skipped(hub: None, tmp_path: Pa
 
 def test_pefts_length_limit_counts_the_template() -> None:
     data = read_recipe(FOLDER / "recipes" / "peft-metamath.yaml").data
-    query, response = "q" * 500, "r" * 799  # 1300 with the blank between them
+    query, response = "q" * 500, "r" * 799  # 1300 with the space between them
     text = data.prompt + data.completion.format(query=query, response=response)
     assert len(text) == data.max_characters

@@ -1,4 +1,4 @@
-"""The sandbox for generated programs: what they may do, and which limits end them."""
+"""The sandbox for generated programs: what they may do, and which limits stop them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_an_endless_program_is_stopped(allowed: Any, program: str) -> None:
 
 
 def test_child_processes_of_a_stopped_program_are_killed(allowed: Any, tmp_path: Path) -> None:
-    """Also where it gets past the hook, as a fork by hand does not."""
+    """Also if the process bypasses the hook; a plain fork does not."""
     for start in ("os.fork()", "os.forkpty()", "os.system('sleep 30')"):
         outcome = allowed(f"import os\nwhile True: {start}", seconds=5.0)
         assert not outcome.passed
