@@ -81,6 +81,10 @@ FOUND = {
     "another end": (t.DATED, MORE, ["<|message|>two<|end|>", "<|message|>four<|return|>"]),
     "one EOS": (t.ENDS_ONCE, MORE, ["two<|end|>", "four<|end|>\n</s>"]),
     "markers": (t.MARKED, MORE, ["two" + END, "four" + END]),
+    "two marks in an answer": (
+        t.MARKED.replace("{% generation %}", "{% generation %}={% endgeneration %} {% generation %}"),
+        MORE, ["=", "two" + END, "=", "four" + END],
+    ),
     "system in the user's": (t.INST, [SYSTEM, *MORE], [" two</s>", " four</s>"]),
     "another name": (t.NO_SYSTEM, MORE, ["two<end_of_turn>\n", "four<end_of_turn>\n"]),
     "no end": (t.NO_END, MORE, ["two", "four"]),

@@ -236,6 +236,10 @@ TOKENS: dict[str, tuple[Row, str | tuple[str, str]]] = {
     ),
     "tokens and text": ({"text": "x", "input_ids": [64, 65]}, ("ab", "ab")),
     "gap in the attention mask": ({"input_ids": [64, 65, 66], "attention_mask": [1, 0, 1]}, "0 between tokens"),
+    "attention mask of zeros": (
+        {"input_ids": [64, 65], "attention_mask": [0, 0]},
+        "attention_mask is 0 for every token",
+    ),
     "shifted labels": ({"input_ids": [64, 65], "labels": [65, -100]}, "not shifted"),
     "labels of another length": ({"input_ids": [64, 65], "labels": [65]}, "1 entries, but 'input_ids' 2"),
     "empty tokens": ({"input_ids": [], "labels": []}, "must hold token ids"),
@@ -357,14 +361,17 @@ def test_truncated_rows_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     assert "1 of 2 rows truncated to data.max_length = 5 tokens" in caplog.text
 
 
-def test_a_bos_in_the_row_is_not_doubled() -> None:
+def test_messages_in_the_columns_of_an_instruction_are_a_chat() -> None:
+    assert read([{"question": [USER], "answer": [ANSWER]}]) == (BOTH, "a<|end|>")
+
+
+@pytest.mark.parametrize("prompt", ["u", "<s>u"])
+def test_bos_and_eos_of_the_tokenizer_are_not_doubled(prompt: str) -> None:
     tokenizer = chat_templates.byte_tokenizer(None)
-    tokenizer.add_bos_token = True
-    for prompt in ("u", "<s>u"):
-        (example,) = prepare_task(
-            [{"prompt": prompt, "completion": "a"}], tokenizer, DataConfig()
-        ).train
-        assert tokenizer.decode(example.input_ids) == "<s>ua</s>"
+    tokenizer.add_bos_token = tokenizer.add_eos_token = True
+    rows = [{"prompt": prompt, "completion": "a"}]
+    (example,) = prepare_task(rows, tokenizer, DataConfig()).train
+    assert tokenizer.decode(example.input_ids) == "<s>ua</s>"
 
 
 # Data sets in memory

@@ -72,8 +72,6 @@ class ChatTemplate:
 
     def render(self, chat: Chat, count: int | None = None, *, prompt: bool = False) -> str:
         """The text of the first `count` messages, followed by the generation prompt if `prompt`."""
-        if count == 0:
-            return ""
         text = str(self.apply(chat, count, tokenize=False, add_generation_prompt=prompt))
         check_unicode(text, "the chat")  # includes roles and what the template adds
         return text
