@@ -138,9 +138,10 @@ def prepare_task(
 
 def _log_format(chosen: Format, columns: Collection[str]) -> None:
     """Log which columns are used and which are not."""
-    used = [name for name in columns if name not in chosen.unused(columns)]
-    logger.info("rows are read as %s: columns %s", chosen.name, ", ".join(used))
-    if unused := chosen.unused(columns):
+    unused = chosen.unused(columns)
+    used = ", ".join(name for name in columns if name not in unused)
+    logger.info("rows are read as %s: columns %s", chosen.name, used)
+    if unused:
         logger.info("columns not used: %s", ", ".join(unused))
 
 
