@@ -72,7 +72,7 @@ def _cache(model: Any, length: int) -> Cache:
 
 
 def generate_cache_options(model: Any, length: int) -> dict[str, Any]:
-    """Options with which ``generate`` uses the same cache as `Forward`; none on an accelerator, where it would compile."""
+    """Options with which ``generate`` uses the cache of `Forward`; none on an accelerator, where it would compile."""
     if model.device.type != "cpu":
         return {}
     if _reads_static_cache(model):

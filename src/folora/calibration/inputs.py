@@ -118,7 +118,7 @@ def trace_calls(model: nn.Module, names: Iterable[str], batch: Batch) -> dict[st
 def group_by_input(
     seen: Mapping[str, Sequence[LayerCall]], layers: Mapping[str, tuple[int, int]]
 ) -> list[InputGroup]:
-    """Group the layers whose first call, of those that `trace_calls` has seen, has the same input tensor."""
+    """Group the layers whose first call has the same input tensor; all must be in `seen`, from `trace_calls`."""
     sharing: dict[tuple[int, int], list[str]] = {}
     for name, calls in seen.items():
         if name in layers:
