@@ -83,9 +83,8 @@ class Evaluation:
         for name, limit in tasks.items():
             loaded = _load(manager, name)
             self._groups |= loaded["groups"]
-            for found, task in loaded["tasks"].items():
-                self._tasks[found] = task
-                self._limits[found] = limit
+            self._tasks |= loaded["tasks"]
+            self._limits |= dict.fromkeys(loaded["tasks"], limit)
         for name, task in self._tasks.items():
             _configure(name, task, num_fewshot, max_new_tokens, allow_code)
 
@@ -156,11 +155,7 @@ def _load(manager: TaskManager, name: str) -> Any:
 
 
 def _configure(
-    name: str,
-    task: Task,
-    num_fewshot: int | None,
-    max_new_tokens: int | None,
-    allow_code: bool,
+    name: str, task: Task, num_fewshot: int | None, max_new_tokens: int | None, allow_code: bool
 ) -> None:
     if getattr(task, "UNSAFE_CODE", False) and not allow_code:
         raise ConfigError(
@@ -168,9 +163,7 @@ def _configure(
             "in a sandbox"
         )
     default = task.get_config("num_fewshot")
-    if default != 0 and (
-        num_fewshot is not None or default is None
-    ):  # a task with 0 requires zero-shot
+    if default is None or (num_fewshot is not None and default != 0):  # 0 requires zero-shot
         task.set_config("num_fewshot", num_fewshot or 0)
     if max_new_tokens is not None and task.OUTPUT_TYPE == "generate_until":
         task.set_config("generation_kwargs", {"max_gen_toks": max_new_tokens}, update=True)

@@ -150,8 +150,8 @@ class Run:
         """
         path = self.base_target(path)
         with self.alone():
-            samples, keep = stages.sample_and_measure(self.context, self.store)
-            found, moments = samples.load(), keep.load()
+            samples, keep = stages.sample(self.context, self.store)
+            found, moments = samples.load(), self.store.make(keep).load()
             facts = self.context.facts
             distributed.on_rank_zero(lambda: write_base_file(path, found, moments, facts))
         return path

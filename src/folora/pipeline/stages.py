@@ -265,22 +265,11 @@ def base_file(context: Context) -> StageResult[BaseFile] | None:
     return StageResult(cache(lambda: read_base_file(path, facts)), read_base_manifest(path, facts))
 
 
-def sample_and_measure(
-    context: Context,
-    store: Store,
-    task: StageResult[Moments] | None = None,
-    engine: Engine | None = None,
-) -> tuple[StageResult[CalibrationSet], StageResult[Moments]]:
-    """The calibration set and C_pre, which depend on the base model; see `sample`."""
-    samples, keep = sample(context, store, task, engine)
-    return samples, store.make(keep)
-
-
 def share(context: Context, store: Store, engine: Engine | None = None) -> Shared:
     """The first stages: calibration set, C_pre and C_task."""
     task = store.make(TaskMoments(context))
-    samples, keep = sample_and_measure(context, store, task, engine)
-    return Shared(samples, keep, task)
+    samples, keep = sample(context, store, task, engine)
+    return Shared(samples, store.make(keep), task)
 
 
 def solve_options(config: FoLoraConfig) -> dict[str, Any]:
