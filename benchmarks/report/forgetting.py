@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from folora.compare.frontier import interval, paired
@@ -20,7 +21,7 @@ from folora.compare.results import (
     point_sets,
     scores_of,
 )
-from folora.compare.tables import NONE, Column, Table, matched_levels
+from folora.compare.tables import NONE, Cell, Column, Table, matched_levels
 
 BASELINE = "lora"
 BITS = ".bits_per_byte"
@@ -48,19 +49,17 @@ def forgetting_table(results: Sequence[Result], baseline: str = BASELINE) -> Tab
     scores, levels = scores_of(results), levels_of(results)
     arms = grouped(results)
     titles = {r.method: r.title for r in results}
-    header, rows = ["method"], {method: [titles[method]] for method in arms}
+    cells: list[tuple[str, Cell]] = []
     for title, loss in LOSSES.items():
         column = Column(title, 4, {m: _least(a, loss, scores, levels) for m, a in arms.items()})
-        compare = _part if title == "KL" else Column.difference
-        header.append(title)
-        if baseline in arms:
-            header.append(f"{'of' if title == 'KL' else 'minus'} {titles[baseline]}'s")
-        for method, row in rows.items():
-            row.append(column.cell(method))
-            if baseline in arms:
-                row.append(compare(column, method, baseline))
-    for method, row in rows.items():
-        row += [str(sum(map(len, arms[method].values()))), str(len(arms[method]))]
+        cells.append((title, column.cell))
+        if baseline in arms and title == "KL":
+            cells.append((f"of {titles[baseline]}'s", partial(_part, column, baseline)))
+        elif baseline in arms:
+            difference = partial(column.difference, reference=baseline)
+            cells.append((f"minus {titles[baseline]}'s", difference))
+    cells.append(("arms", lambda method: str(sum(map(len, arms[method].values())))))
+    cells.append(("seeds", lambda method: str(len(arms[method]))))
     stated = ", ".join(f"{-level:.3f}" for _, level in sorted(levels.items()))
     base = interval([-scores.point(r.base).task for r in results]).mean
     caption = (
@@ -72,7 +71,7 @@ def forgetting_table(results: Sequence[Result], baseline: str = BASELINE) -> Tab
         "is half of the 95 % interval over seeds; *: the interval excludes zero difference. "
         f"{NONE}: no seed reaches the loss."
     )
-    return Table((*header, "arms", "seeds"), tuple(map(tuple, rows.values())), caption)
+    return Table.by_method(titles, cells, caption)
 
 
 def levels_of(results: Sequence[Result]) -> dict[int, float]:
@@ -157,7 +156,7 @@ def _other(reading: Reading, metric: str) -> float:
     return mean_score({k: v for k, v in reading["other"].items() if k.endswith(metric)})
 
 
-def _part(column: Column, method: str, baseline: str) -> str:
+def _part(column: Column, baseline: str, method: str) -> str:
     """Ratio of a method's value to the baseline's: geometric mean over seeds."""
     if method == baseline:
         return NONE

@@ -37,7 +37,7 @@ from benchmarks.report.source import MAIN, NoResultsError, Source, check_word, r
 from folora.compare.frontier import at_norm
 from folora.compare.plots import NORMS, Norm, frontier_picture, norm_picture
 from folora.compare.results import Result, grouped, scores_of
-from folora.compare.tables import NONE, Column, Table, comparison_table
+from folora.compare.tables import NONE, Cell, Column, Table, comparison_table
 from folora.config import FoLoraConfig
 
 STRENGTH, KNOBS, CALIBRATION = "world_strength", "world_knobs", "world_calibration"
@@ -162,20 +162,17 @@ def norm_table(results: Sequence[Result], which: Norm) -> Table:
     if not sizes:
         raise NoResultsError(f"No arm of `{mine}` has learned half of what the best has.")
     quartiles = [float(f"{q:.2g}") for q in np.quantile(sizes, (0.25, 0.5, 0.75))]
-    header, rows = ["method"], {method: [titles[method]] for method in arms}
+    cells: list[tuple[str, Cell]] = []
     for size in dict.fromkeys(quartiles):
         values = {
             method: {seed: at_norm(found, size, which) for seed, found in seeds.items()}
             for method, seeds in paths.items()
         }
         column = Column(f"{which[0].upper()} = {size:g}", 3, values)
-        header.append(column.title)
-        for method, row in rows.items():
-            row.append(column.cell(method))
+        cells.append((column.title, column.cell))
         if REFERENCE in arms:
-            header.append(f"minus {titles[REFERENCE]}")
-            for method, row in rows.items():
-                row.append(column.difference(method, REFERENCE))
+            difference = partial(column.difference, reference=REFERENCE)
+            cells.append((f"minus {titles[REFERENCE]}", difference))
     caption = (
         f"{results[0].task}: retained score at equal {which[0].upper()} = {NORMS[which]}, interpolated along each arm, mean over the "
         "arms of a method that reach it, then mean ± half-width of the 95 % interval over seeds. "
@@ -183,7 +180,7 @@ def norm_table(results: Sequence[Result], which: Norm) -> Table:
         f"half of the best task score. *: the interval of the differences by seed excludes zero. {NONE}: no arm reaches "
         "it."
     )
-    return Table(tuple(header), tuple(map(tuple, rows.values())), caption)
+    return Table.by_method(titles, cells, caption)
 
 
 def knob_panels(

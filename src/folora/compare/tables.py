@@ -53,6 +53,7 @@ AVERAGES = {
 """Fields of `Averages` by title, and their decimals."""
 
 T = TypeVar("T")
+Cell = Callable[[str], str]
 BySeed = Mapping[str, Mapping[int, T]]  # method -> seed -> value
 Sets = Mapping[str, Mapping[int, list[Point]]]  # points of the arms and of the base
 
@@ -70,6 +71,14 @@ class Table:
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     caption: str
+
+    @classmethod
+    def by_method(
+        cls, titles: Mapping[str, str], columns: Sequence[tuple[str, Cell]], caption: str
+    ) -> Table:
+        """One row for each method; a column is its title and a function from a method to its cell."""
+        rows = ((title, *(cell(method) for _, cell in columns)) for method, title in titles.items())
+        return cls(("method", *(title for title, _ in columns)), tuple(rows), caption)
 
     def markdown(self) -> str:
         """The table in GitHub Markdown, followed by the caption."""
@@ -166,7 +175,7 @@ def comparison_table(
             }
             columns.append(Column(title, digits, values))
         caption.append("Avg1, Avg2, GM: at each seed's measurement with the best GM.")
-    cells = [(column.title, column.cell) for column in columns]
+    cells: list[tuple[str, Cell]] = [(column.title, column.cell) for column in columns]
     if reference in arms:
         difference = partial(columns[0].difference, reference=reference)
         cells.insert(1, (f"minus {titles[reference]}", difference))
@@ -174,8 +183,7 @@ def comparison_table(
     cells.append(("arms", lambda method: _count([*chain(*arms[method].values())])))
     cells.append(("seeds", lambda method: str(len(arms[method]))))
     caption.append(f"{NONE}: reached by no seed.")
-    rows = tuple((titles[method], *(cell(method) for _, cell in cells)) for method in arms)
-    return Table(("method", *(title for title, _ in cells)), rows, " ".join(caption))
+    return Table.by_method(titles, cells, " ".join(caption))
 
 
 def matched_levels(
