@@ -93,14 +93,8 @@ class Samples(_CalibrationSetStage):
     def compute(self, folder: Path | None) -> CalibrationSet:
         """Sample; batches already in the folder are reused."""
         context = self.context
-        return sample_sequences(
-            self.engine,
-            context.start_id,
-            context.eos_ids,
-            self.config,
-            folder,
-            self.stopping,
-        )
+        start_id, eos_ids = context.start_id, context.eos_ids
+        return sample_sequences(self.engine, start_id, eos_ids, self.config, folder, self.stopping)
 
 
 class BaseSamples(_CalibrationSetStage):
@@ -284,18 +278,9 @@ def solve_options(config: FoLoraConfig) -> dict[str, Any]:
 
 
 def solve_all(
-    context: Context,
-    keep: Moments,
-    task: Moments,
-    *,
-    tau: float,
-    basis: str,
-    null_rank: int,
-    directions: int | None,
+    context: Context, keep: Moments, task: Moments, *, basis: str, **options: Any
 ) -> Spectrum:
-    """`solve` on the model's device, with a progress bar; `basis` is one of `eigenproblem.BASES`."""
+    """`solve` on the model's device, with a progress bar; see `solve_options`."""
     with progress("solving", len(keep.groups)) as tick:
-        return solve(
-            keep, task, tau=tau, null_rank=null_rank, directions=directions,
-            eigenbasis=BASES[basis], device=context.model.device, on_group=tick,
-        )  # fmt: skip
+        options |= {"eigenbasis": BASES[basis], "device": context.model.device, "on_group": tick}
+        return solve(keep, task, **options)
