@@ -1,8 +1,8 @@
-"""How much text, how long, and how many rows do second moments need? ``python -m benchmarks.amounts``.
+"""How much text and how many rows second moments need: ``python -m benchmarks.amounts``.
 
-Directions that were found on some of it are tried on other text, or on other rows: what share of the
-utility per unit of forgetting do they hold that the best directions there would have? No training, so
-that many amounts can be tried; what an amount does to a trained adapter is `benchmarks.compare`'s.
+Directions found on a part of the text or rows are evaluated on other text or rows, by their utility per unit
+of forgetting relative to that of the best directions there. Nothing is trained, so that many amounts can be
+tried; `benchmarks.compare` measures the effect of an amount on a trained adapter.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ ByInput = dict[str, Tensor]
 
 
 def held(found_on: tuple[Tensor, Tensor], there: tuple[Tensor, Tensor], directions: int) -> float:
-    """What directions are worth elsewhere, of what the best ones there are, in [0, 1].
+    """Utility of directions on other data, relative to that of the best directions there, in [0, 1].
 
     Args:
-        found_on: C_pre and C_task that they are found on, both (d, d).
-        there: C_pre and C_task that they are tried on.
-        directions: How many.
+        found_on: C_pre and C_task that the directions are computed from, both (d, d).
+        there: C_pre and C_task that they are evaluated on.
+        directions: Number of directions.
     """
     v = generalized_eigenbasis(*found_on, directions=directions).basis
     pre, task = (matrix.double() for matrix in there)
@@ -90,7 +90,7 @@ def foreign_text(tokenizer: Any) -> list[list[int]]:
 
 
 def measured(run: Path, model_folder: Path, targets: Sequence[str], r: int) -> dict[str, Any]:
-    """Shares by amount of text and of rows; see `main`."""
+    """Relative utility by amount of text and of rows; see `main`."""
     config = FoLoraConfig(device="cpu", data=DataConfig(chat_template=False, max_length=256))
     model = load_model(config, str(model_folder))
     tokenizer = load_tokenizer(config, str(model_folder))
@@ -147,7 +147,7 @@ def measured(run: Path, model_folder: Path, targets: Sequence[str], r: int) -> d
 
 
 def _worth(pre: ByInput, other: ByInput, task: ByInput, r: int) -> dict[str, float]:
-    """Share and cost of directions on other text, the mean over the inputs."""
+    """Relative utility and cost of directions on other text, mean over the inputs."""
     return {
         "share": fmean(held((pre[n], task[n]), (other[n], task[n]), r) for n in pre),
         "cost": fmean(agreement(pre[n], other[n], task[n], directions=r).penalty for n in pre),
@@ -155,7 +155,7 @@ def _worth(pre: ByInput, other: ByInput, task: ByInput, r: int) -> dict[str, flo
 
 
 def text_table(found: Mapping[str, Any]) -> Table:
-    """Shares by length of the sequences and by tokens, of all targets together."""
+    """Relative utility by length of the sequences and number of tokens, mean over the targets."""
     cells: dict[tuple[int, int], dict[str, list[float]]] = {}
     for row in found["text"]:
         cell = cells.setdefault((row["length"], row["sequences"] * row["length"]), {})
@@ -180,7 +180,7 @@ def text_table(found: Mapping[str, Any]) -> Table:
 
 
 def rows_table(found: Mapping[str, Any]) -> Table:
-    """Shares by target and number of its rows."""
+    """Relative utility by target and number of its rows."""
     share = {(row["target"], row["rows"]): row["share"] for row in found["rows"]}
     counts = sorted({count for _, count in share})
     return Table(
@@ -200,7 +200,7 @@ def _targets(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     given = sys.argv[1:] if arguments is None else list(arguments)
-    parser = argparse.ArgumentParser(description="How much text and how many rows are enough?")
+    parser = argparse.ArgumentParser(description="Measure how much text and how many rows suffice.")
     parser.add_argument(
         "--run", type=Path, required=True, help="a folora run's folder, with samples"
     )

@@ -1,4 +1,4 @@
-"""Compare methods as a plan says: ``python -m benchmarks.compare --plan PLAN.yaml --seeds 0``.
+"""Compare methods by a plan: ``python -m benchmarks.compare --plan PLAN.yaml --seeds 0``.
 
 For every seed and task, the arms of the plan that have no result yet are trained, and their results
 are added to one JSONL file. An interrupted comparison resumes when the command is run again, and
@@ -155,7 +155,7 @@ def shown(result: Mapping[str, Any]) -> str:
 def parser() -> argparse.ArgumentParser:
     """The argument parser."""
     found = argparse.ArgumentParser(
-        prog="python -m benchmarks.compare", description="Compare methods as a plan says."
+        prog="python -m benchmarks.compare", description="Compare methods by a plan."
     )
     found.add_argument("--plan", type=Path, required=True, metavar="FILE.yaml")
     found.add_argument("--seeds", type=int, nargs="+", help="default: the plan's")

@@ -1,4 +1,4 @@
-"""The test suite as on other CPUs: `make cpus`.
+"""Run the test suite with the kernels of other CPUs: `make cpus`.
 
 PyTorch and its libraries choose their kernels by what the CPU offers, and add up in another order
 with each. Environment variables make them choose as a lesser CPU would. Kernels that this CPU lacks
@@ -21,7 +21,7 @@ LIBRARIES = {
     "avx2": {"MKL_CBWR": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
     "avx512": {},
 }
-"""What MKL and oneDNN are told beside ATEN_CPU_CAPABILITY; in ascending order."""
+"""Settings of MKL and oneDNN for each ATEN_CPU_CAPABILITY, in ascending order."""
 
 CASES = [("default", 1), ("avx2", 2), ("avx512", 1), ("avx512", 2)]
 """Capability and number of threads."""
@@ -36,11 +36,11 @@ NUMERICS = [
     "tests/optim",
     "tests/spectral",
 ]
-"""What `--short` runs: the files whose results depend on rounding."""
+"""Tests of `--short`: those whose results depend on rounding."""
 
 
 def environment(capability: str, threads: int) -> dict[str, str]:
-    """Of a process that computes with these kernels and so many threads."""
+    """Environment of a process with these kernels and number of threads."""
     return {
         **LIBRARIES[capability],
         "ATEN_CPU_CAPABILITY": capability,

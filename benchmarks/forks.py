@@ -21,7 +21,7 @@ PATIENCE = 120.0  # seconds for a run that takes two
 
 @dataclass(frozen=True)
 class Ended:
-    """How an attempt ended.
+    """Exit of an attempt.
 
     Attributes:
         code: Exit code; negative for a signal.
@@ -40,7 +40,7 @@ class Ended:
 
 
 class Fork:
-    """A process that runs ``folora`` with some words.
+    """A process that runs ``folora`` with given arguments.
 
     Args:
         words: The command line.
@@ -66,17 +66,17 @@ class Fork:
             self._work(words, place / f"{name}.stdout", prepare)
 
     def lives(self) -> bool:
-        """Whether it has not ended yet."""
+        """Whether it is still running."""
         options = os.WEXITED | os.WNOHANG | os.WNOWAIT
         return os.waitid(os.P_PID, self.process, options) is None
 
     def send(self, signum: int) -> None:
-        """Send it a signal, if it lives."""
+        """Send it a signal, if it is running."""
         if self.lives():
             os.kill(self.process, signum)
 
     def ended(self) -> Ended:
-        """Wait for its end, and bring that about when patience is lost."""
+        """Wait for its exit, and kill it after a timeout."""
         while (found := os.waitpid(self.process, os.WNOHANG))[0] == 0:
             if time.monotonic() - self.began > PATIENCE:
                 os.kill(self.process, signal.SIGKILL)

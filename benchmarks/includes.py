@@ -1,4 +1,4 @@
-"""YAML files that include others: a plan or a recipe says only what it changes."""
+"""YAML files that include others, so that a plan or recipe states only what it changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plan: which model, tasks, seeds, methods and learning rates are compared, read from YAML."""
+"""A plan: model, tasks, seeds, methods and learning rates to compare, read from YAML."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Sweep:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a comparison consists of.
+    """A comparison.
 
     Attributes:
         model: ``"world"``, or a pretrained model: one of `benchmarks.compare.TESTBEDS`.

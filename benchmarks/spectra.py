@@ -1,4 +1,4 @@
-"""How far task and foundation are from one eigenbasis, layer by layer: ``python -m benchmarks.spectra``.
+"""How far C_pre and C_task are from a common eigenbasis, by layer: ``python -m benchmarks.spectra``.
 
 Reads the statistics that a run left behind and keeps a few numbers of each shared input, so that
 figures 1a and 2a need no model and no matrices.
@@ -86,7 +86,7 @@ def run_spectra(folder: Path, model: str, task: str, command: str) -> dict[str, 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     given = sys.argv[1:] if arguments is None else list(arguments)
-    parser = argparse.ArgumentParser(description="Keep a few numbers of every layer's spectrum.")
+    parser = argparse.ArgumentParser(description="Write a summary of every layer's spectrum.")
     parser.add_argument("--run", type=Path, required=True, help="folder of a folora run")
     parser.add_argument("--model", required=True, help="name of the model in tables")
     parser.add_argument("--task", required=True, help="name of the task in tables")

@@ -45,7 +45,7 @@ def prepared(kind: str, init: str) -> Any:
 
 
 def step(p: Any, steps: int = 3) -> None:
-    """Train in a loop of one's own."""
+    """Train in a plain loop."""
     p.model.train()
     for _ in range(steps):
         p.optimizer.zero_grad()
@@ -62,7 +62,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def near(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal but for rounding."""
+    """Equal up to rounding."""
     bound = 100 * torch.finfo(expected.dtype).eps * float(expected.abs().max())
     torch.testing.assert_close(found, expected, rtol=0, atol=bound)
 
@@ -147,7 +147,7 @@ def checks() -> dict[str, Callable[[], None]]:
 
 
 def main(file: str) -> None:
-    """Run all checks; write what came of them."""
+    """Run all checks and write their results."""
     torch.set_num_threads(1)
     outcomes: dict[str, str] = {}
     for name, check in checks().items():

@@ -1,1 +1,1 @@
-"""The paper's experiments as recipes, for whoever has the GPU."""
+"""The paper's experiments as recipes."""

@@ -66,12 +66,12 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--allow-code",
         action="store_true",
-        help="let programs run that the model writes, in a sandbox that is no wall",
+        help="run generated programs, in a sandbox that does not stop every attack",
     )
     found.add_argument(
         "--dry-run",
         action="store_true",
-        help="everything, but on a tiny random model with a few rows, steps and documents",
+        help="all steps on a tiny random model with a few rows, steps and documents",
     )
     return found
 
@@ -99,7 +99,7 @@ def wanted(options: argparse.Namespace) -> Recipe:
 
 
 def run(recipe: Recipe, output: Path, command: str, *, allow_code: bool, trial: bool) -> None:
-    """Every arm of a recipe, and a line for each as it is done. Raises FoLoraError."""
+    """Run every arm of a recipe and print a line for each. Raises FoLoraError."""
     check_code(recipe, allow_code)
     if trial:
         check_owned_folder(output, TRIAL)
@@ -131,7 +131,7 @@ def run(recipe: Recipe, output: Path, command: str, *, allow_code: bool, trial: 
 
 
 def shown(result: dict[str, Any], recipe: Recipe) -> str:
-    """An arm in one line: what it learned and kept, and what PEFT calls forgetting."""
+    """An arm in one line: target and retained scores, and PEFT's forgetting."""
     last, base = result["readings"][-1], result["base"]
     parts = [f"{name} {_number(score)}" for name, score in {**last["task"], **last["kept"]}.items()]
     for name in recipe.passages:

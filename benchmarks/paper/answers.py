@@ -1,4 +1,4 @@
-"""From what a model wrote to the answer that it means; where the harness has the function, it is used.
+"""Extract answers from generated text, by the harness's functions where it has them.
 
 Numbers: behind the last "The answer is", else behind "####", else in the last ``\\boxed``, else the
 last number there is. Mathematics: likewise, without the last resort, compared by the harness's rules

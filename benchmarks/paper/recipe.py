@@ -1,4 +1,4 @@
-"""A recipe: what to train on, how, and what to ask afterwards. Read from YAML, checked where it is built.
+"""A recipe: training data, training and evaluation, read from YAML and checked when it is built.
 
 A recipe may ``include`` others (see `benchmarks.includes.read_included`).
 """

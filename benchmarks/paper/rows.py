@@ -1,4 +1,4 @@
-"""Training rows of a recipe: the first so many of a data set, in its prompt, written to a file."""
+"""Training rows of a recipe: the first rows of a data set, in the recipe's prompt, written to a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run one program that a model wrote, in a process that can do little, and only if that was allowed.
+"""Run one generated program in a restricted process, and only if the user allowed it.
 
 A program runs in a Python of its own (``-I``: no user site, no environment), in a session and process
 group of its own, in a temporary folder, with an empty environment, no standard input, hard limits on

@@ -1,4 +1,4 @@
-"""What runs inside the sandbox's process: give up rights, run the program, and tell that it ended.
+"""Inside the sandbox's process: drop rights, run the program, and report that it finished.
 
 Started as ``python -I -c``, so it imports the standard library alone. Its standard input is one line of
 JSON (see `sandbox.run`) and then the program.

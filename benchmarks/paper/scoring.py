@@ -1,4 +1,4 @@
-"""A recipe's benchmarks and passages, asked of a model: target and kept scores in [0, 1]."""
+"""Target and retained scores in [0, 1] of a model on a recipe's benchmarks and passages."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def load_passages(wanted: Passages) -> list[str]:
 def token_loss(
     model: Any, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int
 ) -> float:
-    """Mean cross-entropy a token, in nats, every token of every text weighing the same."""
+    """Mean cross-entropy per token in nats, over all tokens of all texts."""
     rows = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
     with evaluating(model):
         parts = [response_loss(model, batch) for batch in batches(text_examples(rows), 1)]

@@ -1,4 +1,4 @@
-"""A recipe made so small that it runs through in a minute, on a random model: everything but the size.
+"""A recipe reduced to a minute on a tiny random model, otherwise unchanged.
 
 Same data sets, columns, prompts, methods, questions, extraction and metrics; a few rows, steps and
 documents. What would fail after hours fails here.

@@ -1,4 +1,4 @@
-"""What a model is fine-tuned on: rows of real data sets, as prompt and completion.
+"""Fine-tuning targets: rows of real data sets, as prompt and completion.
 
 The files are those under ``FOLORA_DATA_DIR``. Rows that train and rows that are held out come from
 the training file, so that all targets are treated alike.

@@ -66,7 +66,7 @@ class RealTestbed:
         return {"seed": self.seed}
 
     def score(self, run: Run, task: str) -> Score:
-        """The answers to all questions; the same whatever the model learns."""
+        """Scores on all benchmarks, the same for every target."""
         if self._score is None:
             asked = self.asked
             evaluation = Evaluation(

@@ -1,16 +1,16 @@
-"""Disturb runs in every way that a machine does, and count what was lost: ``python -m benchmarks.reliability.chaos``.
+"""Disturb runs as machines do, and count what was lost: ``python -m benchmarks.reliability.chaos``.
 
-Kinds of trouble, each at moments drawn from a seed:
+Disturbances, each at times drawn from a seed:
 
-- *kill*: SIGKILL in every stage of the same run, before some write of the stage or at some time in it.
-- *signal*: Ctrl-C or SIGTERM in every stage; also how long it takes to end.
-- *full disk*: no file can grow beyond some size.
-- *gone*: the output folder is removed in the middle.
-- *two*: a second process is started on the same folder.
-- *damage*: some file of a run is cut, changed by a bit or removed.
+- *kill*: SIGKILL in every stage of the same run, before a write of the stage or at a random time.
+- *signal*: Ctrl-C or SIGTERM in every stage; the time until exit is measured.
+- *full disk*: no file can grow beyond a limit.
+- *gone*: the output folder is removed during the run.
+- *two*: a second process is started in the same folder.
+- *damage*: a file of a run is truncated, changed by a bit or removed.
 
-After each, the same command is given again. Lost is what then differs, by a byte, from a run that nothing
-disturbed, and what was finished before and was made once more.
+The command is then rerun. Lost: files that differ by a byte from an undisturbed run, and finished work that
+was repeated.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 @dataclass
 class Trial:
-    """One run and what was done to it.
+    """One run and its disturbances.
 
     Attributes:
-        kind: Which trouble.
+        kind: Disturbance.
         number: Its number, which with the seed gives every moment again.
         hits: Disturbances that came through, by stage.
         codes: Exit codes by how often.

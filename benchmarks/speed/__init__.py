@@ -1,1 +1,1 @@
-"""What folora costs beside plain LoRA, in seconds and in bytes; see `benchmarks.speed.__main__`."""
+"""Time and memory of folora compared with LoRA; see `benchmarks.speed.__main__`."""

@@ -1,7 +1,7 @@
-"""Seconds and bytes of folora beside plain LoRA: ``python -m benchmarks.speed``; no network, no data.
+"""Time and memory of folora compared with LoRA: ``python -m benchmarks.speed``; no network, no data.
 
-Runs every shape with as many blocks as fit, and leaves a JSON each under ``benchmarks/results/speed``;
-``make results`` turns them into docs/speed.md. What is there already is not measured again.
+Runs every shape with as many blocks as fit, and writes a JSON file each to ``benchmarks/results/speed``, from
+which ``make results`` makes docs/speed.md. Existing results are not measured again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from folora.runtime.storage import read_json, write_json
 FORMAT = "speed/1"
 LENGTH = 512  # tokens a row
 DTYPES = ("bfloat16", "float32")
-# Blocks, tokens a step and rounds, where nothing else is said.
+# Default blocks, tokens per step and rounds.
 FITTING = {
     "cpu": {
         "smollm2-135m": (4, 4096, 7),
@@ -42,15 +42,15 @@ FITTING = {
         "llama2-7b": (8, 8192, 11),
     },
 }
-# Up to which width the first r directions are solved for, and all; beyond it that takes many minutes.
+# Largest width to solve for r eigenvectors, and for all; beyond it a solve takes many minutes.
 WIDEST = {"cpu": (4096, 4096), "cuda": (16384, 4096)}
-# Sequences, tokens of each, and how many of them the loop decodes.
+# Sequences, tokens per sequence, and the number of them decoded by the loop.
 SAMPLED = {"cpu": (64, 64, 4), "cuda": (1024, 64, 2)}
 SAMPLED_VOCABULARY = 49152
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures were taken on."""
+    """The machine of a measurement."""
     if device.type == "cuda":
         return {"device": torch.cuda.get_device_name(device)}
     model = next(
@@ -69,11 +69,11 @@ def measure_steps(
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Steps of all modes on one shape."""
+    """Measure steps of all modes on one shape."""
     shape, ids = SHAPES[name], random_batch(tokens, LENGTH, device)
     found: dict[str, dict[str, Any]] = {}
     with progress(f"{name}: memory", len(modes)) as tick:
-        for mode in modes:  # one at a time, so that nothing of another is counted
+        for mode in modes:  # one at a time, so that no other is counted
             contender = Contender(MODES[mode], shape, blocks, dtype, device)
             found[mode] = {
                 "basis_bytes": contender.basis_bytes,
@@ -96,7 +96,7 @@ def measure_steps(
 def measure_setup(
     name: str, tokens: int, rounds: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
-    """Sampling, statistics and solve on one shape, a block each."""
+    """Measure sampling, second moments and eigenproblems on one block of a shape."""
     shape = SHAPES[name]
     model = random_model(shape, 1, dtype, device)
     widest, widest_whole = WIDEST[device.type]
@@ -128,7 +128,9 @@ def measure_setup(
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     given = sys.argv[1:] if arguments is None else list(arguments)
-    parser = argparse.ArgumentParser(description="Seconds and bytes of folora beside plain LoRA.")
+    parser = argparse.ArgumentParser(
+        description="Measure time and memory of folora compared with LoRA."
+    )
     parser.add_argument("--shapes", nargs="+", default=[*SHAPES])
     parser.add_argument("--modes", nargs="+", default=[*MODES])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -138,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="of the base; default: bfloat16, or float32 on a CPU without it",
     )
     parser.add_argument("--blocks", type=int, help="default: as many as fit")
-    parser.add_argument("--tokens", type=int, help="a step; default: by shape and device")
+    parser.add_argument("--tokens", type=int, help="per step; default: by shape and device")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--threads", type=int, help="of torch; default: all cores")
     parser.add_argument("--skip-setup", action="store_true")

@@ -1,4 +1,4 @@
-"""What comes before training: sampling, statistics, solve, each beside a peer in the same minutes."""
+"""Time of the set-up: sampling, second moments, eigenproblems, each measured alternately with a baseline."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from folora.spectral.groups import InputGroup
 from folora.spectral.layers import solve
 from folora.spectral.moments import Moments
 
-# Before it wraps the layers CorDA looks for their names, and finds none in "all-linear".
+# CorDA matches names before it wraps the layers, and "all-linear" matches none.
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
-WARM_UP = 2048  # widths whose first solve does not count
+WARM_UP = 2048  # up to this width the first solve is not counted
 
 Times = dict[str, list[float]]
-"""Seconds by what was done, one for each round."""
+"""Seconds of each piece of work, one per round."""
 
 
 def alternated(work: Mapping[str, Callable[[], object]], rounds: int) -> Times:
@@ -45,7 +45,7 @@ def alternated(work: Mapping[str, Callable[[], object]], rounds: int) -> Times:
 
 
 def statistics_times(model: PreTrainedModel, tokens: int, rounds: int) -> Times:
-    """A forward pass over so many tokens, and the same with both moments taken along."""
+    """A forward pass over `tokens` tokens, and the same with both second moments."""
     groups = random_groups(model)
     ids = random_batch(tokens, 256, model.device)
     batches = [
@@ -63,7 +63,7 @@ def statistics_times(model: PreTrainedModel, tokens: int, rounds: int) -> Times:
 
 
 def solve_times(d: int, r: int, device: torch.device, rounds: int, whole: bool = True) -> Times:
-    """One input of a width: the first r columns of its basis, and all if asked for; one thread."""
+    """Eigenproblem of one input: the first r eigenvectors, and all if `whole`; one thread."""
     generator = torch.Generator(device).manual_seed(0)
     groups = (InputGroup(("layer",), d),)
 
@@ -83,7 +83,7 @@ def solve_times(d: int, r: int, device: torch.device, rounds: int, whole: bool =
 
 
 def peer_times(shape: Shape, dtype: torch.dtype, device: torch.device, tokens: int) -> Times:
-    """What PEFT's CorDA and OSF do before their training, on one block."""
+    """Preprocessing of PEFT's CorDA and OSF, on one block."""
     ids = random_batch(tokens, 256, device)
 
     def corda() -> None:
@@ -122,7 +122,7 @@ def sampling_rates(
     blocks: int,
     rounds: int,
 ) -> dict[str, list[float]]:
-    """Tokens a second of folora's sampling, and of ``generate`` in a loop over a few, one at a time."""
+    """Tokens per second of folora's sampling, and of ``generate`` called for one sequence at a time."""
     model = random_model(shape, blocks, dtype, device, vocabulary)
     config = SamplingConfig(
         num_sequences=max(32, sequences), min_new_tokens=tokens, max_new_tokens=tokens

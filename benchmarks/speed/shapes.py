@@ -1,8 +1,7 @@
-"""Shapes of real models with random weights: as many blocks as fit, figures a block scale up.
+"""Shapes of real models with random weights: as many blocks as fit; figures per block scale up.
 
-Neither the time of a step nor its memory depends on what the weights are. The vocabulary is left out
-(a head of `VOCABULARY` tokens): it belongs to the model, whatever the adapter, and makes every ratio
-to LoRA smaller.
+Time and memory of a step do not depend on the values of the weights. The vocabulary is reduced to
+`VOCABULARY` tokens: its cost does not depend on the adapter, and would bring every ratio to LoRA closer to 1.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ class Shape:
 
     Attributes:
         hidden: Width of the residual stream.
-        inner: Width inside of the MLP.
+        inner: Width of the MLP's hidden layer.
         heads: Heads of attention.
         kv_heads: Heads of keys and values.
         head: Width of a head.
@@ -45,7 +44,7 @@ class Shape:
     r: int
 
     def basis_bytes(self, size: int, columns: int | None = None) -> int:
-        """Bytes of all bases of the whole model: three inputs of the stream's width, one of inner."""
+        """Bytes of all bases of the model; per block three inputs of the residual stream and attention, one of `inner`."""
         stream, attention = self.hidden, self.heads * self.head
         per_block = sum(d * (columns or d) for d in (stream, attention, stream, self.inner))
         return size * self.blocks * per_block
@@ -65,7 +64,7 @@ def random_model(
     device: torch.device,
     vocabulary: int = VOCABULARY,
 ) -> PreTrainedModel:
-    """A model of so many blocks of a shape."""
+    """A model of `blocks` blocks of a shape."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -93,7 +92,7 @@ def random_groups(model: PreTrainedModel) -> list[InputGroup]:
 def random_bases(
     groups: Sequence[InputGroup], r: int, columns: int | None, device: torch.device
 ) -> list[GroupBasis]:
-    """Bases that cost what solved ones cost: T whole, or its first columns; random, not eigen."""
+    """Random bases of the size of solved ones: all columns of T, or the first."""
     generator = torch.Generator(device).manual_seed(0)
     bases = []
     for group in groups:

@@ -74,7 +74,7 @@ def score_rows(
 def score_skills(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, world: World, every: int = 1
 ) -> dict[str, float]:
-    """The accuracy of each kept skill, on every so many of its probes."""
+    """The accuracy of each pretraining skill, on a subset of its probes."""
     return {
         name: score_rows(model, tokenizer, rows[::every])[0] for name, rows in skills(world).items()
     }
