@@ -47,6 +47,7 @@ class Fork:
         place: A folder that receives what it says.
         name: For the files there.
         prepare: Called in it first.
+        keeps: An object that is released when the process has ended.
     """
 
     def __init__(
@@ -55,8 +56,9 @@ class Fork:
         place: Path,
         name: str = "folora",
         prepare: Callable[[], None] = lambda: None,
+        keeps: object = None,
     ) -> None:
-        self.words, self.began = words, time.monotonic()
+        self.words, self.began, self.keeps = words, time.monotonic(), keeps
         self.stderr = place / f"{name}.stderr"
         self.begun = place / f"{name}.begun"
         """There as soon as folora is on its own."""
@@ -81,6 +83,7 @@ class Fork:
             if time.monotonic() - self.began > PATIENCE:
                 os.kill(self.process, signal.SIGKILL)
             time.sleep(0.001)
+        self.keeps = None
         said = self.stderr.read_text(errors="replace") if self.stderr.exists() else ""
         return Ended(os.waitstatus_to_exitcode(found[1]), said, time.monotonic() - self.began)
 

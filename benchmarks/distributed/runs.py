@@ -82,7 +82,6 @@ class Bench:
 
     def __init__(self, place: Path) -> None:
         self.place = place
-        self.points: list[MeetingPoint] = []  # which end with their objects
         self.model = write_model(place / "model")
         self.rows = place / "rows.jsonl"
         self.rows.write_text("".join(json.dumps(row) + "\n" for row in rows()))
@@ -119,8 +118,8 @@ class Bench:
             prepare: Called in each with its rank.
             changes: Of the config.
         """
+        # Released when the processes have ended: the next fork must not inherit the lock of its thread.
         point = MeetingPoint()
-        self.points.append(point)
 
         def begin(rank: int) -> Callable[[], None]:
             def set_up() -> None:
@@ -132,7 +131,7 @@ class Bench:
 
         words = self.words(name, count, **changes)
         forks = [
-            Fork([*words, *(more or {}).get(r, ())], self.place, f"{name}-{r}", begin(r))
+            Fork([*words, *(more or {}).get(r, ())], self.place, f"{name}-{r}", begin(r), point)
             for r in range(count)
         ]
         point.open()
