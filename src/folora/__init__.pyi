@@ -24,6 +24,7 @@ from .errors import (
     NumericsError,
     ServerError,
 )
+from .metrics.budget import BudgetFit, fit_budget
 from .metrics.meter import Meter, Reading
 from .optim.fused import FusedSAdam as SAdam
 from .pipeline.prepare import prepare
@@ -40,6 +41,7 @@ __version__: str
 __all__ = [
     "AdapterConfig",
     "ArtifactError",
+    "BudgetFit",
     "CalibrationSet",
     "ConfigError",
     "DataConfig",
@@ -69,6 +71,7 @@ __all__ = [
     "export_adapter",
     "export_merged",
     "find_server",
+    "fit_budget",
     "generalized_eigenbasis",
     "lora_factors",
     "narrow_inputs",

@@ -335,9 +335,10 @@ def whole(name: str, **changes: Any) -> folora.Prepared:
 @pytest.mark.parametrize("name", ["lora-kl", "lora-masked-kl"])
 def test_a_kl_penalty_keeps_the_model_close_to_its_base(tmp_path: Any, name: str) -> None:
     """Nothing at the first step; with a great weight the task is hardly learned, and less is moved."""
-    free, held = whole("lora"), whole(name)
+    free = whole("lora")
     weight = {"lora-kl": "kl_weight", "lora-masked-kl": "masked_kl_weight"}[name]
-    strong = whole(name, **{f"method.{weight}": 100.0})
+    share = {"anchor": 0.5} if name == "lora-kl" else {}
+    held, strong = whole(name, **share), whole(name, **share, **{f"method.{weight}": 100.0})
     losses, readings = [], []
     for i, p in enumerate((free, held, strong)):
         trainer = train(p, make_tokenizer(), tmp_path / str(i))

@@ -8,6 +8,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from transformers.utils import logging as transformers_logging
 from folora.cli.parsing import Request
 from folora.config import FoLoraConfig
 from folora.errors import ConfigError
-from folora.metrics.summary import summary
+from folora.metrics.summary import budget_verdict, summary
 from folora.pipeline.context import Context
 from folora.pipeline.planning import Plan, StageEstimate, plan, widths
 from folora.pipeline.run import ADAPTER, COMPARISON, Run
+from folora.pipeline.scaled_export import export_scaled
 from folora.runtime import distributed
 from folora.runtime.loading import required
 from folora.runtime.ownership import check_own, write_own
@@ -52,6 +54,9 @@ def _work(request: Request, config: FoLoraConfig) -> None:
         raise ConfigError(f"folora {command} works in one process; start it without a launcher")
     if command == "plan":
         _print_plan(_plan(config, request.processes))
+        return
+    if request.adapter:
+        _export_scaled(config, request)
         return
     run = Run(config)
     if command == "compare":
@@ -86,6 +91,21 @@ def _work(request: Request, config: FoLoraConfig) -> None:
         getattr(run, command)()
         if command == "train":
             _print_report(run.report())
+
+
+def _export_scaled(config: FoLoraConfig, request: Request) -> None:
+    """``export --adapter``: any adapter, scaled to a budget."""
+    if distributed.world_size() > 1:
+        raise ConfigError(
+            "folora export --adapter works in one process; start it without a launcher"
+        )
+    if request.merged or request.rank is not None:
+        raise ConfigError("--adapter writes the scaled adapter; leave --rank and --merged out")
+    target = _target(required(request.to, "to"))
+    assert target is not None and request.adapter is not None
+    fit = asdict(export_scaled(config, Path(request.adapter), target))
+    _say(budget_verdict(fit))
+    _say(f"wrote {target}")
 
 
 def _target(given: str | None) -> Path | None:

@@ -38,15 +38,24 @@ MODEL = ("model", "output", "dtype", "quantize", "shard", "device", "revision", 
 DATA = ("dataset", "data", "seed")
 ADAPTER = ("method", "adapter", "sampling.start_token")  # the layers are found by a forward pass
 SAMPLES = (*MODEL, *DATA, *ADAPTER, "base", "sampling", "statistics", "spectrum")
-ALL = (*SAMPLES, "training")
+ALL = (*SAMPLES, "budget", "anchor", "training")
 USES: dict[str, tuple[str, ...]] = {
     "run": ALL,
     "plan": ALL,
     "sample": SAMPLES,
     "measure": (*MODEL, *DATA, *ADAPTER, "base", "statistics"),
     "solve": (*MODEL, *ADAPTER, "spectrum"),
-    "train": (*MODEL, *DATA, *ADAPTER, "statistics.batch_size", "spectrum", "training"),
-    "export": MODEL,
+    "train": (
+        *MODEL,
+        *DATA,
+        *ADAPTER,
+        "statistics.batch_size",
+        "spectrum",
+        "budget",
+        "anchor",
+        "training",
+    ),
+    "export": (*MODEL, "budget", "base", "sampling", "seed", "statistics.batch_size"),
     "base": SAMPLES,
     "compare": tuple(name for name in ALL if name != "method"),
 }
@@ -75,6 +84,7 @@ class Request:
     to: str | None = None  # export, base: where to write
     rank: int | None = None  # export: truncate to this rank
     merged: bool = False  # export: write merged weights
+    adapter: str | None = None  # export: a PEFT adapter to scale
     processes: int = 1  # plan: how many work together
     methods: tuple[str, ...] = ()  # compare
     learning_rates: tuple[float, ...] = ()  # compare
@@ -227,6 +237,11 @@ def _own_options(name: str) -> list[click.Parameter]:
         found += [
             _Option(["--rank"], type=int, help="Truncate to this rank, stating the error."),
             click.Option(["--merged"], is_flag=True, help="Write merged weights."),
+            _Option(
+                ["--adapter"],
+                metavar="DIR",
+                help="Any PEFT LoRA adapter: write it to --to, scaled to --budget. --output is not used.",
+            ),
         ]
     if name == "plan":
         processes = _Option(

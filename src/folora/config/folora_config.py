@@ -7,7 +7,14 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, PlainSerializer, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from folora.config.options import Options, allowed, check_keys, explained, short, unknown
@@ -23,6 +30,8 @@ from folora.config.sections import (
 from folora.config.yaml_files import read_yaml, to_yaml
 from folora.errors import ConfigError
 from folora.methods import METHODS, Method, method
+
+ANCHOR = 0.08  # share of a step's tokens
 
 
 def as_method(value: Any) -> Method:
@@ -89,6 +98,12 @@ class FoLoraConfig(Options):
     """let the model's repository run its own code"""
     seed: Seed = 0
     """seed of sampled text, held-out rows, initialization and training"""
+    budget: float | None = Field(None, gt=0)
+    """most KL to the base, in nats per token on held-out calibration text: training weighs the anchor by it,
+    and the adapter is scaled to it"""
+    anchor: float | None = Field(None, ge=0, le=0.5)
+    """share of a training step's tokens that are calibration text, on which KL to the base is added to the
+    loss; default: 0.08 with a budget or where the method has a KL weight, else 0"""
     sampling: SamplingConfig = SamplingConfig()
     data: DataConfig = DataConfig()
     statistics: StatisticsConfig = StatisticsConfig()
@@ -126,6 +141,10 @@ class FoLoraConfig(Options):
                 f"quantize is {self.quantize!r}, but must be 'none' with shard: packed weights are not "
                 "sharded"
             )
+        if self.anchor and not self.anchor_share:
+            raise ConfigError(
+                f"anchor is {self.anchor:g}, but its KL has no weight: give budget, or method.kl_weight"
+            )
         return self
 
     @property
@@ -145,6 +164,12 @@ class FoLoraConfig(Options):
     def training_seed(self) -> int:
         """Seed of initialization and training: SFTConfig's own if it is given."""
         return self.seed if self.training.seed is None else self.training.seed
+
+    @property
+    def anchor_share(self) -> float:
+        """Share of a training step's tokens that the anchor takes."""
+        wanted = self.budget is not None or self.method.kl_weight > 0
+        return (ANCHOR if self.anchor is None else self.anchor) if wanted else 0.0
 
     @property
     def ends_early(self) -> bool:

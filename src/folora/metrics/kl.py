@@ -5,7 +5,7 @@ The meter reports it on self-samples; the KL penalties of the trainer add it to 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,3 +49,43 @@ def masked_target_kl(
     target = torch.nn.functional.one_hot(targets, base.shape[-1]).bool()
     lowest = torch.finfo(torch.float32).min  # not -inf: 0 * inf would be NaN
     return kl(base.float().masked_fill(target, lowest), adapted.float().masked_fill(target, lowest))
+
+
+class TopK(NamedTuple):
+    """The k most likely tokens of some distributions, in natural logarithms.
+
+    Attributes:
+        ids: Tokens.
+        log_p: Their log-probabilities.
+    """
+
+    ids: Int[Tensor, "n k"]
+    log_p: Float[Tensor, "n k"]
+
+    def rest(self) -> Float[Tensor, " n"]:
+        """Probability of all other tokens together."""
+        return (1 - self.log_p.double().exp().sum(-1)).clamp_min(0).float()
+
+
+def top_k(logits: Float[Tensor, "n vocab"], k: int) -> TopK:
+    """The `k` most likely tokens, or the whole vocabulary if it has no more; computed in float32."""
+    log_p, ids = torch.log_softmax(logits.float(), -1).topk(min(k, logits.shape[-1]), dim=-1)
+    return TopK(ids, log_p)
+
+
+def top_k_kl(base: TopK, adapted: Float[Tensor, "n vocab"]) -> Float[Tensor, " n"]:
+    """KL(base || adapted) in nats, where all tokens that `base` does not list count as one.
+
+    At most `kl`, by the probability of these tokens times the KL among them, and equal to it if `base`
+    lists the whole vocabulary. Computed in float32.
+    """
+    logits = adapted.float()
+    log_z = logits.logsumexp(-1)
+    log_q = logits.gather(-1, base.ids) - log_z[:, None]
+    listed = (base.log_p.exp() * (base.log_p - log_q)).sum(-1)
+    if base.ids.shape[-1] == logits.shape[-1]:
+        return listed
+    others = logits.scatter(-1, base.ids, float("-inf")).logsumexp(-1) - log_z
+    rest = base.rest()
+    # xlogy: 0 log 0 = 0
+    return listed + torch.xlogy(rest, rest) - rest * others

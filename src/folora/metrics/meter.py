@@ -19,12 +19,13 @@ from peft import PeftModel
 from torch import Tensor
 
 from folora.adapters.adapter import lora_factors
-from folora.data.contents import Example
+from folora.data.contents import IGNORE, Example
 from folora.data.rows import batches, text_examples
 from folora.errors import DataError
 from folora.metrics.kl import kl, labelled_logits
 from folora.optim.sadam import SAdam
 from folora.runtime.contexts import evaluating, without_adapter
+from folora.runtime.shapes import Float
 from folora.spectral.layers import GroupBasis
 
 logger = logging.getLogger(__name__)
@@ -181,7 +182,7 @@ def _coordinates(basis: Tensor, a: Tensor) -> Tensor:
 def response_loss(model: Any, batch: dict[str, Tensor]) -> tuple[float, int]:
     """Summed cross-entropy of the labelled tokens, and their number."""
     logits, labels = labelled_logits(model, batch)
-    return float(_cross_entropy(logits.float(), labels)), len(labels)
+    return float(_cross_entropies(logits.float(), labels).sum()), len(labels)
 
 
 def total_norm(norms: dict[str, LayerNorms]) -> LayerNorms:
@@ -195,21 +196,36 @@ def total_norm(norms: dict[str, LayerNorms]) -> LayerNorms:
 @torch.no_grad()
 def _kl_sums(model: PeftModel, batch: dict[str, Tensor]) -> tuple[float, float, int]:
     """Summed KL(base || adapted), summed change in cross-entropy, and the number of tokens."""
+    divergence, changes, _ = _token_kl(model, batch)
+    return float(divergence.sum()), float(changes.sum()), len(divergence)
+
+
+@torch.no_grad()
+def sequence_kl(model: PeftModel, batch: dict[str, Tensor]) -> tuple[list[float], list[int]]:
+    """KL(base || adapted) summed over each row's labelled tokens, in nats, and their numbers."""
+    divergence, _, counts = _token_kl(model, batch)
+    return [float(part.sum()) for part in divergence.split(counts)], counts
+
+
+def _token_kl(
+    model: PeftModel, batch: dict[str, Tensor]
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], list[int]]:
+    """KL(base || adapted) and change in cross-entropy of each labelled token, float64, and tokens per row."""
     adapted, labels = labelled_logits(model, batch)
     with without_adapter(model):
         base, _ = labelled_logits(model, batch)
-    total = change = 0.0
+    found = []
     for start in range(0, len(labels), CHUNK):
         rows = slice(start, start + CHUNK)
-        total += float(kl(base[rows], adapted[rows]).double().sum())
-        losses = [_cross_entropy(x[rows].float(), labels[rows]) for x in (adapted, base)]
-        change += float(losses[0] - losses[1])
-    return total, change, len(labels)
+        losses = [_cross_entropies(x[rows].float(), labels[rows]) for x in (adapted, base)]
+        found.append(torch.stack([kl(base[rows], adapted[rows]).double(), losses[0] - losses[1]]))
+    divergence, change = torch.cat(found, dim=1)
+    return divergence, change, (batch["labels"][:, 1:] != IGNORE).sum(1).tolist()
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Summed over positions, as a float64 scalar."""
-    return torch.nn.functional.cross_entropy(logits, labels, reduction="none").double().sum()
+def _cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of every position, in float64."""
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="none").double()
 
 
 def _norm_of_product(gram: Tensor, a: Tensor) -> float:

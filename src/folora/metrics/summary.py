@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Table
 
 # Upper limits of the KL, in nats per token. Measured on SmolLM2-135M: bf16 instead of float32 gives .002
@@ -67,10 +67,38 @@ def summary(report: Mapping[str, Any]) -> Group:
     adapted = {**report["adapted"], **report["total_norm"]}
     for name, definition, key in QUANTITIES:
         table.add_row(name, _number(base[key]), _number(adapted[key]), definition)
-    lines = [verdict(report["adapted"]["kl"]) + "."]
+    lines: list[RenderableType] = [verdict(report["adapted"]["kl"]) + "."]
+    if fits := report.get("budget"):
+        lines += [budget_verdict(fits[0]), budget_table(fits)]
     if report["base"]["task_loss"] is None:
         lines.append("No rows are held out (data.eval_rows), so there is no task loss.")
     return Group(table, *lines)
+
+
+def budget_verdict(fit: Mapping[str, Any]) -> str:
+    """One sentence on the budget, from the facts of a `BudgetFit`."""
+    kept, scale = fit["kept"], fit["scale"]
+    words = (
+        f"Budget of {fit['budget']:g} nats per token kept: KL {_number(kept['mean'])}, with 95 % confidence at "
+        f"most {_number(kept['upper'])}"
+    )
+    if scale == 1:
+        return f"{words}. The adapter is as trained."
+    if scale == 0:
+        return f"{words}, but only without the adapter: train with a lower learning rate, or fewer steps."
+    return f"{words}. The adapter is scaled by {scale:.3f} for it; as trained, KL is {_number(fit['trained']['mean'])}."
+
+
+def budget_table(fits: Sequence[Mapping[str, Any]]) -> Table:
+    """What the budget gave, and what half and twice as much would have given."""
+    table = Table(title="Budget, by scaling the adapter after training")
+    for column in ("budget", "scale", "KL", "at most (95 %)", "task loss"):
+        table.add_column(column, justify="right")
+    for fit in sorted(fits, key=lambda fit: fit["budget"]):
+        kept = fit["kept"]
+        numbers = (_number(v) for v in (kept["mean"], kept["upper"], fit["task_loss"]))
+        table.add_row(f"{fit['budget']:g}", f"{fit['scale']:.3f}", *numbers)
+    return table
 
 
 def _number(value: float | None) -> str:

@@ -19,10 +19,14 @@ its inputs have changed; the outdated result is moved to ``old/``.
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from peft import LoraConfig
@@ -32,9 +36,11 @@ from folora.calibration.base_file import check_base_target, write_base_file
 from folora.calibration.calibration_set import CalibrationSet
 from folora.config import FoLoraConfig
 from folora.errors import ConfigError, FoLoraError, MismatchError
+from folora.metrics.summary import budget_verdict
 from folora.pipeline import stages
 from folora.pipeline.checks import STAGES, check_command, check_is_no_model, check_options
 from folora.pipeline.context import Context
+from folora.pipeline.scaled_export import fit_adapter
 from folora.pipeline.stages import KeepMoments, Samples, Shared, Solved, TaskMoments, base_file
 from folora.pipeline.store import OLD, REQUEST, Folder
 from folora.pipeline.training import Trained, Training
@@ -44,6 +50,8 @@ from folora.runtime.fingerprints import config_fingerprint, weights_fingerprint
 from folora.runtime.loading import load_model, required
 from folora.runtime.ownership import check_own, check_owned_folder, write_own
 from folora.runtime.storage import check_lock, check_writable, exclusive, obstacle
+
+logger = logging.getLogger(__name__)
 
 CONFIG, REPORT, BASE = "config.yaml", "report.json", "base.safetensors"
 ADAPTER, MERGED, COMPARISON = "5-adapter", "merged", "compare"
@@ -178,7 +186,10 @@ class Run:
     def export(
         self, path: Path | None = None, rank: int | None = None, kind: ExportKind = "adapter"
     ) -> ExportReport:
-        """Stage 5: an ordinary PEFT adapter, exact or truncated to `rank`, or merged weights."""
+        """Stage 5: an ordinary PEFT adapter, exact or truncated to `rank`, or merged weights.
+
+        With a budget in the config that training has not kept already, the update is scaled to it.
+        """
         if kind == "merged" and rank is not None:
             raise ConfigError("a merged export is exact; --rank is for adapters only")
         target = path or self.folder / (MERGED if kind == "merged" else ADAPTER)
@@ -188,15 +199,20 @@ class Run:
         trained = self.trained()
 
         def write() -> ExportReport:
-            if kind == "merged":
-                _write_merged(self, trained, target)
-                return ExportReport(0)
             config = LoraConfig(
                 task_type="CAUSAL_LM",
                 base_model_name_or_path=self.name,
                 fan_in_fan_out=trained.facts["fan_in_fan_out"],
             )
-            return write_adapter(trained.factors, target, config, rank=rank)
+            found = trained
+            if self.config.budget is not None and (
+                rank or not _within(trained, self.config.budget)
+            ):
+                found = _scaled(self, trained, config, rank)
+            if kind == "merged":
+                _write_merged(self, found, target)
+                return ExportReport(0)
+            return write_adapter(found.factors, target, config, rank=rank)
 
         with self.alone():
             return distributed.on_rank_zero(write)
@@ -210,6 +226,7 @@ class Run:
         }
         names = ("steps", "base", "adapted", "total_norm", "norms")
         report = {name: manifest[name] for name in names}
+        report |= {"budget": manifest["budget"]} if "budget" in manifest else {}
         rejected = self.store.manifest(Samples)["rejected"]
         report |= {"tokens_measured": tokens, "rejected_samples": rejected}
         report |= {"adapter": str(self.folder / ADAPTER)}
@@ -230,6 +247,24 @@ class Run:
 
         with self.alone():
             distributed.on_rank_zero(write)
+
+
+def _within(trained: Trained, budget: float) -> bool:
+    """Whether training has kept the budget."""
+    fits = trained.facts.get("budget") or [{"budget": math.inf}]
+    return fits[0]["budget"] <= budget
+
+
+def _scaled(run: Run, trained: Trained, config: LoraConfig, rank: int | None) -> Trained:
+    """The factors scaled to the budget, as it is kept at this rank; the model is loaded for it."""
+    held_out = run.samples().held_out
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / ADAPTER
+        write_adapter(trained.factors, path, config, rank=rank)
+        fit = fit_adapter(Context(run.config.replace(shard=False)), path, held_out)
+    logger.info("%s", budget_verdict(asdict(fit)))
+    factors = {name: (a, b, s * fit.scale) for name, (a, b, s) in trained.factors.items()}
+    return replace(trained, factors=factors)
 
 
 def _write_merged(run: Run, trained: Trained, target: Path) -> None:

@@ -16,6 +16,7 @@ from folora.adapters.adapter import Factors, lora_factors
 from folora.calibration.calibration_set import CalibrationSet
 from folora.config import FoLoraConfig
 from folora.errors import NumericsError
+from folora.metrics.budget import apply_scale
 from folora.metrics.meter import Reading, total_norm
 from folora.pipeline.context import Context
 from folora.pipeline.store import Stage, StageResult
@@ -97,6 +98,8 @@ class Training(Stage[Trained]):
             * training.per_device_train_batch_size
             * training.gradient_accumulation_steps,
         }
+        if config.anchor_share or config.budget:
+            found["anchor"] = [config.budget, config.anchor_share]
         if distributed.asks_for_fsdp((training.model_extra or {}).get("fsdp")):
             found["checkpoints"] = "FSDP"  # another checkpoint format
         return found
@@ -115,8 +118,11 @@ class Training(Stage[Trained]):
             context.model, self.spectrum.load(), context.task, self.samples.load(), context.config
         )
         trainer = train(prepared, context.tokenizer, folder)
-        factors, steps = lora_factors(prepared.model), trainer.state.global_step
-        check_finite_factors(factors, steps, context.config)
+        steps = trainer.state.global_step
+        check_finite_factors(lora_factors(prepared.model), steps, context.config)
+        if fits := prepared.budget_fits():
+            apply_scale(prepared.model, fits[0].scale)
+        factors = lora_factors(prepared.model)
         reading, norms = trainer.read()
         with without_adapter(prepared.model):
             before = Reading(0.0, 0.0, prepared.meter.task_loss(prepared.model))
@@ -128,6 +134,8 @@ class Training(Stage[Trained]):
             "total_norm": asdict(total_norm(norms)),
             "norms": {name: asdict(norm) for name, norm in norms.items()},
         }
+        if fits:
+            facts["budget"] = _without_nan([asdict(fit) for fit in fits])
         return Trained(factors, facts)
 
 
@@ -150,4 +158,6 @@ def _without_nan(value: Any) -> Any:
     """Replace NaN and Inf by None, since JSON has no NaN."""
     if isinstance(value, dict):
         return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
+from peft.helpers import rescale_adapter_scale
 from transformers import PreTrainedModel
 
 from folora.adapters.adapter import attach
@@ -19,9 +20,11 @@ from folora.calibration.calibration_set import CalibrationSet
 from folora.config import FoLoraConfig
 from folora.data.contents import Example
 from folora.data.rows import TaskData, text_examples
+from folora.metrics.budget import BudgetFit, fit_budget, kl_by_scale, largest_scale
 from folora.metrics.meter import Meter, warn_if_not_stepped
 from folora.optim.sadam import SAdam
 from folora.spectral.layers import GroupBasis
+from folora.training.anchor import Anchor, BudgetWeight
 from folora.training.hyperparameters import adam_options
 from folora.training.optimizer import optimizer, param_groups
 
@@ -62,12 +65,54 @@ class Prepared:
         replayed = round(share / (1 - share) * len(self.task.train))
         return to_dataset([*self.task.train, *islice(cycle(texts), replayed)])
 
+    def anchor(self, steps: int | None = None, batch_size: int | None = None) -> Anchor | None:
+        """The anchor that the config asks for; None if it asks for none.
+
+        Args:
+            steps: Backward passes of the training, if known.
+            batch_size: Rows in one of them. Default is ``training.per_device_train_batch_size``.
+        """
+        config = self.config
+        share, training = config.anchor_share, config.training
+        if not share:
+            return None
+        rows = batch_size or training.per_device_train_batch_size
+        length = sum(len(e.input_ids) for e in self.task.train) / len(self.task.train)
+        if (training.model_extra or {}).get("packing"):
+            length = (training.model_extra or {})["max_length"]
+        return Anchor(
+            self.model,
+            self.samples.calibration,
+            tokens=max(1, round(share / (1 - share) * rows * length)),
+            weight=BudgetWeight(config.budget) if config.budget else config.method.kl_weight,
+            seed=config.training_seed,
+            uses=steps,
+        )
+
+    def budget_fits(self) -> list[BudgetFit]:
+        """The scale of the adapter at which its held-out KL is within ``config.budget``; nothing is changed.
+
+        Returns:
+            The fit, then those of half and twice the budget, with task losses; empty without a budget.
+        """
+        if self.config.budget is None:
+            return []
+        kl_at = kl_by_scale(self.model, self.samples.held_out, self.meter.batch_size)
+        found = []
+        for factor in (1.0, 0.5, 2.0):
+            fit = largest_scale(kl_at, factor * self.config.budget)
+            with rescale_adapter_scale(self.model, fit.scale):
+                found.append(replace(fit, task_loss=self.meter.task_loss(self.model)))
+        return found
+
     def export(self, path: str | Path, rank: int | None = None) -> ExportReport:
-        """Write an ordinary LoRA adapter; see `export_adapter`.
+        """Write an ordinary LoRA adapter, within the budget if there is one; see `export_adapter`.
 
         Warns if the adapter was trained by an optimizer other than the prepared one.
         """
         self.meter.check()
+        if (budget := self.config.budget) is not None:
+            fit_budget(self.model, self.samples.held_out, budget, self.meter.batch_size)
         return export_adapter(self.model, path, rank=rank)
 
 

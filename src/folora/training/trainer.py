@@ -1,7 +1,8 @@
-"""FoLoraTrainer: TRL's SFTTrainer with SAdam, the meter, KL penalties and sealed checkpoints."""
+"""FoLoraTrainer: TRL's SFTTrainer with SAdam, the meter, the anchor and sealed checkpoints."""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from copy import copy
@@ -26,9 +27,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from folora.adapters.low_rank import narrow_inputs
 from folora.data.contents import IGNORE
-from folora.data.rows import pad_batch, text_examples
 from folora.errors import ArtifactError, ConfigError, FoLoraError, NumericsError
-from folora.metrics.kl import kl, labelled_logits, masked_target_kl
+from folora.metrics.kl import labelled_logits, masked_target_kl
 from folora.metrics.meter import LayerNorms, Reading, total_norm, update_norms
 from folora.runtime import distributed
 from folora.runtime.checkpoints import (
@@ -42,10 +42,10 @@ from folora.runtime.contexts import without_adapter
 from folora.runtime.extras import needed_by
 from folora.runtime.finiteness import first_non_finite_module, non_finite_gradients
 from folora.runtime.progress import progress
-from folora.runtime.storage import sweep
+from folora.runtime.storage import malformed_is_damaged, sweep
 from folora.runtime.tensors import full_tensor
 from folora.training.arguments import check_sharding, sft_config
-from folora.training.callbacks import OwnIntervals
+from folora.training.callbacks import AfterStep, OwnIntervals
 from folora.training.hyperparameters import check_optimizer, follow_arguments
 from folora.training.interruption import StopAfterStep, finishing_step
 from folora.training.prepared import Prepared, to_dataset
@@ -57,6 +57,7 @@ with needed_by("training", "trl"):
 
 logger = logging.getLogger(__name__)
 
+ANCHOR = "anchor.json"  # in checkpoints
 LORA = "lora_"  # in the names of all adapter parameters
 
 
@@ -106,6 +107,12 @@ class FoLoraTrainer(SFTTrainer):
             **kwargs,
         )
         self.add_callback(OwnIntervals())
+        passes = self.args.max_steps * self.args.gradient_accumulation_steps
+        self.anchor = prepared.anchor(
+            passes if passes > 0 else None, args.per_device_train_batch_size
+        )
+        if (anchor := self.anchor) is not None:
+            self.add_callback(AfterStep(lambda state, control: anchor.step()))
         if self.is_fsdp_enabled:
             # torch.distributed.checkpoint can be read by other numbers of processes. Full state dicts
             # cannot be loaded for an adapter only (Accelerate 1.15 hangs).
@@ -156,7 +163,7 @@ class FoLoraTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """SFTTrainer's loss plus the KL penalties of the config."""
+        """SFTTrainer's loss plus the anchor's, and the KL penalty of the config."""
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         penalty = self._penalty(model, inputs) if model.training else None
         if penalty is None:
@@ -216,6 +223,9 @@ class FoLoraTrainer(SFTTrainer):
         def write() -> None:
             try:
                 super(FoLoraTrainer, self)._save_checkpoint(model, trial)
+                if self.anchor is not None and self.args.should_save:
+                    state = json.dumps(self.anchor.state_dict())
+                    (folder / ANCHOR).write_text(state, "utf-8")
                 if self._loaded_in_parts:  # only the base is sharded, not the adapter
                     self._save_optimizer_and_scheduler(str(folder))
                     self._save_rng_state(str(folder))
@@ -231,6 +241,14 @@ class FoLoraTrainer(SFTTrainer):
         distributed.raise_together(write)  # every process adds a file
         distributed.on_rank_zero(finish)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The Trainer's, and the anchor's state. Raises ArtifactError."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.anchor is not None:
+            file = Path(checkpoint) / ANCHOR
+            with malformed_is_damaged(file):
+                self.anchor.load_state_dict(json.loads(file.read_text("utf-8")))
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Only for a push to the Hub: SFTTrainer would replace README.md next to the checkpoints."""
         if self.args.push_to_hub:
@@ -245,21 +263,12 @@ class FoLoraTrainer(SFTTrainer):
             super().save_model(output_dir, _internal_call)
 
     def _penalty(self, model: Any, inputs: dict[str, Any]) -> Tensor | None:
-        """Weighted KL to the base on self-samples and on the task rows; None if both weights are 0."""
-        config = self.prepared.config.method
-        terms = []
-        if config.kl_weight:
-            texts = self.prepared.samples.calibration
-            # The global generator is saved and restored with the Trainer's checkpoints.
-            chosen = torch.randint(len(texts), (self.args.per_device_train_batch_size,)).tolist()
-            batch = pad_batch(text_examples([texts[i] for i in chosen]), 0)
-            adapted, base, _ = self._both(model, batch)
-            terms.append(config.kl_weight * kl(base, adapted).mean())
-        if config.masked_kl_weight:
+        """The anchor's loss, and the weighted KL on the task's rows; None if there is neither."""
+        terms = [] if self.anchor is None else [self.anchor.loss(model)]
+        if weight := self.prepared.config.method.masked_kl_weight:
             adapted, base, targets = self._both(model, inputs)
             if len(targets):  # all labels of the batch may be masked
-                masked = masked_target_kl(base, adapted, targets).mean()
-                terms.append(config.masked_kl_weight * masked)
+                terms.append(weight * masked_target_kl(base, adapted, targets).mean())
         return sum(terms[1:], terms[0]) if terms else None
 
     def _both(self, model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
