@@ -22,7 +22,6 @@ from pydantic import (
     ValidationError,
 )
 from pydantic.dataclasses import dataclass as pydantic_dataclass
-from typing_extensions import TypedDict
 
 from folora.compare.frontier import Point
 from folora.errors import ArtifactError, DataError
@@ -35,25 +34,27 @@ REMEDY = "delete this line to rerun its arm"
 Key = tuple[str, int, str]  # task, seed and name: no two lines of a file share all three
 Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 
+NUMBERS = ("step", "task_loss", "kl", "ce_change", "frobenius", "h_norm")
+SCORES = ("task", "kept", "other")  # numbers by name
 
-class _Reading(TypedDict):
-    """A reading on disk, with null for NaN."""
 
-    step: int
-    task_loss: Number
-    kl: Number
-    ce_change: Number
-    frobenius: Number
-    h_norm: Number
-    task: dict[str, Number]
-    kept: dict[str, Number]
-    other: dict[str, Number]
+def _complete(reading: dict[str, Any]) -> dict[str, Any]:
+    """A reading on disk that has all its values. Raises ValueError."""
+    reading = {"other": {}, **reading}
+    for name in (*NUMBERS, *SCORES):
+        if name not in reading:
+            raise ValueError(f"{name!r} is missing")
+        if isinstance(reading[name], dict) != (name in SCORES):
+            raise ValueError(f"{name!r} is no {'mapping' if name in SCORES else 'number'}")
+    if type(reading["step"]) is not int:
+        raise ValueError("'step' is no integer")
+    return reading
 
 
 Reading = Annotated[
     Mapping[str, Any],
-    GetPydanticSchema(lambda _, handler: handler(_Reading)),
-    BeforeValidator(lambda value: {"other": {}, **value} if isinstance(value, dict) else value),
+    GetPydanticSchema(lambda _, schema_of: schema_of(dict[str, int | Number | dict[str, Number]])),
+    AfterValidator(_complete),
 ]
 Readings = Annotated[
     Sequence[Reading], AfterValidator(lambda readings: sorted(readings, key=itemgetter("step")))
