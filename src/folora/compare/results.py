@@ -46,14 +46,14 @@ def _complete(reading: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{name!r} is missing")
         if isinstance(reading[name], dict) != (name in SCORES):
             raise ValueError(f"{name!r} is no {'mapping' if name in SCORES else 'number'}")
-    if type(reading["step"]) is not int:
+    if not reading["step"].is_integer():
         raise ValueError("'step' is no integer")
-    return reading
+    return {**reading, "step": int(reading["step"])}
 
 
 Reading = Annotated[
     Mapping[str, Any],
-    GetPydanticSchema(lambda _, schema_of: schema_of(dict[str, int | Number | dict[str, Number]])),
+    GetPydanticSchema(lambda _, schema_of: schema_of(dict[str, Number | dict[str, Number]])),
     AfterValidator(_complete),
 ]
 Readings = Annotated[
