@@ -108,6 +108,7 @@ def compare(plan: Plan, testbed: Testbed, seed: int, arms: Sequence[Arm], places
             score=testbed.score(run, task),
             read_at=plan.read_at,
             score_at=plan.score_at,
+            scales=plan.scales,
         )
         for calibration in plan.calibration:
             one = calibrated(comparison, testbed, calibration) if calibration else comparison
@@ -142,7 +143,10 @@ def calibrated(
 
 def shown(result: Mapping[str, Any]) -> str:
     """One line on the result of an arm."""
-    last = result["readings"][-1]
+    readings = result["readings"]
+    if "budget" not in result["config"]:
+        readings = [reading for reading in readings if reading.get("scale", 1.0) == 1.0]
+    last = readings[-1]
     kept = [value for value in last["kept"].values() if value is not None]
     mean = f"{sum(kept) / len(kept):.4f}" if kept else "-"
     task = "".join(f"{name} {value}, " for name, value in last["task"].items())

@@ -41,6 +41,7 @@ class Plan:
         calibration: What C_pre is measured on (``source`` and ``count``); None is the run's own samples.
         read_at: Fractions of the training after which a reading is taken.
         score_at: Those at which scores are computed too; default: all.
+        scales: Factors of the trained update at which readings are taken too.
         evaluation: Questions to a pretrained model, see `benchmarks.real.testbed`.
     """
 
@@ -54,6 +55,7 @@ class Plan:
     calibration: list[dict[str, Any] | None] = field(default_factory=lambda: [None])
     read_at: list[float] = field(default_factory=lambda: [*READ_AT])
     score_at: list[float] | None = None
+    scales: list[float] = field(default_factory=list)
     evaluation: dict[str, Any] = field(default_factory=dict)
 
     @classmethod

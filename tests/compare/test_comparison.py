@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.compare import shown
 from benchmarks.tiny import make_llama, tiny_config, write_rows
 from folora.cli.main import main
 from folora.compare.comparison import Arm, Comparison, arms, checked_arm
@@ -100,6 +101,23 @@ def test_dear_scores_are_taken_at_chosen_readings(
     assert [r["step"] for r in result["readings"]] == [3, 6]
     assert [r["kept"] for r in result["readings"]] == [{}, {"b": 1.0}]
     assert result["base"]["other"] == result["readings"][1]["other"] == {"c.nats": -3.0}
+
+
+def test_a_scaled_adapter_adds_readings_and_a_budget_ends_them(
+    measured: Path, model_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    run = make_run(model_folder, rows_file, measured)
+    chosen = [*arms(["lora"], [5e-2]), *arms(["lora"], [5e-2], budget=[0.002])]
+    comparison = compare(run, tmp_path / "arms.jsonl", read_at=(1.0,), scales=(0.5, 0.25))
+    plain, kept = comparison.run_all(chosen)
+    kl = {r.get("scale", 1.0): r["kl"] for r in plain["readings"]}
+    assert list(kl) == [1.0, 0.5, 0.25] and kl[1.0] > kl[0.5] > kl[0.25] > 0
+    assert kl[1.0] > 0.002 > kept["readings"][-1]["kl"]
+    assert 0 < kept["readings"][-1]["scale"] < 1 and len(kept["readings"]) == 4
+    loaded = load_results(tmp_path / "arms.jsonl")[0]
+    assert [r["scale"] for r in loaded.readings] == [1.0, 0.5, 0.25]
+    assert f"KL {kl[1.0]}," in shown(plain)
+    assert f"KL {kept['readings'][-1]['kl']}" in shown(kept)
 
 
 def test_an_arm_is_what_a_run_with_its_config_gives(

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from peft.helpers import rescale_adapter_scale
 from transformers import TrainerControl, TrainerState
 
 from folora.adapters.coverage import check_adapter
@@ -86,6 +87,8 @@ class Comparison:
         score: Computes task and kept scores of a model; by default only the meter is read.
         read_at: Fractions of training after which the meter is read.
         score_at: Those at which `score` is called too, if it is expensive; default is all.
+        scales: Factors of the trained update at which readings are taken too: every method's frontier then
+            has what scaling the adapter after training gives.
     """
 
     def __init__(
@@ -99,10 +102,12 @@ class Comparison:
         score: Score = lambda _: {"task": {}, "kept": {}},
         read_at: Sequence[float] = READ_AT,
         score_at: Sequence[float] | None = None,
+        scales: Sequence[float] = (),
     ) -> None:
         self.run, self.results, self.stage, self.task = run, ResultFile(results), stage, task
         self.command, self.score, self.read_at = command, score, tuple(read_at)
         self.score_at = self.read_at if score_at is None else tuple(score_at)
+        self.scales = tuple(scales)
         self.calibration: dict[str, Any] = {}
         self._pre: Moments | None = None
         self._base: dict[str, Any] = {}
@@ -218,6 +223,8 @@ class Comparison:
             if not self._base:  # the same for every arm, whose update is zero before the first step
                 self._base = {**self._read(trainer, 0), "frobenius": 0.0, "h_norm": 0.0}
             readings, diverged = _train(trainer, self.read_at, partial(self._read, trainer))
+            if not diverged:
+                readings += self._scaled(trainer)
         finally:
             prepared.model.unload()
             vars(context.model).pop("forward", None)  # TRL wraps it again for every arm
@@ -239,6 +246,16 @@ class Comparison:
             "readings": readings,
             "diverged": diverged,
         }
+
+    def _scaled(self, trainer: FoLoraTrainer) -> list[dict[str, Any]]:
+        """Readings of the trained update scaled by each of `scales`, and to the budget, if there is one."""
+        prepared, last = trainer.prepared, trainer.state.max_steps
+        scales = [*self.scales, *(fit.scale for fit in prepared.budget_fits()[:1])]
+        found = []
+        for scale in scales:
+            with rescale_adapter_scale(prepared.model, scale):
+                found.append({**self._read(trainer, last), "scale": _rounded(scale)})
+        return found
 
     def _arguments(self, config: FoLoraConfig) -> Any:
         on_cpu = self.run.context.model.device.type == "cpu"

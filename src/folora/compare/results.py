@@ -34,13 +34,13 @@ REMEDY = "delete this line to rerun its arm"
 Key = tuple[str, int, str]  # task, seed and name: no two lines of a file share all three
 Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 
-NUMBERS = ("step", "task_loss", "kl", "ce_change", "frobenius", "h_norm")
+NUMBERS = ("scale", "step", "task_loss", "kl", "ce_change", "frobenius", "h_norm")
 SCORES = ("task", "kept", "other")  # numbers by name
 
 
 def _complete(reading: dict[str, Any]) -> dict[str, Any]:
     """A reading on disk that has all its values. Raises ValueError."""
-    reading = {"other": {}, **reading}
+    reading = {"other": {}, "scale": 1.0, **reading}
     for name in (*NUMBERS, *SCORES):
         if name not in reading:
             raise ValueError(f"{name!r} is missing")
