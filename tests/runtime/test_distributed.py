@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from support.processes import in_processes
 
 from benchmarks.distributed.__main__ import breaches
-from benchmarks.distributed.runs import ROUNDING, Bench, ended
+from benchmarks.distributed.runs import ROUNDING, WAYS, Bench, ended
 from benchmarks.distributed.trials import interrupted, killed, other_ways, refused, same_as_one
 from benchmarks.tiny import make_llama
 from folora.cli.main import main
@@ -47,6 +47,18 @@ def test_padding_rows_of_the_last_step_do_not_count(bench: Bench) -> None:
         changes = {"training.per_device_train_batch_size": size, "training.max_steps": 5, **masked}
         assert not any(e.code for e in ended(bench.start(name, count, **changes)))
     assert 0 < bench.difference("short", "filled", Training.path) < 5 * ROUNDING[Training.path]
+
+
+def test_a_budget_is_kept_by_several_processes(bench: Bench) -> None:
+    """Each reads other texts; all have the same weight of the anchor and the same scale."""
+    budget = {"budget": 1e-4, "anchor": 0.4, "training.learning_rate": 3e-2}
+    for way in ("DDP", "FSDP2"):
+        prepare, changes = WAYS[way]
+        forks = bench.start(f"budget-{way}", 2, prepare=prepare, **changes, **budget)
+        assert not any(e.code for e in ended(forks))
+    assert bench.difference("budget-DDP", "budget-FSDP2", Training.path) < 1e-3
+    fit = json.loads((bench.place / "budget-DDP" / "report.json").read_text())["budget"][0]
+    assert fit["kept"]["upper"] <= 1e-4 and 0 < fit["scale"] < 1
 
 
 def test_a_killed_process_ends_the_others_and_the_run_resumes(bench: Bench) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
-from copy import copy
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ import torch
 from datasets import Dataset
 from peft import set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -23,7 +20,6 @@ from transformers import (
     TrainerState,
 )
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from folora.adapters.low_rank import narrow_inputs
 from folora.data.contents import IGNORE
@@ -32,40 +28,35 @@ from folora.metrics.kl import labelled_logits, masked_target_kl
 from folora.metrics.meter import LayerNorms, Reading, total_norm, update_norms
 from folora.runtime import distributed
 from folora.runtime.checkpoints import (
-    begin_checkpoint,
     latest_checkpoint,
-    prune,
     remedy,
-    seal_checkpoint,
 )
 from folora.runtime.contexts import without_adapter
 from folora.runtime.extras import needed_by
 from folora.runtime.finiteness import first_non_finite_module, non_finite_gradients
 from folora.runtime.progress import progress
-from folora.runtime.storage import malformed_is_damaged, sweep
-from folora.runtime.tensors import full_tensor
+from folora.runtime.storage import sweep
 from folora.training.arguments import check_sharding, sft_config
 from folora.training.callbacks import AfterStep, OwnIntervals
 from folora.training.hyperparameters import check_optimizer, follow_arguments
 from folora.training.interruption import StopAfterStep, finishing_step
 from folora.training.prepared import Prepared, to_dataset
 from folora.training.progress import training_progress
+from folora.training.sealed import SealedTrainer
 
 with needed_by("training", "trl"):
     from trl.trainer.sft_config import SFTConfig
-    from trl.trainer.sft_trainer import SFTTrainer
 
 logger = logging.getLogger(__name__)
 
 ANCHOR = "anchor.json"  # in checkpoints
-LORA = "lora_"  # in the names of all adapter parameters
 
 
-class FoLoraTrainer(SFTTrainer):
+class FoLoraTrainer(SealedTrainer):
     """SFTTrainer on a `Prepared` model: `evaluate` reads the meter and logs its metrics.
 
     A gradient that is not finite never reaches the optimizer: training ends with a NumericsError.
-    Checkpoints are sealed; see `checkpoints`.
+    Checkpoints are those of `SealedTrainer`.
 
     Args:
         prepared: From `prepare`.
@@ -88,15 +79,6 @@ class FoLoraTrainer(SFTTrainer):
         self.prepared = prepared
         check_sharding(args)
         check_optimizer(args)
-        # Read from the model: the Trainer has this only in later versions of transformers.
-        model: Any = prepared.model
-        self._loaded_in_parts = getattr(model, "is_distributed_loading_by_transformers", False)
-        args = copy(args)
-        # The Trainer deletes any folder named like a checkpoint; `prune` only those that folora wrote.
-        self._keep, args.save_total_limit = args.save_total_limit, None
-        if self._loaded_in_parts:
-            # The Trainer refuses to save the optimizer of such a model; see `_save_checkpoint`.
-            args.save_only_model = True
         held_out = prepared.task.held_out
         super().__init__(
             model=prepared.model,
@@ -113,16 +95,7 @@ class FoLoraTrainer(SFTTrainer):
         )
         if (anchor := self.anchor) is not None:
             self.add_callback(AfterStep(lambda state, control: anchor.step()))
-        if self.is_fsdp_enabled:
-            # torch.distributed.checkpoint can be read by other numbers of processes. Full state dicts
-            # cannot be loaded for an adapter only (Accelerate 1.15 hangs).
-            plugin = self.accelerator.state.fsdp_plugin
-            plugin.state_dict_config = plugin.optim_state_dict_config = None
-            plugin.set_state_dict_type("SHARDED_STATE_DICT")
-        elif distributed.asks_for_fsdp(args.fsdp):
-            logger.warning(
-                "FSDP is requested, but Accelerate supports it on accelerators only; it is not used"
-            )
+            self.resumable[ANCHOR] = anchor
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
         """The prepared optimizer, over parameters that FSDP2 has not sharded yet."""
@@ -214,53 +187,6 @@ class FoLoraTrainer(SFTTrainer):
             if distributed.all_reduce_max(len(own))
             else []
         )
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """The Trainer's checkpoint, sealed when complete. Raises ArtifactError."""
-        step = self.state.global_step
-        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-
-        def write() -> None:
-            try:
-                super(FoLoraTrainer, self)._save_checkpoint(model, trial)
-                if self.anchor is not None and self.args.should_save:
-                    state = json.dumps(self.anchor.state_dict())
-                    (folder / ANCHOR).write_text(state, "utf-8")
-                if self._loaded_in_parts:  # only the base is sharded, not the adapter
-                    self._save_optimizer_and_scheduler(str(folder))
-                    self._save_rng_state(str(folder))
-            except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: torch.save
-                raise ArtifactError(f"cannot write the checkpoint {folder}: {error}") from error
-
-        def finish() -> None:
-            seal_checkpoint(folder)
-            if self._keep:
-                prune(folder.parent, self._keep, self.state.best_model_checkpoint)
-
-        distributed.on_rank_zero(lambda: begin_checkpoint(folder))
-        distributed.raise_together(write)  # every process adds a file
-        distributed.on_rank_zero(finish)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """The Trainer's, and the anchor's state. Raises ArtifactError."""
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.anchor is not None:
-            file = Path(checkpoint) / ANCHOR
-            with malformed_is_damaged(file):
-                self.anchor.load_state_dict(json.loads(file.read_text("utf-8")))
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Only for a push to the Hub: SFTTrainer would replace README.md next to the checkpoints."""
-        if self.args.push_to_hub:
-            super().create_model_card(*args, **kwargs)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the whole adapter as PEFT does, also if FSDP2 has sharded it."""
-        if self.is_fsdp_enabled:
-            parts = self.prepared.model.state_dict()
-            self._save(output_dir, {n: full_tensor(t) for n, t in parts.items() if LORA in n})
-        else:
-            super().save_model(output_dir, _internal_call)
 
     def _penalty(self, model: Any, inputs: dict[str, Any]) -> Tensor | None:
         """The anchor's loss, and the weighted KL on the task's rows; None if there is neither."""
