@@ -24,6 +24,7 @@ from folora.adapters.adapter import attach
 from folora.adapters.constraint import project_after_step
 from folora.adapters.low_rank import narrow_inputs
 from folora.optim.fused import FusedSAdam
+from folora.training.anchor import Anchor
 from folora.training.optimizer import param_groups
 
 
@@ -38,6 +39,7 @@ class Mode:
         plain: Stepped by ``torch.optim.AdamW(fused=True)``.
         peft: The adapter is PEFT's own, not that of `attach`.
         protect: OPLoRA's k is r.
+        anchor: Share of the step's tokens on which KL to the base is added to the loss.
     """
 
     about: str
@@ -46,17 +48,20 @@ class Mode:
     plain: bool = False
     peft: bool = False
     protect: bool = False
+    anchor: float = 0.0
 
 
 MODES = {
     "lora": Mode("PEFT's LoRA, fused AdamW", "kaiming", plain=True, peft=True),
     "folora": Mode("folora, r eigenvectors"),
+    "folora-anchor": Mode("folora, r eigenvectors, anchor on 8 % of the tokens", anchor=0.08),
     "folora-4r": Mode("folora, 4 r eigenvectors", columns="4r"),
     "folora-all": Mode("folora, all eigenvectors", columns="all"),
     "folora-null": Mode("folora, all eigenvectors, null-space initialization", "null_space", "all"),
     "oplora": Mode("OPLoRA, fused AdamW", "kaiming", plain=True, protect=True),
 }
 BASELINE = "lora"
+TEXT = 192  # tokens of a calibration text
 
 
 class Contender:
@@ -101,13 +106,21 @@ class Contender:
         else:
             self.optimizer = FusedSAdam(found)
         project_after_step(self.optimizer, self.model)
+        self.anchor_share = mode.anchor
+        self.anchor: Anchor | None = None
         self.basis_bytes = sum(_basis_bytes(g) for g in found)
 
     def step(self, ids: Tensor) -> None:
-        """Take one step and record its times."""
+        """Take one step and record its times; the first prepares the anchor, if there is one."""
+        if self.anchor_share and self.anchor is None:
+            tokens = round(self.anchor_share / (1 - self.anchor_share) * ids.numel())
+            texts = random_batch(64 * TEXT, TEXT, torch.device("cpu")).tolist()
+            self.anchor = Anchor(self.model, texts, tokens=tokens, weight=1.0)
         began = self._now()
         self.optimizer.zero_grad()
         loss = self.model(input_ids=ids, labels=ids).loss
+        if self.anchor is not None:
+            loss = loss + self.anchor.loss()
         loss.backward()
         before = self._now()
         self.optimizer.step()

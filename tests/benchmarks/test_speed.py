@@ -45,7 +45,7 @@ def test_storage_modes_differ_in_the_bytes_of_their_bases(contenders: dict[str, 
     whole = TINY.basis_bytes(4) * 2 // 3
     assert {name: c.basis_bytes for name, c in contenders.items()} == {
         "lora": 0, "oplora": 0,
-        "folora": 4 * 4 * per_column, "folora-4r": 16 * 4 * per_column,
+        "folora": 4 * 4 * per_column, "folora-anchor": 4 * 4 * per_column, "folora-4r": 16 * 4 * per_column,
         "folora-all": whole, "folora-null": whole,
     }  # fmt: skip
     ids = random_batch(64, 32, CPU)

@@ -184,3 +184,30 @@ def test_a_run_with_a_budget_keeps_it_and_its_export_can_be_tighter(tmp_path: Pa
     plain = PeftModel.from_pretrained(plain, str(tmp_path / "tight")).merge_and_unload()
     for name, tensor in merged.state_dict().items():
         torch.testing.assert_close(tensor, plain.state_dict()[name], rtol=1e-4, atol=1e-5)
+
+
+HOSTILE = {
+    "one row": [{"prompt": "1+1=", "completion": "2."}],
+    "one row many times": [{"prompt": "1+1=", "completion": "2."}] * 40,
+    "nonsense": [{"prompt": "=" * i, "completion": "+.=" * (i % 7 + 1)} for i in range(1, 40)],
+    "contradictions": [{"prompt": "1+1=", "completion": f"{i % 10}."} for i in range(40)],
+}
+
+
+@pytest.mark.parametrize("rate", [1e-2, 1.0])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_rows_and_rates_do_not_break_the_promise(
+    tmp_path: Path, name: str, rate: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_task(tmp_path)
+    Path(str(config.dataset)).write_text("".join(json.dumps(row) + "\n" for row in HOSTILE[name]))
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    words = ["run", "--config", str(tmp_path / "config.yaml"), "--budget", "0.003"]
+    assert main([*words, "--lr", str(rate), "--max-steps", "12"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Budget of 0.003 nats per token kept" in said
+    run = Run(config)
+    model = AutoModelForCausalLM.from_pretrained(config.model)
+    loaded = PeftModel.from_pretrained(model, str(run.folder / "5-adapter"))
+    found = kl_by_scale(loaded, run.samples().held_out)(1.0)
+    assert found.upper <= 0.003 * 1.01
