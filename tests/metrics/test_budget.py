@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from folora.metrics.budget import (
     largest_scale,
 )
 from folora.metrics.kl import kl, top_k, top_k_kl
+from folora.training.prepared import assemble
 
 
 @pytest.mark.parametrize("vocabulary", [11, 300])
@@ -101,6 +103,12 @@ def test_an_adapter_that_is_not_finite_until_it_is_small_is_scaled_down() -> Non
     assert 0 < fit.scale < 0.3 and fit.kept.upper <= 0.01
 
 
+def test_a_kl_that_jumps_from_zero_is_found_by_bisection() -> None:
+    """As of an adapter whose small updates are rounded away in bf16."""
+    fit = largest_scale(lambda s: Bound(0.0, 0.0) if s < 0.4 else Bound(1.0, 1.0), 0.01)
+    assert 0.35 < fit.scale < 0.4
+
+
 def test_a_budget_that_no_scale_keeps_gives_scale_zero() -> None:
     fit = largest_scale(lambda scale: Bound(1.0, 1.0), 0.01)
     assert fit.scale == 0.0 and fit.kept == Bound(0.0, 0.0)
@@ -146,6 +154,9 @@ def test_few_sequences_are_refused_before_training() -> None:
     p = folora.prepare(make_llama(), make_tokenizer(), rows(), tiny_config())
     with pytest.raises(DataError, match="at least 16 held-out sequences"):
         folora.fit_budget(p.model, p.samples.held_out[:15], 0.01)
+    few = replace(p.samples, held_out=p.samples.held_out[:15])
+    with pytest.raises(DataError, match="at least 16 held-out sequences"):
+        assemble(make_llama(), p.bases, p.task, few, tiny_config(budget=0.01))
 
 
 def test_an_anchor_without_a_weight_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""A budget for forgetting: the largest scale of an adapter whose held-out KL is certainly within it.
+"""A budget for forgetting: the largest scale of an adapter whose held-out KL is within it.
 
 The KL of an update that is scaled by s in [0, 1] falls to 0 with s. The largest s is searched for at which an upper
 confidence bound of the mean KL is within the budget. Because KL and bound rise with s, the bound's confidence
@@ -106,7 +106,7 @@ def largest_scale(bound_at: Callable[[float], Bound], budget: float) -> BudgetFi
     for _ in range(MOST_READINGS - 1):
         # Near 0 the KL is quadratic in the scale.
         at = high if found.upper > budget else low
-        guess = at * math.sqrt((1 + CLOSE) / 2 * budget / found.upper)
+        guess = at * math.sqrt((1 + CLOSE) / 2 * budget / max(found.upper, 1e-30))
         if not low < guess < high:  # also if the bound is not finite
             guess = math.sqrt(low * high) if low else high / 2
         found = bound_at(guess)
@@ -119,10 +119,19 @@ def largest_scale(bound_at: Callable[[float], Bound], budget: float) -> BudgetFi
     return BudgetFit(budget, low, trained, kept)
 
 
+def check_sequences(sequences: Sequence[list[int]]) -> None:
+    """Refuse too few sequences for a confidence interval. Raises DataError."""
+    if len(sequences) < FEWEST:
+        raise DataError(
+            f"a budget needs at least {FEWEST} held-out sequences for a confidence interval, but there are "
+            f"{len(sequences)}; sample more (sampling.num_sequences)"
+        )
+
+
 def kl_by_scale(
     model: PeftModel, sequences: Sequence[list[int]], batch_size: int = 8
 ) -> Callable[[float], Bound]:
-    """The KL of a model's active LoRA adapter as a function of the scale of its update, measured once for each.
+    """The KL of a model's active LoRA adapter as a function of the scale of its update, each measured once.
 
     Args:
         model: Any PEFT model with a LoRA adapter.
@@ -132,11 +141,7 @@ def kl_by_scale(
     Raises:
         DataError: There are fewer than `FEWEST` sequences.
     """
-    if len(sequences) < FEWEST:
-        raise DataError(
-            f"a budget needs at least {FEWEST} held-out sequences for a confidence interval, but there are "
-            f"{len(sequences)}; sample more (sampling.num_sequences)"
-        )
+    check_sequences(sequences)
     examples = text_examples(sequences)
 
     @cache

@@ -293,6 +293,7 @@ class _Estimator:
         if training.max_steps > 0 and rows:
             a_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
             tokens = training.max_steps * a_step * task_tokens / rows
+        tokens /= 1 - self.config.anchor_share
         efficiency = TRAINING_EFFICIENCY.get(self.device.type, 1.0)
         return 3 * 2 * self.parameters * tokens / self.rate / efficiency
 

@@ -20,7 +20,7 @@ from folora.calibration.calibration_set import CalibrationSet
 from folora.config import FoLoraConfig
 from folora.data.contents import Example
 from folora.data.rows import TaskData, text_examples
-from folora.metrics.budget import BudgetFit, fit_budget, kl_by_scale, largest_scale
+from folora.metrics.budget import BudgetFit, check_sequences, fit_budget, kl_by_scale, largest_scale
 from folora.metrics.meter import Meter, warn_if_not_stepped
 from folora.optim.sadam import SAdam
 from folora.spectral.layers import GroupBasis
@@ -124,6 +124,8 @@ def assemble(
     config: FoLoraConfig,
 ) -> Prepared:
     """Adapter, optimizer and meter from the results of the first three stages."""
+    if config.budget is not None:
+        check_sequences(samples.held_out)
     peft_model = attach_configured(model, bases, config)
     options = group_options(config) | {"directions": config.directions or "all"}
     made = optimizer(peft_model, bases, **options, **adam_options(config.training))
