@@ -141,6 +141,8 @@ def test_an_export_with_a_budget_is_within_it(moved: folora.Prepared, tmp_path: 
     fits = moved.budget_fits()
     assert [fit.budget for fit in fits] == [0.01, 0.005, 0.02]
     assert fits[1].scale < fits[0].scale < fits[2].scale < 1
+    with pytest.raises(ConfigError, match="truncated to rank 2"):
+        moved.export(f"{tmp_path}/adapter", rank=2)
     moved.export(f"{tmp_path}/adapter")
     loaded = PeftModel.from_pretrained(make_llama(), f"{tmp_path}/adapter")
     found = folora.Meter(moved.samples.held_out, moved.task.held_out).read(loaded)

@@ -34,7 +34,7 @@ REFUSED = {
     "alora_invocation_tokens": "an activated LoRA is off on text without its invocation tokens",
 }
 """Fields of a LoraConfig that must be unset, with the reason."""
-RESIDUAL = ("pissa", "olora", "loftq", "corda", "eva_residual")
+RESIDUAL = ("pissa", "olora", "loftq", "corda")
 """Initializations that change the base's weights."""
 
 

@@ -20,6 +20,7 @@ from folora.calibration.calibration_set import CalibrationSet
 from folora.config import FoLoraConfig
 from folora.data.contents import Example
 from folora.data.rows import TaskData, text_examples
+from folora.errors import ConfigError
 from folora.metrics.budget import BudgetFit, check_sequences, fit_budget, kl_by_scale, largest_scale
 from folora.metrics.meter import Meter, warn_if_not_stepped
 from folora.optim.sadam import SAdam
@@ -108,10 +109,15 @@ class Prepared:
     def export(self, path: str | Path, rank: int | None = None) -> ExportReport:
         """Write an ordinary LoRA adapter, within the budget if there is one; see `export_adapter`.
 
-        Warns if the adapter was trained by an optimizer other than the prepared one.
+        With a budget, `rank` is refused by a ConfigError. Warns if the adapter was trained by an optimizer other than the prepared one.
         """
         self.meter.check()
         if (budget := self.config.budget) is not None:
+            if rank is not None:
+                raise ConfigError(
+                    f"the budget is kept by the exact adapter, not by one truncated to rank {rank}: export it "
+                    "by folora.export_adapter(prepared.model, folder, rank=...), then scale that by folora export --adapter"
+                )
             fit_budget(self.model, self.samples.held_out, budget, self.meter.batch_size)
         return export_adapter(self.model, path, rank=rank)
 
