@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -364,9 +365,7 @@ def test_every_installed_package_is_locked() -> None:
     locked = pins("requirements-dev.txt")
     found = {
         re.sub(r"[-_.]+", "-", d.name).lower(): d.version.removesuffix("+cpu")
-        for d in importlib.metadata.distributions(
-            path=[p for p in sys.path if "site-packages" in p]
-        )
+        for d in importlib.metadata.distributions(path=[sysconfig.get_path("purelib")])
     }
     for name in ("folora", "pip"):  # the project itself and Python's own package
         found.pop(name, None)
