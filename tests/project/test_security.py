@@ -21,18 +21,21 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from benchmarks.tiny import tiny_config
 from folora.calibration.base_file import HEADER, read_base_file, write_base_file
 from folora.cli.main import main
 from folora.config import FoLoraConfig
+from folora.errors import ArtifactError
 from folora.pipeline.checks import STAGES
 from folora.pipeline.run import Run
 from folora.pipeline.stages import KeepMoments, Solved, TaskMoments
 from folora.pipeline.training import Training
 from folora.runtime.artifacts import read_artifact, write_artifact
 from folora.runtime.checkpoints import seal_checkpoint
+from folora.runtime.storage import sealed
 from folora.spectral.moments import Moments
 
 ROOT = Path(__file__).parents[2]
@@ -335,6 +338,22 @@ def test_a_base_file_with_a_wrong_header_is_refused(
     config = finished.changed({"output": str(tmp_path / "run"), "base": str(base)})
     assert main(["run", *flags(config)]) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["base.safetensors"]
+
+
+@pytest.mark.parametrize("tokens", [{}, "7", None, 1.5])
+def test_a_base_file_with_a_wrong_number_of_tokens_is_refused(
+    tokens: Any, finished: FoLoraConfig, tmp_path: Path
+) -> None:
+    base = tmp_path / "base.safetensors"
+    Run(copied(finished, tmp_path / "maker")).base(base)
+    with safe_open(base, "pt") as file:
+        manifest = json.loads(file.metadata()[HEADER])
+    tensors = load_file(base)
+    del manifest["checksum"]
+    header = json.dumps(sealed({**manifest, "tokens": tokens}))
+    save_file(tensors, base, metadata={HEADER: header})
+    with pytest.raises(ArtifactError, match="number of tokens"):
+        read_base_file(base)
 
 
 # Dependencies.

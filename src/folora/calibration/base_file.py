@@ -75,7 +75,7 @@ class BaseFile:
                     "modules. Make one for these or for all layers: folora base"
                 )
             found[group.name] = unpacked(self.triangles[home.name], group.d_in)
-        return Moments(found, int(self.manifest["tokens"]), tuple(groups))
+        return Moments(found, self.manifest["tokens"], tuple(groups))
 
 
 def packed(matrix: Float[Tensor, "d d"]) -> Float[Tensor, " n"]:
@@ -180,6 +180,8 @@ def read_base_file(path: Path, expected: Mapping[str, Any] | None = None) -> Bas
         )
     with malformed_is_damaged(path):
         groups = [group_of(fact) for fact in manifest["groups"]]
+        if type(manifest["tokens"]) is not int:
+            raise ValueError(f"the number of tokens is {manifest['tokens']!r:.80}")
         written = {"sequences": [None, manifest["held_out"]], "rejected": manifest["rejected"]}
         samples = CalibrationSet.from_artifact(tensors, written)
         triangles = {g.name: tensors[f"{g.name}/c_pre"] for g in groups}
