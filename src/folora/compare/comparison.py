@@ -250,7 +250,7 @@ class Comparison:
     def _scaled(self, trainer: FoLoraTrainer) -> list[dict[str, Any]]:
         """Readings of the trained update scaled by each of `scales`, and to the budget, if there is one."""
         prepared, last = trainer.prepared, trainer.state.max_steps
-        scales = [*self.scales, *(fit.scale for fit in prepared.budget_fits()[:1])]
+        scales = [*self.scales, *(fit.scale for fit in prepared.budget_fits([1.0]))]
         found = []
         for scale in scales:
             with rescale_adapter_scale(prepared.model, scale):

@@ -90,17 +90,17 @@ class Prepared:
             uses=steps,
         )
 
-    def budget_fits(self) -> list[BudgetFit]:
+    def budget_fits(self, factors: Sequence[float] = (1.0, 0.5, 2.0)) -> list[BudgetFit]:
         """The scale of the adapter at which its held-out KL is within ``config.budget``; nothing is changed.
 
         Returns:
-            The fit, then those of half and twice the budget, with task losses; empty without a budget.
+            A fit with its task loss for each of `factors` times the budget; empty without a budget.
         """
         if self.config.budget is None:
             return []
         kl_at = kl_by_scale(self.model, self.samples.held_out, self.meter.batch_size)
         found = []
-        for factor in (1.0, 0.5, 2.0):
+        for factor in factors:
             fit = largest_scale(kl_at, factor * self.config.budget)
             with rescale_adapter_scale(self.model, fit.scale):
                 found.append(replace(fit, task_loss=self.meter.task_loss(self.model)))
