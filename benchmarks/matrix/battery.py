@@ -17,6 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +101,11 @@ def plain_trainer() -> None:
     assert not torch.equal(logits(p.model), before), "three steps changed nothing"
 
 
-def run_and_resume() -> None:
+def run_and_resume(**changes: Any) -> None:
     """`folora run`; the same adapter again from a checkpoint in the middle."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        config = tiny_task(place)
+        config = tiny_task(place).changed(changes)
         (place / "config.yaml").write_text(config.to_yaml())
         command = [sys.executable, "-m", "folora", "run", "--config", str(place / "config.yaml")]
         _call(command)
@@ -120,6 +121,14 @@ def run_and_resume() -> None:
         _call(command)
         assert middle.stat().st_mtime_ns == stamp, "training began anew"
         assert adapter.read_bytes() == first, "another adapter after a resume"
+        if (budget := config.budget) is not None:
+            fit = json.loads((run / "report.json").read_text())["budget"][0]
+            assert fit["scale"] < 1 and fit["kept"]["upper"] <= budget
+            scaled = ["--adapter", str(adapter.parent), "--to", str(place / "scaled")]
+            sampled = ["--sampling.min_new_tokens", "32", "--sampling.max_new_tokens", "40"]
+            options = ["--device", "cpu", "--budget", str(budget / 2), *sampled]
+            _call([sys.executable, "-m", "folora", "export", *scaled, *options])
+            PeftModel.from_pretrained(make_llama(), str(place / "scaled"))
 
 
 def _call(command: list[str]) -> None:
@@ -143,6 +152,8 @@ def checks() -> dict[str, Callable[[], None]]:
     found["Trainer"] = plain_trainer
     if version("trl"):
         found["run, resume"] = run_and_resume
+        budget = {"budget": 1e-4, "anchor": 0.4, "training.learning_rate": 3e-2}
+        found["budget, resume"] = partial(run_and_resume, **budget)
     return found
 
 
