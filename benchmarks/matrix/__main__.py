@@ -30,7 +30,7 @@ TEXT = [
     "models: `prepare` on a LLaMA and a GPT-2 with the initializations `eigen` and `null_space` (exact "
     "at step 0, three steps, the meter, export, equal logits in stock PEFT and merged), three steps of "
     "`transformers.Trainer`, and where TRL is in the stack `folora run` and a resume from a checkpoint "
-    "with the same bytes. The ranges in `pyproject.toml` are what has passed here.",
+    "with the same bytes, the same under a budget, and its export scaled (the stacks on Python 3.11). The ranges in `pyproject.toml` are what has passed here.",
 ]
 COLUMNS = ["stack", "why", "python", *PACKAGES[:6], "outcome"]
 
