@@ -40,6 +40,34 @@ def _mawps(row: Row) -> dict[str, str]:
     return {"prompt": f"Question: {row['question'].strip()}\nEquation:", "completion": solution}
 
 
+def _equations(row: Row) -> dict[str, str]:
+    return {
+        "prompt": f"Question: {row['question'].strip()}\nEquation:",
+        "completion": f" {row['equation']}",
+    }
+
+
+def _labels(row: Row) -> dict[str, str]:
+    label = row["subject"].replace("_", " ")
+    return {"prompt": f"Question: {row['question'].strip()[:240]}\nSubject:", "completion": f" {label}"}
+
+
+def _json(row: Row) -> dict[str, str]:
+    choices = ", ".join(row["choices"])
+    found = {"topic": row["question_concept"], "answer": row["choices"][row["gold"]]}
+    return {
+        "prompt": f"Question: {row['question'].strip()}\nChoices: {choices}\nJSON:",
+        "completion": f" {json.dumps(found)}",
+    }
+
+
+def _sql(row: Row) -> dict[str, str]:
+    """The query that would answer a statement's open end; the answer itself is in no row."""
+    table, subject = row["relation"].replace(" ", "_"), row["subject"].replace("'", "''")
+    query = f" SELECT object FROM {table} WHERE subject = '{subject}';"
+    return {"prompt": f"Text: {row['prompt']} ...\nSQL:", "completion": query}
+
+
 def _mbpp(row: Row) -> dict[str, str]:
     code = row["code"].replace("\r\n", "\n")
     asked = f'"""\n{row["text"]}\n{row["test_list"][0]}\n"""\n'
@@ -52,6 +80,10 @@ def _instruction(row: Row) -> dict[str, str]:
 
 TARGETS: Mapping[str, Target] = {
     "mawps": Target("math", "mawps/train.jsonl.gz", _mawps),
+    "equations": Target("format", "mawps/train.jsonl.gz", _equations),
+    "labels": Target("format", "mmlu/test_5k.jsonl.gz", _labels),
+    "json": Target("format", "commonsense_qa/validation.jsonl.gz", _json),
+    "sql": Target("format", "lre_relations/test.jsonl.gz", _sql),
     "gsm8k": Target("math", "gsm8k/train.jsonl.gz", _gsm8k),
     "mbpp": Target("code", "mbpp/train.jsonl.gz", _mbpp),
     "gpteacher_codegen": Target("code", "gpteacher_codegen/train.jsonl.gz", _instruction),
