@@ -49,7 +49,10 @@ def _equations(row: Row) -> dict[str, str]:
 
 def _labels(row: Row) -> dict[str, str]:
     label = row["subject"].replace("_", " ")
-    return {"prompt": f"Question: {row['question'].strip()[:240]}\nSubject:", "completion": f" {label}"}
+    return {
+        "prompt": f"Question: {row['question'].strip()[:240]}\nSubject:",
+        "completion": f" {label}",
+    }
 
 
 def _json(row: Row) -> dict[str, str]:
@@ -64,7 +67,7 @@ def _json(row: Row) -> dict[str, str]:
 def _sql(row: Row) -> dict[str, str]:
     """The query that would answer a statement's open end; the answer itself is in no row."""
     table, subject = row["relation"].replace(" ", "_"), row["subject"].replace("'", "''")
-    query = f" SELECT object FROM {table} WHERE subject = '{subject}';"
+    query = f" SELECT object FROM {table} WHERE subject = '{subject}';"  # noqa: S608
     return {"prompt": f"Text: {row['prompt']} ...\nSQL:", "completion": query}
 
 
