@@ -21,8 +21,9 @@ from typing import Any, Protocol
 
 import torch
 
+from benchmarks.models import MODELS
 from benchmarks.plan import Plan, check_names
-from benchmarks.real.testbed import MODELS, RealTestbed
+from benchmarks.real.testbed import RealTestbed
 from benchmarks.world.testbed import WorldTestbed, own_task
 from folora.calibration.moments import measure
 from folora.compare.comparison import Arm, Comparison, Score

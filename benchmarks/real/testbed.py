@@ -6,22 +6,19 @@ the adapter, so seeds repeat everything but the pretrained model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 
-from benchmarks.gemma import gemma3_270m
+from benchmarks.models import MODELS
 from benchmarks.plan import Plan, check_names
 from benchmarks.real.targets import TARGETS, data_folder, target_rows
-from demo.model import smollm2
 from folora.compare.comparison import Score, Scores
 from folora.errors import ConfigError
 from folora.metrics.evaluation import Evaluation
 from folora.pipeline.run import Run
-
-MODELS: Mapping[str, Callable[[Path], Path]] = {"smollm2": smollm2, "gemma3": gemma3_270m}
 
 
 class RealTestbed:

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from benchmarks.gemma import GGUF as GEMMA
+from benchmarks.models import GEMMA, QWEN, TEXT, reads
 from demo.gguf import GgufFile, Part, download, join, model_folder
 from demo.model import GGUF as SMOLLM2
 
@@ -131,7 +133,7 @@ def test_an_existing_folder_is_not_rebuilt(tmp_path: Path) -> None:
     assert model_folder(GgufFile("none", "", ()), tmp_path / "x") == tmp_path / "x"
 
 
-@pytest.mark.parametrize("file", [SMOLLM2, GEMMA], ids=["smollm2", "gemma"])
+@pytest.mark.parametrize("file", [SMOLLM2, GEMMA, QWEN], ids=lambda file: file.name)
 def test_versions_and_checksums_are_pinned(file: GgufFile) -> None:
     assert len(file.sha256) == 64
     assert all("==" in part.package for part in file.parts)
@@ -140,3 +142,23 @@ def test_versions_and_checksums_are_pinned(file: GgufFile) -> None:
 def test_gemma_is_joined_from_four_parts_in_order() -> None:
     assert [part.member[-2:] for part in GEMMA.parts] == ["00", "01", "02", "03"]
     assert [part.package.split("-part")[1][0] for part in GEMMA.parts] == ["1", "2", "3", "4"]
+
+
+def test_qwen_is_joined_from_six_parts_in_order() -> None:
+    assert [part.member[-6:-4] for part in QWEN.parts] == ["01", "02", "03", "04", "05", "06"]
+    assert [part.package.split("-part")[1][0] for part in QWEN.parts] == [*"123456"]
+
+
+@pytest.mark.parametrize("decodes", [True, False])
+def test_a_tokenizer_that_reads_or_writes_otherwise_is_refused(decodes: bool) -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if decodes:
+        backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    ids = tokenizer(TEXT)["input_ids"]
+    if decodes:
+        reads(ids)(tokenizer)
+    with pytest.raises(RuntimeError, match="reads 'The capital"):
+        reads([*ids, 0] if decodes else ids)(tokenizer)
