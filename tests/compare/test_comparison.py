@@ -175,7 +175,7 @@ def test_what_cannot_be_compared_is_refused_before_the_first_arm(
         (Arm("lorra"), "did you mean 'lora'"),
         (Arm("lora", {"training.leaning_rate": 1.0}), "did you mean .learning_rate"),
         (Arm("lora", {"adapter.r": 99}), r"must lie in \[1, 32\]"),
-        (Arm("lora", {"adapter.target_modules": "q_proj"}), "target_modules"),
+        (Arm("lora", {"adapter.target_modules": "q"}), "matches no layer"),
     ):
         with pytest.raises(ConfigError, match=words):
             next(comparison.run_all([Arm("folora"), arm]))

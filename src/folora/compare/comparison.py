@@ -26,6 +26,7 @@ from transformers import TrainerControl, TrainerState
 from folora.adapters.coverage import check_adapter
 from folora.calibration.base_file import tensors_sha256
 from folora.calibration.calibration_set import CalibrationSet
+from folora.calibration.inputs import target_layers
 from folora.compare.results import FORMAT, REMEDY, Key, Line, ResultFile
 from folora.config import FoLoraConfig
 from folora.errors import ArtifactError, ConfigError, DataError, MismatchError
@@ -179,10 +180,9 @@ class Comparison:
         configs = [self.config(arm) for arm in chosen]
         context = self.run.context
         for config in configs:
-            if config.adapter.target_modules != self.run.config.adapter.target_modules:
-                raise ConfigError("arms share statistics, so adapter.target_modules cannot differ")
             self._arguments(config)
             check_adapter(context.model, context.groups, config)
+            self._layers(config)
         # Results made from another model or other rows are detected before sampling starts.
         self.check_results(chosen, {**context.facts, "data": context.task.fingerprint})
         if not context.task.held_out:
@@ -191,6 +191,20 @@ class Comparison:
                 f"{len(context.task.train)} rows are held out. Give at least 10 rows, and data.eval_rows > 0."
             )
         return configs
+
+    def _layers(self, config: FoLoraConfig) -> set[str]:
+        """The layers that an arm adapts. Raises ConfigError if they are not among the run's."""
+        measured = {name for group in self.run.context.groups for name in group.layers}
+        asked = config.adapter.target_modules
+        if asked == self.run.config.adapter.target_modules:
+            return measured
+        wanted = {*target_layers(self.run.context.model, asked)}
+        if other := sorted(wanted - measured):
+            raise ConfigError(
+                f"adapter.target_modules is {asked!r}, which adapts {other[0]}, but arms share second moments, which the "
+                "comparison measures for its own adapter.target_modules alone; these must include an arm's"
+            )
+        return wanted
 
     def check_results(
         self, chosen: Sequence[Arm], made_from: Mapping[str, Any] | None = None
@@ -216,7 +230,8 @@ class Comparison:
     ) -> dict[str, Any]:
         began = time.monotonic()
         context = self.run.context
-        prepared = assemble(context.model, spectrum, context.task, samples, config)
+        own = spectrum.of_layers(self._layers(config))
+        prepared = assemble(context.model, own, context.task, samples, config)
         try:
             arguments = self._arguments(config.changed({"training.save_strategy": "no"}))
             trainer = FoLoraTrainer(prepared, arguments, context.tokenizer)

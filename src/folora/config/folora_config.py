@@ -233,12 +233,15 @@ class FoLoraConfig(Options):
 
     def differences(self) -> dict[str, Any]:
         """The options that differ from the method's defaults, by dotted name; `changed` takes them back."""
-        plain = FoLoraConfig(method=self.method)
-        names = [*OPTIONS, *(f"training.{name}" for name in self.training.model_extra or {})]
-        read = {name: attrgetter(name)(self) for name in names if name != "method"}
-        found = {n: v for n, v in read.items() if n not in OPTIONS or v != attrgetter(n)(plain)}
+        plain, mine = FoLoraConfig(method=self.method)._flat(), self._flat()
+        found = {name: v for name, v in mine.items() if name not in plain or v != plain[name]}
         own = {} if self.method == METHODS["folora"] else {"method": _plain_method(self.method)}
         return own | found
+
+    def _flat(self) -> dict[str, Any]:
+        """All options but the method, by dotted name."""
+        names = [*OPTIONS, *(f"training.{name}" for name in self.training.model_extra or {})]
+        return {name: attrgetter(name)(self) for name in names if name != "method"}
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dicts of plain values, for YAML and JSON."""

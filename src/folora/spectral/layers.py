@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -71,6 +71,13 @@ class Spectrum(Sequence[GroupBasis], Saveable):
     def groups(self) -> tuple[InputGroup, ...]:
         """The layers of each input."""
         return tuple(basis.group for basis in self.bases)
+
+    def of_layers(self, names: Collection[str]) -> Spectrum:
+        """The bases of some of its layers."""
+        kept = ((b, tuple(n for n in b.group.layers if n in names)) for b in self.bases)
+        return Spectrum(
+            tuple(replace(b, group=replace(b.group, layers=own)) for b, own in kept if own)
+        )
 
     def to_artifact(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """``NAME/basis``, ``NAME/gamma`` and ``NAME/null_basis`` of each group, and the groups."""

@@ -1,0 +1,104 @@
+"""Each rival of folora differs from LoRA in what its entry says, and in nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.closeness import assert_near
+
+import folora
+from benchmarks.tiny import make_llama, make_tokenizer, rows, tiny_config
+from folora.adapters.adapter import lora_factors
+from folora.compare.comparison import Arm, Comparison
+from folora.config import FoLoraConfig
+from folora.data.rows import pad_batch
+from folora.errors import ConfigError
+from folora.pipeline.run import Run
+from folora.training.arguments import sft_config
+
+
+def trainer_of(name: str, folder: Path, **changes: Any) -> folora.FoLoraTrainer:
+    """A trainer of a method on the tiny model, in float64, whose B is not zero."""
+    config = tiny_config().changed({"method": name, **changes})
+    prepared = folora.prepare(make_llama(), make_tokenizer(), rows(), config)
+    torch.manual_seed(1)
+    for _, b, _ in lora_factors(prepared.model).values():
+        torch.nn.init.normal_(b, std=0.1)
+    prepared.model.double().train()
+    arguments = sft_config(config, folder, evaluates=False, on_cpu=True)
+    return folora.FoLoraTrainer(prepared, arguments, make_tokenizer())
+
+
+def test_dft_weighs_each_tokens_loss_by_its_probability(tmp_path: Path) -> None:
+    """Value and gradient, against sum(-sg(p) log p) / tokens; the meter's task loss stays cross-entropy."""
+    trainer = trainer_of("lora-dft", tmp_path)
+    model = trainer.prepared.model
+    batch = pad_batch(trainer.prepared.task.train[:4], 0)
+    tokens = (batch["labels"] != -100).sum()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    found = trainer.compute_loss(model, dict(batch), num_items_in_batch=tokens)
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    log_p = model(**inputs).logits[:, :-1].log_softmax(-1)
+    labels = batch["labels"][:, 1:]
+    log_p = log_p.gather(-1, labels.clamp_min(0)[..., None])[..., 0][labels != -100]
+    expected = -(log_p.exp().detach() * log_p).sum() / tokens
+    # TRL takes the logarithm in float32.
+    assert_near(found, expected, dtype=torch.float32)
+    slopes = zip(
+        torch.autograd.grad(found, trained), torch.autograd.grad(expected, trained), strict=True
+    )
+    for own, slope in slopes:
+        assert_near(own, slope, dtype=torch.float32, roundings=1e3)
+    trainer.prepared.meter.task = trainer.prepared.task.train[:4]
+    assert trainer.prepared.meter.task_loss(model) == pytest.approx(float(-log_p.mean().detach()))
+
+
+def test_a_methods_option_of_trl_ends_with_the_method() -> None:
+    dft = FoLoraConfig().changed({"method": "lora-dft"})
+    assert dft.training.model_extra == {"loss_type": "dft"}
+    assert not dft.changed({"method": "lora"}).training.model_extra
+    plain = dft.changed({"training.loss_type": "nll"})
+    assert FoLoraConfig().changed(plain.differences()).training.model_extra == {"loss_type": "nll"}
+
+
+def test_lora_mlp_trains_the_mlp_alone_in_a_comparison_of_all_layers(
+    model_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And gives what a run of its own gives."""
+    paths = {"model": str(model_folder), "dataset": str(rows_file)}
+    run = Run(tiny_config(**paths, output=str(tmp_path / "run")))
+    trained: list[set[str]] = []
+
+    def score(model: Any) -> dict[str, dict[str, float]]:
+        trained.append({name for name, p in model.named_parameters() if p.requires_grad})
+        return {"task": {}, "kept": {}}
+
+    comparison = Comparison(run, tmp_path / "arms.jsonl", stage="tiny", task="sums",
+                            command="pytest", score=score, read_at=(1.0,))  # fmt: skip
+    whole, mlp = comparison.run_all([Arm("lora"), Arm("lora-mlp")])
+    assert len(trained[-1]) == 2 * 2 * 3  # A and B of three layers in two blocks
+    assert trained[-1] == {name for name in trained[0] if ".mlp." in name}
+    assert len(trained[0]) == 2 * 2 * 7
+    assert mlp["readings"][-1]["frobenius"] < whole["readings"][-1]["frobenius"]
+
+    alone = Run(tiny_config(**paths, output=str(tmp_path / "alone"), method="lora-mlp")).run()
+    assert mlp["readings"][-1]["kl"] == pytest.approx(alone["adapted"]["kl"], rel=1e-4)
+    assert mlp["readings"][-1]["task_loss"] == pytest.approx(
+        alone["adapted"]["task_loss"], rel=1e-5
+    )
+
+
+def test_an_arm_with_layers_that_were_not_measured_is_refused(
+    model_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    run = Run(tiny_config(model=str(model_folder), dataset=str(rows_file), output=str(tmp_path / "run"),
+                          adapter={"target_modules": ["q_proj", "up_proj"]}))  # fmt: skip
+    comparison = Comparison(
+        run, tmp_path / "arms.jsonl", stage="tiny", task="sums", command="pytest"
+    )
+    with pytest.raises(ConfigError, match=r"adapts model\.layers\.0\.mlp\.down_proj, but arms"):
+        comparison.check([Arm("lora-mlp")])
+    comparison.check([Arm("lora", {"adapter.target_modules": ["up_proj"]})])
