@@ -26,7 +26,7 @@ from benchmarks.plan import Plan, check_names
 from benchmarks.real.testbed import RealTestbed
 from benchmarks.world.testbed import WorldTestbed, own_task
 from folora.calibration.moments import measure
-from folora.compare.comparison import Arm, Comparison, Score
+from folora.compare.comparison import Arm, Comparison, RealText, Score
 from folora.config import FoLoraConfig
 from folora.data.rows import text_examples
 from folora.errors import ConfigError, FoLoraError
@@ -58,7 +58,7 @@ class Testbed(Protocol):
         """Task and retention scores of a model."""
 
     def texts(self, run: Run, source: str, count: int) -> list[list[int]]:
-        """Token ids to measure C_pre on, instead of the run's own samples."""
+        """Token ids to measure C_pre on or to replay, instead of the run's own samples."""
 
 
 TESTBEDS: Mapping[str, type[WorldTestbed] | type[RealTestbed]] = {
@@ -94,7 +94,7 @@ def compare(plan: Plan, testbed: Testbed, seed: int, arms: Sequence[Arm], places
         arms: Those of the plan that are wanted.
         places: Where to read and write.
     """
-    base = FoLoraConfig().changed(plan.base)
+    base, source = FoLoraConfig().changed(plan.base), plan.replay
     folder = places.runs / testbed.kind / plan.runs / str(seed)
     donor: Path | None = None
     for task in plan.tasks:
@@ -110,6 +110,7 @@ def compare(plan: Plan, testbed: Testbed, seed: int, arms: Sequence[Arm], places
             read_at=plan.read_at,
             score_at=plan.score_at,
             scales=plan.scales,
+            real_text=RealText(source, partial(testbed.texts, run, source)) if source else None,
         )
         for calibration in plan.calibration:
             one = calibrated(comparison, testbed, calibration) if calibration else comparison

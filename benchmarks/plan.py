@@ -41,6 +41,8 @@ class Plan:
         calibration: What C_pre is measured on (``source`` and ``count``); None is the run's own samples.
         read_at: Fractions of the training after which a reading is taken.
         score_at: Those at which scores are computed too; default: all.
+        replay: Source of the real text that methods such as ``lora-replay-1`` replay: ``"pretraining"`` for
+            worlds, ``"wikitext2"`` for pretrained models.
         scales: Factors of the trained update at which readings are taken too.
         evaluation: Questions to a pretrained model, see `benchmarks.real.testbed`.
     """
@@ -56,6 +58,7 @@ class Plan:
     read_at: list[float] = field(default_factory=lambda: [*READ_AT])
     score_at: list[float] | None = None
     scales: list[float] = field(default_factory=list)
+    replay: str | None = None
     evaluation: dict[str, Any] = field(default_factory=dict)
 
     @classmethod

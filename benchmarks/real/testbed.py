@@ -6,6 +6,7 @@ the adapter, so seeds repeat everything but the pretrained model.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ from benchmarks.models import MODELS
 from benchmarks.plan import Plan, check_names
 from benchmarks.real.targets import TARGETS, data_folder, target_rows
 from folora.compare.comparison import Score, Scores
+from folora.data.files import load_rows
 from folora.errors import ConfigError
 from folora.metrics.evaluation import Evaluation
 from folora.pipeline.run import Run
+
+REAL = "wikitext2"  # text of the kind that pretraining had
 
 
 class RealTestbed:
@@ -48,10 +52,12 @@ class RealTestbed:
             if task not in asked["documents"]:
                 raise ConfigError(f"evaluation.documents has no {task!r}, but a metric names it")
         for calibration in plan.calibration:
-            if calibration and calibration["source"] != "self":
+            if calibration and calibration["source"] not in ("self", REAL):
                 raise ConfigError(
-                    f"calibration is {calibration}, but its source must be 'self' here"
+                    f"calibration is {calibration}, but its source must be 'self' or {REAL!r} here"
                 )
+        if plan.replay:
+            check_names([plan.replay], [REAL])
         data_folder()
 
     def rows(self, task: str) -> list[dict[str, str]]:
@@ -76,9 +82,23 @@ class RealTestbed:
         return self._score
 
     def texts(self, run: Run, source: str, count: int) -> list[list[int]]:
-        """The first of the model's own samples."""
-        assert source == "self"  # see `check`
-        return run.samples().calibration[:count]
+        """Token ids to measure C_pre on or to replay.
+
+        Args:
+            run: For its tokenizer, start token and samples.
+            source: ``"self"``, or ``"wikitext2"``: pieces of its validation articles, which share no line of text with
+                the test articles that are scored. They have a sample's length, and the seed orders them.
+            count: Sequences.
+        """
+        if source == "self":
+            return run.samples().calibration[:count]
+        context, length = run.context, run.config.sampling.max_new_tokens
+        pieces = []
+        for article in load_rows(str(data_folder() / "wikitext2" / "validation.jsonl.gz")):
+            ids = context.tokenizer(article["text"], add_special_tokens=False)["input_ids"]
+            pieces += [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+        random.Random(self.seed).shuffle(pieces)
+        return [[context.start_id, *piece] for piece in pieces[:count]]
 
 
 def scorer(evaluation: Evaluation, kept: Mapping[str, str], other: Mapping[str, str]) -> Score:

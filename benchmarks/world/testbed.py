@@ -24,7 +24,8 @@ from folora.pipeline.run import Run
 FEWEST_ROWS = 300  # of a task that is memorised; fewer would leave nothing to hold out
 EVERY = 3  # of the probes of pretraining skills; scoring all would cost as much as training
 NARROW = "sum"  # the one skill that a narrow calibration set asks about
-SOURCES = ("self", "pretraining", "narrow")
+REAL = "pretraining"  # the text that the model was pretrained on
+SOURCES = ("self", REAL, "narrow")
 
 
 class WorldTestbed:
@@ -59,6 +60,8 @@ class WorldTestbed:
                 raise ConfigError(
                     f"calibration is {calibration}, but its source must be in {SOURCES}"
                 )
+        if plan.replay:
+            check_names([plan.replay], [REAL])
 
     def rows(self, task: str) -> list[Row]:
         """The task's training rows, repeated if they are few."""
@@ -83,7 +86,7 @@ class WorldTestbed:
         return score
 
     def texts(self, run: Run, source: str, count: int) -> list[list[int]]:
-        """Token ids to measure C_pre on.
+        """Token ids to measure C_pre on or to replay.
 
         Args:
             run: For its tokenizer and self-samples.
@@ -100,7 +103,7 @@ class WorldTestbed:
             ids: list[int] = []
             while len(ids) < length:
                 text = next(documents)
-                if source == "pretraining" or text.startswith(NARROW):
+                if source == REAL or text.startswith(NARROW):
                     ids += run.context.tokenizer(f"{bos}{text}{eos}")["input_ids"]
             texts.append(ids[:length])
         return texts

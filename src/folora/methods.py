@@ -23,6 +23,8 @@ Basis = Literal["generalized", "pretraining", "whitening"]
 """Eigenvectors of C_task v = gamma H v; of C_pre alone; H^(-1/2)."""
 StepScale = Literal["task", "paper"]
 """Steps as long as AdamW's on the task's inputs, so that learning rates transfer from LoRA; or T as it is."""
+Text = Literal["generated", "real"]
+"""The calibration set; or text of the kind that pretraining had, which a comparison has to be given."""
 
 Weight = Annotated[float, Field(ge=0)]
 
@@ -41,7 +43,8 @@ class Method(BaseModel):
         constraint: ``"oplora"`` keeps the update off each weight's leading singular directions.
         protect: Number of singular directions that OPLoRA protects; None for ``adapter.r``.
         freeze_a: Train B alone.
-        replay: Share of the training rows that are generated text.
+        replay: Share of the training rows that are text to retain.
+        replay_text: Which text that is.
         kl_weight: Weight of KL(base || adapted) on generated text, added to the loss.
         masked_kl_weight: Weight of that KL on the task without the target token (Mask-the-Target).
         settings: Options by dotted name that the method changes the defaults of.
@@ -60,6 +63,7 @@ class Method(BaseModel):
     protect: Annotated[int, Field(ge=1)] | None = None
     freeze_a: bool = False
     replay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    replay_text: Text = "generated"
     kl_weight: Weight = 0.0
     masked_kl_weight: Weight = 0.0
     settings: dict[str, Any] = {}
@@ -117,6 +121,10 @@ METHODS: dict[str, Method] = {
         _method("lora-kl", "LoRA + KL", "KL to the base", **_LORA, kl_weight=1.0),
         _method("lora-masked-kl", "LoRA + Mask-the-Target", "arXiv:2605.29498", **_LORA, masked_kl_weight=1.0),
         _method("lora-replay", "LoRA + replay", "10 % of the rows are generated text", **_LORA, replay=0.1),
+        _method("lora-replay-1", "LoRA + 1 % real text", "1 % of the rows are text of the kind that pretraining had",
+                **_LORA, replay=0.01, replay_text="real"),
+        _method("lora-replay-5", "LoRA + 5 % real text", "the same with 5 %",
+                **_LORA, replay=0.05, replay_text="real"),
         _method("folora-kl", "folora + KL", "KL to the base", kl_weight=1.0),
         _method("folora-masked-kl", "folora + Mask-the-Target", "arXiv:2605.29498", masked_kl_weight=1.0),
         _method("folora-replay", "folora + replay", "10 % of the rows are generated text", replay=0.1),

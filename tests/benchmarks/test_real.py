@@ -16,9 +16,10 @@ from support.plans import TINY_PLAN_BASE
 
 from benchmarks import compare
 from benchmarks.real import testbed
-from benchmarks.real.targets import TARGETS, target_rows
+from benchmarks.real.targets import TARGETS, data_folder, target_rows
 from benchmarks.report.forgetting import FAR, forgetting_table
 from folora.compare.results import ResultFile, load_results
+from folora.data.files import load_rows
 from folora.errors import ConfigError, DataError
 
 ROWS = {
@@ -29,6 +30,9 @@ ROWS = {
     "mbpp/train.jsonl.gz": [
         {"text": f"add {n}", "code": f"def f(x):\r\n  return x+{n}", "test_list": [f"f(0)={n}"]}
         for n in range(30)
+    ],
+    "wikitext2/validation.jsonl.gz": [
+        {"title": letter, "text": letter * 100} for letter in "abcdefghij"
     ],
     "known_facts/test.jsonl.gz": [
         {"prompt": f"{n} is after", "attribute": str(n - 1)} for n in range(1, 9)
@@ -131,9 +135,50 @@ def test_the_number_of_measured_texts_can_be_reduced(
     assert found[0].base["task_loss"] == found[1].base["task_loss"]
 
 
+def test_replayed_text_is_whole_pieces_of_articles_ordered_by_the_seed(
+    tmp_path: Path, data: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = {"methods": ["lora-replay-5"], "learning_rates": [1e-2]}
+    path = plan_file(tmp_path, tasks=["mawps"], replay="wikitext2", sweeps=[sweep])
+    (result,) = run(tmp_path, model_folder, monkeypatch)
+    assert math.isfinite(result.readings[-1]["kl"])
+    line = json.loads((tmp_path / "out.jsonl").read_text())
+    assert line["made_from"]["replayed_text"][0] == "wikitext2"
+
+    plan = compare.Plan.load(path)
+    base = compare.FoLoraConfig().changed(plan.base)
+    texts = []
+    for seed in (3, 3, 4):
+        bed = testbed.RealTestbed(plan, seed, tmp_path)
+        made = compare.task_run(base, bed, tmp_path / "runs/real/tiny/3/mawps", "mawps", None)
+        texts.append(bed.texts(made, "wikitext2", 25))
+    assert texts[0] == texts[1] != texts[2]
+    assert {len(text) for text in texts[0]} == {1 + 32}
+    assert {text[0] for text in texts[0]} == {made.context.start_id}
+    assert all(len({*text[1:]}) == 1 for text in texts[0])  # of one article
+    assert bed.texts(made, "wikitext2", 99)[:25] == texts[2]
+
+
+def test_replayed_articles_share_no_line_with_those_that_are_scored() -> None:
+    if not os.environ.get("FOLORA_DATA_DIR"):
+        pytest.skip("FOLORA_DATA_DIR is not set")
+    scored, replayed = (
+        {
+            line.strip()
+            for row in load_rows(str(data_folder() / "wikitext2" / f"{part}.jsonl.gz"))
+            for line in row["text"].splitlines()
+            if len(line) > 40
+        }
+        for part in ("test", "validation")
+    )
+    assert len(replayed) > 1000 < len(scored)
+    assert not replayed & scored
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"replay": "pretraining"}, "known: wikitext2"),
         ({"tasks": ["maws"]}, "did you mean 'mawps'"),
         ({"model": "smollm"}, "did you mean 'smollm2'"),
         ({"evaluation": {"documents": {}, "kept": {"piqa": "acc"}}}, "documents has no 'piqa'"),

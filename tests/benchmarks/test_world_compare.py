@@ -141,6 +141,18 @@ def test_narrow_texts_hold_sums_only(tmp_path: Path, models: Path) -> None:
     assert not all("sum ".startswith(d[:4]) for d in texts["pretraining"].split("<bos>")[1:])
 
 
+def test_replayed_text_is_that_of_pretraining(tmp_path: Path, models: Path) -> None:
+    sweep = {"methods": ["lora", "lora-replay-5"], "learning_rates": [1e-2]}
+    plan = plan_file(tmp_path, tasks=["difference"], replay="pretraining", sweeps=[sweep])
+    run(tmp_path, models, plan)
+    plain, replayed = load_results(tmp_path / "out.jsonl")
+    assert (plain.method, replayed.method) == ("lora", "lora-replay-5")
+    assert plain.readings[-1]["kl"] != replayed.readings[-1]["kl"]
+    lines = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    found = [line["made_from"].get("replayed_text", [None])[0] for line in lines]
+    assert found == [None, "pretraining"]
+
+
 def test_a_missing_world_is_pretrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.world.testbed.STEPS", 60)
     monkeypatch.setattr("benchmarks.world.pretrain.BATCH", 2)
@@ -159,6 +171,7 @@ def test_a_missing_world_is_pretrained(tmp_path: Path, monkeypatch: pytest.Monke
         ({"tasks": ["shfit"]}, [], "did you mean 'shift'"),
         ({"model": "wrld"}, [], "did you mean 'world'"),
         ({"calibration": [{"source": "wide", "count": 8}]}, [], "source must be in"),
+        ({"replay": "narrow"}, [], "known: pretraining"),
         ({}, ["--train", "rows.jsonl"], "--train and --test belong together"),
         ({"model": "smollm2"}, ["--train", "a.jsonl", "--test", "b.jsonl"], "plans of worlds"),
     ],

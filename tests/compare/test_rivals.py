@@ -12,12 +12,13 @@ from support.closeness import assert_near
 import folora
 from benchmarks.tiny import make_llama, make_tokenizer, rows, tiny_config
 from folora.adapters.adapter import lora_factors
-from folora.compare.comparison import Arm, Comparison
+from folora.compare.comparison import Arm, Comparison, RealText
 from folora.config import FoLoraConfig
 from folora.data.rows import pad_batch
-from folora.errors import ConfigError
+from folora.errors import ConfigError, MismatchError
 from folora.pipeline.run import Run
 from folora.training.arguments import sft_config
+from folora.training.prepared import Prepared
 
 
 def trainer_of(name: str, folder: Path, **changes: Any) -> folora.FoLoraTrainer:
@@ -65,7 +66,7 @@ def test_a_methods_option_of_trl_ends_with_the_method() -> None:
 
 
 def test_lora_mlp_trains_the_mlp_alone_in_a_comparison_of_all_layers(
-    model_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     """And gives what a run of its own gives."""
     paths = {"model": str(model_folder), "dataset": str(rows_file)}
@@ -89,6 +90,59 @@ def test_lora_mlp_trains_the_mlp_alone_in_a_comparison_of_all_layers(
     assert mlp["readings"][-1]["task_loss"] == pytest.approx(
         alone["adapted"]["task_loss"], rel=1e-5
     )
+
+
+def test_replayed_real_text_is_an_exact_share_of_the_rows_and_named_in_the_result(
+    model_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(
+        tiny_config(model=str(model_folder), dataset=str(rows_file), output=str(tmp_path / "run"))
+    )
+    file, asked = tmp_path / "arms.jsonl", []
+
+    def comparison(first: int) -> Comparison:
+        def texts(count: int) -> list[list[int]]:
+            asked.append(count)
+            return [[1, first, 4 + i] for i in range(count)]
+
+        return Comparison(run, file, stage="tiny", task="sums", command="pytest", read_at=(1.0,),
+                          real_text=RealText("made up", texts))  # fmt: skip
+
+    seen: list[list[list[int]]] = []
+    whole = Prepared.train_dataset
+
+    def watched(prepared: Prepared) -> Any:
+        seen.append([row["input_ids"] for row in whole(prepared)])
+        return whole(prepared)
+
+    monkeypatch.setattr(Prepared, "train_dataset", watched)
+    half = Arm("lora-replay-5", {"method.replay": 0.25})
+    plain, result = comparison(3).run_all([Arm("lora"), half])
+    task, mixed = seen
+    assert mixed[: len(task)] == task == [e.input_ids for e in run.context.task.train]
+    assert mixed[len(task) :] == [[1, 3, 4 + i] for i in range(12)]
+    assert len(task) == 36 and asked == [12]  # 12 of 48
+    assert "replayed_text" not in plain["made_from"]
+    assert result["made_from"]["replayed_text"][0] == "made up"
+    with pytest.raises(MismatchError, match="different replayed text"):
+        list(comparison(5).run_all([half]))
+
+
+@pytest.mark.parametrize("name", ["lora-replay-1", "lora-replay-5"])
+def test_replay_of_real_text_is_refused_where_there_is_none(
+    model_folder: Path, rows_file: Path, tmp_path: Path, name: str
+) -> None:
+    paths = {"model": str(model_folder), "dataset": str(rows_file), "output": str(tmp_path / "run")}
+    with pytest.raises(ConfigError, match=f"method {name} replays real text"):
+        Run(tiny_config(**paths, method=name)).run()
+    with pytest.raises(ConfigError, match=f"method {name} replays real text"):
+        folora.prepare(make_llama(), make_tokenizer(), rows(), tiny_config(method=name))
+    comparison = Comparison(
+        Run(tiny_config(**paths)), tmp_path / "arms.jsonl", stage="tiny", task="s", command=""
+    )
+    with pytest.raises(ConfigError, match="but the comparison has none"):
+        comparison.check([Arm(name)])
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_arm_with_layers_that_were_not_measured_is_refused(

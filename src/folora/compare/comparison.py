@@ -34,6 +34,7 @@ from folora.metrics.meter import total_norm
 from folora.pipeline.run import Run
 from folora.pipeline.stages import Shared, solve_all, solve_options
 from folora.runtime.artifacts import software_versions
+from folora.runtime.fingerprints import tokens_fingerprint
 from folora.runtime.progress import progress
 from folora.runtime.storage import obstacle
 from folora.spectral.layers import Spectrum
@@ -76,6 +77,19 @@ def arms(
     return [Arm(name, dict(zip(names, v, strict=True))) for name in methods for v in values]
 
 
+@dataclass(frozen=True)
+class RealText:
+    """Text of the kind that the model was pretrained on, for methods that replay it.
+
+    Attributes:
+        source: Name of the text.
+        texts: Gives the first so many token sequences.
+    """
+
+    source: str
+    texts: Callable[[int], Sequence[list[int]]]
+
+
 class Comparison:
     """One model and task, with the samples and moments that all arms share.
 
@@ -90,6 +104,7 @@ class Comparison:
         score_at: Those at which `score` is called too, if it is expensive; default is all.
         scales: Factors of the trained update at which readings are taken too: every method's frontier then
             has what scaling the adapter after training gives.
+        real_text: For methods with ``replay_text="real"``.
     """
 
     def __init__(
@@ -104,11 +119,12 @@ class Comparison:
         read_at: Sequence[float] = READ_AT,
         score_at: Sequence[float] | None = None,
         scales: Sequence[float] = (),
+        real_text: RealText | None = None,
     ) -> None:
         self.run, self.results, self.stage, self.task = run, ResultFile(results), stage, task
         self.command, self.score, self.read_at = command, score, tuple(read_at)
         self.score_at = self.read_at if score_at is None else tuple(score_at)
-        self.scales = tuple(scales)
+        self.scales, self.real_text = tuple(scales), real_text
         self.calibration: dict[str, Any] = {}
         self._pre: Moments | None = None
         self._base: dict[str, Any] = {}
@@ -129,7 +145,7 @@ class Comparison:
         # One solve for all initializations, with the largest null_rank that any arm needs.
         null_rank = max(solve_options(config)["null_rank"] for config in configs)
         shared = self.run.share()
-        made_from = self._made_from(shared)
+        shared_facts = self._made_from(shared)
 
         @lru_cache(maxsize=1)
         def solved(options: frozenset[tuple[str, Any]]) -> Spectrum:
@@ -138,11 +154,15 @@ class Comparison:
 
         with progress("arms", len(chosen)) as tick:
             for arm, config in zip(chosen, configs, strict=True):
-                key = self.key(arm, config)
+                key, replay = self.key(arm, config), self._replay(config)
+                made_from = shared_facts
+                if replay is not None and self.real_text is not None:
+                    found = [self.real_text.source, tokens_fingerprint(replay)]
+                    made_from = {**shared_facts, "replayed_text": found}
                 if key not in self.results.read():
                     options = {"null_rank": null_rank, "directions": None}
                     spectrum = solved(frozenset({**solve_options(config), **options}.items()))
-                    result = self._result(arm, config, spectrum, shared.samples.load())
+                    result = self._result(arm, config, spectrum, shared.samples.load(), replay)
                     self.results.add({**result, "made_from": made_from})
                 yield checked_arm(self.results.read()[key], config, made_from)
                 tick()
@@ -183,6 +203,11 @@ class Comparison:
             self._arguments(config)
             check_adapter(context.model, context.groups, config)
             self._layers(config)
+            if config.method.replay_text == "real" and self.real_text is None:
+                raise ConfigError(
+                    f"method {config.method.name} replays real text, but the comparison has none; name its source "
+                    "in the plan (replay: SOURCE)"
+                )
         # Results made from another model or other rows are detected before sampling starts.
         self.check_results(chosen, {**context.facts, "data": context.task.fingerprint})
         if not context.task.held_out:
@@ -206,6 +231,13 @@ class Comparison:
             )
         return wanted
 
+    def _replay(self, config: FoLoraConfig) -> Sequence[list[int]] | None:
+        """The real texts that an arm replays; None if it replays none."""
+        share, rows = config.method.replay, len(self.run.context.task.train)
+        if config.method.replay_text != "real" or self.real_text is None:
+            return None
+        return self.real_text.texts(math.ceil(share / (1 - share) * rows))
+
     def check_results(
         self, chosen: Sequence[Arm], made_from: Mapping[str, Any] | None = None
     ) -> None:
@@ -226,12 +258,17 @@ class Comparison:
                 checked_arm(line, config, made_from)
 
     def _result(
-        self, arm: Arm, config: FoLoraConfig, spectrum: Spectrum, samples: CalibrationSet
+        self,
+        arm: Arm,
+        config: FoLoraConfig,
+        spectrum: Spectrum,
+        samples: CalibrationSet,
+        replay: Sequence[list[int]] | None,
     ) -> dict[str, Any]:
         began = time.monotonic()
         context = self.run.context
         own = spectrum.of_layers(self._layers(config))
-        prepared = assemble(context.model, own, context.task, samples, config)
+        prepared = assemble(context.model, own, context.task, samples, config, replay)
         try:
             arguments = self._arguments(config.changed({"training.save_strategy": "no"}))
             trainer = FoLoraTrainer(prepared, arguments, context.tokenizer)

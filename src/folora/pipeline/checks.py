@@ -14,7 +14,7 @@ from folora.adapters.coverage import report
 from folora.calibration.base_file import read_base_manifest, warn_of_dtype
 from folora.calibration.engine import Engine
 from folora.calibration.vllm import ENGINE, find_server
-from folora.config import TrainingConfig
+from folora.config import FoLoraConfig, TrainingConfig
 from folora.data.files import check_dataset
 from folora.data.rows import TaskData, check_fits
 from folora.data.special_tokens import check_same_tokenizer
@@ -65,6 +65,7 @@ def check_options(context: Context, training: Path, *, needs_data: bool, trains:
         trains: Whether training follows; if not, TRL need not be installed.
     """
     config = context.config
+    _check_method(config)
     check_quantizer(config)
     if has_trl := trains or find_spec("trl") is not None:
         from folora.training.arguments import sft_config  # an extra
@@ -105,6 +106,7 @@ def check_in_memory(context: Context) -> Engine | None:
     config, dataset = context.config, context.dataset
     if dataset is None:
         raise ConfigError("prepare needs a dataset: rows, a datasets.Dataset, a file or a Hub name")
+    _check_method(config)
     if isinstance(dataset, str):
         check_dataset(dataset)
     if context.given is not None:
@@ -152,6 +154,15 @@ def check_is_no_model(folder: Path, name: str) -> None:
     """Refuse the model's folder as output folder. Raises ConfigError."""
     if os.path.isdir(name) and os.path.realpath(name) == os.path.realpath(folder):
         raise ConfigError(f"output {folder} is the folder of the model; choose another output")
+
+
+def _check_method(config: FoLoraConfig) -> None:
+    """Refuse a method that replays real text, of which a run has none. Raises ConfigError."""
+    if config.method.replay_text == "real":
+        raise ConfigError(
+            f"method {config.method.name} replays real text, which only the benchmarks have; choose "
+            "lora-replay, or method.replay_text 'generated'"
+        )
 
 
 def _check_sampling(context: Context, store: Folder) -> None:

@@ -42,6 +42,7 @@ class Prepared:
         samples: Self-samples of the base model: ``samples.calibration`` and ``samples.held_out``.
         meter: Measures task loss and KL to the base.
         config: The options that it was prepared with.
+        replay: Texts of which `train_dataset` mixes in the share `method.replay`.
     """
 
     model: PeftModel
@@ -51,6 +52,7 @@ class Prepared:
     samples: CalibrationSet
     meter: Meter
     config: FoLoraConfig
+    replay: Sequence[list[int]] = ()
 
     def param_groups(self, **changes: Any) -> list[dict[str, Any]]:
         """Parameter groups for `SAdam`; `changes` override arguments of `param_groups`, such as ``lr=1e-3``."""
@@ -59,10 +61,10 @@ class Prepared:
     def train_dataset(self) -> Dataset:
         """Training rows with ``input_ids`` and ``labels``, as TRL and Transformers expect.
 
-        ``method.replay`` is the fraction of them that are self-samples.
+        ``method.replay`` is the fraction of them that are texts, repeated if they are few.
         """
         share = self.config.method.replay
-        texts = text_examples(self.samples.calibration)
+        texts = text_examples(self.replay)
         replayed = round(share / (1 - share) * len(self.task.train))
         return to_dataset([*self.task.train, *islice(cycle(texts), replayed)])
 
@@ -128,8 +130,12 @@ def assemble(
     task: TaskData,
     samples: CalibrationSet,
     config: FoLoraConfig,
+    replay: Sequence[list[int]] | None = None,
 ) -> Prepared:
-    """Adapter, optimizer and meter from the results of the first three stages."""
+    """Adapter, optimizer and meter from the results of the first three stages.
+
+    `replay` are texts for ``method.replay``; by default the samples.
+    """
     if config.budget is not None:
         check_sequences(samples.held_out)
     peft_model = attach_configured(model, bases, config)
@@ -137,7 +143,8 @@ def assemble(
     made = optimizer(peft_model, bases, **options, **adam_options(config.training))
     check = partial(warn_if_not_stepped, made, peft_model, bases)
     meter = Meter(samples.held_out, task.held_out, config.statistics.batch_size, check)
-    return Prepared(peft_model, made, bases, task, samples, meter, config)
+    texts = samples.calibration if replay is None else replay
+    return Prepared(peft_model, made, bases, task, samples, meter, config, texts)
 
 
 def attach_configured(
