@@ -15,6 +15,7 @@ import folora
 from benchmarks.tiny import make_llama, make_tokenizer, rows, tiny_config
 from folora.adapters.adapter import lora_factors
 from folora.errors import ArtifactError
+from folora.methods import KL_WEIGHT
 from folora.metrics.kl import kl, labelled_logits
 from folora.runtime.contexts import without_adapter
 from folora.training.anchor import Anchor, BudgetWeight
@@ -91,20 +92,20 @@ def test_the_anchor_keeps_a_model_closer_to_its_base(tmp_path: Path) -> None:
     assert found["with"].kl < 0.6 * found["without"].kl
 
 
-def test_the_weight_rises_above_the_budget_and_is_never_below_one() -> None:
+def test_the_weight_rises_above_the_budget_and_is_never_below_the_least() -> None:
     weight = BudgetWeight(0.01)
     for _ in range(20):
         weight.update(torch.tensor(1e-4))
-        assert float(weight()) == 1.0
+        assert float(weight()) == KL_WEIGHT
     last = 1.0
     for _ in range(40):
         weight.update(torch.tensor(0.1))
         assert float(weight()) >= last
         last = float(weight())
-    assert last == pytest.approx(100.0)
+    assert last == pytest.approx(100 * KL_WEIGHT)
     for _ in range(80):
         weight.update(torch.tensor(1e-4))
-    assert float(weight()) == 1.0
+    assert float(weight()) == KL_WEIGHT
     weight.update(torch.tensor(-1e-9))  # rounding of a KL of 0
     assert bool(torch.isfinite(weight()))
 
@@ -113,7 +114,7 @@ def test_a_training_with_a_budget_resumes_bit_for_bit(tmp_path: Path) -> None:
     changes = {"method": "folora", "budget": 1e-4, "anchor": 0.4}
     whole = prepared(**changes)
     trainer = train(whole, make_tokenizer(), tmp_path / "whole")
-    assert trainer.anchor is not None and float(trainer.anchor.weight()) > 1.5  # type: ignore[operator]
+    assert trainer.anchor is not None and float(trainer.anchor.weight()) > 1.5 * KL_WEIGHT  # type: ignore[operator]
     with pytest.raises(KeyboardInterrupt):
         train(prepared(**changes), make_tokenizer(), tmp_path / "cut", callbacks=[StopAt(5)])
     again = prepared(**changes)

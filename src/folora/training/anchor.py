@@ -20,6 +20,7 @@ from torch import Tensor
 
 from folora.data.rows import pad_batch, text_examples
 from folora.errors import ConfigError
+from folora.methods import KL_WEIGHT
 from folora.metrics.kl import TopK, labelled_logits, top_k, top_k_kl
 from folora.runtime import distributed
 from folora.runtime.contexts import evaluating, without_adapter
@@ -36,15 +37,14 @@ LISTED = 128  # tokens of larger ones: 1 KB a position, and some 80 % of the KL 
 class BudgetWeight:
     """The weight of a KL term that keeps the KL within a budget: dual ascent.
 
-    The weight is at least 1, so that a budget which does not bind costs no more than a nat of task loss
-    per nat of KL, and rises while the KL is above the budget. Its logarithm is a proportional and integral
-    controller's output on log(KL / budget), where the KL is a moving average.
+    The weight is at least `KL_WEIGHT`, and rises while the KL is above the budget. The logarithm of its ratio to
+    that is a proportional and integral controller's output on log(KL / budget), where the KL is a moving average.
 
     Args:
         budget: KL in nats per token.
 
     Attributes:
-        state: Logarithm of the integral part, and the average KL; float64 (2,).
+        state: Logarithm of the integral part over `KL_WEIGHT`, and the average KL; float64 (2,).
     """
 
     TARGET = 0.9  # of the budget: the final, held-out KL is judged by the upper end of its interval
@@ -59,7 +59,7 @@ class BudgetWeight:
     def __call__(self) -> Tensor:
         """The weight, a float64 scalar."""
         log_weight, average = self.state
-        return (log_weight + self._excess(average)).clamp(0.0, self.LARGEST).exp()
+        return KL_WEIGHT * (log_weight + self._excess(average)).clamp(0.0, self.LARGEST).exp()
 
     def update(self, kl: Tensor) -> None:
         """Follow a mean KL, without a synchronization with the accelerator."""
