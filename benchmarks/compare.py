@@ -13,13 +13,14 @@ import logging
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from benchmarks.models import MODELS
 from benchmarks.plan import Plan, check_names
@@ -57,9 +58,14 @@ class Testbed(Protocol):
     def score(self, run: Run, task: str) -> Score:
         """Task and retention scores of a model."""
 
+    def accuracy(self, run: Run, task: str, model: nn.Module) -> float:
+        """Exact match of a model's greedy answers on rows of a task that it was not trained on, if it has some."""
+
     def texts(self, run: Run, source: str, count: int) -> list[list[int]]:
         """Token ids to measure C_pre on or to replay, instead of the run's own samples."""
 
+
+PROGRAM, SEQUENCE = "benchmarks.compare", "benchmarks.sequence"
 
 TESTBEDS: Mapping[str, type[WorldTestbed] | type[RealTestbed]] = {
     "world": WorldTestbed,
@@ -119,15 +125,29 @@ def compare(plan: Plan, testbed: Testbed, seed: int, arms: Sequence[Arm], places
 
 
 def task_run(
-    base: FoLoraConfig, testbed: Testbed, folder: Path, task: str, donor: Path | None
+    base: FoLoraConfig,
+    testbed: Testbed,
+    folder: Path,
+    task: str,
+    donor: Path | None,
+    model: Path | None = None,
 ) -> Run:
-    """A run on a task; what belongs to the base model is copied from the run of another task."""
+    """A run on a task; what belongs to the base model is copied from another run, if it is there.
+
+    Args:
+        base: Options.
+        testbed: For the rows and the seed.
+        folder: Of the run.
+        task: The task.
+        donor: Folder of another run on the same model.
+        model: Instead of the testbed's.
+    """
     rows = folder / "rows.jsonl"
     write_text(rows, "".join(json.dumps(row) + "\n" for row in testbed.rows(task)))
     for part in ("1-samples", KeepMoments.path):
         if donor and (donor / part).exists() and not (folder / part).exists():
             shutil.copytree(donor / part, folder / part)
-    paths = {"model": str(testbed.model), "dataset": str(rows), "output": str(folder)}
+    paths = {"model": str(model or testbed.model), "dataset": str(rows), "output": str(folder)}
     return Run(base.changed({**paths, **testbed.options()}))
 
 
@@ -158,11 +178,9 @@ def shown(result: Mapping[str, Any]) -> str:
     )
 
 
-def parser() -> argparse.ArgumentParser:
-    """The argument parser."""
-    found = argparse.ArgumentParser(
-        prog="python -m benchmarks.compare", description="Compare methods by a plan."
-    )
+def parser(program: str, about: str) -> argparse.ArgumentParser:
+    """The arguments of all programs that run the arms of a plan."""
+    found = argparse.ArgumentParser(prog=f"python -m {program}", description=about)
     found.add_argument("--plan", type=Path, required=True, metavar="FILE.yaml")
     found.add_argument("--seeds", type=int, nargs="+", help="default: the plan's")
     found.add_argument("--tasks", nargs="+", help="default: the plan's")
@@ -174,21 +192,41 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--models", type=Path, default=Path("models"), help="default: models")
     found.add_argument("--runs", type=Path, default=Path("runs"), help="default: runs")
     found.add_argument("--output", type=Path, help="default: benchmarks/results/PLAN.jsonl")
-    found.add_argument("--train", type=Path, help="rows of your own task, for worlds")
-    found.add_argument("--test", type=Path, help="its test rows")
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    options = parser().parse_args(given)
+def started(program: str, options: argparse.Namespace, given: Sequence[str]) -> tuple[Plan, Places]:
+    """The plan with what the command line changes, and the places; sets up logging and threads.
+
+    Raises:
+        ConfigError: The plan cannot be used, is for another program, or its model is unknown.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("folora").setLevel(logging.INFO)
     plan = Plan.load(options.plan)
     instead = {name: v for name in ("device", "dtype") if (v := getattr(options, name))}
     plan = replace(plan, base={**plan.base, **instead}, tasks=options.tasks or plan.tasks)
     check_names([plan.model], [*TESTBEDS])
+    if plan.sequence != (program == SEQUENCE):
+        raise ConfigError(
+            f"{options.plan} is {'a' if plan.sequence else 'no'} sequence of tasks: run it by "
+            f"python -m {SEQUENCE if plan.sequence else PROGRAM}"
+        )
+    if threads := options.threads or (1 if plan.model == "world" else None):
+        torch.set_num_threads(threads)
+    results = options.output or Path("benchmarks/results") / f"{options.plan.stem}.jsonl"
+    command = f"python -m {program} {shlex.join(given)}"
+    return plan, Places(options.models, options.runs, results, command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    known = parser(PROGRAM, "Compare methods by a plan.")
+    known.add_argument("--train", type=Path, help="rows of your own task, for worlds")
+    known.add_argument("--test", type=Path, help="its test rows")
+    options = known.parse_args(given)
+    plan, places = started(PROGRAM, options, given)
     testbed: Any = TESTBEDS[plan.model]
     if options.train or options.test:
         if plan.model != "world" or not (options.train and options.test):
@@ -198,21 +236,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         testbed.check(plan)
     arms = plan.arms(options.methods, options.learning_rates)
-    if threads := options.threads or (1 if plan.model == "world" else None):
-        torch.set_num_threads(threads)
-    places = Places(
-        options.models,
-        options.runs,
-        options.output or Path("benchmarks/results") / f"{options.plan.stem}.jsonl",
-        f"python -m benchmarks.compare {shlex.join(given)}",
-    )
     for seed in options.seeds or plan.seeds:
         compare(plan, testbed(plan, seed, places.models), seed, arms, places)
 
 
-if __name__ == "__main__":
+def run_program(main: Callable[[], None]) -> None:
+    """Run a command line; an error of folora ends it with its message."""
     try:
         main()
     except FoLoraError as error:
         print(f"folora: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -14,6 +14,7 @@ from folora.compare.comparison import READ_AT, Arm, arms
 from folora.errors import ConfigError, nearest
 
 RATE = "training.learning_rate"
+THEN = ">"  # between the tasks of a sequence
 _STRICT = ConfigDict(extra="forbid")
 
 
@@ -45,6 +46,8 @@ class Plan:
             worlds, ``"wikitext2"`` for pretrained models.
         scales: Factors of the trained update at which readings are taken too.
         evaluation: Questions to a pretrained model, see `benchmarks.real.testbed`.
+        sequence: Whether the tasks are learned in a row (`benchmarks.sequence`) instead of each on its own; readings
+            are then taken after every task, and ``read_at``, ``score_at`` and ``scales`` are not used.
     """
 
     __pydantic_config__ = _STRICT
@@ -60,6 +63,7 @@ class Plan:
     scales: list[float] = field(default_factory=list)
     replay: str | None = None
     evaluation: dict[str, Any] = field(default_factory=dict)
+    sequence: bool = False
 
     @classmethod
     def load(cls, path: Path) -> Plan:
@@ -74,6 +78,11 @@ class Plan:
         except ValidationError as error:
             wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise ConfigError(f"{name} cannot be used: {wrong}") from None
+
+    @property
+    def learned(self) -> list[str]:
+        """The tasks as results name them; a sequence is one."""
+        return [THEN.join(self.tasks)] if self.sequence else self.tasks
 
     def arms(
         self,

@@ -7,19 +7,25 @@ the adapter, so seeds repeat everything but the pretrained model.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from torch import nn
 
 from benchmarks.models import MODELS
 from benchmarks.plan import Plan, check_names
+from benchmarks.readings import adapter_off, exact_match, flips, mean_kl
 from benchmarks.real.targets import TARGETS, data_folder, target_rows
+from benchmarks.tasks.utils import passages
 from folora.compare.comparison import Score, Scores
+from folora.data.contents import IGNORE, Example
 from folora.data.files import load_rows
+from folora.data.rows import text_examples
 from folora.errors import ConfigError
-from folora.metrics.evaluation import Evaluation
+from folora.metrics.evaluation import Evaluation, Graded
 from folora.pipeline.run import Run
 
 REAL = "wikitext2"  # text of the kind that pretraining had
@@ -31,7 +37,8 @@ class RealTestbed:
     Args:
         plan: For its model and ``evaluation``: ``documents`` per lm-eval task, the metric in [0, 1] of
             each task that counts as retained (``kept``), metrics to record besides (``other``),
-            ``folder`` of task files (None: those of the Hub) and ``batch_size``.
+            ``folder`` of task files (None: those of the Hub), ``batch_size``, and on how many texts KL to the
+            base is read besides (``kl``: ``prompts`` of held-out rows, ``wikitext``).
         seed: See above.
         models: Folder of models.
     """
@@ -41,7 +48,7 @@ class RealTestbed:
     def __init__(self, plan: Plan, seed: int, models: Path) -> None:
         self.seed, self.stage, self.asked = seed, plan.model, plan.evaluation
         self.model = MODELS[plan.model](models)
-        self._score: Score | None = None
+        self._scorer: Scorer | None = None
 
     @staticmethod
     def check(plan: Plan) -> None:
@@ -51,6 +58,7 @@ class RealTestbed:
         for task in (*asked["kept"], *asked.get("other", {})):
             if task not in asked["documents"]:
                 raise ConfigError(f"evaluation.documents has no {task!r}, but a metric names it")
+        check_names([*asked.get("kl", {})], [*TEXTS])
         for calibration in plan.calibration:
             if calibration and calibration["source"] not in ("self", REAL):
                 raise ConfigError(
@@ -69,8 +77,8 @@ class RealTestbed:
         return {"seed": self.seed}
 
     def score(self, run: Run, task: str) -> Score:
-        """Scores on all benchmarks, the same for every target."""
-        if self._score is None:
+        """Scores on all benchmarks, and KL to the base on the texts that the plan asks for."""
+        if self._scorer is None:
             asked = self.asked
             evaluation = Evaluation(
                 asked["documents"],
@@ -78,8 +86,26 @@ class RealTestbed:
                 folder=asked.get("folder"),
                 batch_size=asked.get("batch_size", 8),
             )
-            self._score = scorer(evaluation, asked["kept"], asked.get("other", {}))
-        return self._score
+            self._scorer = Scorer(evaluation, asked["kept"], asked.get("other", {}))
+        scorer, size = self._scorer, run.config.statistics.batch_size
+
+        @cache
+        def texts() -> dict[str, list[Example]]:
+            return {name: TEXTS[name](run, n) for name, n in self.asked.get("kl", {}).items()}
+
+        def score(model: PeftModel) -> Scores:
+            base = run.context.model
+            found = scorer(model, base)
+            found["other"] |= {
+                f"kl.{name}": mean_kl(base, model, chosen, size) for name, chosen in texts().items()
+            }
+            return found
+
+        return score
+
+    def accuracy(self, run: Run, task: str, model: nn.Module) -> float:
+        """Exact match on the held-out rows."""
+        return exact_match(model, run.context.task.held_out, run.config.statistics.batch_size)
 
     def texts(self, run: Run, source: str, count: int) -> list[list[int]]:
         """Token ids to measure C_pre on or to replay.
@@ -101,8 +127,8 @@ class RealTestbed:
         return [[context.start_id, *piece] for piece in pieces[:count]]
 
 
-def scorer(evaluation: Evaluation, kept: Mapping[str, str], other: Mapping[str, str]) -> Score:
-    """Answers as scores.
+class Scorer:
+    """Answers as scores, and as flips against those of the base.
 
     Args:
         evaluation: The questions.
@@ -112,20 +138,53 @@ def scorer(evaluation: Evaluation, kept: Mapping[str, str], other: Mapping[str, 
     Raises:
         ConfigError: A task has no such metric.
     """
-    evaluation.check_metrics(kept)
-    evaluation.check_metrics(other)
 
-    def score(model: PeftModel) -> Scores:
-        answers = evaluation(model)
+    def __init__(
+        self, evaluation: Evaluation, kept: Mapping[str, str], other: Mapping[str, str]
+    ) -> None:
+        evaluation.check_metrics(kept)
+        evaluation.check_metrics(other)
+        self.evaluation, self.kept, self.other = evaluation, kept, other
+        self._base: dict[str, Graded] = {}
+
+    def __call__(self, model: Any, base: Any) -> Scores:
+        """Scores of a model; `base` is evaluated at the first call, without the adapter that it may carry."""
+        if not self._base:
+            with adapter_off(model):
+                self._base = self.evaluation.graded(base)[1]
+        answers, graded = self.evaluation.graded(model)
         return {
             "task": {},
-            "kept": {task: answers[task][metric] for task, metric in kept.items()},
+            "kept": {task: answers[task][metric] for task, metric in self.kept.items()},
             "other": {
                 f"{task}.{metric}": answers[task][metric]
                 for task in answers
-                for metric in dict.fromkeys((other.get(task, "acc"), "acc"))
+                for metric in dict.fromkeys((self.other.get(task, "acc"), "acc"))
                 if metric in answers[task]
+            },
+            "flips": {
+                f"{task}.{name}": value
+                for task, after in graded.items()
+                for name, value in flips(self._base[task], after).items()
             },
         }
 
-    return score
+
+def _prompts(run: Run, count: int) -> list[Example]:
+    """The prompts of the first held-out rows."""
+    rows = run.context.task.held_out[:count]
+    starts = [next(i for i, label in enumerate(row.labels) if label != IGNORE) for row in rows]
+    return text_examples(row.input_ids[:start] for row, start in zip(rows, starts, strict=True))
+
+
+def _wikitext(run: Run, count: int) -> list[Example]:
+    """Passages of WikiText-2's test set, of 1000 characters."""
+    texts = passages("wikitext2/test.jsonl.gz", 1000)["test"]["text"][:count]
+    return text_examples(run.context.tokenizer(text)["input_ids"] for text in texts)
+
+
+TEXTS: Mapping[str, Callable[[Run, int], list[Example]]] = {
+    "prompts": _prompts,
+    "wikitext": _wikitext,
+}
+"""Texts on which KL to the base may be read."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.report import overview, real, reliability, speed, summary, worlds
+from benchmarks.report import overview, real, reliability, sequences, speed, summary, worlds
 from benchmarks.report.blocks import Block, Drawing
 from benchmarks.report.source import NoResultsError, Source, check_word
 from folora.errors import ConfigError, FoLoraError
@@ -23,6 +23,7 @@ BLOCKS: dict[str, Callable[..., Block]] = {
     **overview.BLOCKS,
     **summary.BLOCKS,
     **worlds.BLOCKS,
+    **sequences.BLOCKS,
     **real.BLOCKS,
     **speed.BLOCKS,
     **reliability.BLOCKS,

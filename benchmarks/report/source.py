@@ -90,7 +90,7 @@ class Source:
 
     def tasks(self) -> list[str]:
         """Tasks of all plans and results."""
-        planned_tasks = [task for plan in self.plans.values() for task in plan.tasks]
+        planned_tasks = [task for plan in self.plans.values() for task in plan.learned]
         return planned_tasks + [r.task for results in self.results.values() for r in results]
 
     def expected(self, plan: str) -> list[Identity]:
@@ -100,7 +100,7 @@ class Source:
         arms = found.arms()
         return [
             (task, seed, arm.method, _text(arm.changes), _text(calibration or {}))
-            for task in found.tasks
+            for task in found.learned
             for seed in found.seeds
             for calibration in found.calibration
             for arm in arms

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from torch import nn
 from transformers import GenerationConfig
 
 from benchmarks.plan import Plan, check_names
@@ -55,6 +56,8 @@ class WorldTestbed:
     def check(plan: Plan) -> None:
         """Refuse a plan that cannot work before a model is pretrained. Raises ConfigError."""
         check_names(plan.tasks, [*tasks(World(0))])
+        if plan.evaluation:
+            raise ConfigError("evaluation must not be set: a world has its own questions")
         for calibration in plan.calibration:
             if calibration and calibration.get("source") not in SOURCES:
                 raise ConfigError(
@@ -75,15 +78,18 @@ class WorldTestbed:
 
     def score(self, run: Run, task: str) -> Score:
         """Exact match on the task's test rows and on every pretraining skill."""
-        test = self.tasks[task].test
 
         def score(model: PeftModel) -> Scores:
             return {
-                "task": {"accuracy": score_rows(model, run.context.tokenizer, test)[0]},
+                "task": {"accuracy": self.accuracy(run, task, model)},
                 "kept": score_skills(model, run.context.tokenizer, self.world, EVERY),
             }
 
         return score
+
+    def accuracy(self, run: Run, task: str, model: nn.Module) -> float:
+        """Exact match on the task's test rows."""
+        return score_rows(model, run.context.tokenizer, self.tasks[task].test)[0]
 
     def texts(self, run: Run, source: str, count: int) -> list[list[int]]:
         """Token ids to measure C_pre on or to replay.

@@ -37,6 +37,7 @@ ROWS = {
     "known_facts/test.jsonl.gz": [
         {"prompt": f"{n} is after", "attribute": str(n - 1)} for n in range(1, 9)
     ],
+    "wikitext2/test.jsonl.gz": [{"text": "some plain text " * 70}],
     "piqa/validation.jsonl.gz": [
         {"goal": f"count to {n}", "choices": [str(n), "no"], "gold": n % 2} for n in range(9)
     ],
@@ -47,7 +48,7 @@ ROWS = {
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "data"
     for name, rows in ROWS.items():
-        (folder / name).parent.mkdir(parents=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         with gzip.open(folder / name, "wt") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "PROVENANCE.md").write_text("made up")
@@ -68,6 +69,7 @@ def plan_file(folder: Path, **changes: Any) -> Path:
             "documents": {"known_facts": 4, "piqa": 3},
             "kept": {"known_facts": "probability", "piqa": "probability"},
             "other": {"known_facts": "nats"},
+            "kl": {"prompts": 2, "wikitext": 1},
         },
         "sweeps": [{"methods": ["folora", "null-frozen"], "learning_rates": [1e-2]}],
         **changes,
@@ -101,8 +103,22 @@ def test_a_plan_from_rows_to_results(
         for reading in (result.base, *result.readings):
             assert set(reading["kept"]) == {"known_facts", "piqa"}
             assert all(0 < value < 1 for value in reading["kept"].values())
-            assert set(reading["other"]) == {"known_facts.nats", "known_facts.acc", "piqa.acc"}
+            metrics = {"known_facts.nats", "known_facts.acc", "piqa.acc"}
+            assert set(reading["other"]) == {*metrics, "kl.prompts", "kl.wikitext"}
             assert reading["other"]["known_facts.nats"] < 0
+            asked = {"known_facts": 4, "piqa": 3}
+            for name, count in asked.items():
+                change = reading["other"][f"{name}.acc"] - result.base["other"][f"{name}.acc"]
+                flipped = {w: reading["flips"][f"{name}.{w}"] for w in ("lost", "gained")}
+                assert flipped["gained"] - flipped["lost"] == pytest.approx(change * count)
+                assert reading["flips"][f"{name}.questions"] == count
+        texts = {
+            name: result.readings[-1]["other"][f"kl.{name}"] for name in ("prompts", "wikitext")
+        }
+        assert all(value > 0 for value in texts.values())
+        assert texts["prompts"] != texts["wikitext"]
+        assert result.base["other"]["kl.prompts"] == pytest.approx(0, abs=1e-6)
+        assert result.base["flips"]["piqa.lost"] == 0
         assert result.readings[-1]["kept"] != result.base["kept"]
     pre = [
         tmp_path / "runs/real/tiny/3" / task / "2-statistics/pre/tensors.safetensors"
@@ -182,6 +198,7 @@ def test_replayed_articles_share_no_line_with_those_that_are_scored() -> None:
         ({"tasks": ["maws"]}, "did you mean 'mawps'"),
         ({"model": "smollm"}, "did you mean 'smollm2'"),
         ({"evaluation": {"documents": {}, "kept": {"piqa": "acc"}}}, "documents has no 'piqa'"),
+        ({"evaluation": {"documents": {}, "kept": {}, "kl": {"wikitxt": 1}}}, "mean 'wikitext'"),
         ({"calibration": [{"source": "narrow", "count": 8}]}, "source must be 'self'"),
     ],
 )

@@ -12,23 +12,12 @@ from support.plans import TINY_PLAN_BASE
 
 from benchmarks.compare import main, task_run
 from benchmarks.plan import Plan
-from benchmarks.world.pretrain import pretrain
 from benchmarks.world.testbed import WorldTestbed
 from folora.compare.results import load_results
 from folora.config import FoLoraConfig
 from folora.errors import ConfigError
 
 PLANS = sorted((Path(__file__).parents[2] / "benchmarks" / "plans").glob("*.yaml"))
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A world with a minimally pretrained model."""
-    folder = tmp_path_factory.mktemp("worlds")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("benchmarks.world.pretrain.BATCH", 2)
-        pretrain(folder / "world" / "7", seed=7, steps=60)
-    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -172,6 +161,7 @@ def test_a_missing_world_is_pretrained(tmp_path: Path, monkeypatch: pytest.Monke
         ({"model": "wrld"}, [], "did you mean 'world'"),
         ({"calibration": [{"source": "wide", "count": 8}]}, [], "source must be in"),
         ({"replay": "narrow"}, [], "known: pretraining"),
+        ({"sequence": True}, [], "run it by python -m benchmarks.sequence"),
         ({}, ["--train", "rows.jsonl"], "--train and --test belong together"),
         ({"model": "smollm2"}, ["--train", "a.jsonl", "--test", "b.jsonl"], "plans of worlds"),
     ],

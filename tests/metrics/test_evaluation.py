@@ -70,6 +70,21 @@ def test_scores_match_log_likelihoods(folder: Path) -> None:
     assert found["hellaswag"]["acc"] == np.mean(right)
 
 
+def test_single_answers_and_the_odds_of_guessing(folder: Path) -> None:
+    """Three choices have odds of 1 to 2; text without choices cannot be guessed."""
+    model = make_llama()
+    ask = Evaluation({"lre_relations": None, "hellaswag": None}, make_tokenizer(), folder=folder)
+    answers, graded = ask.graded(model)
+    assert {name: g.guess for name, g in graded.items()} == {"lre_relations": 0, "hellaswag": 0.5}
+    right = []
+    for d in DOCUMENTS:
+        nats = [log_likelihood(model, d["query"], f" {c}") for c in d["choices"]]
+        right.append(nats[d["gold"]] == max(nats))
+    assert graded["hellaswag"].right == right
+    assert answers["hellaswag"]["acc"] == np.mean(right)
+    assert graded["lre_relations"].right == [False, False]
+
+
 def test_the_number_of_documents_is_limited(folder: Path) -> None:
     model = make_llama()
     found = Evaluation({"lre_relations": 1, "hellaswag": 99}, make_tokenizer(), folder=folder)(

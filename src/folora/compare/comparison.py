@@ -49,7 +49,7 @@ READ_AT = (1 / 4, 1 / 2, 3 / 4, 1.0)
 Scores = dict[str, dict[str, float]]
 """``{"task": {name: score}, "kept": {name: score}}``, every score in [0, 1].
 
-``"other"`` may hold further metrics on any scale."""
+``"other"`` may hold further metrics on any scale, ``"flips"`` numbers of questions whose answer changed."""
 
 Score = Callable[[PeftModel], Scores]
 
@@ -306,7 +306,7 @@ class Comparison:
         found = []
         for scale in scales:
             with rescale_adapter_scale(prepared.model, scale):
-                found.append({**self._read(trainer, last), "scale": _rounded(scale)})
+                found.append({**self._read(trainer, last), "scale": rounded(scale)})
         return found
 
     def _arguments(self, config: FoLoraConfig) -> Any:
@@ -319,7 +319,7 @@ class Comparison:
         due = step in {0, *steps_at(self.score_at, trainer.state.max_steps)}
         scored = due and math.isfinite(reading.kl)
         scores = self.score(trainer.prepared.model) if scored else {"task": {}, "kept": {}}
-        return _rounded({"step": step, **asdict(reading), **asdict(total_norm(norms)), **scores})
+        return rounded({"step": step, **asdict(reading), **asdict(total_norm(norms)), **scores})
 
 
 def _train(
@@ -375,10 +375,10 @@ def steps_at(shares: Sequence[float], steps: int) -> set[int]:
     return {max(1, round(share * steps)) for share in shares}
 
 
-def _rounded(value: Any) -> Any:
-    """Round to six significant digits; values that are not finite become None."""
+def rounded(value: Any) -> Any:
+    """All floats in a value to six significant digits; those that are not finite become None."""
     if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
+        return {k: rounded(v) for k, v in value.items()}
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     return value

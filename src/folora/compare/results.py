@@ -35,12 +35,12 @@ Key = tuple[str, int, str]  # task, seed and name: no two lines of a file share 
 Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 
 NUMBERS = ("scale", "step", "task_loss", "kl", "ce_change", "frobenius", "h_norm")
-SCORES = ("task", "kept", "other")  # numbers by name
+SCORES = ("task", "kept", "other", "flips")  # numbers by name
 
 
 def _complete(reading: dict[str, Any]) -> dict[str, Any]:
     """A reading on disk that has all its values. Raises ValueError."""
-    reading = {"other": {}, "scale": 1.0, **reading}
+    reading = {"other": {}, "flips": {}, "scale": 1.0, **reading}
     for name in (*NUMBERS, *SCORES):
         if name not in reading:
             raise ValueError(f"{name!r} is missing")

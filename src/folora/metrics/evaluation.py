@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -32,6 +34,19 @@ FEWSHOT_SEED = 1234  # the harness's default
 
 Answers = dict[str, dict[str, float]]
 """``{task: {metric: value}}``; a metric with several filters is named ``metric,filter``."""
+
+
+@dataclass(frozen=True)
+class Graded:
+    """Which questions of a task a model answers right.
+
+    Attributes:
+        right: Whether each answer is right, in the order of the documents.
+        guess: Odds of a right guess, 1 / (k - 1) with k choices, mean over the questions; 0 without choices.
+    """
+
+    right: Sequence[bool]
+    guess: float
 
 
 class Evaluation:
@@ -108,6 +123,10 @@ class Evaluation:
 
     def __call__(self, model: Any) -> Answers:
         """Evaluate a model on its device; a PEFT model with its active adapter."""
+        return self.graded(model)[0]
+
+    def graded(self, model: Any) -> tuple[Answers, dict[str, Graded]]:
+        """The same, and single questions of the tasks that have the metric ``acc``."""
         samples = {
             name: list(range(min(limit, len(task.eval_docs))))
             for name, task in self._tasks.items()
@@ -130,13 +149,18 @@ class Evaluation:
                     {"tasks": self._tasks, "groups": self._groups},  # type: ignore[arg-type]
                     samples=samples or None,
                     bootstrap_iters=0,
-                    log_samples=False,
                     apply_chat_template=self.chat_template,
                     confirm_run_unsafe_code=self.allow_code,
                 )
         finally:
             self.tokenizer.padding_side = padding
-        return {name: _metrics(values) for name, values in found["results"].items()}
+        answers = {name: _metrics(values) for name, values in found["results"].items()}
+        graded = {
+            name: _graded(self._tasks[name], questions)
+            for name, questions in found["samples"].items()
+            if "acc" in questions[0]
+        }
+        return answers, graded
 
 
 @cache
@@ -181,3 +205,12 @@ def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
         metric if names.count(metric) == 1 else f"{metric},{rule}": value
         for (metric, rule), value in found.items()
     }
+
+
+def _graded(task: Any, questions: Sequence[Mapping[str, Any]]) -> Graded:
+    """Of the first filter, if there are several."""
+    questions = [q for q in questions if q["filter"] == questions[0]["filter"]]
+    guess = 0.0
+    if task.OUTPUT_TYPE == "multiple_choice":
+        guess = mean(1 / max(1, len(task.doc_to_choice(q["doc"])) - 1) for q in questions)
+    return Graded([bool(q["acc"]) for q in questions], guess)

@@ -1,0 +1,70 @@
+"""Tasks learned in a row: what remains of the earlier ones and of the base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import nan
+from typing import Any
+
+from benchmarks.plan import THEN
+from benchmarks.readings import backward_transfer
+from benchmarks.report.blocks import Block, only_task, parts, setting
+from benchmarks.report.source import Source, rate_of
+from folora.compare.results import Result, mean_score
+from folora.compare.tables import Column, Table
+
+Value = Callable[[Sequence[Any]], float]
+
+
+def sequence(source: Source, plan: str) -> Block:
+    """A row per arm: each task when it was learned and at the end, backward transfer, retained, KL."""
+    results = source.chosen(plan)
+    tasks = only_task(results).split(THEN)
+    shown: list[tuple[str, int, Value]] = [
+        (f"{task} learned", 3, score_of(i, task)) for i, task in enumerate(tasks)
+    ]
+    shown += [(f"{task} at the end", 3, score_of(-1, task)) for task in tasks[:-1]]
+    shown += [
+        (
+            "backward transfer",
+            3,
+            lambda found: backward_transfer([r["task"] for r in found], tasks),
+        ),
+        ("retained", 3, lambda found: mean_score(found[-1]["kept"])),
+        ("KL", 4, lambda found: found[-1]["kl"]),
+    ]
+    rows: dict[str, list[Result]] = {}
+    for result in results:
+        rows.setdefault(_name(result), []).append(result)
+
+    def values(value: Value) -> dict[str, dict[int, float]]:
+        """By row and seed; NaN where training diverged before the end."""
+        return {
+            name: {
+                r.seed: value(r.readings) if len(r.readings) == len(tasks) else nan for r in found
+            }
+            for name, found in rows.items()
+        }
+
+    columns = [Column(title, digits, values(value)) for title, digits, value in shown]
+    caption = (
+        f"{', then '.join(tasks)}: mean ± half-width of the 95 % confidence interval over seeds. Learned: exact match "
+        "after the task's own stage. Backward transfer: mean over all tasks but the last of the exact match at the end "
+        "minus that when learned. Retained and KL: of the base's abilities, and to the original base on its own text, at "
+        "the end."
+    )
+    table = Table.by_method({n: n for n in rows}, [(c.title, c.cell) for c in columns], caption)
+    return Block(parts(table, source.missing(plan)))
+
+
+def score_of(stage: int, task: str) -> Value:
+    """The exact match on a task after a stage."""
+    return lambda readings: float(readings[stage]["task"][task])
+
+
+def _name(result: Result) -> str:
+    """Method, learning rate and other changes."""
+    return ", ".join(filter(None, [result.title, f"lr {rate_of(result):g}", setting(result)]))
+
+
+BLOCKS: dict[str, Callable[..., Block]] = {"sequence": sequence}
