@@ -116,6 +116,7 @@ def compare(plan: Plan, testbed: Testbed, seed: int, arms: Sequence[Arm], places
             read_at=plan.read_at,
             score_at=plan.score_at,
             scales=plan.scales,
+            h_norm=plan.h_norm,
             real_text=RealText(source, partial(testbed.texts, run, source)) if source else None,
         )
         for calibration in plan.calibration:

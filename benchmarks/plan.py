@@ -45,6 +45,7 @@ class Plan:
         replay: Source of the real text that methods such as ``lora-replay-1`` replay: ``"pretraining"`` for
             worlds, ``"wikitext2"`` for pretrained models.
         scales: Factors of the trained update at which readings are taken too.
+        h_norm: Whether readings have the H-norm of every update, for which all eigenvectors are solved.
         evaluation: Questions to a pretrained model, see `benchmarks.real.testbed`.
         sequence: Whether the tasks are learned in a row (`benchmarks.sequence`) instead of each on its own; readings
             are then taken after every task, and ``read_at``, ``score_at`` and ``scales`` are not used.
@@ -61,6 +62,7 @@ class Plan:
     read_at: list[float] = field(default_factory=lambda: [*READ_AT])
     score_at: list[float] | None = None
     scales: list[float] = field(default_factory=list)
+    h_norm: bool = True
     replay: str | None = None
     evaluation: dict[str, Any] = field(default_factory=dict)
     sequence: bool = False

@@ -85,6 +85,7 @@ class RealTestbed:
                 run.context.tokenizer,
                 folder=asked.get("folder"),
                 batch_size=asked.get("batch_size", 8),
+                options={"tokenizer": str(self.model)},
             )
             self._scorer = Scorer(evaluation, asked["kept"], asked.get("other", {}))
         scorer, size = self._scorer, run.config.statistics.batch_size

@@ -1,7 +1,7 @@
 """Time and memory of folora compared with LoRA: ``python -m benchmarks.speed``; no network, no data.
 
 Runs every shape with as many blocks as fit, and writes a JSON file each to ``benchmarks/results/speed``, from
-which ``make results`` makes docs/speed.md. Existing results are not measured again.
+which ``make results`` makes docs/speed.md. Existing results that have all modes are not measured again.
 """
 
 from __future__ import annotations
@@ -125,27 +125,32 @@ def measure_setup(
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The argument parser."""
+    found = argparse.ArgumentParser(
         description="Measure time and memory of folora compared with LoRA."
     )
-    parser.add_argument("--shapes", nargs="+", default=[*SHAPES])
-    parser.add_argument("--modes", nargs="+", default=[*MODES])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
+    found.add_argument("--shapes", nargs="+", default=[*SHAPES])
+    found.add_argument("--modes", nargs="+", default=[*MODES])
+    found.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    found.add_argument(
         "--dtype",
         choices=DTYPES,
         help="of the base; default: bfloat16, or float32 on a CPU without it",
     )
-    parser.add_argument("--blocks", type=int, help="default: as many as fit")
-    parser.add_argument("--tokens", type=int, help="per step; default: by shape and device")
-    parser.add_argument("--rounds", type=int)
-    parser.add_argument("--threads", type=int, help="of torch; default: all cores")
-    parser.add_argument("--skip-setup", action="store_true")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/speed"))
-    options = parser.parse_args(given)
+    found.add_argument("--blocks", type=int, help="default: as many as fit")
+    found.add_argument("--tokens", type=int, help="per step; default: by shape and device")
+    found.add_argument("--rounds", type=int)
+    found.add_argument("--threads", type=int, help="of torch; default: all cores")
+    found.add_argument("--skip-setup", action="store_true")
+    found.add_argument("--output", type=Path, default=Path("benchmarks/results/speed"))
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    options = parser().parse_args(given)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     _check(options.shapes, [*SHAPES])
     _check(options.modes, [*MODES])
@@ -159,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rounds = options.rounds or rounds
         tokens = options.tokens or tokens
         result = read_json(path) if path.exists() else {}
-        if "steps" not in result:
+        if not set(options.modes) <= result.get("steps", {"modes": {}})["modes"].keys():
             result = {
                 "format": FORMAT,
                 "command": f"python -m benchmarks.speed {shlex.join(given)}".strip(),

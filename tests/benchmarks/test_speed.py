@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from support.plans import TINY_PLAN_BASE
 
 from benchmarks.speed import __main__ as speed
+from benchmarks.speed import whole
 from benchmarks.speed.setup import alternated, peer_times, solve_times, statistics_times
 from benchmarks.speed.shapes import SHAPES, Shape, random_groups, random_model
 from benchmarks.speed.steps import MODES, Contender, peak_of, race, random_batch
 from benchmarks.speed.table import sampling_table, scale_table, setup_table, solve_table, step_table
-from folora.runtime.storage import read_json
+from folora.config import FoLoraConfig
+from folora.pipeline.context import Context
+from folora.runtime.storage import read_json, write_json
 
 TINY = Shape(64, 96, 4, 2, 16, 3, 1e6, 4)
 CPU = torch.device("cpu")
@@ -90,6 +94,12 @@ def test_one_command_and_its_tables(
     assert path.stat().st_mtime_ns == before
     assert capsys.readouterr().out.split() == [str(path)] * 2
     result: dict[str, Any] = read_json(path)
+    old = {**result, "steps": {"modes": {"lora": result["steps"]["modes"]["lora"]}}}
+    write_json(path, old)
+    speed.main([*arguments, "--skip-setup", "--modes", "lora"])
+    assert read_json(path) == old
+    speed.main([*arguments, "--skip-setup", "--modes", "lora", "folora"])
+    assert set(read_json(path)["steps"]["modes"]) == {"lora", "folora"}
     assert set(result["steps"]["modes"]) == set(MODES)
     assert result["steps"]["dtype"] == "float32"  # the choice of `--dtype auto` on such a CPU
     steps = step_table(result)
@@ -120,3 +130,14 @@ def test_setup_is_timed_on_one_block() -> None:
     assert set(solve_times(48, 4, CPU, 1)) == {"r", "all"}
     assert set(solve_times(48, 4, CPU, 1, whole=False)) == {"r"}
     assert set(peer_times(TINY, torch.float32, CPU, 64)) == {"PEFT's CorDA", "PEFT's OSF"}
+
+
+def test_the_setup_as_a_whole_is_read_beside_an_epoch(tmp_path: Path, model_folder: Path) -> None:
+    rows = [{"prompt": f"add {n}", "completion": f" {n + 1}"} for n in range(40)]
+    config = FoLoraConfig(model=str(model_folder), device="cpu").changed({**TINY_PLAN_BASE})
+    found = whole.measure(Context(config, dataset=rows), 2)
+    assert set(found["seconds"]) == {"TaskMoments", "Samples", "KeepMoments", "Solved"}
+    assert (found["trained_steps"], found["epoch_steps"]) == (2, 18)  # 4 of 40 rows are held out
+    assert 0 < found["next_share"] < found["first_share"]
+    total = sum(found["seconds"].values())
+    assert found["first_share"] == pytest.approx(total / found["epoch_seconds"])

@@ -103,6 +103,19 @@ def test_dear_scores_are_taken_at_chosen_readings(
     assert result["base"]["other"] == result["readings"][1]["other"] == {"c.nats": -3.0}
 
 
+def test_without_the_h_norm_of_every_update_the_leading_eigenvectors_suffice(
+    measured: Path, model_folder: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    run = make_run(model_folder, rows_file, measured)
+    chosen, asked = arms(["lora", "folora"], [1e-2]), {"read_at": (1.0,)}
+    whole = list(compare(run, tmp_path / "whole.jsonl", **asked).run_all(chosen))
+    less = list(compare(run, tmp_path / "less.jsonl", h_norm=False, **asked).run_all(chosen))
+    norms = [[result["readings"][-1]["h_norm"] for result in found] for found in (whole, less)]
+    assert norms[1] == [None, pytest.approx(norms[0][1], rel=1e-3)]
+    for one, other in zip(whole, less, strict=True):
+        assert one["readings"][-1]["kl"] == pytest.approx(other["readings"][-1]["kl"], rel=1e-3)
+
+
 def test_a_scaled_adapter_adds_readings_and_a_budget_ends_them(
     measured: Path, model_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from support.chat_templates import byte_tokenizer
+from tokenizers import decoders
 
 from benchmarks.models import GEMMA, QWEN, TEXT, reads
 from demo.gguf import GgufFile, Part, download, join, model_folder
@@ -151,12 +151,9 @@ def test_qwen_is_joined_from_six_parts_in_order() -> None:
 
 @pytest.mark.parametrize("decodes", [True, False])
 def test_a_tokenizer_that_reads_or_writes_otherwise_is_refused(decodes: bool) -> None:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if decodes:
-        backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer = byte_tokenizer(None)
+    if not decodes:
+        tokenizer.backend_tokenizer.decoder = decoders.Fuse()
     ids = tokenizer(TEXT)["input_ids"]
     if decodes:
         reads(ids)(tokenizer)

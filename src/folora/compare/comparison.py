@@ -105,6 +105,8 @@ class Comparison:
         scales: Factors of the trained update at which readings are taken too: every method's frontier then
             has what scaling the adapter after training gives.
         real_text: For methods with ``replay_text="real"``.
+        h_norm: Whether readings have the H-norm of updates outside the span of the leading eigenvectors, such
+            as LoRA's. It needs all eigenvectors of every input, which takes minutes on wide inputs.
     """
 
     def __init__(
@@ -120,11 +122,12 @@ class Comparison:
         score_at: Sequence[float] | None = None,
         scales: Sequence[float] = (),
         real_text: RealText | None = None,
+        h_norm: bool = True,
     ) -> None:
         self.run, self.results, self.stage, self.task = run, ResultFile(results), stage, task
         self.command, self.score, self.read_at = command, score, tuple(read_at)
         self.score_at = self.read_at if score_at is None else tuple(score_at)
-        self.scales, self.real_text = tuple(scales), real_text
+        self.scales, self.real_text, self.h_norm = tuple(scales), real_text, h_norm
         self.calibration: dict[str, Any] = {}
         self._pre: Moments | None = None
         self._base: dict[str, Any] = {}
@@ -142,8 +145,11 @@ class Comparison:
             ConfigError: An arm is invalid; all are checked before the first one starts.
         """
         configs = self.check(chosen)
-        # One solve for all initializations, with the largest null_rank that any arm needs.
-        null_rank = max(solve_options(config)["null_rank"] for config in configs)
+        # One solve for all initializations, with the most eigenvectors that any arm needs.
+        needed = [solve_options(config) for config in configs]
+        null_rank = max(options["null_rank"] for options in needed)
+        counts = [options["directions"] for options in needed]
+        directions = None if self.h_norm or None in counts else max(counts)
         shared = self.run.share()
         shared_facts = self._made_from(shared)
 
@@ -160,7 +166,7 @@ class Comparison:
                     found = [self.real_text.source, tokens_fingerprint(replay)]
                     made_from = {**shared_facts, "replayed_text": found}
                 if key not in self.results.read():
-                    options = {"null_rank": null_rank, "directions": None}
+                    options = {"null_rank": null_rank, "directions": directions}
                     spectrum = solved(frozenset({**solve_options(config), **options}.items()))
                     result = self._result(arm, config, spectrum, shared.samples.load(), replay)
                     self.results.add({**result, "made_from": made_from})
