@@ -21,9 +21,17 @@ from folora.compare.results import (
     point_sets,
     scores_of,
 )
-from folora.compare.tables import NONE, Cell, Column, Table, matched_levels
+from folora.compare.tables import (
+    BASELINE,
+    COMPUTE,
+    NONE,
+    Cell,
+    Column,
+    Table,
+    compute_cells,
+    matched_levels,
+)
 
-BASELINE = "lora"
 BITS = ".bits_per_byte"
 FAR = 10.0  # times the baseline's
 
@@ -58,6 +66,8 @@ def forgetting_table(results: Sequence[Result], baseline: str = BASELINE) -> Tab
         elif baseline in arms:
             difference = partial(column.difference, reference=baseline)
             cells.append((f"minus {titles[baseline]}'s", difference))
+    if tokens := compute_cells(arms):
+        cells.append(tokens)
     cells.append(("arms", lambda method: str(sum(map(len, arms[method].values())))))
     cells.append(("seeds", lambda method: str(len(arms[method]))))
     stated = ", ".join(f"{-level:.3f}" for _, level in sorted(levels.items()))
@@ -69,7 +79,7 @@ def forgetting_table(results: Sequence[Result], baseline: str = BASELINE) -> Tab
         "interval. Score lost: decrease of the mean retained score. Nats lost: decrease of the log-probability of "
         "right answers, mean over the tasks that have one. Bits lost: increase of bits per byte on plain text. ± "
         "is half of the 95 % interval over seeds; *: the interval excludes zero difference. "
-        f"{NONE}: no seed reaches the loss."
+        f"{NONE}: no seed reaches the loss.{f' {COMPUTE}' * bool(tokens)}"
     )
     return Table.by_method(titles, cells, caption)
 

@@ -48,6 +48,7 @@ class Method(BaseModel):
         replay: Share of the training rows that are text to retain.
         replay_text: Which text that is.
         kl_weight: Weight of KL(base || adapted) on generated text, added to the loss.
+        max_perplexity: Response tokens of a higher perplexity under the base bear no loss.
         masked_kl_weight: Weight of that KL on the task without the target token (Mask-the-Target).
         settings: Options by dotted name that the method changes the defaults of.
     """
@@ -68,6 +69,7 @@ class Method(BaseModel):
     replay_text: Text = "generated"
     kl_weight: Weight = 0.0
     masked_kl_weight: Weight = 0.0
+    max_perplexity: Annotated[float, Field(ge=1)] | None = None
     settings: dict[str, Any] = {}
 
 
@@ -95,6 +97,8 @@ METHODS: dict[str, Method] = {
                 **_LORA, settings={"adapter.target_modules": r".*\.mlp\..*"}),
         _method("lora-dft", "LoRA, DFT loss", "arXiv:2508.05629: every token's loss weighted by its probability",
                 **_LORA, settings={"training.loss_type": "dft"}),
+        _method("lora-stm", "LoRA, selective token masking", "arXiv:2501.14315: no loss on tokens whose perplexity under the base is above 2.5",
+                **_LORA, max_perplexity=2.5),
         _method("milora", "MiLoRA", "arXiv:2406.09044", optimizer="adamw", init="minor_singular"),
         _method("corda", "CorDA (KPM)", "arXiv:2406.05223; tau is its damping, .01 as in PEFT",
                 optimizer="adamw", init="corda", settings={"spectrum.tau": 0.01}),

@@ -145,6 +145,79 @@ def test_replay_of_real_text_is_refused_where_there_is_none(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("limit", [30.0, 1000.0])
+def test_selective_token_masking_leaves_out_exactly_the_tokens_unlikely_under_the_base(
+    tmp_path: Path, limit: float
+) -> None:
+    """Before a step's tokens are counted; under the base, although the adapter is not zero."""
+    trainer = trainer_of("lora-stm", tmp_path, **{"method.max_perplexity": limit})
+    model = trainer.prepared.model
+    batch = pad_batch(trainer.prepared.task.train[:8], 0)
+    (found,), count = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+    base = make_llama().double()
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    probability = base(**inputs).logits[:, :-1].softmax(-1)
+    labels = batch["labels"][:, 1:]
+    probability = probability.gather(-1, labels.clamp_min(0)[..., None])[..., 0]
+    learned = (labels != -100) & (1 / probability <= limit)
+    assert torch.equal(found["labels"][:, 1:], labels.where(learned, -100))
+    assert 0 < learned.sum() < (labels != -100).sum()
+    assert int(count) == learned.sum()
+    assert model.training and all(p.requires_grad for n, p in model.named_parameters() if "lora_" in n)  # fmt: skip
+    (plain,), _ = trainer_of("lora", tmp_path).get_batch_samples(
+        iter([batch]), 1, torch.device("cpu")
+    )
+    assert torch.equal(plain["labels"], batch["labels"])
+
+
+def test_every_arm_counts_its_tokens(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    """An epoch of a batch size that divides the rows, so that the task's tokens are known."""
+    changes = {"per_device_train_batch_size": 9, "max_steps": 8, "learning_rate": 5e-2}
+    run = Run(tiny_config(model=str(model_folder), dataset=str(rows_file), output=str(tmp_path / "run"),
+                          training=changes))  # fmt: skip
+    comparison = Comparison(
+        run, tmp_path / "arms.jsonl", stage="tiny", task="s", command="", read_at=(1.0,)
+    )
+    names = ["lora", "lora-mlp", "milora", "lora-stm", "lora-masked-kl", "lora-kl", "corda", "eigen-adamw", "folora"]  # fmt: skip
+    results = {r["method"]: r["tokens"] for r in comparison.run_all([*map(Arm, names)])}
+    shared = run.share()
+    samples = shared.samples.load()
+    task = 2 * sum(len(e.input_ids) for e in run.context.task.train)
+    texts, pre = sum(map(len, samples.calibration)), shared.keep.load().tokens
+    nothing = {"task": task, "anchor": 0, "base": 0, "setup": 0, "scale": 0}
+    assert results["lora"] == results["lora-mlp"] == results["milora"] == nothing
+    assert results["lora-stm"] == results["lora-masked-kl"] == {**nothing, "base": task}
+    assert results["corda"] == {**nothing, "setup": texts + pre}
+    whole = texts + pre + shared.task.load().tokens
+    assert results["folora"] == results["eigen-adamw"] == {**nothing, "setup": whole}
+    kl = results["lora-kl"]
+    assert kl["task"] == task and 0 < kl["anchor"] < 0.2 * task
+    assert texts < kl["setup"] <= 2 * texts and kl["scale"] == kl["base"] == 0
+
+    (kept,) = comparison.run_all([Arm("lora", {"budget": 0.001})])
+    held_out = sum(map(len, samples.held_out))
+    assert kept["readings"][-1]["scale"] < 1
+    assert kept["tokens"]["scale"] % (2 * held_out) == 0 and kept["tokens"]["scale"] > 2 * held_out
+    assert kept["tokens"]["setup"] == kl["setup"] + held_out
+
+
+def test_the_anchor_counts_the_tokens_that_the_model_reads() -> None:
+    config = tiny_config().changed({"method": "lora-kl"})
+    prepared = folora.prepare(make_llama(), make_tokenizer(), rows(), config)
+    anchor = prepared.anchor()
+    assert anchor is not None and anchor.every > 1
+    anchor.rows = 1  # no padding
+    for _ in range(anchor.every):
+        anchor.loss()  # the last one stores the base's log-probabilities
+    first, read = anchor.tokens, []
+    embedding = prepared.model.get_input_embeddings()
+    hook = embedding.register_forward_hook(lambda _, given, __: read.append(given[0].numel()))
+    for _ in range(5 * anchor.every):
+        anchor.loss()
+    hook.remove()
+    assert len(read) == 5 and anchor.tokens - first == sum(read)
+
+
 def test_an_arm_with_layers_that_were_not_measured_is_refused(
     model_folder: Path, rows_file: Path, tmp_path: Path
 ) -> None:

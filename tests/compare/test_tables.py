@@ -76,6 +76,24 @@ def test_arms_are_pooled_by_method_and_seed(tmp_path: Path) -> None:
         grouped(results)
 
 
+def test_compute_is_relative_to_loras_and_shown_only_where_it_was_counted(tmp_path: Path) -> None:
+    def tokens(task: int, anchor: int = 0, base: int = 0, setup: int = 0, scale: int = 0) -> Any:
+        return {"tokens": {"task": task, "anchor": anchor, "base": base, "setup": setup, "scale": scale}}  # fmt: skip
+
+    numbers = [(0.9, 0.9, 0.1)]
+    write(tmp_path, "lora", 0, numbers)
+    write(tmp_path, "old", 0, numbers)
+    assert "tokens of LoRA's" not in comparison_table(load(tmp_path), "shift").header
+    write(tmp_path, "lora", 1, numbers, **tokens(1000))
+    write(tmp_path, "lora", 1, numbers, name="gone", diverged=True, **tokens(10))
+    write(tmp_path, "folora", 1, numbers, **tokens(1000, anchor=80, setup=600, scale=200))
+    write(tmp_path, "masked", 1, numbers, **tokens(900, base=900))
+    table = comparison_table(load(tmp_path), "shift")
+    found = {row: cells(table, row)["tokens of LoRA's"] for row in ("LORA", "OLD", "FOLORA", "MASKED")}  # fmt: skip
+    assert found == {"LORA": "1.00", "OLD": "–", "FOLORA": "1.08 (1.48)", "MASKED": "1.35"}
+    assert "set-up" in table.caption
+
+
 def test_without_scorers_loss_and_kl_are_the_scores(tmp_path: Path) -> None:
     write(tmp_path, "lora", 0, [(0.2, 0.9, 0.1)], scored=False)
     (result,) = load(tmp_path)

@@ -25,8 +25,8 @@ from transformers import TrainerControl, TrainerState
 
 from folora.adapters.coverage import check_adapter
 from folora.calibration.base_file import tensors_sha256
-from folora.calibration.calibration_set import CalibrationSet
 from folora.calibration.inputs import target_layers
+from folora.compare.compute import tokens_processed
 from folora.compare.results import FORMAT, REMEDY, Key, Line, ResultFile
 from folora.config import FoLoraConfig
 from folora.errors import ArtifactError, ConfigError, DataError, MismatchError
@@ -45,6 +45,8 @@ from folora.training.prepared import assemble
 from folora.training.trainer import FoLoraTrainer
 
 READ_AT = (1 / 4, 1 / 2, 3 / 4, 1.0)
+# Options that every arm is trained with, beside its own; none changes the result.
+HARNESS = {"training.save_strategy": "no", "training.include_num_input_tokens_seen": "non_padding"}
 
 Scores = dict[str, dict[str, float]]
 """``{"task": {name: score}, "kept": {name: score}}``, every score in [0, 1].
@@ -168,7 +170,7 @@ class Comparison:
                 if key not in self.results.read():
                     options = {"null_rank": null_rank, "directions": directions}
                     spectrum = solved(frozenset({**solve_options(config), **options}.items()))
-                    result = self._result(arm, config, spectrum, shared.samples.load(), replay)
+                    result = self._result(arm, config, spectrum, shared, replay)
                     self.results.add({**result, "made_from": made_from})
                 yield checked_arm(self.results.read()[key], config, made_from)
                 tick()
@@ -268,21 +270,25 @@ class Comparison:
         arm: Arm,
         config: FoLoraConfig,
         spectrum: Spectrum,
-        samples: CalibrationSet,
+        shared: Shared,
         replay: Sequence[list[int]] | None,
     ) -> dict[str, Any]:
         began = time.monotonic()
-        context = self.run.context
+        context, samples = self.run.context, shared.samples.load()
         own = spectrum.of_layers(self._layers(config))
         prepared = assemble(context.model, own, context.task, samples, config, replay)
         try:
-            arguments = self._arguments(config.changed({"training.save_strategy": "no"}))
+            arguments = self._arguments(config.changed(HARNESS))
             trainer = FoLoraTrainer(prepared, arguments, context.tokenizer)
             if not self._base:  # the same for every arm, whose update is zero before the first step
                 self._base = {**self._read(trainer, 0), "frobenius": 0.0, "h_norm": 0.0}
             readings, diverged = _train(trainer, self.read_at, partial(self._read, trainer))
+            fits = [] if diverged else prepared.budget_fits([1.0])
             if not diverged:
-                readings += self._scaled(trainer)
+                readings += self._scaled(trainer, [*self.scales, *(fit.scale for fit in fits)])
+            pre = self._pre.tokens if self._pre else shared.keep.manifest["tokens"]
+            c_task = shared.task.manifest["tokens"]
+            tokens = tokens_processed(trainer, samples, pre, c_task, fits)
         finally:
             prepared.model.unload()
             vars(context.model).pop("forward", None)  # TRL wraps it again for every arm
@@ -300,15 +306,15 @@ class Comparison:
             "config": config.differences(),
             "versions": software_versions(),
             "seconds": round(time.monotonic() - began, 1),
+            "tokens": tokens,
             "base": self._base,
             "readings": readings,
             "diverged": diverged,
         }
 
-    def _scaled(self, trainer: FoLoraTrainer) -> list[dict[str, Any]]:
-        """Readings of the trained update scaled by each of `scales`, and to the budget, if there is one."""
+    def _scaled(self, trainer: FoLoraTrainer, scales: Sequence[float]) -> list[dict[str, Any]]:
+        """Readings of the trained update scaled by each of `scales`."""
         prepared, last = trainer.prepared, trainer.state.max_steps
-        scales = [*self.scales, *(fit.scale for fit in prepared.budget_fits([1.0]))]
         found = []
         for scale in scales:
             with rescale_adapter_scale(prepared.model, scale):

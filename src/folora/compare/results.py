@@ -107,6 +107,7 @@ class Result:
         diverged: Whether training diverged.
         place: File and line, for messages.
         calibration: Data that C_pre was measured on, if not on the run's samples.
+        tokens: Of `compute.tokens_processed`; empty if they were not counted.
     """
 
     stage: str
@@ -124,6 +125,7 @@ class Result:
     diverged: bool
     place: str
     calibration: Mapping[str, Any] = field(default_factory=dict)
+    tokens: Mapping[str, int] = field(default_factory=dict)
 
     def points(self, scores: Scores) -> list[Point]:
         """The base and all readings, by step."""

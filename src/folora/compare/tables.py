@@ -39,11 +39,17 @@ from folora.compare.results import (
     scores_of,
 )
 
+BASELINE = "lora"  # of relative compute
+FORWARD = 0.5  # compute of a forward pass alone: a frozen base's backward pass takes as much as its forward pass
 # Default levels: fraction of the best task improvement, and of the base's kept score.
 FRACTION = 0.9
 KL_LEVEL = 0.05  # nats per token: matched KL, without scorers
 KL_FLOOR = 0.5  # nats per token: lower edge of the area, without scorers
 NONE = "–"
+COMPUTE = (
+    "Tokens of LoRA's: tokens that a training processes, on average over arms, relative to LoRA's; in parentheses with set-up and "
+    "the search for a budget's scale. A token of a forward pass alone counts half."
+)
 AVERAGES = {
     "Avg1": ("avg1", 3),
     "Avg1 %": ("avg1_percent", 1),
@@ -180,6 +186,9 @@ def comparison_table(
         difference = partial(columns[0].difference, reference=reference)
         cells.insert(1, (f"minus {titles[reference]}", difference))
         caption.append("*: the interval of the differences by seed excludes zero.")
+    if tokens := compute_cells(arms):
+        cells.append(tokens)
+        caption.append(COMPUTE)
     cells.append(("arms", lambda method: _count([*chain(*arms[method].values())])))
     cells.append(("seeds", lambda method: str(len(arms[method]))))
     caption.append(f"{NONE}: reached by no seed.")
@@ -255,6 +264,30 @@ def _frontier_columns(
     else:
         columns.append(column("loss at matched KL", 3, lambda p, _: -task_at(p, levels.kept)))
     return [*columns, column("area", 3, area)]
+
+
+def compute_cells(arms: BySeed[list[Result]]) -> tuple[str, Cell] | None:
+    """The column of the compute of an arm relative to LoRA's, and with set-up; None if none was counted."""
+
+    def mean(method: str, *, setup: bool) -> float:
+        results = chain(*arms.get(method, {}).values())
+        counted = (r.tokens for r in results if r.tokens and not r.diverged)
+        return _mean(trained_tokens(tokens, setup=setup) for tokens in counted)
+
+    def cell(method: str) -> str:
+        parts = (mean(method, setup=setup) / mean(BASELINE, setup=False) for setup in (False, True))
+        training, whole = (NONE if math.isnan(part) else _text(part, 2) for part in parts)
+        return training if training == whole else f"{training} ({whole})"
+
+    if all(cell(method) == NONE for method in arms):
+        return None
+    return "tokens of LoRA's", cell
+
+
+def trained_tokens(tokens: Mapping[str, int], *, setup: bool) -> float:
+    """The compute of `compute.tokens_processed`, in tokens that are trained on, with or without set-up."""
+    forward = tokens["base"] + (tokens["setup"] + tokens["scale"] if setup else 0)
+    return tokens["task"] + tokens["anchor"] + FORWARD * forward
 
 
 def best_average(arms: Sequence[Result]) -> Averages:

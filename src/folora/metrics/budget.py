@@ -52,6 +52,7 @@ class BudgetFit:
         trained: The KL as trained.
         kept: The KL at `scale`, whose upper end is within the budget.
         task_loss: Task loss at `scale`, in nats per response token; NaN if not measured.
+        readings: Number of scales at which the KL was measured.
     """
 
     budget: float
@@ -59,6 +60,7 @@ class BudgetFit:
     trained: Bound
     kept: Bound
     task_loss: float = math.nan
+    readings: int = 1
 
 
 def bound(sums: Sequence[float], tokens: Sequence[int]) -> Bound:
@@ -103,20 +105,22 @@ def largest_scale(bound_at: Callable[[float], Bound], budget: float) -> BudgetFi
     low, high, kept = 0.0, 1.0, Bound(0.0, 0.0)
     if trained.upper <= budget:
         return BudgetFit(budget, 1.0, trained, trained)
-    for _ in range(MOST_READINGS - 1):
+    readings = 1
+    while readings < MOST_READINGS:
         # Near 0 the KL is quadratic in the scale.
         at = high if found.upper > budget else low
         guess = at * math.sqrt((1 + CLOSE) / 2 * budget / max(found.upper, 1e-30))
         if not low < guess < high:  # also if the bound is not finite
             guess = math.sqrt(low * high) if low else high / 2
         found = bound_at(guess)
+        readings += 1
         if found.upper > budget or math.isnan(found.upper):
             high = guess
             continue
         low, kept = guess, found
         if found.upper >= CLOSE * budget:
             break
-    return BudgetFit(budget, low, trained, kept)
+    return BudgetFit(budget, low, trained, kept, readings=readings)
 
 
 def check_sequences(sequences: Sequence[list[int]]) -> None:

@@ -5,6 +5,7 @@ The meter reports it on self-samples; the KL penalties of the trainer add it to 
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,23 @@ def labelled_logits(
     wanted = labels != IGNORE
     logits = model(**inputs, use_cache=False).logits[:, :-1]
     return logits[wanted], labels[wanted]
+
+
+@torch.no_grad()
+def likely_labels(
+    model: Any, batch: dict[str, Tensor], perplexity: float
+) -> Int[Tensor, "batch tokens"]:
+    """The labels of a batch, -100 also at tokens whose perplexity 1/p under the model is above a limit.
+
+    Selective token masking (arXiv:2501.14315) of a base model's own training rows.
+    """
+    logits, targets = labelled_logits(model, batch)
+    losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    labels = batch["labels"].clone()
+    shifted = labels[:, 1:]  # a view
+    kept = targets.masked_fill(losses > math.log(perplexity), IGNORE)
+    shifted[shifted != IGNORE] = kept.to(labels.device)
+    return labels
 
 
 def kl(base: Float[Tensor, "n vocab"], adapted: Float[Tensor, "n vocab"]) -> Float[Tensor, " n"]:

@@ -172,6 +172,12 @@ class Anchor:
         """Mean probability of the tokens whose base log-probability is not stored."""
         return float(torch.cat([f.rest() for f in self._base_distributions()]).mean())
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of calibration text read so far."""
+        read = range(self.rows, (self.batches // self.every + 1) * self.rows)
+        return sum(len(self.texts[self._text(number)]) for number in read)
+
     def _text(self, number: int) -> int:
         """The number of a text: in each pass every text is used once, in an order of its own."""
         turn, place = divmod(number, len(self.texts))

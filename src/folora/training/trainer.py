@@ -24,14 +24,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 from folora.adapters.low_rank import narrow_inputs
 from folora.data.contents import IGNORE
 from folora.errors import ArtifactError, ConfigError, FoLoraError, NumericsError
-from folora.metrics.kl import labelled_logits, masked_target_kl
+from folora.metrics.kl import labelled_logits, likely_labels, masked_target_kl
 from folora.metrics.meter import LayerNorms, Reading, total_norm, update_norms
 from folora.runtime import distributed
 from folora.runtime.checkpoints import (
     latest_checkpoint,
     remedy,
 )
-from folora.runtime.contexts import without_adapter
+from folora.runtime.contexts import evaluating, without_adapter
 from folora.runtime.extras import needed_by
 from folora.runtime.finiteness import first_non_finite_module, non_finite_gradients
 from folora.runtime.progress import progress
@@ -110,9 +110,10 @@ class FoLoraTrainer(SealedTrainer):
         """The batches of a step, without the rows with which Accelerate fills up the last batch of an epoch.
 
         Accelerate repeats rows so that all processes get equally many. Their labels are masked, so that
-        the step equals that of one process, whose last batch is smaller.
+        the step equals that of one process, whose last batch is smaller. Tokens of a perplexity above
+        ``method.max_perplexity`` are masked here, too, before the step's tokens are counted.
         """
-        masked = map(self._mask_repeated, epoch_iterator)
+        masked = map(self._mask_unlikely, map(self._mask_repeated, epoch_iterator))
         found: tuple[list[Any], Tensor | int | None] = super().get_batch_samples(
             masked, num_batches, device
         )
@@ -128,6 +129,14 @@ class FoLoraTrainer(SealedTrainer):
             labels = labels.clone()
             labels[max(0, real) :] = IGNORE
         return {**batch, "labels": labels}
+
+    def _mask_unlikely(self, batch: dict[str, Any]) -> dict[str, Any]:
+        limit = self.prepared.config.method.max_perplexity
+        if limit is None or "labels" not in batch:
+            return batch
+        model = self.prepared.model
+        with self.compute_loss_context_manager(), evaluating(model), without_adapter(model):
+            return {**batch, "labels": likely_labels(model, batch, limit)}
 
     def compute_loss(
         self,
