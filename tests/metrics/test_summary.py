@@ -59,3 +59,9 @@ def test_every_quantity_of_the_table_is_defined() -> None:
 def test_missing_held_out_rows_are_explained() -> None:
     assert "data.eval_rows" in shown(report(task_loss=None))
     assert "data.eval_rows" not in shown(report())
+
+
+def test_an_early_end_is_stated_with_its_step_and_reason() -> None:
+    early = "after step 65 of 100: the budget binds"
+    assert f"Training ended early, {early}." in shown({**report(), "ended_early": early})
+    assert "ended early" not in shown(report())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from folora.errors import ArtifactError
 from folora.methods import KL_WEIGHT
 from folora.metrics.kl import kl, labelled_logits
 from folora.runtime.contexts import without_adapter
+from folora.training import budget_stop
 from folora.training.anchor import Anchor, BudgetWeight
-from folora.training.trainer import train
+from folora.training.budget_stop import BudgetStop
+from folora.training.trainer import FoLoraTrainer, train
 
 
 def prepared(**changes: Any) -> folora.Prepared:
@@ -124,10 +127,92 @@ def test_a_training_with_a_budget_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert resumed.anchor.state_dict() == trainer.anchor.state_dict()
 
 
+def ends_at(slope: float, kl_slope: float = 0.0, binds: float = 1.0) -> list[int]:
+    """The steps, of 1000, at which training ends while a noisy loss falls by `slope` a step, for ten seeds."""
+    found = []
+    for seed in range(10):
+        stop, noise = BudgetStop(), torch.randn(1000, generator=torch.Generator().manual_seed(seed))
+        for i in range(1000):
+            loss = 2 + 0.2 * noise[i] - slope * i
+            stop.update(loss, torch.tensor(4 - kl_slope * i), torch.tensor(binds))
+            if stop.reason:
+                found.append(i + 1)
+                break
+    return found
+
+
+def test_training_may_end_when_the_budget_binds_and_neither_loss_nor_kl_falls() -> None:
+    assert len(ends_at(0.0)) >= 7
+    assert ends_at(2e-3) == []  # in a quarter of the first 160 steps less than the noise of a step
+    assert ends_at(0.0, binds=0.0) == []  # the budget does not bind
+    assert ends_at(0.0, kl_slope=1e-3) == []  # less and less of the adapter will be scaled away
+
+
+NOISE = random.Random(0)
+RANDOM_LABELS = [{"prompt": "a=", "completion": f"{NOISE.randrange(10)}."} for _ in range(800)]
+IGNORED = pytest.mark.filterwarnings("ignore:Both num_training_steps and num_stable_steps")
+STANDS_STILL = {  # after 30 of 100 steps
+    "lr_scheduler_type": "warmup_stable_decay", "max_steps": 100,
+    "lr_scheduler_kwargs": {"num_stable_steps": 10, "num_decay_steps": 20},
+}  # fmt: skip
+
+
+def trained(
+    folder: Path, data: Any, budget: float | None, training: Any, cut: int | None = None
+) -> FoLoraTrainer:
+    """Train, or resume; interrupted after `cut` steps first."""
+    training = {"learning_rate": 1e-2, "save_steps": 4, "max_steps": 60, **training}
+    changes = {"method": "folora", "anchor": 0.5 if budget else None, "budget": budget}
+    config = tiny_config(**changes, training=training)
+    if cut:
+        p = folora.prepare(make_llama(), make_tokenizer(), data, config)
+        with pytest.raises(KeyboardInterrupt):
+            train(p, make_tokenizer(), folder, callbacks=[StopAt(cut)])
+    p = folora.prepare(make_llama(), make_tokenizer(), data, config)
+    return train(p, make_tokenizer(), folder)
+
+
+@IGNORED
+def test_random_labels_end_training_early_and_a_resumed_one_at_the_same_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(budget_stop, "BLOCK", 5)
+    caplog.set_level(logging.INFO, "folora")
+    first = trained(tmp_path / "whole", RANDOM_LABELS, 1e-2, STANDS_STILL)
+    steps = first.state.global_step
+    assert steps < 100 and first.ended_early
+    assert first.ended_early.startswith(f"after step {steps} of 100: the budget binds")
+    assert f"training ends early, {first.ended_early}" in caplog.text
+    for folder, cut in (("cut", steps - 3), ("whole", None)):  # within a block; after the end
+        other = trained(tmp_path / folder, RANDOM_LABELS, 1e-2, STANDS_STILL, cut)
+        assert (other.state.global_step, other.ended_early) == (steps, first.ended_early)
+        assert torch.equal(flat(other.prepared), flat(first.prepared))
+
+
+@IGNORED
+@pytest.mark.parametrize(
+    ("data", "budget", "training"),
+    [
+        (rows() * 10, 0.02, {"learning_rate": 3e-3, "lr_scheduler_type": "constant"}),
+        (RANDOM_LABELS, 50.0, STANDS_STILL),
+        (RANDOM_LABELS, None, STANDS_STILL),
+    ],
+    ids=["a loss that falls", "a budget that does not bind", "no budget"],
+)
+def test_a_training_that_may_not_end_early_takes_all_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: Any, budget: float | None, training: Any
+) -> None:
+    monkeypatch.setattr(budget_stop, "BLOCK", 5)
+    trainer = trained(tmp_path, data, budget, training)
+    assert trainer.state.global_step == trainer.state.max_steps and trainer.ended_early is None
+    if budget and budget < 1:
+        assert trainer.anchor is not None and float(trainer.anchor.weight()) > KL_WEIGHT  # type: ignore[operator]
+
+
 def test_a_damaged_state_of_the_anchor_is_named(tmp_path: Path) -> None:
     p = prepared()
     anchor = Anchor(p.model, p.samples.calibration, tokens=40, weight=BudgetWeight(0.1))
-    for state in ({}, {"batches": 1, "weight": None}, {"batches": 1, "weight": [1.0]}):
+    for state in ({}, {"batches": 1, "weight": None}, {"batches": 1, "weight": {"state": [1.0]}}):
         with pytest.raises((KeyError, TypeError, ValueError)):
             anchor.load_state_dict(state)
     folder = tmp_path / "x"

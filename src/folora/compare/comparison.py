@@ -314,7 +314,7 @@ class Comparison:
 
     def _scaled(self, trainer: FoLoraTrainer, scales: Sequence[float]) -> list[dict[str, Any]]:
         """Readings of the trained update scaled by each of `scales`."""
-        prepared, last = trainer.prepared, trainer.state.max_steps
+        prepared, last = trainer.prepared, trainer.state.global_step
         found = []
         for scale in scales:
             with rescale_adapter_scale(prepared.model, scale):
@@ -329,7 +329,7 @@ class Comparison:
         """A reading of the meter, with scores if they are due and the model has not diverged."""
         reading, norms = trainer.read()
         due = step in {0, *steps_at(self.score_at, trainer.state.max_steps)}
-        scored = due and math.isfinite(reading.kl)
+        scored = (due or trainer.ended_early is not None) and math.isfinite(reading.kl)
         scores = self.score(trainer.prepared.model) if scored else {"task": {}, "kept": {}}
         return rounded({"step": step, **asdict(reading), **asdict(total_norm(norms)), **scores})
 
@@ -353,6 +353,8 @@ def _train(
 
     trainer.add_callback(AfterStep(after_step))
     trainer.train()
+    if (step := trainer.state.global_step) not in {reading["step"] for reading in readings}:
+        readings.append(read(step))  # training ended early
     return readings, diverged()
 
 

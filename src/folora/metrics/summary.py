@@ -68,6 +68,8 @@ def summary(report: Mapping[str, Any]) -> Group:
     for name, definition, key in QUANTITIES:
         table.add_row(name, _number(base[key]), _number(adapted[key]), definition)
     lines: list[RenderableType] = [verdict(report["adapted"]["kl"]) + "."]
+    if early := report.get("ended_early"):
+        lines.append(f"Training ended early, {early}.")
     if fits := report.get("budget"):
         lines += [budget_verdict(fits[0]), budget_table(fits)]
     if report["base"]["task_loss"] is None:

@@ -226,7 +226,7 @@ class Run:
         }
         names = ("steps", "base", "adapted", "total_norm", "norms")
         report = {name: manifest[name] for name in names}
-        report |= {"budget": manifest["budget"]} if "budget" in manifest else {}
+        report |= {name: manifest[name] for name in ("ended_early", "budget") if name in manifest}
         rejected = self.store.manifest(Samples)["rejected"]
         report |= {"tokens_measured": tokens, "rejected_samples": rejected}
         report |= {"adapter": str(self.folder / ADAPTER)}

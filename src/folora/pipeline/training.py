@@ -134,6 +134,8 @@ class Training(Stage[Trained]):
             "total_norm": asdict(total_norm(norms)),
             "norms": {name: asdict(norm) for name, norm in norms.items()},
         }
+        if trainer.ended_early:
+            facts["ended_early"] = trainer.ended_early
         if fits:
             facts["budget"] = _without_nan([asdict(fit) for fit in fits])
         return Trained(factors, facts)

@@ -4,7 +4,7 @@ The base's log-probabilities are computed once, before the first step; a step th
 backward pass over the anchor's own tokens. The weight is constant, or follows a budget for the KL.
 
     loss = task_loss + anchor.loss(model)   # for each batch
-    anchor.step()                           # after each optimizer step
+    anchor.step(task_loss)                  # after each optimizer step; True if training may end
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from folora.metrics.kl import TopK, labelled_logits, top_k, top_k_kl
 from folora.runtime import distributed
 from folora.runtime.contexts import evaluating, without_adapter
 from folora.runtime.progress import progress
+from folora.training.budget_stop import BudgetStop
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class BudgetWeight:
 
     Attributes:
         state: Logarithm of the integral part over `KL_WEIGHT`, and the average KL; float64 (2,).
+        stop: Whether training may end because the budget binds and nothing is gained.
     """
 
     TARGET = 0.9  # of the budget: the final, held-out KL is judged by the upper end of its interval
@@ -53,8 +55,9 @@ class BudgetWeight:
     LARGEST = math.log(100.0)  # beyond it the task is hardly learned; the final scaling remains
 
     def __init__(self, budget: float) -> None:
-        self.budget = budget
+        self.target = self.TARGET * budget
         self.state = torch.zeros(2, dtype=torch.float64)
+        self.stop = BudgetStop()
 
     def __call__(self) -> Tensor:
         """The weight, a float64 scalar."""
@@ -68,9 +71,19 @@ class BudgetWeight:
         log_weight = (log_weight + self.RATE * self._excess(average)).clamp(0.0, self.LARGEST)
         self.state = torch.stack([log_weight, average])
 
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {"state": self.state.tolist(), "stop": self.stop.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        log_weight, average = state["state"]
+        self.state = torch.tensor([log_weight, average], dtype=torch.float64)
+        self.stop.load_state_dict(state["stop"])
+
     def _excess(self, average: Tensor) -> Tensor:
         """log(average / target) in [-1, 1]; rounding can make an average KL of 0 negative."""
-        return (average.clamp_min(1e-9) / (self.TARGET * self.budget)).log().clamp(-1, 1)
+        return (average.clamp_min(1e-9) / self.target).log().clamp(-1, 1)
 
 
 class Anchor:
@@ -146,26 +159,39 @@ class Anchor:
         weight = self.weight if isinstance(self.weight, float) else self.weight().to(mean)
         return self.every * weight * mean
 
-    def step(self) -> None:
-        """Adjust the weight after an optimizer step."""
-        if isinstance(self.weight, BudgetWeight) and self._step:
-            mean = (
-                distributed.all_reduce_(torch.stack(self._step).mean()) / distributed.world_size()
-            )
-            self.weight.update(mean)
-        self._step = []
+    def step(self, loss: Tensor | None = None) -> bool:
+        """Adjust the weight after an optimizer step.
+
+        Args:
+            loss: The task's mean loss in this step, without the anchor's, (); needed for the early stop.
+
+        Returns:
+            Whether training may end because the budget binds and nothing is gained, see `BudgetStop`.
+        """
+        read, self._step = self._step, []
+        if not isinstance(self.weight, BudgetWeight):
+            return False
+        found = [torch.stack(read).mean()] if read else []
+        found += [] if loss is None else [loss.detach().to(self.model.device, torch.float32)]
+        if found:
+            means = distributed.all_reduce_(torch.stack(found)) / distributed.world_size()
+        if read:
+            self.weight.update(means[0])
+        if loss is not None:
+            kl, binds = self.weight.state[1].to(means), (self.weight() > KL_WEIGHT).to(means)
+            self.weight.stop.update(means[-1], kl, binds)
+        return self.weight.stop.reason is not None
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs, as JSON values."""
-        weight = self.weight.state.tolist() if isinstance(self.weight, BudgetWeight) else None
+        weight = self.weight.state_dict() if isinstance(self.weight, BudgetWeight) else None
         return {"batches": self.batches, "weight": weight}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was called."""
         self.batches = state["batches"]
         if isinstance(self.weight, BudgetWeight):
-            log_weight, average = state["weight"]
-            self.weight.state = torch.tensor([log_weight, average], dtype=torch.float64)
+            self.weight.load_state_dict(state["weight"])
 
     @property
     def rest(self) -> float:

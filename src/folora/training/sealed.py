@@ -101,10 +101,13 @@ class SealedTrainer(SFTTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """The Trainer's, and the state of `resumable` parts. Raises ArtifactError."""
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
+        if checkpoint is not None:
+            self.load_resumable(Path(checkpoint))
+
+    def load_resumable(self, checkpoint: Path) -> None:
+        """Restore the state of `resumable` parts. Raises ArtifactError."""
         for name, part in self.resumable.items():
-            file = Path(checkpoint) / name
+            file = checkpoint / name
             with malformed_is_damaged(file):
                 part.load_state_dict(json.loads(file.read_text("utf-8")))
 

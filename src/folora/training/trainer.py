@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import (
     PreTrainedTokenizerBase,
+    TrainerControl,
     TrainerState,
 )
 from transformers.trainer import TRAINER_STATE_NAME
@@ -36,6 +37,7 @@ from folora.runtime.extras import needed_by
 from folora.runtime.finiteness import first_non_finite_module, non_finite_gradients
 from folora.runtime.progress import progress
 from folora.runtime.storage import sweep
+from folora.training.anchor import BudgetWeight
 from folora.training.arguments import check_sharding, sft_config
 from folora.training.callbacks import AfterStep, OwnIntervals
 from folora.training.hyperparameters import check_optimizer, follow_arguments
@@ -93,9 +95,10 @@ class FoLoraTrainer(SealedTrainer):
         self.anchor = prepared.anchor(
             passes if passes > 0 else None, args.per_device_train_batch_size
         )
-        if (anchor := self.anchor) is not None:
-            self.add_callback(AfterStep(lambda state, control: anchor.step()))
-            self.resumable[ANCHOR] = anchor
+        self._task_loss = torch.zeros(())  # of the step so far, without the anchor's
+        if self.anchor is not None:
+            self.add_callback(AfterStep(self._follow_budget))
+            self.resumable[ANCHOR] = self.anchor
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
         """The prepared optimizer, over parameters that FSDP2 has not sharded yet."""
@@ -150,10 +153,31 @@ class FoLoraTrainer(SealedTrainer):
         penalty = self._penalty(model, inputs) if model.training else None
         if penalty is None:
             return result
+        loss = (result[0] if return_outputs else result).detach()
         # Given a token count, SFTTrainer does not average over micro-batches.
         if num_items_in_batch is not None:
             penalty = penalty / self.current_gradient_accumulation_steps
+        else:
+            loss = loss / self.current_gradient_accumulation_steps
+        self._task_loss = self._task_loss.to(loss.device) + loss
         return (result[0] + penalty, result[1]) if return_outputs else result + penalty
+
+    @property
+    def ended_early(self) -> str | None:
+        """After which step training ended early, and why; None if it did not."""
+        weight = None if self.anchor is None else self.anchor.weight
+        if not isinstance(weight, BudgetWeight) or weight.stop.reason is None:
+            return None
+        state = self.state
+        return f"after step {state.global_step} of {state.max_steps}: {weight.stop.reason}"
+
+    def _follow_budget(self, state: TrainerState, control: TrainerControl) -> None:
+        """After each step: adjust the anchor's weight, and end training if the budget allows no more."""
+        loss, self._task_loss = self._task_loss, torch.zeros(())
+        if self.anchor is not None and self.anchor.step(loss):
+            control.should_training_stop = True
+            control.should_save |= self.args.save_strategy != "no"
+            logger.info("training ends early, %s", self.ended_early)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in SFTTrainer, without PEFT's input casts and with folora's progress bar."""
@@ -256,12 +280,13 @@ class FoLoraTrainer(SealedTrainer):
 
 
 def _load_if_finished(trainer: FoLoraTrainer, checkpoint: Path) -> bool:
-    """Load the weights of a checkpoint of the last step; returns False if steps remain.
+    """Load the state of a checkpoint after which training ended; returns False if steps remain.
 
     The Trainer would take one more step, because it checks for the end after a step.
     """
     state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-    if state.global_step < state.max_steps:
+    trainer.load_resumable(checkpoint)
+    if state.global_step < state.max_steps and trainer.ended_early is None:
         return False
     weights = load_file(checkpoint / SAFETENSORS_WEIGHTS_NAME)
     set_peft_model_state_dict(trainer.prepared.model, weights)
