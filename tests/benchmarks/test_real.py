@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import yaml
 from scipy import stats
 from support.plans import TINY_PLAN_BASE
 
-from benchmarks import compare
+from benchmarks import compare, sequence
 from benchmarks.real import testbed
 from benchmarks.real.targets import TARGETS, data_folder, target_rows
 from benchmarks.report.forgetting import FAR, forgetting_table
@@ -79,10 +80,16 @@ def plan_file(folder: Path, **changes: Any) -> Path:
     return path
 
 
-def run(folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> list[Any]:
+def run(
+    folder: Path,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *more: str,
+    program: Callable[[list[str]], None] = compare.main,
+) -> list[Any]:
     monkeypatch.setattr(testbed, "MODELS", {"smollm2": lambda _: model})
     places = ["--runs", str(folder / "runs"), "--output", str(folder / "out.jsonl")]
-    compare.main(["--plan", str(folder / "plan.yaml"), *places, *more])
+    program(["--plan", str(folder / "plan.yaml"), *places, *more])
     return load_results(folder / "out.jsonl")
 
 
@@ -135,6 +142,23 @@ def test_a_plan_from_rows_to_results(
     assert {(r.seed, r.config.get("dtype")) for r in other} == {(3, "float32"), (4, "bfloat16")}
     bases = {r.seed: r.base["task_loss"] for r in other if r.task == "mawps"}
     assert bases[3] != bases[4]  # other rows are held out
+
+
+def test_a_sequence_is_read_against_the_first_base(
+    tmp_path: Path, data: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Merged models have no adapter to switch off: KL and flips are those to the model of the plan."""
+    sweeps = [{"methods": ["lora"], "learning_rates": [1e-2]}]
+    plan_file(tmp_path, sequence=True, sweeps=sweeps)
+    (result,) = run(tmp_path, model_folder, monkeypatch, program=sequence.main)
+    assert result.task == "mawps>mbpp"
+    assert result.base["other"]["kl.wikitext"] == 0
+    for reading in result.readings:
+        assert set(reading["task"]) == {"mawps", "mbpp"}
+        assert reading["other"]["kl.wikitext"] > 0 and reading["kl"] > 0
+        lost, gained = (reading["flips"][f"piqa.{name}"] for name in ("lost", "gained"))
+        change = reading["other"]["piqa.acc"] - result.base["other"]["piqa.acc"]
+        assert gained - lost == pytest.approx(3 * change)
 
 
 def test_the_number_of_measured_texts_can_be_reduced(
