@@ -40,6 +40,7 @@ class Plan:
         sweeps: Methods and what is changed on top of them.
         runs: Folder for samples and statistics; plans with the same base may share it.
         calibration: What C_pre is measured on (``source`` and ``count``); None is the run's own samples.
+            In a sequence ``source`` is ``"former"``, see `benchmarks.former`.
         read_at: Fractions of the training after which a reading is taken.
         score_at: Those at which scores are computed too; default: all.
         replay: Source of the real text that methods such as ``lora-replay-1`` replay: ``"pretraining"`` for

@@ -18,6 +18,12 @@ from folora.runtime.contexts import evaluating, without_adapter
 CHUNK = 256  # rows of (tokens, vocabulary) log-probabilities in float32
 
 
+def prompt_of(row: Example) -> list[int]:
+    """The tokens before the first labelled one."""
+    start = next(i for i, label in enumerate(row.labels) if label != IGNORE)
+    return row.input_ids[:start]
+
+
 @contextmanager
 def adapter_off(model: Any) -> Iterator[None]:
     """Run a PEFT model as its base; other models as they are."""

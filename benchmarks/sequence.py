@@ -12,8 +12,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -31,6 +32,7 @@ from benchmarks.compare import (
     started,
     task_run,
 )
+from benchmarks.former import FORMER, with_former
 from benchmarks.plan import THEN, Plan
 from benchmarks.readings import backward_transfer, mean_kl
 from folora.compare.comparison import Arm, Score, checked_arm, rounded
@@ -108,9 +110,11 @@ def sequence(plan: Plan, testbed: Testbed, seed: int, arms: Sequence[Arm], place
     yardstick = Yardstick(testbed, runs, testbed.score(first, plan.tasks[0]))
     base_reading = cache(lambda: yardstick.read(first.context.model, plan.tasks[0], 0))
     results = ResultFile(places.results)
-    for arm in arms:
+    for calibration, arm in product(plan.calibration, arms):
         config = first.config.changed({"method": arm.method, **arm.changes})
-        key = plan.learned[0], config.training_seed, arm.name
+        former = calibration or {}
+        name = "--".join([arm.name, *(f"{k}={v}" for k, v in former.items())])
+        key = plan.learned[0], config.training_seed, name
         shared = first.share()
         made_from = {
             **first.context.facts,
@@ -119,18 +123,18 @@ def sequence(plan: Plan, testbed: Testbed, seed: int, arms: Sequence[Arm], place
         }
         if key not in results.read():
             began = time.monotonic()
-            place = folder / "sequence" / arm.name
-            readings, diverged = taught(config, yardstick, place)
+            place = folder / "sequence" / name
+            readings, diverged = taught(config, yardstick, place, former.get("count", 0))
             result = {
                 "format": FORMAT,
                 "stage": testbed.stage,
                 "task": key[0],
                 "seed": key[1],
-                "name": arm.name,
+                "name": name,
                 "method": arm.method,
                 "title": config.method.title,
                 "changes": arm.changes,
-                "calibration": {},
+                "calibration": former,
                 "command": places.command,
                 "config": config.differences(),
                 "versions": software_versions(),
@@ -146,7 +150,7 @@ def sequence(plan: Plan, testbed: Testbed, seed: int, arms: Sequence[Arm], place
 
 
 def taught(
-    config: FoLoraConfig, yardstick: Yardstick, folder: Path
+    config: FoLoraConfig, yardstick: Yardstick, folder: Path, former: int
 ) -> tuple[list[dict[str, Any]], bool]:
     """Teach the tasks one after the other.
 
@@ -154,6 +158,7 @@ def taught(
         config: Of the first task's run.
         yardstick: For the tasks and the readings.
         folder: Of the runs of all stages, and of the merged models.
+        former: Prompts of each earlier task that are added to the calibration text, see `with_former`.
 
     Returns:
         A reading after each stage, and whether training diverged, which ends it.
@@ -164,6 +169,8 @@ def taught(
         own = folder / f"{number}-{task}"
         donor = None if readings else yardstick.first.folder
         run = task_run(config, yardstick.testbed, own, task, donor, model)
+        if former and readings:
+            run = with_former(run, list(yardstick.runs.values())[: len(readings)], former)
         try:
             steps += run.run()["steps"]
         except NumericsError:
@@ -204,13 +211,19 @@ def shown(result: Mapping[str, Any]) -> str:
 
 def check(plan: Plan) -> None:
     """Refuse a plan that cannot be taught in a row. Raises ConfigError."""
-    TESTBEDS[plan.model].check(plan)
+    TESTBEDS[plan.model].check(replace(plan, calibration=[None]))
     if len(plan.tasks) < 2:
         raise ConfigError(f"a sequence needs at least two tasks, but the plan has {plan.tasks}")
-    if plan.calibration != [None] or plan.replay:
-        raise ConfigError(
-            "calibration and replay must not be set: each stage samples from its own model"
-        )
+    if plan.replay:
+        raise ConfigError("replay must not be set: a sequence has no methods that replay real text")
+    for calibration in plan.calibration:
+        if calibration is not None and (
+            calibration.get("source") != FORMER or calibration.get("count", 0) < 1
+        ):
+            raise ConfigError(
+                f"calibration is {calibration}, but must be null or {{source: {FORMER}, count: 1 or more}}: each "
+                "stage samples from its own model"
+            )
     if plan.base.get("dtype") != "float32":
         raise ConfigError(
             f"dtype is {plan.base.get('dtype')!r}, but must be 'float32': in others the rounding of each "

@@ -17,11 +17,11 @@ from torch import nn
 
 from benchmarks.models import MODELS
 from benchmarks.plan import Plan, check_names
-from benchmarks.readings import adapter_off, exact_match, flips, mean_kl
+from benchmarks.readings import adapter_off, exact_match, flips, mean_kl, prompt_of
 from benchmarks.real.targets import TARGETS, data_folder, target_rows
 from benchmarks.tasks.utils import passages
 from folora.compare.comparison import Score, Scores
-from folora.data.contents import IGNORE, Example
+from folora.data.contents import Example
 from folora.data.files import load_rows
 from folora.data.rows import text_examples
 from folora.errors import ConfigError
@@ -173,9 +173,7 @@ class Scorer:
 
 def _prompts(run: Run, count: int) -> list[Example]:
     """The prompts of the first held-out rows."""
-    rows = run.context.task.held_out[:count]
-    starts = [next(i for i, label in enumerate(row.labels) if label != IGNORE) for row in rows]
-    return text_examples(row.input_ids[:start] for row, start in zip(rows, starts, strict=True))
+    return text_examples(prompt_of(row) for row in run.context.task.held_out[:count])
 
 
 def _wikitext(run: Run, count: int) -> list[Example]:

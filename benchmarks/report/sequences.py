@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.plan import THEN
 from benchmarks.readings import backward_transfer
-from benchmarks.report.blocks import Block, only_task, parts, setting
+from benchmarks.report.blocks import Block, calibrated, only_task, parts, setting
 from benchmarks.report.source import Source, rate_of
 from folora.compare.results import Result, mean_score
 from folora.compare.tables import Column, Table
@@ -63,8 +63,9 @@ def score_of(stage: int, task: str) -> Value:
 
 
 def _name(result: Result) -> str:
-    """Method, learning rate and other changes."""
-    return ", ".join(filter(None, [result.title, f"lr {rate_of(result):g}", setting(result)]))
+    """Method, calibration text, learning rate and other changes."""
+    title = calibrated(result) if result.calibration else result.title
+    return ", ".join(filter(None, [title, f"lr {rate_of(result):g}", setting(result)]))
 
 
 BLOCKS: dict[str, Callable[..., Block]] = {"sequence": sequence}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from benchmarks import sequence
 from benchmarks.compare import TESTBEDS
 from benchmarks.includes import read_included
 from benchmarks.plan import Plan
@@ -35,7 +36,8 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("path", PLANS, ids=lambda p: p.stem)
 def test_committed_plans_are_valid_and_name_every_arm_once(path: Path, data: None) -> None:
     plan = Plan.load(path)
-    TESTBEDS[plan.model].check(plan)
+    check = sequence.check if plan.sequence else TESTBEDS[plan.model].check
+    check(plan)
     arms = plan.arms()
     assert len({arm.name for arm in arms}) == len(arms) > 0
     base = FoLoraConfig().changed(plan.base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from support.made_results import page, stated, tables
 from support.plans import TINY_PLAN_BASE
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import sequence
 from benchmarks.readings import backward_transfer, exact_match, flips, mean_kl
@@ -68,13 +69,13 @@ def test_each_stage_starts_from_the_merged_model_and_an_interrupted_arm_resumes(
         return merge(run, target)
 
     monkeypatch.setattr(sequence, "merge", interrupted)
-    kept = tmp_path / "kept"
+    kept, former = tmp_path / "kept", [{"source": "former", "count": 3}]
     monkeypatch.setattr(sequence, "rmtree", lambda folder: folder.rename(kept))
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, models)
-    (result,) = run(tmp_path, models)
+        run(tmp_path, models, calibration=former)
+    (result,) = run(tmp_path, models, calibration=former)
     assert trained[2:] == trained[:2]  # neither stage was trained again
-    run(tmp_path, models)
+    run(tmp_path, models, calibration=former)
     assert len(trained) == 4  # the arm has a result
 
     assert (result.task, result.stage, result.seed) == ("difference>instrument", "world-7", 7)
@@ -87,16 +88,22 @@ def test_each_stage_starts_from_the_merged_model_and_an_interrupted_arm_resumes(
     assert "backward transfer" in capsys.readouterr().out
 
     first, second = (kept / f"{number}-{task}" for number, task in enumerate(TASKS, 1))
-    place = next(kept.parent.glob("runs/world/tiny/7/sequence")) / "folora--learning_rate=0.01"
-    assert FoLoraConfig.from_yaml(second / "config.yaml").model == str(
-        place / first.name / "merged"
-    )
+    base = FoLoraConfig.from_yaml(second / "config.yaml").model
+    assert base is not None and base.endswith(f"{first.name}/merged")
     texts = [CalibrationSet.load(stage / "1-samples/set") for stage in (first, second)]
-    assert texts[0].calibration != texts[1].calibration  # each stage samples from its own model
+    own, answered = texts[1].calibration[:-3], texts[1].calibration[-3:]
+    assert own != texts[0].calibration  # each stage samples from its own model
     before, between, after = (
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         for path in (models / "world/7", first / "merged", second / "merged")
     )
+    tokenizer = AutoTokenizer.from_pretrained(first / "merged")
+    for ids in answered:  # prompts of the first task, answered by the model that has learned it
+        prompt, answer = ids[:13], ids[13]
+        assert re.fullmatch(
+            r"<bos>diff \d - \d =", "".join(tokenizer.convert_ids_to_tokens(prompt))
+        )
+        assert between(torch.tensor([prompt])).logits[0, -1].argmax() == answer
     moved = PeftModel.from_pretrained(between, str(second / "5-adapter")).merge_and_unload()
     weight = "model.layers.0.self_attn.q_proj.weight"
     torch.testing.assert_close(moved.state_dict()[weight], after.state_dict()[weight])
@@ -112,7 +119,8 @@ def test_each_stage_starts_from_the_merged_model_and_an_interrupted_arm_resumes(
         ({"tasks": ["shift"]}, "at least two tasks"),
         ({"tasks": ["shift", "instrumnt"]}, "did you mean 'instrument'"),
         ({"base": {**TINY_PLAN_BASE, "dtype": "bfloat16"}}, "'bfloat16', but must be 'float32'"),
-        ({"calibration": [{"source": "self", "count": 8}]}, "calibration and replay must not"),
+        ({"calibration": [{"source": "self", "count": 8}]}, "must be null or {source: former"),
+        ({"replay": "pretraining"}, "replay must not be set"),
     ],
 )
 def test_a_plan_that_is_no_sequence_is_refused_first(
