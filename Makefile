@@ -18,10 +18,16 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test architectures cpus matrix gpu results chaos soak fuzz distributed lint format lock sbom audit clean wheel
+.PHONY: demo demo-docs test architectures cpus matrix gpu results chaos soak fuzz distributed lint format lock sbom audit clean wheel
 
 demo: $(VENV)/ready
 	$(RUN) -m demo --output demo/output
+
+# The result of the last `make demo` for docs and README.
+demo-docs: $(VENV)/ready
+	cp demo/output/result.json docs/demo.json
+	cp demo/output/result.png docs/demo.png
+	$(RUN) -m benchmarks.report
 
 test: $(VENV)/ready
 	$(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile

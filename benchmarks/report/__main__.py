@@ -1,4 +1,4 @@
-"""Write the pages of docs that hold figures: ``python -m benchmarks.report``, or ``make results``."""
+"""Write the pages of docs that hold figures, and README's table: ``python -m benchmarks.report``, or ``make results``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.report.blocks import PICTURES
-from benchmarks.report.page import pages, render
+from benchmarks.report.page import pages, refresh, render
 from benchmarks.report.source import Source
 from folora.runtime.storage import write_text
 
@@ -31,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             draw(output.parent / PICTURES / name)
         write_text(output, page.text)
         print(f"{output} and {len(page.pictures)} pictures")
+    if not options.template:
+        readme = Path("README.md")
+        write_text(readme, refresh(readme.read_text(encoding="utf-8"), source))
 
 
 if __name__ == "__main__":

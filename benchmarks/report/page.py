@@ -19,6 +19,8 @@ from folora.errors import ConfigError, FoLoraError
 TEMPLATES = Path(__file__).parent / "templates"
 CALL = re.compile(r"\s*\{\{(.*)\}\}\s*")
 
+MARKED = re.compile(r"(<!-- (\{\{.*\}\}) -->\n).*?(?=<!-- end -->)", re.DOTALL)
+
 BLOCKS: dict[str, Callable[..., Block]] = {
     **overview.BLOCKS,
     **summary.BLOCKS,
@@ -65,6 +67,11 @@ def render(template: str, source: Source, name: str = "the template") -> Page:
         lines.append(block.text)
         pictures |= block.pictures
     return Page("\n".join([*lines, ""]), pictures)
+
+
+def refresh(text: str, source: Source) -> str:
+    """A hand-written page with all between ``<!-- {{ block }} -->`` and ``<!-- end -->`` made anew."""
+    return MARKED.sub(lambda found: found[1] + render(found[2], source).text, text)
 
 
 def _called(line: str, source: Source) -> Block:

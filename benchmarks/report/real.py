@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from benchmarks.report.blocks import (
     REFERENCE,
@@ -21,14 +20,6 @@ from benchmarks.report.source import NoResultsError, Source, rate_of
 from folora.compare.plots import frontier_picture
 from folora.compare.results import Result
 from folora.compare.tables import Table, comparison_table
-
-DEMO = (
-    ("task loss (nats per token)", "task_loss", "{:.3f}"),
-    ("problems solved (of 40)", "task_accuracy", "{:.1%}"),
-    ("known facts retained (of 400)", "facts_accuracy", "{:.1%}"),
-    ("log-probability of a fact", "facts_log_probability", "{:.2f}"),
-    ("KL to the base (nats per token)", "kl", "{:.4f}"),
-)
 
 
 def real(source: Source, plan: str, task: str) -> Block:
@@ -86,12 +77,10 @@ def compared(source: Source, plan: str, task: str) -> Block:
 
 
 def demo(source: Source) -> Block:
-    """The result of ``make demo``: one seed of LoRA and folora with the same learning rate and steps."""
+    """The table of ``make demo``."""
     if not source.demo:
         raise NoResultsError("No result of `make demo` yet.")
-    kinds = " and ".join(run["cpu"] for run in source.demo)
-    caption = f"One seed; `make demo` on CPUs with {kinds}; a range where they differ."
-    return Block([Table(*demo_cells(source.demo), caption)])
+    return Block([Table(**source.demo["table"])])
 
 
 def _beside(
@@ -115,20 +104,6 @@ def with_references(
         r for r in source.maybe(other, task) if r.method in REFERENCES and r.seed in seeds
     ]
     return [*references, *map(named, results)]
-
-
-def demo_cells(
-    runs: Sequence[Mapping[str, Any]],
-) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
-    """Header and rows of the demo's table, from the results of ``make demo`` on several CPUs."""
-    arms = tuple(runs[0]["scores"])
-
-    def cell(arm: str, key: str, style: str) -> str:
-        values = sorted(run["scores"][arm][key] for run in runs)
-        return " to ".join(dict.fromkeys(style.format(v) for v in (values[0], values[-1])))
-
-    rows = tuple((title, *(cell(arm, key, style) for arm in arms)) for title, key, style in DEMO)
-    return ("", *arms), rows
 
 
 BLOCKS: dict[str, Callable[..., Block]] = {

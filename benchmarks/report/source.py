@@ -33,7 +33,7 @@ class Source:
         plans: Plans by name.
         results: Results by plan.
         spectra: What `benchmarks.spectra` wrote.
-        demo: What `make demo` wrote on each CPU; empty if it is not there.
+        demo: What `make demo` wrote; empty if it is not there.
         speed: What `benchmarks.speed` wrote, by device and shape, ``"cpu-smollm2-135m"``.
         reliability: What `benchmarks.reliability` wrote, by harness.
         amounts: What `benchmarks.amounts` wrote, by model.
@@ -42,7 +42,7 @@ class Source:
     plans: Mapping[str, Plan]
     results: Mapping[str, Sequence[Result]]
     spectra: Sequence[Mapping[str, Any]]
-    demo: Sequence[Mapping[str, Any]] = ()
+    demo: Mapping[str, Any] = field(default_factory=dict)
     speed: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     reliability: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     amounts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class Source:
             {path.stem: Plan.load(path) for path in sorted(plans.glob("*.yaml"))},
             found,
             [values for values in spectra if values.get("format") == SPECTRA],
-            read_json(demo) if demo.exists() else (),
+            read_json(demo) if demo.exists() else {},
             *(
                 {path.stem: read_json(path) for path in sorted((results / name).glob("*.json"))}
                 for name in ("speed", "reliability", "amounts")

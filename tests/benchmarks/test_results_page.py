@@ -12,7 +12,7 @@ import pytest
 from support.made_results import PLANS, RATES, TEMPLATE, final, page, source, tables, write_arm
 
 from benchmarks.report.__main__ import main
-from benchmarks.report.page import TEMPLATES, pages, render
+from benchmarks.report.page import TEMPLATES, pages, refresh, render
 from benchmarks.report.source import Source
 from folora.errors import ConfigError
 from folora.methods import METHODS
@@ -125,11 +125,13 @@ def test_variants_without_references_and_knobs_without_defaults(made: Path) -> N
 
 def test_blocks_of_a_comparison_without_a_plan_and_of_the_demo(made: Path) -> None:
     assert page(made, "demo") == "*No result of `make demo` yet.*\n"
-    (made / "demo.json").write_text((ROOT / "docs/demo.json").read_text())
-    scores = json.loads((made / "demo.json").read_text())[0]["scores"]
-    assert f"| {scores['base']['task_loss']:.3f} | {scores['LoRA']['task_loss']:.3f} |" in page(
-        made, "demo"
-    )
+    shown = {"header": ["", "LoRA"], "rows": [["task loss", "0.257"]], "caption": "One seed."}
+    (made / "demo.json").write_text(json.dumps({"table": shown}))
+    assert page(made, "demo") == "|  | LoRA |\n| --- | ---: |\n| task loss | 0.257 |\n\nOne seed.\n"
+    marked = "Before.\n<!-- {{ demo }} -->\nold\n<!-- end -->\nAfter.\n"
+    fresh = refresh(marked, source(made))
+    assert fresh == marked.replace("old\n", page(made, "demo"))
+    assert refresh(fresh, source(made)) == fresh
     shutil.copyfile(made / "results/world_methods.jsonl", made / "results/elsewhere.jsonl")
     found = render("{{ compared elsewhere shift }}", source(made))
     assert set(found.pictures) == {"elsewhere_shift.png"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 import pytest
 
 import folora
-from benchmarks.report.real import demo_cells
+from benchmarks.report.page import refresh
+from benchmarks.report.source import Source
 from benchmarks.tiny import tiny_config, write_qwen3, write_rows
 from folora.training.sft_options import KNOWN
 
@@ -35,11 +35,11 @@ def test_the_python_example_runs(
 
 
 def test_the_table_matches_the_demos_output() -> None:
-    _, rows = demo_cells(json.loads((ROOT / "docs" / "demo.json").read_text()))
-    for row in rows:
-        assert re.search(r"\|\s*" + r"\s*\|\s*".join(map(re.escape, row[1:])) + r"\s*\|", README), (
-            row
-        )
+    source = Source.load(
+        ROOT / "benchmarks/results", ROOT / "benchmarks/plans", ROOT / "docs/demo.json"
+    )
+    assert source.demo["table"]["caption"] in README
+    assert refresh(README, source) == README, "docs/demo.json has changed: run `make results`"
 
 
 def test_every_named_option_and_file_exists() -> None:

@@ -1,4 +1,4 @@
-"""The demo's data: word problems are correct, and facts are well formed and scored correctly."""
+"""The demo's facts are well formed and scored correctly."""
 
 from __future__ import annotations
 
@@ -17,10 +17,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from demo import facts as facts_module
 from demo.facts import FACTS_PATH, Fact, load_facts, score_facts
-from demo.word_problems import TEMPLATES, Step, answer_of, generate, split
-
-STEP = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
-COMPLETION = re.compile(rf" {STEP.pattern}(; {STEP.pattern})*\. #### \d+")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -30,102 +26,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-# Word problems
-
-
-def exact(left: int, operator: str, right: int) -> int:
-    """The value of one step, computed independently of the generator."""
-    if operator == "/":
-        assert left % right == 0, f"{left} / {right} is not exact"
-        return left // right
-    return {"+": left + right, "-": left - right, "*": left * right}[operator]
-
-
-def numbers(text: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", text)]
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_every_step_of_every_word_problem_is_correct(seed: int) -> None:
-    for row in generate(2000, seed):
-        completion = row["completion"]
-        assert COMPLETION.fullmatch(completion), completion
-        steps = STEP.findall(completion)
-        for left, operator, right, result in steps:
-            assert int(result) == exact(int(left), operator, int(right)), completion
-        assert answer_of(completion) == steps[-1][-1]
-        assert all(0 < number <= 200 for number in numbers(row["prompt"] + completion)), row
-
-
-def test_word_problems_use_all_the_numbers_of_their_text_and_no_others() -> None:
-    for row in generate(2000, 2):
-        given = numbers(row["prompt"])
-        results: list[int] = []
-        uses: list[int] = []
-        for left, _, right, result in STEP.findall(row["completion"]):
-            for operand in (int(left), int(right)):
-                assert operand in given + results, row
-                uses.append(operand)
-            results.append(int(result))
-        assert set(given) <= set(uses), row
-        # No step is unused: every result except the answer is used again.
-        assert set(results[:-1]) <= set(uses), row
-
-
-def test_word_problems_come_from_many_templates() -> None:
-    assert len(TEMPLATES) >= 12
-    shapes = set()
-    for row in generate(2000, 3):
-        question = row["prompt"].removesuffix("\nSolution:").rpartition(". ")[2]
-        operators = "".join(operator for _, operator, _, _ in STEP.findall(row["completion"]))
-        shapes.add((question.split()[-1], operators))
-    assert len(shapes) >= 12
-
-
-def test_word_problems_have_the_documented_form() -> None:
-    for row in generate(500, 4):
-        assert set(row) == {"prompt", "completion"}
-        assert row["prompt"].startswith("Problem: ")
-        assert row["prompt"].endswith("?\nSolution:")
-
-
-def test_word_problems_depend_on_the_seed_only() -> None:
-    first, again, other = generate(2000, 5), generate(2000, 5), generate(2000, 6)
-    assert first == again
-    prompts = {row["prompt"] for row in first}
-    assert len(prompts) == 2000
-    # A problem may be repeated by chance, but rarely is.
-    assert len(prompts & {row["prompt"] for row in other}) <= 2
-
-
-def test_split_keeps_test_prompts_out_of_train() -> None:
-    train, test = split(3000, 500, seed=7)
-    assert (len(train), len(test)) == (3000, 500)
-    assert len({row["prompt"] for row in train + test}) == 3500
-    assert (train, test) == split(3000, 500, seed=7)
-
-
-def test_inexact_division_is_refused() -> None:
-    with pytest.raises(ValueError, match="7 / 2"):
-        _ = Step(7, "/", 2).result
-
-
-@pytest.mark.parametrize(
-    ("completion", "answer"),
-    [
-        (" 3 * 12 = 36; 36 - 7 = 29. #### 29", "29"),
-        ("####  29 \n", "29"),
-        (" 29", None),
-        (" 3 * 4 = 12. ####", None),
-    ],
-)
-def test_answer_of(completion: str, answer: str | None) -> None:
-    assert answer_of(completion) == answer
-
-
-# Facts
 
 
 def test_facts_are_well_formed() -> None:
