@@ -42,6 +42,7 @@ SHORT = {
     "sampling.num_sequences": 36,
     "sampling.min_new_tokens": 32,
     "sampling.max_new_tokens": 32,
+    "sampling.batch_size": 32,
     "statistics.task_examples": 4,
     "data.eval_rows": 2,
     "training.max_steps": 2,
