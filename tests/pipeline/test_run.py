@@ -266,6 +266,41 @@ def test_missing_stages_name_the_command(
         run.export()
 
 
+@pytest.mark.parametrize(
+    ("command", "flag", "value", "said"),
+    [
+        (
+            "measure",
+            "seed",
+            "1",
+            "seed is 1, but folora measure reads results that were made with 0",
+        ),
+        ("solve", "sampling.start_token", "eos", "sampling.start_token is 'eos', but folora solve"),
+        ("train", "spectrum.tau", "0.5", "spectrum.tau is 0.5, but folora train"),
+        ("train", "spectrum.directions", "9", "spectrum.directions, or adapter.r is 9"),
+        ("train", "adapter.r", "2", "method.init, or adapter.r is 2"),
+        ("train", "seed", "1", "the seed of training alone is training.seed"),
+        ("train", "data.eval_rows", "0", "the rows differ from those that C_task was measured on"),
+        ("export", "sampling.held_out", "0.2", "sampling.held_out is 0.2, but folora export"),
+    ],
+)
+def test_a_flag_that_a_later_stage_would_not_honour_is_refused_by_name(
+    finished: FoLoraConfig, command: str, flag: str, value: str, said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    before = (Path(str(finished.output)) / "config.yaml").read_bytes()
+    assert main([command, "--output", str(finished.output), f"--{flag}", value]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert (Path(str(finished.output)) / "config.yaml").read_bytes() == before
+
+
+def test_a_flag_that_nothing_has_used_may_change(finished: FoLoraConfig, tmp_path: Path) -> None:
+    config = copy_of(finished, tmp_path / "copy")
+    words = ["train", "--output", str(config.output), "--spectrum.lam", "2", "--max-steps", "1"]
+    assert main(words) == 0
+    assert FoLoraConfig.from_yaml(tmp_path / "copy" / "config.yaml").spectrum.lam == 2.0
+
+
 def test_merged_and_cut_back_exports(finished: FoLoraConfig, tmp_path: Path) -> None:
     run = Run(finished)
     run.export(tmp_path / "merged", kind="merged")

@@ -66,6 +66,7 @@ def _work(request: Request, config: FoLoraConfig) -> None:
         _print_report(run.run())
         return
     if command == "export":
+        run.check_unchanged(command)
         path = _target(request.to)
         report = run.export(path, request.rank, "merged" if request.merged else "adapter")
         target = path or run.folder / ("merged" if request.merged else ADAPTER)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from importlib.util import find_spec
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from folora.adapters.coverage import report
 from folora.calibration.base_file import read_base_manifest, warn_of_dtype
 from folora.calibration.engine import Engine
 from folora.calibration.vllm import ENGINE, find_server
-from folora.config import FoLoraConfig, TrainingConfig
+from folora.config import FoLoraConfig, TrainingConfig, option_names
+from folora.config.options import short
 from folora.data.files import check_dataset
 from folora.data.rows import TaskData, check_fits
 from folora.data.special_tokens import check_same_tokenizer
 from folora.errors import ConfigError
 from folora.pipeline.context import Context
-from folora.pipeline.stages import KeepMoments, Samples, Solved, TaskMoments
+from folora.pipeline.stages import KeepMoments, Samples, Solved, TaskMoments, solve_options
 from folora.pipeline.store import Folder, Stage
 from folora.pipeline.training import Training
 from folora.runtime import distributed
@@ -53,6 +55,40 @@ READS: dict[str, tuple[type[Stage[Any]], ...]] = {
     "train": (Samples, Solved),
 }
 """The stages whose results a command reads from the folder."""
+
+SAMPLED = ("seed", "base", "sampling")
+"""Options and sections with which the first stage is made. Commands that read it cannot change them."""
+SOLVED = {
+    "tau": "spectrum.tau",
+    "basis": "method.basis",
+    "null_rank": "method.init, or adapter.r",
+    "directions": "spectrum.directions, or adapter.r",
+}
+"""The options of `stages.solve_options`, by their names in the config."""
+
+
+def check_unchanged(made: FoLoraConfig, config: FoLoraConfig, command: str) -> None:
+    """Refuse a change of options that made what a command only reads. Raises ConfigError.
+
+    Args:
+        made: The options in the run's folder.
+        config: The options of the command.
+        command: The subcommand; those that make all of their inputs are not concerned.
+    """
+    if command not in (*READS, "export"):
+        return
+    names = [n for n in option_names() if n in SAMPLED or n.partition(".")[0] in SAMPLED]
+    pairs = [(n, "sample", attrgetter(n)(made), attrgetter(n)(config)) for n in names]
+    if command == "train":
+        old, new = solve_options(made), solve_options(config)
+        pairs += [(SOLVED[n], "solve", old[n], new[n]) for n in SOLVED]
+    for name, maker, before, now in pairs:
+        if now != before:
+            own = "; the seed of training alone is training.seed" if name == "seed" else ""
+            raise ConfigError(
+                f"{name} is {short(now)}, but folora {command} reads results that were made with {short(before)}; "
+                f"leave it out, or run folora {maker} with it and the commands after that{own}"
+            )
 
 
 def check_options(context: Context, training: Path, *, needs_data: bool, trains: bool) -> None:
@@ -143,11 +179,24 @@ def check_command(context: Context, store: Folder, command: str) -> None:
         warn_of_dtype(found, context.facts["dtype"])
     for stage in READS.get(command, ()):
         store.manifest(stage, context.facts)
+    if command == "train":
+        _check_rows(context, store)
     distributed.check_same("set of options", config)
     distributed.check_same("model", context.facts)
     distributed.check_same("set of versions", software_versions())
     if context.task_is_read:
         distributed.check_same("data set", context.task.fingerprint)
+
+
+def _check_rows(context: Context, store: Folder) -> None:
+    """Refuse to train on other rows than those that C_task was measured on. Raises ConfigError."""
+    if not (store.folder / TaskMoments.path).exists():
+        return
+    if store.manifest(TaskMoments)["data"] != TaskMoments(context).facts()["data"]:
+        raise ConfigError(
+            "the rows differ from those that C_task was measured on (dataset, data or statistics.task_examples was "
+            "changed, or the file); run folora measure and folora solve with them first"
+        )
 
 
 def check_is_no_model(folder: Path, name: str) -> None:

@@ -38,7 +38,13 @@ from folora.config import FoLoraConfig
 from folora.errors import ConfigError, FoLoraError, MismatchError
 from folora.metrics.summary import budget_verdict
 from folora.pipeline import stages
-from folora.pipeline.checks import STAGES, check_command, check_is_no_model, check_options
+from folora.pipeline.checks import (
+    STAGES,
+    check_command,
+    check_is_no_model,
+    check_options,
+    check_unchanged,
+)
 from folora.pipeline.context import Context
 from folora.pipeline.scaled_export import fit_adapter
 from folora.pipeline.stages import KeepMoments, Samples, Shared, Solved, TaskMoments, base_file
@@ -100,7 +106,13 @@ class Run:
 
     def check_command(self, command: str) -> None:
         """All other checks before a command's stages; see `checks.check_command`."""
+        self.check_unchanged(command)
         check_command(self.context, self.store, command)
+
+    def check_unchanged(self, command: str) -> None:
+        """Refuse other options than those that earlier commands have used; see `checks.check_unchanged`."""
+        if (file := self.folder / CONFIG).is_file():
+            check_unchanged(FoLoraConfig.from_yaml(file), self.config, command)
 
     def run(self) -> dict[str, Any]:
         """All stages; returns the report."""
