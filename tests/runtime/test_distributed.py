@@ -5,23 +5,27 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 from support.processes import in_processes
 
+import folora
 from benchmarks.distributed.__main__ import breaches
-from benchmarks.distributed.runs import ROUNDING, WAYS, Bench, ended
+from benchmarks.distributed.runs import ROUNDING, WAYS, Bench, by_fsdp2, ended
 from benchmarks.distributed.trials import interrupted, killed, other_ways, refused, same_as_one
-from benchmarks.tiny import make_llama
+from benchmarks.tiny import make_llama, make_tokenizer, rows, tiny_config
 from folora.cli.main import main
 from folora.errors import ConfigError, DataError, MismatchError, ProcessError
 from folora.pipeline.training import Training
 from folora.runtime import distributed
 from folora.runtime.checkpoints import latest_checkpoint
+from folora.runtime.tensors import full_tensor
 
 NOTHING: dict[str, Any] = {
     "same": {}, "ways": {}, "killed": [], "interrupted": [], "refused": {}, "launched": {}
@@ -224,6 +228,28 @@ def test_a_fsdp2_run_resumes_with_one_process(bench: Bench) -> None:
     result = bench.tensors(name, Training.path)
     a = next(iter(result)).removesuffix("/A").removesuffix("/B")
     assert torch.equal(last[f"base_model.model.{a}.lora_A.weight"], result[f"{a}/A"])
+
+
+def test_a_sharded_model_is_saved_with_its_modules_to_save(tmp_path: Path) -> None:
+    def work() -> Any:
+        by_fsdp2(distributed.rank())
+        p = folora.prepare(make_llama(), make_tokenizer(), rows(), tiny_config())
+        config = LoraConfig(r=4, task_type="CAUSAL_LM", modules_to_save=["norm"])
+        model = folora.attach(p.model.unload(), p.bases, config)  # type: ignore[arg-type]
+        optimizer = folora.optimizer(model, p.bases, lr=0.1)
+        args = folora.sft_config(p.config, tmp_path / "steps", evaluates=False, on_cpu=True)
+        p = replace(p, model=model, optimizer=optimizer)
+        trainer = folora.FoLoraTrainer(p, args, make_tokenizer())
+        trainer.train()
+        trainer.save_model(str(tmp_path / "saved"))
+        found = model.base_model.model.model.norm.modules_to_save["default"].weight
+        return full_tensor(found.detach()).tolist()
+
+    trained, other = in_processes(2, work)
+    assert trained == other and max(abs(w - 1) for w in trained) > 1e-3
+    saved = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+    assert saved["base_model.model.model.norm.weight"].tolist() == trained
+    assert len([name for name in saved if "lora_" not in name]) == 5  # PEFT takes every norm
 
 
 def test_a_run_with_a_sharded_base_resumes_without_sharding(bench: Bench) -> None:

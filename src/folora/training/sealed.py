@@ -25,7 +25,7 @@ with needed_by("training", "trl"):
 
 logger = logging.getLogger(__name__)
 
-LORA = "lora_"  # in the names of all adapter parameters
+SAVED = ("lora_", ".modules_to_save.")  # in the names of all weights of an adapter
 
 
 class Resumable(Protocol):
@@ -120,7 +120,9 @@ class SealedTrainer(SFTTrainer):
         """Write the whole adapter as PEFT does, also if FSDP2 has sharded it."""
         if self.is_fsdp_enabled:
             model: Any = self.model
-            parts = model.state_dict()
-            self._save(output_dir, {n: full_tensor(t) for n, t in parts.items() if LORA in n})
+            parts = model.state_dict().items()  # the base's own are not gathered
+            self._save(
+                output_dir, {n: full_tensor(t) for n, t in parts if any(p in n for p in SAVED)}
+            )
         else:
             super().save_model(output_dir, _internal_call)
