@@ -226,7 +226,7 @@ def _checkpoint(run: Path) -> Parser:
 
 def _base_file(run: Path) -> Parser:
     pre = Moments.load(run / KeepMoments.path)
-    manifest = read_manifest(run / KeepMoments.path, KeepMoments.kind)
+    manifest = read_manifest(run / KeepMoments.path, KeepMoments.result.kind)
     facts = {name: manifest[name] for name in MODEL_FACTS}
     name = "base.safetensors"
     with TemporaryDirectory() as folder:

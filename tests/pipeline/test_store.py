@@ -13,6 +13,7 @@ import torch
 from folora.errors import ArtifactError, MismatchError
 from folora.pipeline.store import REQUEST, Folder, Memory, Stage
 from folora.runtime.artifacts import read_artifact, write_artifact
+from folora.spectral.moments import Moments
 
 
 class Context:
@@ -25,7 +26,7 @@ class Context:
 class Number(Stage[float]):
     """A number; counts how often it is computed."""
 
-    path, kind, command = "1-number", "number", "count"
+    path, command, result = "1-number", "count", Moments
     computed = 0
 
     def __init__(self, value: float, **facts: Any) -> None:
@@ -42,11 +43,11 @@ class Number(Stage[float]):
         return self.value
 
     def save(self, value: float, path: Path, facts: Mapping[str, Any]) -> None:
-        write_artifact(path, self.kind, {"value": torch.tensor(value)}, facts)
+        write_artifact(path, self.result.kind, {"value": torch.tensor(value)}, facts)
 
     @classmethod
     def load(cls, context: Any, path: Path, expected: Mapping[str, Any]) -> float:
-        return float(read_artifact(path, cls.kind, expected).tensors["value"])
+        return float(read_artifact(path, cls.result.kind, expected).tensors["value"])
 
 
 class Resumable(Number):
@@ -122,5 +123,5 @@ def test_something_else_in_the_place_of_a_result_is_refused(tmp_path: Path) -> N
     with pytest.raises(ArtifactError, match="1-number"):
         Folder(tmp_path).check(Number)
     write_artifact(tmp_path / "2" / "1-number", "letter", {}, {})
-    with pytest.raises(ArtifactError, match="'number' is needed"):
+    with pytest.raises(ArtifactError, match="'moments' is needed"):
         Folder(tmp_path / "2").check(Number)

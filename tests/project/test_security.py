@@ -293,7 +293,7 @@ def test_names_in_a_run_folder_cannot_escape_it(
     output = tmp_path / "here" / "run"
     config = copied(finished, output)
     monkeypatch.chdir(tmp_path / "here")
-    kind = next(stage.kind for stage in STAGES if stage.path == part)
+    kind = next(stage.result.kind for stage in STAGES if stage.path == part)
     found = read_artifact(output / part, kind)
     own = ("kind", "sha256", "versions")
     facts = {k: v for k, v in found.manifest.items() if k not in own}

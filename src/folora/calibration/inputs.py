@@ -148,22 +148,25 @@ def layer_hooks(
     model: nn.Module,
     names: Iterable[str],
     before: Callable[[str, Any], None],
-    after: Callable[[str, Any], None] = lambda name, output: None,
+    after: Callable[[str, Any], None] | None = None,
 ) -> Iterator[None]:
     """Call `before(name, input)` before each named layer runs and `after(name, output)` after it."""
 
     def pre_hook(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         before(name, args[0] if args else next(iter(kwargs.values())))
 
-    def post_hook(name: str, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        after(name, output)
+    def post_hook(
+        call: Callable[[str, Any], None], name: str, _: nn.Module, __: Any, output: Any
+    ) -> None:
+        call(name, output)
 
     with ExitStack() as handles:
         for name in names:
             module = model.get_submodule(name)
             pre = module.register_forward_pre_hook(partial(pre_hook, name), with_kwargs=True)
             handles.enter_context(pre)
-            handles.enter_context(module.register_forward_hook(partial(post_hook, name)))
+            if after is not None:
+                handles.enter_context(module.register_forward_hook(partial(post_hook, after, name)))
         yield
 
 

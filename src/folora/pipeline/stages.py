@@ -40,7 +40,7 @@ OfLayers = TypeVar("OfLayers", Moments, Spectrum)
 
 
 class _CalibrationSetStage(Stage[CalibrationSet]):
-    path, kind, command, result = "1-samples/set", CalibrationSet.kind, "sample", CalibrationSet
+    path, command, result = "1-samples/set", "sample", CalibrationSet
 
     @classmethod
     def check_result(cls, value: CalibrationSet, context: Context, path: Path) -> None:
@@ -127,7 +127,7 @@ class _LayersStage(Stage[OfLayers]):
 
 
 class _Measured(_LayersStage[Moments]):
-    kind, command, result = Moments.kind, "measure", Moments
+    command, result = "measure", Moments
 
     def facts(self) -> dict[str, Any]:
         """Fingerprints of the model and of the layers."""
@@ -200,7 +200,7 @@ class KeepMoments(_Measured):
 class Solved(_LayersStage[Spectrum]):
     """The eigenbasis of every shared input, from C_pre (`keep`) and C_task (`task`)."""
 
-    path, kind, command, result = "3-spectrum", Spectrum.kind, "solve", Spectrum
+    path, command, result = "3-spectrum", "solve", Spectrum
 
     def __init__(
         self, context: Context, keep: StageResult[Moments], task: StageResult[Moments]

@@ -31,13 +31,11 @@ class Stage(ABC, Generic[T]):
 
     Attributes:
         path: Path of its result in a run's folder.
-        kind: Kind of artifact in the result's manifest.
         command: The subcommand of ``folora`` that makes it.
-        result: Class of the result.
+        result: Class of the result, whose `kind` is in the manifest.
     """
 
     path: ClassVar[str]
-    kind: ClassVar[str]
     command: ClassVar[str]
     result: ClassVar[type[Saveable]]
 
@@ -151,7 +149,7 @@ class Folder:
         path = self.folder / stage.path
         if not path.exists():
             raise ArtifactError(f"{path} is missing; run folora {stage.command} first")
-        return read_manifest(path, stage.kind, expected)
+        return read_manifest(path, stage.result.kind, expected)
 
     def check(self, stage: type[Stage[Any]]) -> None:
         """Refuse a damaged result, or another file in its place. Raises ArtifactError."""
@@ -173,7 +171,7 @@ class Folder:
                 write_sealed(file, request)
         if not path.exists():
             return False
-        manifest = read_manifest(path, stage.kind)
+        manifest = read_manifest(path, stage.result.kind)
         if all(manifest.get(name) == value for name, value in facts.items()):
             logger.info("%s: already done", stage.path)
             return True

@@ -67,7 +67,7 @@ class Training(Stage[Trained]):
     The meter uses the held-out part of the samples.
     """
 
-    path, kind, command, result = "4-training/result", Trained.kind, "train", Trained
+    path, command, result = "4-training/result", "train", Trained
 
     def __init__(
         self,
