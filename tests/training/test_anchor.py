@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from training.test_trainer import StopAt, flat
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig
 
 import folora
 from benchmarks.tiny import make_llama, make_tokenizer, rows, tiny_config
@@ -256,35 +257,26 @@ def test_a_short_training_that_hardly_reads_text_is_warned_of(
     assert "only 4 times" in caplog.text
 
 
-def test_another_trainer_adds_the_anchor_to_its_loss(tmp_path: Path) -> None:
-    """The recipe of the documentation, with DPO."""
-    p = prepared(training={"per_device_train_batch_size": 4})
-    anchor = p.anchor(steps=4)
-    assert anchor is not None
-
-    class Anchored(DPOTrainer):
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            loss = super().compute_loss(model, inputs, *args, **kwargs)
-            return loss + anchor.loss(model) if model.training else loss
-
+def test_the_documented_recipe_adds_the_anchor_to_dpo(tmp_path: Path) -> None:
+    page = Path(__file__).parents[2] / "docs" / "budget.md"
+    blocks = [block.partition("```")[0] for block in page.read_text().split("```python\n")[1:]]
+    (recipe,) = (block for block in blocks if "DPOTrainer" in block)
+    p = prepared(method="folora", budget=1e-4, training={"per_device_train_batch_size": 4})
     pairs = [
         {"prompt": r["prompt"], "chosen": r["completion"], "rejected": "0."} for r in rows()[:16]
     ]
-    from datasets import Dataset
-
     args = DPOConfig(
         output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=4, report_to="none",
         use_cpu=True, learning_rate=1e-2, logging_steps=1,
     )  # fmt: skip
+    names: dict[str, Any] = {
+        "args": args, "pairs": Dataset.from_list(pairs), "prepared": p, "tokenizer": make_tokenizer(),
+    }  # fmt: skip
     before = flat(p)
-    Anchored(
-        model=p.model,
-        args=args,
-        train_dataset=Dataset.from_list(pairs),
-        processing_class=make_tokenizer(),
-        optimizers=(p.optimizer, None),
-    ).train()
-    assert not torch.equal(flat(p), before) and anchor.batches >= 4
+    exec(recipe, names)
+    anchor = names["anchor"]
+    assert not torch.equal(flat(p), before) and anchor.batches == 4
+    assert float(anchor.weight()) > KL_WEIGHT  # the callback has followed the budget
     assert all(
         torch.isfinite(t).all() for a, b, _ in lora_factors(p.model).values() for t in (a, b)
     )
