@@ -58,7 +58,12 @@ def config(model: Path, rows: Path, output: Path) -> FoLoraConfig:
         dtype="float32",  # rounding to bf16 changes the model by more than folora does
         budget=BUDGET,
         sampling=SamplingConfig(
-            num_sequences=80, min_new_tokens=64, max_new_tokens=96, batch_size=80, held_out=0.3
+            num_sequences=80,
+            min_new_tokens=64,
+            max_new_tokens=96,
+            batch_size=80,
+            held_out=0.3,
+            sources={"bos": 1},
         ),
         data=DataConfig(eval_rows=0),
         statistics=StatisticsConfig(task_examples=128, batch_size=16),

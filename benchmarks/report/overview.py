@@ -22,6 +22,8 @@ def runs(source: Source) -> Block:
     for plan in dict.fromkeys([*source.plans, *source.results]):
         results, expected = source.results.get(plan, []), source.expected(plan)
         arms = f"{len(results)} of {len(expected)}" if expected else str(len(results))
+        if expected and (more := len(results) - len(expected)) > 0:
+            arms = f"{len(expected)} of {len(expected)}, {more} no longer planned"
         tasks = ", ".join(dict.fromkeys(r.task for r in results)) or NONE
         seeds = ", ".join(map(str, sorted({r.seed for r in results}))) or NONE
         hours = sum(r.seconds or 0.0 for r in results) / 3600

@@ -52,6 +52,9 @@ PICTURED = (
 SELF, COUNT = "self", 256  # calibration: the model's own text, and the number to compare sources at
 
 DEFAULTS = "defaults"
+REMOVED = {
+    "training.lr_b_ratio": 1.0
+}  # defaults of options that results have, but configs have no more
 
 
 def methods(source: Source, task: str) -> Block:
@@ -191,7 +194,8 @@ def knob_panels(
     for knob in dict.fromkeys(knob for r in turned for knob in knobs_of(r)):
         alone = [r for r in turned if knobs_of(r) == [knob]]
         values = {float(r.changes[knob]): matched[setting(r)] for r in alone}
-        default = defaults[0].config.get(knob, attrgetter(knob)(FoLoraConfig()))
+        known = REMOVED.get(knob) or attrgetter(knob)(FoLoraConfig())
+        default = defaults[0].config.get(knob, known)
         default = default if isinstance(default, int | float) else None  # "all" has no place
         if default is not None:
             values[float(default)] = matched[DEFAULTS]

@@ -23,7 +23,7 @@ import torch
 from benchmarks.models import MODELS
 from benchmarks.real.targets import TARGETS, target_rows
 from benchmarks.speed.__main__ import machine
-from folora.config import FoLoraConfig
+from folora.config import FoLoraConfig, SamplingConfig
 from folora.pipeline.context import Context
 from folora.pipeline.stages import Solved, TaskMoments, share
 from folora.pipeline.store import Memory, Stage, StageResult
@@ -104,8 +104,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = options.output / f"setup-{options.device}-{options.model}-{options.target}.json"
     if not path.exists():
         config = FoLoraConfig(
-            model=str(MODELS[options.model](options.models)), device=options.device
-        )
+            model=str(MODELS[options.model](options.models)), device=options.device,
+            sampling=SamplingConfig(sources={"bos": 1.0}),  # as the results so far
+        )  # fmt: skip
         context = Context(config, dataset=target_rows(options.target))
         found = measure(context, options.steps)
         write_json(

@@ -90,10 +90,10 @@ def test_decoding_stops_when_all_sequences_have_ended() -> None:
         return torch.tensor([7 if written.shape[1] >= n else 3 for n in (2, 5, 20)])
 
     start = torch.ones(3, 1, dtype=torch.long)
-    written = decode(forward, start, choose, [7], 500)
+    written = decode(forward, start, choose, lambda: len(asked) >= 20, 500)
     assert len(asked) == written.shape[1] == 2 * CHECK_EVERY
     assert [row.tolist().index(7) for row in written] == [1, 4, 19]
-    assert decode(forward, start, choose, [], 40).shape == (3, 40)
+    assert decode(forward, start, choose, lambda: False, 40).shape == (3, 40)
 
 
 def test_out_of_memory_halves_the_batch(

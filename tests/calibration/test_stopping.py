@@ -89,12 +89,13 @@ def test_moments_of_a_converged_first_check_are_reused(
     task = {"one": moment(8, seed=9).float()}
     stopping = EarlyStopping(measure, task, SpectrumConfig(), 3, 0.1, fits_in_memory)
     for check, count in enumerate((4, 10)[:converged_at], start=1):
-        converged = stopping([[1]] * count)
+        rows = [[n] for n in reversed(range(count))]  # the earlier ones are not first
+        converged = stopping(rows)
         assert check > 1 or converged == (converged_at == 1)
-        assert (stopping.moments_of([[1]] * count) is not None) == (
+        assert (stopping.moments_of(rows) is not None) == (
             fits_in_memory and check == converged_at == 1
         )
-        assert stopping.moments_of([[2]] * count) is None
+        assert stopping.moments_of([[99]] * count) is None
     assert asked == [(4, fits_in_memory), (6, False)][:converged_at]
 
 

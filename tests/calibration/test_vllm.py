@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Event, Thread
@@ -26,6 +27,7 @@ from benchmarks.tiny import make_llama, make_tokenizer, tiny_config
 from folora.calibration.engine import Engine
 from folora.calibration.logits import MIXTURE, Decoding, decoding_of, stream_seed, warp_logits
 from folora.calibration.sampling import sample_sequences
+from folora.calibration.source_files import mixture_of
 from folora.calibration.vllm import PROBE_TOKENS, VllmEngine, engine_of, find_server
 from folora.config import SamplingConfig
 from folora.errors import ConfigError, MismatchError, ServerError
@@ -83,7 +85,10 @@ class FakeServer(ThreadingHTTPServer):
             if token in asked["stop_token_ids"]:
                 break
         time.sleep(random.random() / 50)
-        choice = {"token_ids": ids[1:], "logprobs": {"token_logprobs": logprobs}}
+        choice = {
+            "token_ids": ids[len(asked["prompt"]) :],
+            "logprobs": {"token_logprobs": logprobs},
+        }
         return {"object": "text_completion", "choices": [choice]}
 
 
@@ -167,6 +172,27 @@ def test_a_calibration_set_from_a_server(server: FakeServer) -> None:
     rows = [*found.calibration, *found.held_out]
     assert len(rows) == 32 and len({tuple(row) for row in rows}) == 32
     assert all(row[0] == START and 33 <= len(row) <= 37 for row in rows)
+
+
+def test_a_dialogue_takes_two_requests(server: FakeServer) -> None:
+    """The message of the user, then the answer after the generation prompt."""
+    config = CONFIG.replace(sources={"chat": 1.0})
+    mixture = mixture_of(config, make_tokenizer(chat=True), START)
+    opening, insert = (list(t) for t in (mixture.script(0).opening, mixture.script(0).insert))
+    written = replace(engine(server, config), start=mixture)(range(40))
+    answered = [row for row in written if EOS in row and len(row) > row.index(EOS) + len(insert)]
+    assert len(answered) > 2
+    prompts = {tuple(asked["prompt"]): asked for asked in server.requests}
+    assert len(server.requests) == 40 + len(prompts) - 1
+    for row in answered:
+        end = row.index(EOS)
+        assert row[end : end + len(insert)] == insert
+        asked = prompts[(*opening, *row[:end], *insert)]
+        assert (asked["min_tokens"], asked["max_tokens"]) == (1, 36 - end)
+        assert len(row) <= 36 + len(insert)
+    with pytest.raises(ServerError, match=r"max_new_tokens \(36\) and \d+ tokens of a prompt"):
+        server.context = 37
+        find_server(server.url, config, mixture.given)
 
 
 def test_a_server_with_another_model_is_refused(server: FakeServer) -> None:

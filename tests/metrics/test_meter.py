@@ -51,6 +51,21 @@ def test_kl_matches_a_slow_reference() -> None:
     assert reading.kl > 0
 
 
+def test_each_source_has_its_kl_and_together_they_give_the_total() -> None:
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(make_llama(), config).eval()
+    parts = {"bos": SAMPLES[:2], "chat": SAMPLES[2:]}
+    whole, found = Meter(SAMPLES, []).read(model), Meter(parts, []).read(model)
+    assert whole.kl_by_source == {}
+    alone = {name: Meter(rows, []).read(model).kl for name, rows in parts.items()}
+    assert found.kl_by_source == pytest.approx(alone)
+    assert found.kl == pytest.approx(whole.kl)
+    tokens = {name: sum(len(row) - 1 for row in rows) for name, rows in parts.items()}
+    mean = sum(found.kl_by_source[n] * tokens[n] for n in parts) / sum(tokens.values())
+    assert found.kl == pytest.approx(mean)
+    assert Meter(parts, [], 1).num_batches == 3
+
+
 def test_an_untrained_adapter_has_zero_kl_and_no_rows_give_nan() -> None:
     model = get_peft_model(make_llama(), LoraConfig(r=4, target_modules="all-linear"))
     reading = Meter(SAMPLES, []).read(model)

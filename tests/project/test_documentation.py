@@ -61,7 +61,7 @@ def test_the_table_of_options_lists_every_option() -> None:
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
     options = option_names()
     assert [row[0].strip("`") for row in rows] == sorted(
-        options, key=lambda n: n.startswith("training.") and n != "training.lr_b_ratio"
+        options, key=lambda n: n.startswith("training.")
     )
     for name, default, what, why in rows:
         option = options[name.strip("`")]

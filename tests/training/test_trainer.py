@@ -151,7 +151,7 @@ def test_other_options_pass_through(tmp_path: Path) -> None:
         {"bf16": True},
         {"gradient_checkpointing": True},
         {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
-        {"weight_decay": 0.1, "lr_b_ratio": 4.0},
+        {"weight_decay": 0.1},
         {"save_total_limit": None},
         {"packing": True, "packing_strategy": "wrapped", "max_length": 48},
     ],

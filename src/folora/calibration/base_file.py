@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from folora.calibration.calibration_set import CalibrationSet
-from folora.errors import ArtifactError, ConfigError
+from folora.config import BOS, SamplingConfig
+from folora.errors import ArtifactError, ConfigError, MismatchError
 from folora.runtime.artifacts import check_manifest, read_tensors, software_versions
 from folora.runtime.ownership import check_target
 from folora.runtime.shapes import Float
@@ -106,6 +107,7 @@ def write_base_file(
         "samples": written["fingerprint"],
         "held_out": len(samples.held_out),
         "rejected": samples.rejected,
+        "sources": written["sources"],
         **moments.to_artifact()[1],
         **facts,
     }
@@ -159,6 +161,16 @@ def read_base_manifest(path: Path, expected: Mapping[str, Any] | None = None) ->
     return check_manifest(manifest, path, path, KIND, expected)
 
 
+def check_base_sources(manifest: Facts, config: SamplingConfig) -> None:
+    """Refuse a base file made from other sources than the config asks for. Raises MismatchError."""
+    has = manifest.get("sources") or [BOS]  # before sources there was no other
+    if config.sources is not None and {*has} != {*config.sources}:
+        raise MismatchError(
+            f"{manifest.file} has text of {', '.join(has)}, but sampling.sources asks for "
+            f"{', '.join(config.sources)}; leave sampling.sources out, or make another file with folora base"
+        )
+
+
 def warn_of_dtype(manifest: Facts, dtype: str) -> None:
     """Log a warning if a base file was made in another dtype than `dtype`."""
     if manifest["dtype"] != dtype:
@@ -182,7 +194,7 @@ def read_base_file(path: Path, expected: Mapping[str, Any] | None = None) -> Bas
         groups = [group_of(fact) for fact in manifest["groups"]]
         if type(manifest["tokens"]) is not int:
             raise ValueError(f"the number of tokens is {manifest['tokens']!r:.80}")
-        written = {"sequences": [None, manifest["held_out"]], "rejected": manifest["rejected"]}
+        written = {**manifest, "sequences": [None, manifest["held_out"]]}
         samples = CalibrationSet.from_artifact(tensors, written)
         triangles = {g.name: tensors[f"{g.name}/c_pre"] for g in groups}
         for g in groups:

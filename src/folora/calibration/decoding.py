@@ -7,7 +7,7 @@ device. On the CPU a step attends only to the written part of the cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -129,28 +129,25 @@ def decode(
     forward: Callable[[Tensor], Tensor],
     start: Tensor,
     choose: Callable[[Tensor, Tensor], Tensor],
-    eos_ids: Sequence[int],
+    have_ended: Callable[[], bool],
     max_new_tokens: int,
 ) -> Tensor:
-    """Decode until every row has ended; tokens of a row after its EOS are undefined.
+    """Decode until every row has ended; tokens of a row after its end are undefined.
 
     Args:
         forward: See `Forward`.
         start: The first token of every row, (rows, 1) int64.
         choose: Returns the next tokens, (rows,) int64, given the tokens so far, (rows, tokens) int64,
             and the logits, (rows, vocabulary), which it must not modify.
-        eos_ids: Tokens that end a row.
+        have_ended: Returns whether all rows have ended; asked every `CHECK_EVERY` tokens.
         max_new_tokens: Maximum number of tokens of a row.
 
     Returns:
         (rows, tokens) int64, without `start`.
     """
-    ends = torch.tensor(eos_ids, dtype=start.dtype, device=start.device)
-    ended = torch.zeros(len(start), dtype=torch.bool, device=start.device)
     written = start.repeat(1, 1 + max_new_tokens)
     for n in range(1, 1 + max_new_tokens):
         written[:, n] = choose(written[:, :n], forward(written[:, n - 1 : n]))
-        ended |= torch.isin(written[:, n], ends)
-        if eos_ids and n % CHECK_EVERY == 0 and bool(ended.all()):
+        if n % CHECK_EVERY == 0 and have_ended():
             return written[:, 1 : n + 1]
     return written[:, 1:]

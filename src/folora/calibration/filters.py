@@ -14,7 +14,10 @@ MAX_RUN = 20
 UNIQUE_TOKENS_FROM, MIN_UNIQUE_TOKENS = 128, 0.12
 UNIQUE_4GRAMS_FROM, MIN_UNIQUE_4GRAMS = 256, 0.25
 
-REASONS = ("duplicate", "too_short", "token_run", "few_unique_tokens", "few_unique_4grams")
+UNANSWERED = "unanswered"  # a dialogue that is cut before the answer
+REASONS = (
+    "duplicate", "too_short", "token_run", "few_unique_tokens", "few_unique_4grams", UNANSWERED,
+)  # fmt: skip
 
 
 def longest_run(tokens: Sequence[int]) -> int:
@@ -30,12 +33,14 @@ def unique_ratio(tokens: Sequence[int], n: int = 1) -> float:
     return len({tuple(tokens[i : i + n]) for i in range(count)}) / count
 
 
-def rejection(tokens: Sequence[int], seen: set[tuple[int, ...]]) -> str | None:
+def rejection(
+    tokens: Sequence[int], seen: set[tuple[int, ...]], least: int = MIN_TOKENS
+) -> str | None:
     """Which of `REASONS` rejects a sequence; None if it is accepted, and then it is added to `seen`.
 
-    The tokens are those generated, without BOS, EOS and padding.
+    The tokens are those generated, at least `least`, without BOS, EOS and padding.
     """
-    if len(tokens) < MIN_TOKENS:
+    if len(tokens) < least:
         return "too_short"
     if longest_run(tokens) >= MAX_RUN:
         return "token_run"

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from folora.calibration.sources import Mixture
+from folora.calibration.turns import Turns
 from folora.config import SamplingConfig
 from folora.errors import NumericsError
 from folora.runtime.contexts import is_sharded
@@ -69,6 +71,7 @@ class PerSequenceSampler(LogitsProcessor):
     def __init__(
         self,
         model: Any,
+        mixture: Mixture,
         numbers: Sequence[int],
         eos_ids: Sequence[int],
         config: SamplingConfig,
@@ -81,7 +84,8 @@ class PerSequenceSampler(LogitsProcessor):
         self.non_finite = False
         rows: dict[Decoding, list[int]] = {}
         for row, number in enumerate(numbers):
-            rows.setdefault(decoding_of(number), []).append(row)
+            _, index = mixture.place(number) or (None, number)
+            rows.setdefault(decoding_of(index), []).append(row)
         self.rows = {
             setting: torch.tensor(found, device=model.device)
             for setting, found in rows.items()
@@ -89,11 +93,11 @@ class PerSequenceSampler(LogitsProcessor):
         }
         seeds = [stream_seed(seed, number) for number in numbers]
         streams = [torch.Generator().manual_seed(found) for found in seeds]
-        count = config.max_new_tokens
+        scripts = [mixture.script(number) for number in numbers]
+        self.turns = Turns(scripts, eos_ids, config, model.device)
+        count = config.max_new_tokens + max(script.given for script in scripts)
         uniforms = [torch.rand(count, generator=g, dtype=torch.float64) for g in streams]
         self.uniforms = torch.stack(uniforms).to(model.device)  # (rows, tokens), in [0, 1)
-        self.eos_ids = list(eos_ids)
-        self.min_new_tokens = config.min_new_tokens
         self.step = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -112,14 +116,18 @@ class PerSequenceSampler(LogitsProcessor):
                 raise NumericsError(NON_FINITE_LOGITS.format(f": {where}"))
             self.non_finite = True  # raised later: the others need this process in the forward pass
             scores = torch.zeros_like(scores)
-        if self.step < self.min_new_tokens and self.eos_ids:
-            scores[:, self.eos_ids] = -float("inf")
+        self.turns.forbid_ends(self.step, scores)
         for setting, rows in self.rows.items():
             scores[rows] = warp_logits(scores[rows], setting)
-        choice = inverse_cdf(scores, self.uniforms[:, self.step])
+        sampled = inverse_cdf(scores, self.uniforms[:, self.step])
+        choice = self.turns.follow(self.step, sampled)
         self.step += 1
         self.on_token()
         return choice
+
+    def ended(self, *_: Any, **__: Any) -> Tensor:
+        """Whether each row is complete, (rows,) bool; a stopping criterion of ``generate``."""
+        return self.turns.ended
 
 
 def inverse_cdf(scores: Tensor, uniforms: Tensor) -> Tensor:

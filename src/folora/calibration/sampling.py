@@ -1,15 +1,15 @@
-"""Sample the calibration set: text that the base model generates (paper 3.4, B.4).
+"""Sample the calibration set: text that the base model generates (paper 3.4, B.4), from sources by share.
 
-Every sequence has a number. Its decoding setting and its random stream are functions of that number and
+Every sequence has a number. Its source, decoding setting and random stream are functions of that number and
 the seed only. So the set does not depend on the batch size, except where different rounding changes a
 sampled token (one sequence in some dozens), and an interrupted run can resume. Sequences are filtered in
-the order of their numbers until the requested number is accepted.
+the order of their numbers until the requested number is accepted, with each source's share of it.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from itertools import count, islice, takewhile
@@ -21,13 +21,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from folora.calibration.calibration_set import CalibrationSet
 from folora.calibration.engine import BATCH_SIZES, Engine, with_batch_size
-from folora.calibration.filters import REASONS, rejection
+from folora.calibration.filters import REASONS
 from folora.calibration.logits import MIXTURE
+from folora.calibration.source_files import mixture_of
+from folora.calibration.sources import Mixture, as_mixture, most_behind
 from folora.calibration.vllm import engine_of
-from folora.config import FIRST_LOOK, SamplingConfig
+from folora.config import FIRST_LOOK, LEAST_SEQUENCES, SamplingConfig
 from folora.data.special_tokens import ending_ids, start_token_id
 from folora.errors import DataError
 from folora.runtime import distributed
+from folora.runtime.architecture import size_limits
 from folora.runtime.progress import progress
 from folora.runtime.storage import json_fingerprint, malformed_is_damaged, read_sealed, write_sealed
 
@@ -37,7 +40,9 @@ _Token = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 BATCH = TypeAdapter(Annotated[list[list[_Token]], Field(strict=True, min_length=1)])
 """The sequences in a shard; without any, reading would never advance."""
 MAX_ATTEMPTS_PER_SEQUENCE = 10
-MIN_ATTEMPTS = 256  # with none accepted, before giving up
+MIN_ATTEMPTS = 256  # of a source with none accepted, before giving up
+
+_Named = tuple[str, list[int]]  # a source and a sequence
 
 
 def sample(
@@ -46,7 +51,7 @@ def sample(
     config: SamplingConfig | None = None,
     seed: int = 0,
 ) -> CalibrationSet:
-    """Sample text from a model, beginning with its start token (paper 3.4, B.4).
+    """Sample text from a model: from its start token (paper 3.4, B.4), and from other sources by share.
 
     Args:
         model: A causal LM on its device.
@@ -55,19 +60,22 @@ def sample(
         seed: Seed of the random streams, one for each sequence.
 
     Raises:
-        FoLoraError: The model cannot generate, has no start token, or most sequences are rejected.
+        FoLoraError: The model cannot generate, has no start token, or most sequences are rejected; a source
+            cannot be used.
     """
-    config = with_batch_size(config or SamplingConfig(), model)
+    config = config or SamplingConfig()
     generation = getattr(model, "generation_config", None)
     start_id = start_token_id(tokenizer, config.start_token, model.config, generation)
-    eos_ids = ending_ids(model, tokenizer)
-    engine = engine_of(model, start_id, eos_ids, config, seed)
-    return sample_sequences(engine, start_id, eos_ids, config)
+    mixture = mixture_of(config, tokenizer, start_id, **size_limits(model.config))
+    config = with_batch_size(config, model, mixture.given)
+    eos_ids = ending_ids(model, tokenizer, mixture.turn_ends)
+    engine = engine_of(model, mixture, eos_ids, config, seed)
+    return sample_sequences(engine, mixture, eos_ids, config)
 
 
 def sample_sequences(
     engine: Engine,
-    start_id: int,
+    start: int | Mixture,
     eos_ids: Sequence[int],
     config: SamplingConfig,
     shards: Path | None = None,
@@ -77,7 +85,7 @@ def sample_sequences(
 
     Args:
         engine: Generates sequences by number.
-        start_id: First token of every sequence.
+        start: The sources, or the token that every sequence starts from.
         eos_ids: Tokens that end a sequence; the filter ignores them.
         config: Counts and lengths.
         shards: Folder with a file per batch; batches that are already there are not sampled again.
@@ -88,43 +96,92 @@ def sample_sequences(
         DataError: Too many sequences are rejected; the reasons are named.
         ArtifactError: A shard is damaged.
     """
-    seen: set[tuple[int, ...]] = set()
-    accepted: list[list[int]] = []
+    mixture = as_mixture(start)
+    accepted: list[_Named] = []
     rejected: Counter[str] = Counter()
     check_points = _check_points(config.num_sequences)
-    generated = _sequences(engine, config.batch_size or BATCH_SIZES[0], shards)
     with progress("sampling", config.num_sequences) as tick:
-        for attempts, tokens in enumerate(generated, start=1):
-            body = tokens[:-1] if tokens and tokens[-1] in eos_ids else tokens
-            reason = rejection(body, seen)
-            tick(int(reason is None), len(tokens))
-            if reason is None:
-                accepted.append([start_id, *tokens])
-                if len(accepted) == config.num_sequences:
-                    break
-                if converged and len(accepted) in check_points:
-                    found = _split(accepted, config, rejected)
-                    if converged(found.calibration):
-                        return found
-            else:
-                rejected[reason] += 1
-            hopeless = attempts >= MIN_ATTEMPTS and not accepted
-            if hopeless or attempts >= MAX_ATTEMPTS_PER_SEQUENCE * config.num_sequences:
-                raise DataError(
-                    f"of {attempts} sampled sequences only {len(accepted)} passed the filter "
-                    f"(rejected: {dict(rejected)}). The model may not generate text from this start token; "
-                    "try another --sampling.start_token or --sampling.sampler_model."
-                )
-    return _split(accepted, config, rejected)
+        for found in _accepted(engine, mixture, eos_ids, config, shards, rejected, tick):
+            accepted.append(found)
+            if len(accepted) == config.num_sequences:
+                break
+            if converged and len(accepted) in check_points:
+                chosen = _split(accepted, mixture, config, rejected)
+                if converged(chosen.calibration):
+                    return chosen
+    if len(accepted) < LEAST_SEQUENCES:
+        raise DataError(
+            f"the files of sampling.sources give only {len(accepted)} sequences that pass the filter (rejected: "
+            f"{dict(rejected)}), but {LEAST_SEQUENCES} are needed; add more, or bos"
+        )
+    return _split(accepted, mixture, config, rejected)
+
+
+def _accepted(
+    engine: Engine,
+    mixture: Mixture,
+    eos_ids: Sequence[int],
+    config: SamplingConfig,
+    shards: Path | None,
+    rejected: Counter[str],
+    tick: Callable[[int, int], None],
+) -> Iterator[_Named]:
+    """Sequences that pass the filter, in an order that gives every source its share; counts those `rejected`."""
+    seen: set[tuple[int, ...]] = set()
+    waiting: dict[str, deque[list[int]]] = {source.name: deque() for source in mixture.sources}
+    tried, taken = dict.fromkeys(waiting, 0), dict.fromkeys(waiting, 0)
+    generated = _sequences(engine, config.batch_size or BATCH_SIZES[0], shards)
+    for number in count():
+        if (place := mixture.place(number)) is None:
+            return
+        tokens = next(generated)
+        source, index = place
+        tried[source.name] += 1
+        reason = source.rejection(index, tokens, eos_ids, seen)
+        tick(int(reason is None), len(tokens))
+        if reason is None:
+            waiting[source.name].append([*source.script(index).opening, *tokens])
+        else:
+            rejected[reason] += 1
+        while True:
+            left = [s for s in mixture.sources if waiting[s.name] or s.has(tried[s.name])]
+            if not left or not waiting[(due := most_behind(left, taken)).name]:
+                break
+            taken[due.name] += 1
+            yield due.name, waiting[due.name].popleft()
+        passed = taken[source.name] + len(waiting[source.name])
+        hopeless = tried[source.name] >= MIN_ATTEMPTS and not passed
+        if hopeless or number + 1 >= MAX_ATTEMPTS_PER_SEQUENCE * config.num_sequences:
+            raise DataError(
+                f"of {tried[source.name]} sampled sequences{mixture.of_source(source)} only {passed} passed the filter "
+                f"(rejected: {dict(rejected)}). The model may not generate text from this start token; "
+                "try another --sampling.start_token, --sampling.sampler_model or --sampling.sources."
+            )
 
 
 def _split(
-    accepted: list[list[int]], config: SamplingConfig, rejected: Counter[str]
+    accepted: Sequence[_Named], mixture: Mixture, config: SamplingConfig, rejected: Counter[str]
 ) -> CalibrationSet:
-    """The accepted sequences as a calibration set: the first for C_pre, the last held out."""
-    cut = len(accepted) - config.replace(num_sequences=len(accepted)).num_held_out
-    counted = {reason: rejected[reason] for reason in REASONS}
-    return CalibrationSet(accepted[:cut], accepted[cut:], counted)
+    """The accepted sequences as a calibration set: of each source the first for C_pre, the last held out."""
+    held_out = config.replace(num_sequences=len(accepted)).num_held_out
+    counts = Counter(name for name, _ in accepted)
+    # Rounded up, so that there are enough of them together.
+    cut = {name: n - -(-held_out * n // len(accepted)) for name, n in counts.items()}
+    parts: dict[str, list[list[int]]] = {name: [] for name in mixture.shares}
+    calibration: list[_Named] = []
+    for name, tokens in accepted:
+        if cut[name] > 0:
+            cut[name] -= 1
+            calibration.append((name, tokens))
+        else:
+            parts[name].append(tokens)
+    last = [(name, tokens) for name, part in parts.items() for tokens in part]
+    return CalibrationSet(
+        [tokens for _, tokens in calibration],
+        [tokens for _, tokens in last],
+        {reason: rejected[reason] for reason in REASONS},
+        [name for name, _ in [*calibration, *last]],
+    )
 
 
 def _check_points(maximum: int) -> set[int]:
@@ -134,18 +191,19 @@ def _check_points(maximum: int) -> set[int]:
 
 
 def sampling_facts(
-    start_id: int, eos_ids: Sequence[int], config: SamplingConfig, seed: int = 0
+    start: int | Mixture, eos_ids: Sequence[int], config: SamplingConfig, seed: int = 0
 ) -> dict[str, Any]:
     """Fingerprint of the settings that a sequence depends on besides the model and its number."""
+    mixture = as_mixture(start)
     settings = {
         "settings": [vars(setting) for setting in MIXTURE],
-        "start_id": start_id,
+        "start_id": mixture.start_id,
         "eos_ids": list(eos_ids),
         "min_new_tokens": config.min_new_tokens,
         "max_new_tokens": config.max_new_tokens,
         "seed": seed,
     }
-    return {"sampling": json_fingerprint(settings)}
+    return {"sampling": json_fingerprint(settings), **mixture.facts}
 
 
 def lazy_engine(make: Callable[[], Engine]) -> Engine:

@@ -89,15 +89,16 @@ class EarlyStopping:
     tolerance: float
     fits_in_memory: bool = False
     _result: tuple[Sequence[list[int]], Moments] | None = None
-    _seen: int = 0
+    _seen: set[tuple[int, ...]] = field(default_factory=set)
     _sums: tuple[dict[str, Tensor], dict[str, Tensor]] = field(default_factory=lambda: ({}, {}))
     _tokens: list[int] = field(default_factory=lambda: [0, 0])
 
     def __call__(self, sequences: Sequence[list[int]]) -> bool:
-        """Whether sampling has converged on these sequences, which extend those of the last call."""
-        all_inputs = self.fits_in_memory and self._seen == 0
-        moments = self.measure(sequences[self._seen :], all_inputs)
-        self._seen = len(sequences)
+        """Whether sampling has converged on these sequences, which include those of the last call."""
+        all_inputs = self.fits_in_memory and not self._seen
+        new = [row for row in sequences if tuple(row) not in self._seen]
+        moments = self.measure(new, all_inputs)
+        self._seen.update(map(tuple, new))
         for half, (part, sums) in enumerate(zip(moments.halves, self._sums, strict=True)):
             self._tokens[half] += part.tokens
             for name, matrix in part.matrices.items():

@@ -8,7 +8,7 @@ vLLM's: the sequences differ, but have the same distribution.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from folora.calibration.engine import Engine, HuggingFaceEngine
 from folora.calibration.logits import Decoding, decoding_of, stream_seed
+from folora.calibration.sources import Mixture, Script, as_mixture
 from folora.config import SamplingConfig
 from folora.data.special_tokens import known_tokens
 from folora.errors import MismatchError, ServerError
@@ -41,12 +42,13 @@ class Server:
     name: str
 
 
-def find_server(url: str, config: SamplingConfig) -> Server:
+def find_server(url: str, config: SamplingConfig, given: int = 0) -> Server:
     """Connect to a vLLM server and read the name of its model.
 
     Args:
         url: Such as ``http://localhost:8000``, with or without ``/v1``.
         config: Its sequences must fit into the server's context.
+        given: `Mixture.given`.
 
     Raises:
         ServerError: It does not answer, is not a vLLM server, or its context is too short.
@@ -58,10 +60,11 @@ def find_server(url: str, config: SamplingConfig) -> Server:
         name, context = str(base["id"]), int(base["max_model_len"])
     except (KeyError, TypeError, ValueError, AttributeError, StopIteration):
         raise ServerError(f"the answer of {url}/v1/models is not that of a vLLM server") from None
-    if context <= config.max_new_tokens:  # plus the start token
+    if context <= config.max_new_tokens + given:  # plus the start token
+        more = f" and {given} tokens of a prompt" if given else ""
         raise ServerError(
             f"the server at {url} has a context of {context} tokens, but needs more than "
-            f"sampling.max_new_tokens ({config.max_new_tokens}); start it with a larger --max-model-len"
+            f"sampling.max_new_tokens ({config.max_new_tokens}){more}; start it with a larger --max-model-len"
         )
     return Server(url, name)
 
@@ -72,7 +75,7 @@ class VllmEngine:
 
     Args:
         server: From `find_server`.
-        start_id: The prompt of every sequence.
+        start: The sources, or the token that every sequence starts from.
         eos_ids: Tokens that end a sequence.
         config: Lengths.
         known: The model's vocabulary size.
@@ -83,16 +86,35 @@ class VllmEngine:
     """
 
     server: Server
-    start_id: int
+    start: int | Mixture
     eos_ids: Sequence[int]
     config: SamplingConfig
     known: int
     seed: int = 0
 
     def __call__(self, numbers: Sequence[int]) -> list[list[int]]:
-        """See `Engine`; all sequences are requested concurrently."""
-        requests = [self._request(number, decoding_of(number)) for number in numbers]
-        return [self._tokens(choice) for choice in self._choices(requests)]
+        """See `Engine`; all sequences are requested concurrently, of dialogues first the user's messages."""
+        mixture, most = as_mixture(self.start), self.config.max_new_tokens
+        scripts = {n: script for n in numbers if (script := mixture.script(n)).is_written}
+        found = dict(zip(scripts, self._turns({n: [] for n in scripts}), strict=True))
+        # A message that ends before the limit gets an answer.
+        asked = {
+            number: [*tokens[:end], *script.insert]
+            for number, script in scripts.items()
+            if script.insert
+            and (end := script.first_end(tokens := found[number], self.eos_ids)) is not None
+            and end < most
+        }
+        answers = self._turns(asked)
+        found |= {n: [*before, *a] for (n, before), a in zip(asked.items(), answers, strict=True)}
+        return [
+            scripts[n].written(found[n], self.eos_ids, most) if n in found else [] for n in numbers
+        ]
+
+    def _turns(self, before: Mapping[int, list[int]]) -> list[list[int]]:
+        """The next turn of each sequence, by the tokens after its opening."""
+        requests = [self._request(number, tokens) for number, tokens in before.items()]
+        return [self._tokens(choice) for choice in self._choices(requests)] if requests else []
 
     def check_serves(self, model: PreTrainedModel) -> None:
         """Refuse a server with other weights, by the log-probabilities of a sequence that it generates.
@@ -101,9 +123,11 @@ class VllmEngine:
             MismatchError: Their mean absolute difference per token from the model's exceeds `LOGPROB_TOLERANCE`.
         """
         wanted = {"logprobs": 0, "max_tokens": PROBE_TOKENS, "min_tokens": PROBE_TOKENS}
-        choice = self._choices([self._request(0, Decoding(1)) | wanted])[0]
+        start_id = as_mixture(self.start).start_id
+        request = self._request(0, [], Script((start_id,), least=None), Decoding(1))
+        choice = self._choices([request | wanted])[0]
         tokens = self._tokens(choice)
-        ids = torch.tensor([[self.start_id, *tokens]], device=model.device)
+        ids = torch.tensor([[start_id, *tokens]], device=model.device)
         with torch.inference_mode(), evaluating(model):
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
         ours = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].cpu()
@@ -120,14 +144,25 @@ class VllmEngine:
                 "model on purpose, name it with --sampling.sampler_model"
             )
 
-    def _request(self, number: int, setting: Decoding) -> dict[str, Any]:
-        """The request for one sequence."""
+    def _request(
+        self,
+        number: int,
+        before: Sequence[int],
+        script: Script | None = None,
+        setting: Decoding | None = None,
+    ) -> dict[str, Any]:
+        """The request for a turn of one sequence; `before` are the tokens after its opening."""
+        mixture = as_mixture(self.start)
+        script = script or mixture.script(number)
+        _, index = mixture.place(number) or (None, number)
+        setting = setting or decoding_of(index)
+        written = len(before) - len(script.insert) if before else 0
         return {
             "model": self.server.name,
-            "prompt": [self.start_id],
-            "seed": stream_seed(self.seed, number),
-            "min_tokens": self.config.min_new_tokens,
-            "max_tokens": self.config.max_new_tokens,
+            "prompt": [*script.opening, *before],
+            "seed": stream_seed(self.seed, number) + bool(before),
+            "min_tokens": self.config.min_new_tokens if script.least is None else script.least,
+            "max_tokens": self.config.max_new_tokens - written,
             "temperature": setting.temperature,
             "top_p": setting.top_p,
             "top_k": setting.top_k,
@@ -168,7 +203,7 @@ class VllmEngine:
 
 def engine_of(
     model: PreTrainedModel,
-    start_id: int,
+    start: int | Mixture,
     eos_ids: Sequence[int],
     config: SamplingConfig,
     seed: int = 0,
@@ -183,11 +218,11 @@ def engine_of(
         MismatchError: It serves another model.
     """
     if config.server is None:
-        local = HuggingFaceEngine(model, start_id, eos_ids, config, seed)
+        local = HuggingFaceEngine(model, start, eos_ids, config, seed)
         local.check_decodes()
         return local
-    server = find_server(config.server, config)
-    engine = VllmEngine(server, start_id, eos_ids, config, known_tokens(model), seed)
+    server = find_server(config.server, config, as_mixture(start).given)
+    engine = VllmEngine(server, start, eos_ids, config, known_tokens(model), seed)
     if config.sampler_model is None:
         engine.check_serves(model)
     return engine

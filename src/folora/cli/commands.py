@@ -160,11 +160,12 @@ def _compare(run: Run, request: Request) -> None:
 
 
 def _plan(config: FoLoraConfig, processes: int) -> Plan:
+    context = Context(config)
+    given = context.mixture.given if config.dataset or config.sampling.sources else 0
     if not config.dataset:
-        return plan(config, processes=processes)
-    task = Context(config).task
-    lengths = [len(e.input_ids) for e in task.train]
-    return plan(config, sum(lengths), len(lengths), max(lengths), processes)
+        return plan(config, processes=processes, given=given)
+    lengths = [len(e.input_ids) for e in context.task.train]
+    return plan(config, sum(lengths), len(lengths), max(lengths), processes, given)
 
 
 def _print_plan(found: Plan) -> None:

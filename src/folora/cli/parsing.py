@@ -276,14 +276,17 @@ def _value(text: str, hint: Any) -> Any:
     """A flag's text as a value of an option's type; any other text is left to the config to refuse.
 
     ``null`` is None for an option that may be None. Text that begins with a bracket or a brace is YAML for
-    an option that may be a list or a mapping.
+    an option that may be a list or a mapping; a mapping to numbers may also be written ``a=0.5,b=0.5``.
     """
     found = kinds(hint)
     if text == "null" and (NoneType in found or hint is Any):
         return None
-    if hint is Any or (text[:1] in ("[", "{") and {tuple, Method} & {*found}):
+    if hint is Any or (text[:1] in ("[", "{") and {tuple, dict, Method} & {*found}):
         with suppress(ConfigError):
             return parse_yaml(text)
+    if dict in found and "=" in text:
+        pairs = (part.rpartition("=") for part in text.split(","))
+        return {name: _value(share, float) for name, _, share in pairs}
     for kind in found:
         with suppress(ValidationError):
             if kind in (int, float, bool, str):
@@ -297,6 +300,7 @@ NAMES = {
     float: "NUMBER",
     bool: "true|false",
     tuple: "[A, B]",
+    dict: "NAME=SHARE,...",
     Method: "NAME",
 }
 

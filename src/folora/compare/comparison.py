@@ -28,7 +28,7 @@ from folora.calibration.base_file import tensors_sha256
 from folora.calibration.inputs import target_layers
 from folora.compare.compute import tokens_processed
 from folora.compare.results import FORMAT, REMEDY, Key, Line, ResultFile
-from folora.config import FoLoraConfig
+from folora.config import BOS, FoLoraConfig
 from folora.errors import ArtifactError, ConfigError, DataError, MismatchError
 from folora.metrics.meter import total_norm
 from folora.pipeline.run import Run
@@ -47,6 +47,7 @@ from folora.training.trainer import FoLoraTrainer
 READ_AT = (1 / 4, 1 / 2, 3 / 4, 1.0)
 # Options that every arm is trained with, beside its own; none changes the result.
 HARNESS = {"training.save_strategy": "no", "training.include_num_input_tokens_seen": "non_padding"}
+EARLIER = {"sampling.sources": {BOS: 1.0}}
 
 Scores = dict[str, dict[str, float]]
 """``{"task": {name: score}, "kept": {name: score}}``, every score in [0, 1].
@@ -370,6 +371,8 @@ def checked_arm(
     result, wanted = line.values, json.loads(json.dumps(config.differences()))
     found = result.get("config")
     found = found if isinstance(found, dict) else {}
+    # Earlier results name no sources; `made_from` tells samples of other sources apart.
+    found, wanted = {**EARLIER, **found}, {**EARLIER, **wanted}
     if found != wanted:
         other = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
         raise ArtifactError(f"{line.place} has other options ({', '.join(other)}); {REMEDY}")

@@ -7,8 +7,11 @@ May import `folora.methods` and `folora.errors`.
 from folora.config.folora_config import FoLoraConfig, Option, option_names
 from folora.config.renamed import REMEDIES
 from folora.config.sections import (
+    BOS,
+    CHAT,
     FIRST_LOOK,
     LAMBDA,
+    LEAST_SEQUENCES,
     S_MIN,
     TAU,
     AdapterConfig,
@@ -21,8 +24,11 @@ from folora.config.sections import (
 from folora.config.yaml_files import parse_yaml, read_yaml
 
 __all__ = [
+    "BOS",
+    "CHAT",
     "FIRST_LOOK",
     "LAMBDA",
+    "LEAST_SEQUENCES",
     "REMEDIES",
     "S_MIN",
     "TAU",

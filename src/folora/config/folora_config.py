@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 
 from folora.config.options import Options, allowed, check_keys, explained, short, unknown
 from folora.config.sections import (
+    BOS,
     AdapterConfig,
     DataConfig,
     SamplingConfig,
@@ -186,7 +187,7 @@ class FoLoraConfig(Options):
         """
         settings: dict[str, Any] = {
             "method": "folora-paper",
-            "sampling": SamplingConfig(max_new_tokens=512, tolerance=None),
+            "sampling": SamplingConfig(max_new_tokens=512, tolerance=None, sources={BOS: 1.0}),
             "statistics": StatisticsConfig(task_examples=256),
             "spectrum": SpectrumConfig(tau=1e-3, lam=1.0),
             "adapter": AdapterConfig(r=128),

@@ -97,8 +97,8 @@ def kinds(hint: Any) -> list[Any]:
         return kinds(get_args(hint)[0])
     if origin is Literal:
         return [*get_args(hint)]
-    if origin is tuple:
-        return [tuple]
+    if origin in (tuple, dict):
+        return [origin]
     return [kind for part in get_args(hint) for kind in kinds(part)] if origin else [hint]
 
 

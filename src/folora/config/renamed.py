@@ -31,6 +31,7 @@ REMEDIES = {
     "they do not fit",
     "training.batch_size": "give training.per_device_train_batch_size, as trl.SFTConfig calls it",
     "training.extra": "give options of trl.SFTConfig by their own names, such as training.packing",
+    "training.lr_b_ratio": "A and B have one learning rate; in Python folora.optimizer(..., lr_b_ratio=4) has LoRA+'s",
     "training.non_finite": "training always ends at a gradient with NaN or Inf; restart from the last "
     "checkpoint with a lower training.learning_rate",
     "training.warmup_ratio": "give training.warmup_steps, a share of the steps if it is below 1",

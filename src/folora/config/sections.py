@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_
 
 from folora.config.options import Options, short
 from folora.config.renamed import removal
-from folora.errors import ConfigError
+from folora.errors import ConfigError, nearest
 
 TAU = 1e-3  # ridge, relative to the mean of C_pre's diagonal
 LAMBDA = 1.0  # gamma at which a step is halved
@@ -20,7 +20,13 @@ S_MIN = 0.3  # floor of the gate
 # Sequences before the first early-stopping check. Of a batch of 64, the filter may reject four before the check
 # needs another batch.
 FIRST_LOOK = 60
+LEAST_SEQUENCES = 32
+LEAST_SHARE = 0.05  # of the first sequences three, of which one is held out
 SEEDS = 2**32  # numpy takes no larger ones
+
+BOS, CHAT = "bos", "chat"
+FILES = ("prompts", "texts")
+KNOWN_SOURCES = f"{BOS}, {CHAT}, " + ", ".join(f"{kind}:FILE" for kind in FILES)
 
 Seed = Annotated[int, Field(ge=0, lt=SEEDS)]
 
@@ -29,7 +35,7 @@ class SamplingConfig(Options):
     """The calibration set: text that the pretrained model generates (paper 3.4, B.4)."""
 
     section: ClassVar[str] = "sampling"
-    num_sequences: int = Field(2000, ge=32)
+    num_sequences: int = Field(2000, ge=LEAST_SEQUENCES)
     """most sequences that pass the filter, held-out ones included"""
     min_new_tokens: int = Field(128, ge=1)
     """tokens before the end-of-sequence token is allowed"""
@@ -48,6 +54,10 @@ class SamplingConfig(Options):
     separator of documents"""
     sampler_model: str | None = None
     """another model, with the same tokenizer, that generates the text"""
+    sources: dict[str, float] | None = None
+    """what the text is, by share: bos (from the start token), chat (both sides of dialogues), prompts:FILE
+    (answered by the model), texts:FILE (as they are); default: half bos, half chat if the tokenizer has a
+    chat template, else bos"""
     server: str | None = None
     """URL of a running 'vllm serve MODEL' that generates it, for example http://localhost:8000"""
 
@@ -63,6 +73,8 @@ class SamplingConfig(Options):
                 f"sampling.server is {short(self.server)}, but must begin with http:// or https:// and "
                 "a host"
             )
+        if self.sources is not None:
+            check_shares(self.sources)
         return self
 
     @property
@@ -74,6 +86,26 @@ class SamplingConfig(Options):
     def num_held_out(self) -> int:
         """Number of sequences set aside for the meter."""
         return max(16, round(self.held_out * self.num_sequences))
+
+
+def check_shares(sources: Mapping[str, float]) -> None:
+    """Refuse unknown sources, and shares that are no mixture. Raises ConfigError."""
+    for name, share in sources.items():
+        kind, _, file = name.partition(":")
+        if name not in (BOS, CHAT) and not (kind in FILES and file):
+            raise ConfigError(
+                f"sampling.sources has {short(name)}, but sources are {KNOWN_SOURCES}"
+                f"{nearest(name, (BOS, CHAT, *FILES))}"
+            )
+        if not LEAST_SHARE <= share <= 1:
+            raise ConfigError(
+                f"sampling.sources gives {name} a share of {share:g}, but it must lie in [{LEAST_SHARE:g}, 1]: of "
+                "less text nothing could be held out"
+            )
+    if abs(sum(sources.values()) - 1) > 1e-6:
+        raise ConfigError(
+            f"the shares of sampling.sources sum to {sum(sources.values()):g}, but must sum to 1"
+        )
 
 
 class DataConfig(Options):
@@ -157,7 +189,7 @@ class AdapterConfig(Options):
 
 
 class TrainingConfig(Options):
-    """Options of trl.SFTConfig by their own names, and the one that it does not have.
+    """Options of trl.SFTConfig by their own names.
 
     The fields are those with another default or an interval here; every other option of SFTConfig may be
     given too, and is in ``model_extra``. `training.sft_options` says what becomes of each.
@@ -165,8 +197,6 @@ class TrainingConfig(Options):
 
     model_config = ConfigDict(extra="allow")
     section: ClassVar[str] = "training"
-    lr_b_ratio: float = Field(1.0, gt=0)
-    """learning rate of B over that of A"""
     learning_rate: float = Field(2e-4, gt=0)
     """peak learning rate of A, as usual for LoRA"""
     num_train_epochs: float = Field(1.0, gt=0)

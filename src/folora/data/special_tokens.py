@@ -77,8 +77,10 @@ def _candidates(
         yield tokenizer.eos_token_id, "which ends documents"
 
 
-def ending_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a sampled sequence, from the model's generation config or the tokenizer.
+def ending_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, more: Sequence[int] = ()
+) -> list[int]:
+    """The tokens that end a sampled sequence, from the model's generation config or the tokenizer, and `more`.
 
     Raises:
         DataError: One is outside the model's vocabulary.
@@ -93,7 +95,7 @@ def ending_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
             f"the model's generation config ends sequences at token {wrong[0]}, but the model has "
             f"{known} tokens; correct eos_token_id there"
         )
-    return [int(i) for i in ids]
+    return [*dict.fromkeys(int(i) for i in (*ids, *more))]
 
 
 def known_tokens(model: PreTrainedModel) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from statistics import NormalDist
 
@@ -19,7 +19,7 @@ from peft.tuners.lora import LoraLayer
 
 from folora.data.rows import batches, text_examples
 from folora.errors import DataError
-from folora.metrics.meter import sequence_kl
+from folora.metrics.meter import Texts, by_source, sequence_kl
 from folora.runtime.contexts import evaluating
 from folora.runtime.progress import progress
 
@@ -36,10 +36,12 @@ class Bound:
     Attributes:
         mean: Over tokens.
         upper: One-sided, at `CONFIDENCE`; the spread is that among sequences.
+        by_source: The mean on the text of each source, if there are several.
     """
 
     mean: float
     upper: float
+    by_source: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -123,47 +125,52 @@ def largest_scale(bound_at: Callable[[float], Bound], budget: float) -> BudgetFi
     return BudgetFit(budget, low, trained, kept, readings=readings)
 
 
-def check_sequences(sequences: Sequence[list[int]]) -> None:
+def check_sequences(texts: Texts) -> None:
     """Refuse too few sequences for a confidence interval. Raises DataError."""
-    if len(sequences) < FEWEST:
+    if (count := sum(map(len, by_source(texts).values()))) < FEWEST:
         raise DataError(
             f"a budget needs at least {FEWEST} held-out sequences for a confidence interval, but there are "
-            f"{len(sequences)}; sample more (sampling.num_sequences)"
+            f"{count}; sample more (sampling.num_sequences)"
         )
 
 
 def kl_by_scale(
-    model: PeftModel, sequences: Sequence[list[int]], batch_size: int = 8
+    model: PeftModel, sequences: Texts, batch_size: int = 8
 ) -> Callable[[float], Bound]:
     """The KL of a model's active LoRA adapter as a function of the scale of its update, each measured once.
 
     Args:
         model: Any PEFT model with a LoRA adapter.
-        sequences: Token ids of held-out calibration text, not used in training.
+        sequences: Token ids of held-out calibration text, not used in training; or by source, in
+            proportion to the shares that the budget weighs them by.
         batch_size: Sequences in a forward pass.
 
     Raises:
         DataError: There are fewer than `FEWEST` sequences.
     """
     check_sequences(sequences)
-    examples = text_examples(sequences)
+    examples = {name: text_examples(rows) for name, rows in by_source(sequences).items()}
 
     @cache
     def at(scale: float) -> Bound:
         sums: list[float] = []
         tokens: list[int] = []
-        batch_count = -(-len(examples) // batch_size)
+        means: dict[str, float] = {}
+        batch_count = sum(-(-len(part) // batch_size) for part in examples.values())
         with (
             evaluating(model),
             rescale_adapter_scale(model, scale),
             progress(f"measuring KL at scale {scale:.2f} (batches)", batch_count) as tick,
         ):
-            for batch in batches(examples, batch_size):
-                found = sequence_kl(model, batch)
-                sums += found[0]
-                tokens += found[1]
-                tick()
-        return bound(sums, tokens)
+            for name, part in examples.items():
+                start = len(sums)
+                for batch in batches(part, batch_size):
+                    found = sequence_kl(model, batch)
+                    sums += found[0]
+                    tokens += found[1]
+                    tick()
+                means[name] = math.fsum(sums[start:]) / sum(tokens[start:])
+        return replace(bound(sums, tokens), by_source=means if len(means) > 1 else {})
 
     return at
 
@@ -175,9 +182,7 @@ def apply_scale(model: PeftModel, scale: float) -> None:
             module.scale_layer(scale)
 
 
-def fit_budget(
-    model: PeftModel, sequences: Sequence[list[int]], budget: float, batch_size: int = 8
-) -> BudgetFit:
+def fit_budget(model: PeftModel, sequences: Texts, budget: float, batch_size: int = 8) -> BudgetFit:
     """Scale a model's active LoRA adapter in place, if need be, so that its KL is within a budget.
 
     Args:

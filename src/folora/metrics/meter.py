@@ -1,7 +1,7 @@
 """The meter: task loss, KL to the base model, and norms of the update.
 
 Learned: cross-entropy on held-out task rows. Retained: KL(base || adapted) per token and the change in
-cross-entropy on held-out self-samples. Size of the update: ||dW||_F, and the H-norm
+cross-entropy on held-out calibration text. Size of the update: ||dW||_F, and the H-norm
 sqrt(trace(dW H dW')), the root mean square change of a layer's output on the model's own text (plus the
 ridge).
 """
@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,20 +34,30 @@ OUTSIDE = 1e-3  # relative norm of A outside a truncated basis; fp32 rounding is
 UNTRAINED = 1e-6  # relative to the factors' norms; rounding of a subtracted initialization is 1e-8
 CHUNK = 256  # rows of (tokens, vocabulary) log-probabilities in float32
 
+Texts = Sequence[list[int]] | Mapping[str, Sequence[list[int]]]
+"""Token ids of each sequence, or the same by source."""
+
+
+def by_source(texts: Texts) -> Mapping[str, Sequence[list[int]]]:
+    """Sequences by source; those of unknown sources under one empty name."""
+    return texts if isinstance(texts, Mapping) else {"": texts}
+
 
 @dataclass(frozen=True)
 class Reading:
     """One reading of the meter.
 
     Attributes:
-        kl: Mean KL(base || adapted) in nats per token, on held-out self-samples.
+        kl: Mean KL(base || adapted) in nats per token, on held-out calibration text.
         ce_change: Cross-entropy of adapted minus base on the same tokens, in nats per token.
         task_loss: Cross-entropy in nats per response token on held-out task rows; NaN without rows.
+        kl_by_source: The KL on the text of each source, if there are several.
     """
 
     kl: float
     ce_change: float
     task_loss: float
+    kl_by_source: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,7 @@ class Meter:
     """Compares a PEFT model with its base model on fixed held-out tokens.
 
     Args:
-        held_out_samples: Held-out self-samples, with the start token.
+        held_out_samples: Held-out calibration text, with the start token; or by source.
         held_out_task: Held-out task rows; may be empty.
         batch_size: Sequences per forward pass.
         check: Called before every reading.
@@ -73,14 +83,16 @@ class Meter:
 
     def __init__(
         self,
-        held_out_samples: Sequence[list[int]],
+        held_out_samples: Texts,
         held_out_task: Sequence[Example],
         batch_size: int = 8,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         if not held_out_samples:
             raise DataError("the meter needs held-out samples; sample at least 32 sequences")
-        self.samples = text_examples(held_out_samples)
+        self.samples = {
+            name: text_examples(rows) for name, rows in by_source(held_out_samples).items()
+        }
         self.task = list(held_out_task)
         self.batch_size = batch_size
         self.check = check
@@ -88,19 +100,24 @@ class Meter:
     @property
     def num_batches(self) -> int:
         """Number of batches of a reading: how often `on_batch` is called."""
-        rows = (len(self.samples), len(self.task))
-        return sum(-(-count // self.batch_size) for count in rows)
+        rows = [*self.samples.values(), self.task]
+        return sum(-(-len(part) // self.batch_size) for part in rows)
 
     def read(self, model: PeftModel, on_batch: Callable[[], None] = lambda: None) -> Reading:
         """Take a reading; the model's mode and active adapter are restored."""
         self.check()
+        total = change = tokens = 0.0
+        sources: dict[str, float] = {}
         with evaluating(model):
-            total = change = tokens = 0.0
-            for batch in batches(self.samples, self.batch_size):
-                k, c, n = _kl_sums(model, batch)
-                total, change, tokens = total + k, change + c, tokens + n
-                on_batch()
-        return Reading(total / tokens, change / tokens, self.task_loss(model, on_batch))
+            for name, samples in self.samples.items():
+                before = total, tokens
+                for batch in batches(samples, self.batch_size):
+                    k, c, n = _kl_sums(model, batch)
+                    total, change, tokens = total + k, change + c, tokens + n
+                    on_batch()
+                sources[name] = (total - before[0]) / (tokens - before[1])
+        several = sources if len(sources) > 1 else {}
+        return Reading(total / tokens, change / tokens, self.task_loss(model, on_batch), several)
 
     def task_loss(self, model: Any, on_batch: Callable[[], None] = lambda: None) -> float:
         """Cross-entropy in nats per response token on the held-out task rows; NaN without rows."""

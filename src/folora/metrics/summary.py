@@ -26,7 +26,7 @@ QUANTITIES = (
     ),
     (
         "KL to the base",
-        "KL(base || adapted) per token on held-out text that the base model generated, in nats",
+        "KL(base || adapted) per token on held-out calibration text, in nats",
         "kl",
     ),
     (
@@ -67,6 +67,13 @@ def summary(report: Mapping[str, Any]) -> Group:
     adapted = {**report["adapted"], **report["total_norm"]}
     for name, definition, key in QUANTITIES:
         table.add_row(name, _number(base[key]), _number(adapted[key]), definition)
+        for source, kl in adapted.get("kl_by_source", {}).items() if key == "kl" else ():
+            table.add_row(
+                f"  on {source}",
+                _number(0.0),
+                _number(kl),
+                f"the same on text of the source {source}",
+            )
     lines: list[RenderableType] = [verdict(report["adapted"]["kl"]) + "."]
     if early := report.get("ended_early"):
         lines.append(f"Training ended early, {early}.")
@@ -84,6 +91,8 @@ def budget_verdict(fit: Mapping[str, Any]) -> str:
         f"Budget of {fit['budget']:g} nats per token kept: KL {_number(kept['mean'])}, with 95 % confidence at "
         f"most {_number(kept['upper'])}"
     )
+    if sources := kept.get("by_source"):
+        words += " (" + ", ".join(f"{name} {_number(kl)}" for name, kl in sources.items()) + ")"
     if scale == 1:
         return f"{words}. The adapter is as trained."
     if scale == 0:

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from folora.adapters.coverage import report
-from folora.calibration.base_file import read_base_manifest, warn_of_dtype
+from folora.calibration.base_file import check_base_sources, read_base_manifest, warn_of_dtype
 from folora.calibration.engine import Engine
 from folora.calibration.vllm import ENGINE, find_server
 from folora.config import FoLoraConfig, TrainingConfig, option_names
@@ -113,7 +113,7 @@ def check_options(context: Context, training: Path, *, needs_data: bool, trains:
     if needs_data:
         check_dataset(required(config.dataset, "dataset"))
     if config.base is not None:
-        read_base_manifest(Path(config.base))
+        check_base_sources(read_base_manifest(Path(config.base)), config.sampling)
     limits, start_id = context.limits, context.start_id
     if name := config.sampling.sampler_model:
         other = load_tokenizer(config.replace(revision=None), name)
@@ -147,13 +147,18 @@ def check_in_memory(context: Context) -> Engine | None:
         check_dataset(dataset)
     if context.given is not None:
         _check_given(context, context.given)
+    if config.base is None:
+        # A source that cannot be used is found before the model is loaded.
+        distributed.raise_together(lambda: context.mixture)
     check_model(context.model)
     warn_if_slow(context.model.dtype, context.model.device)
     check_fits(context.task, context.tokenizer, context.start_id, **context.limits)
     _ = context.groups
     if config.base is None:
         return context.engine()  # fails early if the model cannot generate
-    warn_of_dtype(read_base_manifest(Path(config.base), context.facts), context.facts["dtype"])
+    found = read_base_manifest(Path(config.base), context.facts)
+    check_base_sources(found, config.sampling)
+    warn_of_dtype(found, context.facts["dtype"])
     return None
 
 
@@ -215,13 +220,15 @@ def _check_method(config: FoLoraConfig) -> None:
 
 
 def _check_sampling(context: Context, store: Folder) -> None:
-    """Samples fit the model's context, and the generation server, if it is needed, responds."""
+    """Sources can be used, samples fit the context, and the generation server, if it is needed, responds."""
     sampling = context.config.sampling
+    facts = distributed.raise_together(lambda: context.mixture.facts)
+    distributed.check_same("set of calibration sources", facts)
 
     def reach_server() -> None:
         done = (store.folder / Samples.path).exists()
         if sampling.server and not (done and store.manifest(Samples).get("engine") == ENGINE):
-            find_server(sampling.server, sampling)
+            find_server(sampling.server, sampling, context.mixture.given)
 
     distributed.raise_together(reach_server)
     longest = context.limits["context"]

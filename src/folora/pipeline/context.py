@@ -14,6 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from folora.adapters.coverage import Coverage, check_causal, cover, cover_config, probe, report
 from folora.calibration.engine import Engine
+from folora.calibration.source_files import mixture_of
+from folora.calibration.sources import Mixture
 from folora.calibration.vllm import engine_of
 from folora.config import FoLoraConfig
 from folora.data.contents import Row
@@ -21,7 +23,7 @@ from folora.data.files import load_rows
 from folora.data.rows import TaskData, prepare_task
 from folora.data.special_tokens import check_same_tokenizer, ending_ids, start_token_id
 from folora.runtime import distributed
-from folora.runtime.architecture import check_model
+from folora.runtime.architecture import check_model, size_limits
 from folora.runtime.fingerprints import model_facts
 from folora.runtime.finiteness import check_finite_weights
 from folora.runtime.loading import (
@@ -96,13 +98,8 @@ class Context:
 
     @cached_property
     def limits(self) -> dict[str, int | None]:
-        """Vocabulary size and context length; None where the model's config does not give them."""
-        text = self.model_config.get_text_config()
-        found = {
-            "vocabulary": getattr(text, "vocab_size", None),
-            "context": getattr(text, "max_position_embeddings", None),
-        }
-        return {k: v if isinstance(v, int) and v > 0 else None for k, v in found.items()}
+        """See `size_limits`."""
+        return size_limits(self.model_config)
 
     @cached_property
     def start_id(self) -> int:
@@ -115,9 +112,14 @@ class Context:
         return start_token_id(self.tokenizer, chosen, self.model_config, generation)
 
     @cached_property
+    def mixture(self) -> Mixture:
+        """The sources of the calibration set. Raises FoLoraError if one cannot be used."""
+        return mixture_of(self.config.sampling, self.tokenizer, self.start_id, **self.limits)
+
+    @cached_property
     def eos_ids(self) -> list[int]:
         """The tokens that end a sampled sequence."""
-        return ending_ids(self.model, self.tokenizer)
+        return ending_ids(self.model, self.tokenizer, self.mixture.turn_ends)
 
     @cached_property
     def task(self) -> TaskData:
@@ -163,7 +165,7 @@ class Context:
         sampling = self.config.sampling
         if sampling.server is not None or sampling.sampler_model is not None:
             return None
-        return engine_of(self.model, self.start_id, self.eos_ids, sampling, self.config.seed)
+        return engine_of(self.model, self.mixture, self.eos_ids, sampling, self.config.seed)
 
     def engine(self) -> Engine:
         """The engine that generates the calibration set: the model, ``sampling.sampler_model``, or a server.
@@ -180,7 +182,7 @@ class Context:
             if sampling.server is None:
                 sampler = load_model(own, name)
                 distributed.raise_together(lambda: check_finite_weights(sampler))
-        return engine_of(sampler, self.start_id, self.eos_ids, sampling, self.config.seed)
+        return engine_of(sampler, self.mixture, self.eos_ids, sampling, self.config.seed)
 
 
 def coverage_of(model: PreTrainedModel, config: FoLoraConfig, start_id: int) -> Coverage:

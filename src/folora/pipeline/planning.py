@@ -117,6 +117,7 @@ def plan(
     rows: int | None = None,
     longest: int | None = None,
     processes: int = 1,
+    given: int = 0,
 ) -> Plan:
     """Estimate a run: memory per process, disk and seconds in total.
 
@@ -126,13 +127,14 @@ def plan(
         rows: Number of training rows, if known.
         longest: Tokens of the longest row; default is ``data.max_length``.
         processes: Number of processes, each on its own accelerator or all on this CPU.
+        given: Most tokens of a sampled sequence that the model does not write, such as a prompt's.
 
     Raises:
         ConfigError: `processes` is less than 1, the model is not found, or options do not fit it.
     """
     if processes < 1:
         raise ConfigError(f"--processes is {processes}, but must be >= 1")
-    found = _Estimator(config, processes)
+    found = _Estimator(config, processes, given)
     training = config.training
     # Packed rows have the length that they are packed to.
     extra = training.model_extra or {}
@@ -169,8 +171,8 @@ def plan(
 class _Estimator:
     """Model, layers and the speed of this machine, and the estimates that follow from them."""
 
-    def __init__(self, config: FoLoraConfig, processes: int) -> None:
-        self.config, self.processes = config, processes
+    def __init__(self, config: FoLoraConfig, processes: int, given: int) -> None:
+        self.config, self.processes, self.given = config, processes, given
         self.device = device_of(config)
         self.model_config = load_config(config, required(config.model, "model"))
         self.skeleton, self.coverage = cover_config(config, self.model_config)
@@ -190,7 +192,7 @@ class _Estimator:
         sampling = config.sampling
         self.most = 0 if config.base is not None else sampling.num_sequences
         self.fewest = min(self.most, FIRST_LOOK) if config.ends_early else self.most
-        self.length = (sampling.min_new_tokens + sampling.max_new_tokens) // 2
+        self.length = (sampling.min_new_tokens + sampling.max_new_tokens) // 2 + given
 
     def bases(self, directions: int | None) -> int:
         """Bytes of all bases with this number of eigenvectors each."""
@@ -244,9 +246,16 @@ class _Estimator:
         if sampling.server is not None:
             return StageEstimate("sample", self.weights, disk, None, None)
         at_once = batch_size_for(
-            self.device, self.model_config, itemsize, sampling, self.processes, self.weights
+            self.device,
+            self.model_config,
+            itemsize,
+            sampling,
+            self.processes,
+            self.weights,
+            self.given,
         )
-        cache = cache_bytes(self.model_config, itemsize) * at_once * sampling.max_new_tokens
+        tokens = sampling.max_new_tokens + self.given
+        cache = cache_bytes(self.model_config, itemsize) * at_once * tokens
 
         def seconds(sequences: int) -> float:
             # For the process with most batches; batches are not divided, and the last counts as full.

@@ -239,8 +239,9 @@ class Run:
         names = ("steps", "base", "adapted", "total_norm", "norms")
         report = {name: manifest[name] for name in names}
         report |= {name: manifest[name] for name in ("ended_early", "budget") if name in manifest}
-        rejected = self.store.manifest(Samples)["rejected"]
-        report |= {"tokens_measured": tokens, "rejected_samples": rejected}
+        samples = self.store.manifest(Samples)
+        report |= {"tokens_measured": tokens, "rejected_samples": samples["rejected"]}
+        report |= {"sources": samples.get("sources", [])}
         report |= {"adapter": str(self.folder / ADAPTER)}
         text = json.dumps(report, indent=1) + "\n"
         file = self.folder / REPORT
@@ -269,7 +270,7 @@ def _within(trained: Trained, budget: float) -> bool:
 
 def _scaled(run: Run, trained: Trained, config: LoraConfig, rank: int | None) -> Trained:
     """The factors scaled to the budget, as it is kept at this rank; the model is loaded for it."""
-    held_out = run.samples().held_out
+    held_out = run.samples().by_source()
     with TemporaryDirectory() as folder:
         path = Path(folder) / ADAPTER
         write_adapter(trained.factors, path, config, rank=rank)

@@ -20,6 +20,7 @@ from folora.calibration.sampling import sample_sequences
 from folora.config import FoLoraConfig
 from folora.errors import ArtifactError, ConfigError
 from folora.metrics.budget import FEWEST, BudgetFit, fit_budget
+from folora.metrics.meter import Texts
 from folora.pipeline.context import Context
 from folora.runtime.loading import required
 from folora.runtime.ownership import check_owned_folder, write_owned_folder
@@ -65,6 +66,8 @@ def export_scaled(config: FoLoraConfig, adapter: Path, target: Path) -> BudgetFi
     context = Context(config if config.model else config.replace(model=required(base, "model")))
     if config.base is not None:
         read_base_manifest(Path(config.base))
+    else:
+        _ = context.mixture  # a source that cannot be used is found before the model is loaded
     fit = fit_adapter(context, adapter, _held_out(context))
     tensors = {
         name: (tensor.float() * fit.scale).to(tensor.dtype)
@@ -82,7 +85,7 @@ def export_scaled(config: FoLoraConfig, adapter: Path, target: Path) -> BudgetFi
     return fit
 
 
-def fit_adapter(context: Context, adapter: Path, held_out: list[list[int]]) -> BudgetFit:
+def fit_adapter(context: Context, adapter: Path, held_out: Texts) -> BudgetFit:
     """The scale at which the adapter in a folder is within the config's budget on held-out text."""
     config = context.config
     assert config.budget is not None
@@ -125,16 +128,16 @@ def _read(adapter: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _held_out(context: Context) -> list[list[int]]:
+def _held_out(context: Context) -> Texts:
     """Text that the adapter was not trained on: of the base file, or generated now."""
     config = context.config
     if config.base is not None:
-        return read_base_file(Path(config.base), context.facts).samples.held_out
+        return read_base_file(Path(config.base), context.facts).samples.by_source()
     count = max(2 * FEWEST, config.sampling.num_held_out)
     found = sample_sequences(
         context.engine(),
-        context.start_id,
+        context.mixture,
         context.eos_ids,
         config.sampling.replace(num_sequences=count),
     )
-    return [*found.calibration, *found.held_out]
+    return found.by_source(held_out_only=False)

@@ -69,7 +69,8 @@ class Samples(_CalibrationSetStage):
         super().__init__(context)
         self.stopping, self.task = stopping, task
         self.engine = engine or lazy_engine(context.engine)
-        self.config = with_batch_size(context.config.sampling, context.model)
+        given = context.mixture.given
+        self.config = with_batch_size(context.config.sampling, context.model, given)
 
     def request(self) -> dict[str, Any]:
         """Fingerprints of what each sequence depends on."""
@@ -80,7 +81,7 @@ class Samples(_CalibrationSetStage):
             found["engine"] = ENGINE  # its random numbers differ; its address does not matter
         context = self.context
         seed = context.config.seed
-        return found | sampling_facts(context.start_id, context.eos_ids, self.config, seed)
+        return found | sampling_facts(context.mixture, context.eos_ids, self.config, seed)
 
     def facts(self) -> dict[str, Any]:
         """The same, with the number of sequences and early stopping."""
@@ -93,8 +94,8 @@ class Samples(_CalibrationSetStage):
     def compute(self, folder: Path | None) -> CalibrationSet:
         """Sample; batches already in the folder are reused."""
         context = self.context
-        start_id, eos_ids = context.start_id, context.eos_ids
-        return sample_sequences(self.engine, start_id, eos_ids, self.config, folder, self.stopping)
+        mixture, eos_ids = context.mixture, context.eos_ids
+        return sample_sequences(self.engine, mixture, eos_ids, self.config, folder, self.stopping)
 
 
 class BaseSamples(_CalibrationSetStage):

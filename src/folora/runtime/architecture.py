@@ -47,6 +47,16 @@ OTHER_ARCHITECTURES = {
 """Architectures that AutoModelForCausalLM refuses, or loads with an untrained head; by name, their kind."""
 
 
+def size_limits(model_config: Any) -> dict[str, int | None]:
+    """Vocabulary size and context length; None where the model's config does not give them."""
+    text = model_config.get_text_config()
+    found = {
+        "vocabulary": getattr(text, "vocab_size", None),
+        "context": getattr(text, "max_position_embeddings", None),
+    }
+    return {k: v if isinstance(v, int) and v > 0 else None for k, v in found.items()}
+
+
 def check_config(model_config: Any, name: str) -> None:
     """Refuse a model that is not a causal LM, from its transformers config.
 

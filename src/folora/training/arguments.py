@@ -50,7 +50,7 @@ def sft_config(
         "report_to": "none",
         "disable_tqdm": True,  # `training_progress` shows a bar
         "dataloader_pin_memory": not on_cpu,
-        **training.model_dump(exclude={"lr_b_ratio", "gradient_checkpointing", "eval_steps"}),
+        **training.model_dump(exclude={"gradient_checkpointing", "eval_steps"}),
         "activation_checkpointing": training.gradient_checkpointing,  # as transformers 5.23 calls it
         "seed": config.training_seed,
         "output_dir": str(output_dir),

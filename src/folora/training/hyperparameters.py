@@ -25,8 +25,8 @@ def follow_arguments(optimizer: SAdam, args: TrainingArguments, training: Traini
     """Set the optimizer's learning rate, weight decay, betas and epsilon to a Trainer's; log what changes.
 
     Args:
-        optimizer: From `optimizer`; its last group holds all B.
-        args: The Trainer's; the ratio of B's learning rate to A's is kept.
+        optimizer: From `optimizer`.
+        args: The Trainer's.
         training: The section that the optimizer was prepared with.
     """
     wanted = {
@@ -39,10 +39,9 @@ def follow_arguments(optimizer: SAdam, args: TrainingArguments, training: Traini
         if given != prepared:
             logger.warning("%s: the Trainer's %s replaces the prepared %s", name, given, prepared)
     for group in optimizer.param_groups:
-        ratio = training.lr_b_ratio if group is optimizer.param_groups[-1] else 1.0
         group.pop("initial_lr", None)  # of an earlier schedule
         group |= {
-            "lr": args.learning_rate * ratio,
+            "lr": args.learning_rate,
             "weight_decay": args.weight_decay,
             "betas": (args.adam_beta1, args.adam_beta2),
             "eps": args.adam_epsilon,

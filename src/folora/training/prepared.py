@@ -39,7 +39,7 @@ class Prepared:
         optimizer: From `optimizer`: A is updated in the basis, B by AdamW.
         bases: The spectrum of every shared input.
         task: The tokenized rows: ``task.train`` and ``task.held_out``.
-        samples: Self-samples of the base model: ``samples.calibration`` and ``samples.held_out``.
+        samples: The calibration set: ``samples.calibration`` and ``samples.held_out``.
         meter: Measures task loss and KL to the base.
         config: The options that it was prepared with.
         replay: Texts of which `train_dataset` mixes in the share `method.replay`.
@@ -100,7 +100,7 @@ class Prepared:
         """
         if self.config.budget is None:
             return []
-        kl_at = kl_by_scale(self.model, self.samples.held_out, self.meter.batch_size)
+        kl_at = kl_by_scale(self.model, self.samples.by_source(), self.meter.batch_size)
         found = []
         for factor in factors:
             fit = largest_scale(kl_at, factor * self.config.budget)
@@ -120,7 +120,7 @@ class Prepared:
                     f"the budget is kept by the exact adapter, not by one truncated to rank {rank}: export it "
                     "by folora.export_adapter(prepared.model, folder, rank=...), then scale that by folora export --adapter"
                 )
-            fit_budget(self.model, self.samples.held_out, budget, self.meter.batch_size)
+            fit_budget(self.model, self.samples.by_source(), budget, self.meter.batch_size)
         return export_adapter(self.model, path, rank=rank)
 
 
@@ -142,7 +142,7 @@ def assemble(
     options = group_options(config) | {"directions": config.directions or "all"}
     made = optimizer(peft_model, bases, **options, **adam_options(config.training))
     check = partial(warn_if_not_stepped, made, peft_model, bases)
-    meter = Meter(samples.held_out, task.held_out, config.statistics.batch_size, check)
+    meter = Meter(samples.by_source(), task.held_out, config.statistics.batch_size, check)
     texts = samples.calibration if replay is None else replay
     return Prepared(peft_model, made, bases, task, samples, meter, config, texts)
 
@@ -181,7 +181,6 @@ def group_options(config: FoLoraConfig) -> dict[str, Any]:
     spectrum, training = config.spectrum, config.training
     return {
         "lr": training.learning_rate,
-        "lr_b_ratio": training.lr_b_ratio,
         "weight_decay": training.weight_decay,
         "lam": spectrum.lam,
         "s_min": spectrum.s_min,

@@ -243,7 +243,7 @@ class FoLoraTrainer(SealedTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Read the meter; metrics are named ``{prefix}_loss``, ``_kl``, ``_ce_change``, and norms.
+        """Read the meter; metrics are named ``{prefix}_loss``, ``_kl``, ``_kl_SOURCE``, ``_ce_change``, and norms.
 
         With an `eval_dataset` it is SFTTrainer's evaluation instead.
         """
@@ -257,6 +257,7 @@ class FoLoraTrainer(SealedTrainer):
             f"{metric_key_prefix}_ce_change": reading.ce_change,
             f"{metric_key_prefix}_frobenius": total.frobenius,
             f"{metric_key_prefix}_h_norm": total.h_norm,
+            **{f"{metric_key_prefix}_kl_{name}": kl for name, kl in reading.kl_by_source.items()},
         }
         model = self.prepared.model
         training = model.training
