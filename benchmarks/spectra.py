@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from folora.config import LAMBDA, S_MIN, TAU
-from folora.runtime.artifacts import read_artifact, software_versions
+from folora.pipeline.stages import KeepMoments, TaskMoments
+from folora.runtime.artifacts import software_versions
 from folora.runtime.storage import write_text
 from folora.spectral.eigenproblem import checked_pair, generalized_eigenbasis, spectral_gate
 from folora.spectral.leading import eigh
+from folora.spectral.moments import Moments
 
-FORMAT = "spectra/1"
+FORMAT = "spectra/2"
 QUANTILES = 33
 
 
@@ -43,16 +45,26 @@ def off_diagonal_mass(c_pre: Tensor, c_task: Tensor, name: str = "layer") -> flo
     return float((squares - torch.diag(squares.diagonal())).sum()) / total if total > 0 else 0.0
 
 
-def group_spectrum(name: str, c_pre: Tensor, c_task: Tensor) -> dict[str, Any]:
+def shares(c_pre: Tensor, c_task: Tensor, columns: Tensor) -> dict[str, float]:
+    """Shares of the energy (trace) of C_pre and of C_task that lie in the span of some columns."""
+    span = torch.linalg.qr(columns).Q
+    return {
+        name: _rounded(float((span.T @ c.double() @ span).trace() / c.double().trace()))
+        for name, c in (("pre", c_pre), ("task", c_task))
+    }
+
+
+def group_spectrum(name: str, c_pre: Tensor, c_task: Tensor, r: int) -> dict[str, Any]:
     """Numbers of one shared input, at the default tau, lambda and s_min.
 
     Returns:
         ``off_diagonal``: see `off_diagonal_mass`; ``gamma``: quantiles, descending; ``open``: share
         of the directions whose gate is above its floor; ``half``: how many leading directions carry
-        half of the sum of gamma.
+        half of the sum of gamma; ``gate``: least gate of the `r` leading directions; ``leading`` and
+        ``null``: `shares` of these, and of the r smallest eigenvectors of C_pre.
     """
-    gamma = generalized_eigenbasis(c_pre, c_task, name=name).gamma
-    gate = spectral_gate(gamma, LAMBDA, S_MIN)
+    pairs = generalized_eigenbasis(c_pre, c_task, name=name)
+    gamma, gate = pairs.gamma, spectral_gate(pairs.gamma, LAMBDA, S_MIN)
     quantiles = torch.quantile(gamma, torch.linspace(1, 0, QUANTILES, dtype=gamma.dtype))
     return {
         "name": name,
@@ -61,14 +73,16 @@ def group_spectrum(name: str, c_pre: Tensor, c_task: Tensor) -> dict[str, Any]:
         "gamma": [_rounded(float(value)) for value in quantiles],
         "open": _rounded(float((gate > S_MIN).double().mean())),
         "half": int((gamma.cumsum(0) < gamma.sum() / 2).sum()) + 1,
+        "gate": _rounded(float(gate[:r].min())),
+        "leading": shares(c_pre, c_task, pairs.basis[:, :r]),
+        "null": shares(c_pre, c_task, eigh(c_pre.double(), name)[1][:, :r]),
     }
 
 
-def run_spectra(folder: Path, model: str, task: str, command: str) -> dict[str, Any]:
-    """What the file of a run holds. Raises ArtifactError if its statistics are not there."""
+def run_spectra(folder: Path, model: str, task: str, r: int, command: str) -> dict[str, Any]:
+    """What the file of a run holds. Raises ArtifactError if its moments are not there."""
     pre, on_task = (
-        read_artifact(folder / "2-statistics" / part, f"statistics_{part}").tensors
-        for part in ("pre", "task")
+        Moments.load(folder / stage.path).matrices for stage in (KeepMoments, TaskMoments)
     )
     return {
         "format": FORMAT,
@@ -76,10 +90,11 @@ def run_spectra(folder: Path, model: str, task: str, command: str) -> dict[str, 
         "task": task,
         "command": command,
         "versions": software_versions(),
+        "r": r,
         "tau": TAU,
         "lambda": LAMBDA,
         "s_min": S_MIN,
-        "groups": [group_spectrum(name, pre[name], on_task[name]) for name in sorted(pre)],
+        "groups": [group_spectrum(name, pre[name], on_task[name], r) for name in sorted(pre)],
     }
 
 
@@ -90,11 +105,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of a folora run")
     parser.add_argument("--model", required=True, help="name of the model in tables")
     parser.add_argument("--task", required=True, help="name of the task in tables")
+    parser.add_argument("--r", type=int, default=16, help="rank of the adapter; default: 16")
     parser.add_argument("--output", type=Path, required=True, help="the .json to write")
     options = parser.parse_args(given)
     torch.set_num_threads(1)
     command = f"python -m benchmarks.spectra {shlex.join(given)}"
-    found = run_spectra(options.run, options.model, options.task, command)
+    found = run_spectra(options.run, options.model, options.task, options.r, command)
     write_text(options.output, json.dumps(found) + "\n")
 
 

@@ -11,7 +11,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.report import overview, real, reliability, sequences, speed, summary, worlds
+from benchmarks.report import (
+    outcomes,
+    overview,
+    real,
+    reliability,
+    sequences,
+    speed,
+    summary,
+    worlds,
+)
 from benchmarks.report.blocks import Block, Drawing
 from benchmarks.report.source import NoResultsError, Source, check_word
 from folora.errors import ConfigError, FoLoraError
@@ -27,6 +36,7 @@ BLOCKS: dict[str, Callable[..., Block]] = {
     **worlds.BLOCKS,
     **sequences.BLOCKS,
     **real.BLOCKS,
+    **outcomes.BLOCKS,
     **speed.BLOCKS,
     **reliability.BLOCKS,
 }

@@ -18,7 +18,7 @@ def made(tmp_path: Path) -> Path:
     write_results(tmp_path / "results")
     moments(tmp_path / "run")
     output = tmp_path / "results" / "spectra" / "tiny.json"
-    spectra_main(["--run", str(tmp_path / "run"), "--model", "tiny", "--task", "shift", "--output", str(output)])  # fmt: skip
+    spectra_main(["--run", str(tmp_path / "run"), "--model", "tiny", "--task", "shift", "--r", "2", "--output", str(output)])  # fmt: skip
     (tmp_path / "template.md").write_text(TEMPLATE)
     return tmp_path
 

@@ -224,10 +224,22 @@ def test_spectra(made: Path) -> None:
     assert first["off_diagonal"] == pytest.approx(2 / 11, rel=1e-5)
     assert first["open"] == pytest.approx(np.mean(gamma / (gamma + 1) > S_MIN), rel=1e-5)
     assert first["half"] == 1 + int(gamma[0] < gamma.sum() / 2)
+    assert first["gate"] == pytest.approx(gamma[1] / (gamma[1] + 1), rel=1e-5)  # r is 2
+    assert second["null"] == {"pre": pytest.approx(3 / 6), "task": pytest.approx(3 / 5)}
+    assert second["leading"] == {"pre": pytest.approx(3 / 6), "task": pytest.approx(3 / 5)}
+    v = scipy.linalg.eigh(c_task, h)[1][:, ::-1][:, :2]
+    span = np.linalg.qr(v)[0]
+    assert first["leading"]["task"] == pytest.approx(np.trace(span.T @ c_task @ span) / 5, rel=1e-5)
+    assert first["leading"]["pre"] == pytest.approx(np.trace(span.T @ c_pre @ span) / 6, rel=1e-5)
     assert second["off_diagonal"] == 0
     (table,) = tables(page(made, "spectra"))
     assert table["tiny"]["off-diagonal mass"] == "0.091 (0.000 to 0.182)"
     assert table["tiny"]["groups"] == "2"
+    gates = [first["gate"], second["gate"]]
+    assert (
+        table["tiny"]["least gate"]
+        == f"{np.mean(gates):.2f} ({min(gates):.2f} to {max(gates):.2f})"
+    )
 
 
 def test_off_diagonal_mass_needs_no_scale_and_no_basis() -> None:

@@ -16,7 +16,9 @@ from benchmarks.report.page import render
 from benchmarks.report.source import Source
 from folora.compare.results import ResultFile
 from folora.methods import METHODS
-from folora.runtime.artifacts import write_artifact
+from folora.pipeline.stages import KeepMoments, TaskMoments
+from folora.spectral.groups import InputGroup
+from folora.spectral.moments import Moments
 
 RATES = (1e-3, 3e-3, 1e-2)
 # Accuracy that a method retains after the last step, at seed 0 and all rates but the highest.
@@ -166,9 +168,10 @@ def write_results(folder: Path) -> None:
 def moments(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """A run folder's moments with two groups, of which the second has diagonal matrices only."""
     c_pre, c_task = np.diag([3.0, 2.0, 1.0]), np.array([[2.0, 1, 0], [1, 2, 0], [0, 0, 1]])
-    for part, matrix in (("pre", c_pre), ("task", c_task)):
-        tensors = {"a": torch.from_numpy(matrix), "b": torch.from_numpy(np.diag(np.diag(matrix)))}
-        write_artifact(folder / "2-statistics" / part, f"statistics_{part}", tensors, {})
+    groups = tuple(InputGroup((name,), 3) for name in "ab")
+    for stage, matrix in ((KeepMoments, c_pre), (TaskMoments, c_task)):
+        whole = torch.from_numpy(matrix).float()
+        Moments({"a": whole, "b": whole.diag().diag()}, 1, groups).save(folder / stage.path)
     return c_pre, c_task
 
 
