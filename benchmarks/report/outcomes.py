@@ -17,7 +17,7 @@ from benchmarks.report.source import Source, rate_of
 from folora.compare.frontier import interval
 from folora.compare.plots import MIN_KL, new_figure, save_picture, styles, tidy
 from folora.compare.results import Result, mean_score
-from folora.compare.tables import NONE, Column, Table
+from folora.compare.tables import NONE, Cell, Column, Table
 
 Reading = Mapping[str, Any]
 WITHIN = 0.02  # nats per token
@@ -57,7 +57,7 @@ def outcomes(source: Source, plan: str, task: str, *others: str) -> Block:
     ]  # fmt: skip
     within = {n: {s: loss_within(r) for s, r in seeds.items()} for n, seeds in rows.items()}
     columns.append(Column(f"task loss within a KL of {WITHIN:g}", 3, {"base": {}, **within}))
-    cells = [(column.title, column.cell) for column in columns]
+    cells: list[tuple[str, Cell]] = [(column.title, column.cell) for column in columns]
     cells.append(("seeds", lambda name: str(len(readings[name]))))
     caption = CAPTION.format(within=WITHIN, none=NONE)
     table = Table.by_method({name: name for name in readings}, cells, caption)
