@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from statistics import median
 from typing import Any
 
 from benchmarks.report.blocks import Block, image, parts, stated_range
@@ -71,7 +72,7 @@ def spectra(source: Source) -> Block:
         raise NoResultsError("No results of `benchmarks.spectra` yet.")
     header = (
         "model", "task", "groups", "off-diagonal mass", "gate above its floor", "half of gamma",
-        "least gate", "task energy, leading", "over text's, leading", "task energy, null space", "over text's, null space",
+        "least gate", "task energy, leading", "text's, leading", "task energy, null space", "text's, null space",
     )  # fmt: skip
     rows = []
     for found in source.spectra:
@@ -88,8 +89,8 @@ def spectra(source: Source) -> Block:
         "Median (range) over the groups, that is the shared inputs. Off-diagonal mass: share of "
         "||C_task||_F^2 off the diagonal in the eigenbasis of C_pre. Gate above its floor: share of "
         "the directions. Half of gamma: directions that carry half of the sum. Least gate: of the r leading "
-        "directions, which A is stepped along. Task energy: share of C_task's trace in the r leading directions, or in the r "
-        "smallest eigenvectors of C_pre; over text's: divided by the share of C_pre's trace there. At the default tau, lambda and s_min."
+        "directions, which A is stepped along. Task energy, text's: median share of C_task's and of C_pre's trace in the r leading "
+        "directions, or in the r smallest eigenvectors of C_pre. At the default tau, lambda and s_min."
     )
     table = Table(header, tuple(rows), caption)
     picture = image("spectra.png", "off-diagonal mass, gamma and gate")
@@ -98,12 +99,12 @@ def spectra(source: Source) -> Block:
 
 
 def _energies(groups: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Share of the task's energy, and its ratio to that of the text, by span."""
-    found = []
-    for span in ("leading", "null"):
-        found.append(stated_range([g[span]["task"] for g in groups], ".2%"))
-        found.append(stated_range([g[span]["task"] / g[span]["pre"] for g in groups], ".3g"))
-    return found
+    """Median shares of the task's and of the text's energy, by span."""
+    return [
+        f"{median(g[span][energy] for g in groups):.3%}"
+        for span in ("leading", "null")
+        for energy in ("task", "pre")
+    ]
 
 
 BLOCKS: dict[str, Callable[..., Block]] = {
