@@ -6,10 +6,13 @@ What arms share is counted for every method that needs it; what only measures (t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from folora.calibration.calibration_set import CalibrationSet
 from folora.metrics.budget import BudgetFit
-from folora.training.trainer import FoLoraTrainer
+
+if TYPE_CHECKING:  # without the extra `trl` a comparison names the extra `compare`, which brings it along
+    from folora.training.trainer import FoLoraTrainer
 
 WITHOUT_MOMENTS = frozenset({"kaiming", "minor_singular"})  # initializations
 
