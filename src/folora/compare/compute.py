@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 from folora.calibration.calibration_set import CalibrationSet
 from folora.metrics.budget import BudgetFit
 
-if TYPE_CHECKING:  # without the extra `trl` a comparison names the extra `compare`, which brings it along
+if (
+    TYPE_CHECKING
+):  # without the extra `trl` a comparison names the extra `compare`, which brings it along
     from folora.training.trainer import FoLoraTrainer
 
 WITHOUT_MOMENTS = frozenset({"kaiming", "minor_singular"})  # initializations
