@@ -179,7 +179,9 @@ def shown(result: Mapping[str, Any]) -> str:
     )
 
 
-def parser(program: str, about: str) -> argparse.ArgumentParser:
+def parser(
+    program: str = PROGRAM, about: str = "Compare methods by a plan."
+) -> argparse.ArgumentParser:
     """The arguments of all programs that run the arms of a plan."""
     found = argparse.ArgumentParser(prog=f"python -m {program}", description=about)
     found.add_argument("--plan", type=Path, required=True, metavar="FILE.yaml")
@@ -223,7 +225,7 @@ def started(program: str, options: argparse.Namespace, given: Sequence[str]) -> 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     given = sys.argv[1:] if arguments is None else list(arguments)
-    known = parser(PROGRAM, "Compare methods by a plan.")
+    known = parser()
     known.add_argument("--train", type=Path, help="rows of your own task, for worlds")
     known.add_argument("--test", type=Path, help="its test rows")
     options = known.parse_args(given)

@@ -31,11 +31,15 @@ def with_former(run: Run, earlier: Sequence[Run], count: int) -> Run:
     if not path.exists():
         context, samples = run.context, run.sample()
         rows = [row for other in earlier for row in other.context.task.train[:count]]
+        own, sources = len(samples.calibration), samples.sources
         texts = [*samples.calibration, *(answered(run, prompt_of(row)) for row in rows)]
+        if sources:  # in the order of all sequences, held-out ones last
+            sources = [*sources[:own], *[FORMER] * len(rows), *sources[own:]]
         moments = measure(
             context.model, context.groups, text_examples(texts), run.config.statistics, "C_pre"
         )
-        write_base_file(path, replace(samples, calibration=texts), moments, context.facts)
+        extended = replace(samples, calibration=texts, sources=sources)
+        write_base_file(path, extended, moments, context.facts)
     return Run(run.config.changed({"base": str(path)}))
 
 

@@ -157,7 +157,7 @@ class Evaluation:
         answers = {name: _metrics(values) for name, values in found["results"].items()}
         graded = {
             name: _graded(self._tasks[name], questions)
-            for name, questions in found["samples"].items()
+            for name, questions in found.get("samples", {}).items()
             if "acc" in questions[0]
         }
         return answers, graded
