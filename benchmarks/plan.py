@@ -110,7 +110,8 @@ class Plan:
         ]
         for name in methods or ():
             if name not in {arm.method for arm in chosen}:
-                hint = nearest(name, {arm.method for arm in every})
+                methods_there = {arm.method for arm in every}
+                hint = "" if name in methods_there else nearest(name, methods_there)
                 raise ConfigError(f"the plan has no such arm with {name}{hint}")
         for rate in learning_rates or ():
             if rate not in {arm.changes[RATE] for arm in chosen}:

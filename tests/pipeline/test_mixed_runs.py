@@ -76,9 +76,18 @@ def test_a_base_file_records_its_sources(
     assert "has text of bos, chat, but sampling.sources asks for bos" in " ".join(
         capsys.readouterr().err.split()
     )
+    assert main(["run", *words, "--sampling.sources", "bos=0.9,chat=0.1"]) == 2
+    assert "has text of bos (50%), chat (50%), but sampling.sources asks for bos (90%), chat (10%)" in " ".join(
+        capsys.readouterr().err.split()
+    )  # fmt: skip
     same = config.replace(base=str(path), output=None)
     prepared = folora.prepare(make_llama(), make_tokenizer(chat=True), rows(), same)
     assert [*prepared.meter.read(prepared.model).kl_by_source] == ["bos", "chat"]
+    equal = same.changed({"sampling.sources": {"chat": 0.5, "bos": 0.5}})
+    assert (
+        folora.prepare(make_llama(), make_tokenizer(chat=True), rows(), equal).samples
+        == file.samples
+    )
     asks = same.changed({"sampling.sources": {"bos": 1.0}})
     with pytest.raises(MismatchError, match="asks for bos"):
         folora.prepare(make_llama(), make_tokenizer(chat=True), rows(), asks)

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from folora.calibration.calibration_set import CalibrationSet
-from folora.config import BOS, SamplingConfig
+from folora.config import BOS, LEAST_SHARE, SamplingConfig
 from folora.errors import ArtifactError, ConfigError, MismatchError
 from folora.runtime.artifacts import check_manifest, read_tensors, software_versions
 from folora.runtime.ownership import check_target
@@ -108,6 +108,7 @@ def write_base_file(
         "held_out": len(samples.held_out),
         "rejected": samples.rejected,
         "sources": written["sources"],
+        "shares": {n: samples.sources.count(n) / len(samples.sources) for n in written["sources"]},
         **moments.to_artifact()[1],
         **facts,
     }
@@ -162,13 +163,26 @@ def read_base_manifest(path: Path, expected: Mapping[str, Any] | None = None) ->
 
 
 def check_base_sources(manifest: Facts, config: SamplingConfig) -> None:
-    """Refuse a base file made from other sources than the config asks for. Raises MismatchError."""
-    has = manifest.get("sources") or [BOS]  # before sources there was no other
-    if config.sources is not None and {*has} != {*config.sources}:
-        raise MismatchError(
-            f"{manifest.file} has text of {', '.join(has)}, but sampling.sources asks for "
-            f"{', '.join(config.sources)}; leave sampling.sources out, or make another file with folora base"
+    """Refuse a base file made from other sources, or other shares of them, than the config asks for.
+
+    Shares of accepted sequences may differ from those asked for by the least share. Raises MismatchError.
+    """
+    has, asked = manifest.get("shares") or {BOS: 1.0}, config.sources  # before sources: bos alone
+    if asked is None:
+        return
+    if {*has} != {*asked}:
+        found, wanted = ", ".join(has), ", ".join(asked)
+    elif any(abs(has[name] - asked[name]) > LEAST_SHARE for name in has):
+        found, wanted = (
+            ", ".join(f"{name} ({share:.0%})" for name, share in shares.items())
+            for shares in (has, asked)
         )
+    else:
+        return
+    raise MismatchError(
+        f"{manifest.file} has text of {found}, but sampling.sources asks for {wanted}; leave sampling.sources out, "
+        "or make another file with folora base"
+    )
 
 
 def warn_of_dtype(manifest: Facts, dtype: str) -> None:

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 from folora.calibration.calibration_set import CalibrationSet
 from folora.metrics.budget import BudgetFit
 
-if (
-    TYPE_CHECKING
-):  # without the extra `trl` a comparison names the extra `compare`, which brings it along
+if TYPE_CHECKING:
+    # Imported by then, and needs the extra `trl`, where a comparison should name `compare`.
     from folora.training.trainer import FoLoraTrainer
 
 WITHOUT_MOMENTS = frozenset({"kaiming", "minor_singular"})  # initializations
