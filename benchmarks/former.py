@@ -40,7 +40,8 @@ def with_former(run: Run, earlier: Sequence[Run], count: int) -> Run:
         )
         extended = replace(samples, calibration=texts, sources=sources)
         write_base_file(path, extended, moments, context.facts)
-    return Run(run.config.changed({"base": str(path)}))
+    # The file has one source more than the config of the run asks for.
+    return Run(run.config.changed({"base": str(path), "sampling.sources": None}))
 
 
 def answered(run: Run, prompt: list[int]) -> list[int]:

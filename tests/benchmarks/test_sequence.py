@@ -70,12 +70,13 @@ def test_each_stage_starts_from_the_merged_model_and_an_interrupted_arm_resumes(
 
     monkeypatch.setattr(sequence, "merge", interrupted)
     kept, former = tmp_path / "kept", [{"source": "former", "count": 3}]
+    pinned = {**TINY_PLAN_BASE, "sampling.sources": {"bos": 1.0}}  # as the plans of worlds
     monkeypatch.setattr(sequence, "rmtree", lambda folder: folder.rename(kept))
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, models, calibration=former)
-    (result,) = run(tmp_path, models, calibration=former)
+        run(tmp_path, models, calibration=former, base=pinned)
+    (result,) = run(tmp_path, models, calibration=former, base=pinned)
     assert trained[2:] == trained[:2]  # neither stage was trained again
-    run(tmp_path, models, calibration=former)
+    run(tmp_path, models, calibration=former, base=pinned)
     assert len(trained) == 4  # the arm has a result
 
     assert (result.task, result.stage, result.seed) == ("difference>instrument", "world-7", 7)
