@@ -27,7 +27,10 @@ from benchmarks.plan import Plan, check_names
 from benchmarks.real.testbed import RealTestbed
 from benchmarks.world.testbed import WorldTestbed, own_task
 from folora.calibration.moments import measure
-from folora.compare.comparison import Arm, Comparison, RealText, Score
+from folora.compare.arms import Arm
+from folora.compare.comparison import Comparison
+from folora.compare.inputs import RealText
+from folora.compare.readings import Score
 from folora.config import FoLoraConfig
 from folora.data.rows import text_examples
 from folora.errors import ConfigError, FoLoraError

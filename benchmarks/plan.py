@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from benchmarks.includes import read_included
-from folora.compare.comparison import READ_AT, Arm, arms
+from folora.compare.arms import Arm, arms
+from folora.compare.readings import READ_AT
 from folora.errors import ConfigError, nearest
 
 RATE = "training.learning_rate"

@@ -35,7 +35,8 @@ from benchmarks.compare import (
 from benchmarks.former import FORMER, with_former
 from benchmarks.plan import THEN, Plan
 from benchmarks.readings import backward_transfer, mean_kl
-from folora.compare.comparison import Arm, Score, checked_arm, rounded
+from folora.compare.arms import Arm, checked_arm
+from folora.compare.readings import Score, rounded
 from folora.compare.results import FORMAT, ResultFile
 from folora.config import FoLoraConfig
 from folora.data.rows import text_examples

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from benchmarks.includes import read_included
-from folora.compare.comparison import Arm, arms
+from folora.compare.arms import Arm, arms
 from folora.config import FoLoraConfig
 from folora.errors import ConfigError, nearest
 

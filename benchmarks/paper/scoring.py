@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.paper.recipe import TASKS, Benchmark, Passages, Recipe
-from folora.compare.comparison import Score, Scores
+from folora.compare.readings import Score, Scores
 from folora.data.rows import batches, text_examples
 from folora.errors import ConfigError, DataError
 from folora.metrics.evaluation import Answers, Evaluation

@@ -20,7 +20,7 @@ from benchmarks.plan import Plan, check_names
 from benchmarks.readings import adapter_off, exact_match, flips, mean_kl, prompt_of
 from benchmarks.real.targets import TARGETS, data_folder, target_rows
 from benchmarks.tasks.utils import passages
-from folora.compare.comparison import Score, Scores
+from folora.compare.readings import Score, Scores
 from folora.data.contents import Example
 from folora.data.files import load_rows
 from folora.data.rows import text_examples

@@ -23,7 +23,7 @@ from benchmarks.tiny import make_tokenizer, rows
 from folora.calibration.base_file import HEADER, read_base_file, tensors_sha256, write_base_file
 from folora.calibration.calibration_set import CalibrationSet
 from folora.calibration.sampling import sample_sequences
-from folora.compare.comparison import checked_arm
+from folora.compare.arms import checked_arm
 from folora.compare.results import ResultFile, load_results, point_sets
 from folora.config import FoLoraConfig
 from folora.data.files import load_rows

@@ -18,7 +18,7 @@ from benchmarks.plan import Plan, check_names
 from benchmarks.world.language import Row, Task, World, pretraining_documents, tasks
 from benchmarks.world.pretrain import STEPS, pretrain
 from benchmarks.world.score import score_rows, score_skills
-from folora.compare.comparison import Score, Scores
+from folora.compare.readings import Score, Scores
 from folora.errors import ConfigError
 from folora.pipeline.run import Run
 

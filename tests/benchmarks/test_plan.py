@@ -14,7 +14,7 @@ from benchmarks import sequence
 from benchmarks.compare import TESTBEDS
 from benchmarks.includes import read_included
 from benchmarks.plan import Plan
-from folora.compare.comparison import Arm
+from folora.compare.arms import Arm
 from folora.config import FoLoraConfig
 from folora.errors import ConfigError
 

@@ -13,7 +13,8 @@ import torch
 from benchmarks.compare import shown
 from benchmarks.tiny import make_llama, tiny_config, write_rows
 from folora.cli.main import main
-from folora.compare.comparison import Arm, Comparison, arms, checked_arm
+from folora.compare.arms import Arm, arms, checked_arm
+from folora.compare.comparison import Comparison
 from folora.compare.results import Line, ResultFile, load_results
 from folora.config import FoLoraConfig
 from folora.errors import ArtifactError, ConfigError, DataError, MismatchError

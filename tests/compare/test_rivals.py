@@ -12,7 +12,9 @@ from support.closeness import assert_near
 import folora
 from benchmarks.tiny import make_llama, make_tokenizer, rows, tiny_config
 from folora.adapters.adapter import lora_factors
-from folora.compare.comparison import Arm, Comparison, RealText
+from folora.compare.arms import Arm
+from folora.compare.comparison import Comparison
+from folora.compare.inputs import RealText
 from folora.config import FoLoraConfig
 from folora.data.rows import pad_batch
 from folora.errors import ConfigError, MismatchError

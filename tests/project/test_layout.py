@@ -28,7 +28,7 @@ MODULES = sorted(
 OPTIONAL = {
     "calibration.vllm_client": "vllm", "training.trainer": "trl", "training.sealed": "trl", "training.trainer_check": "trl", "training.arguments": "trl",
     "metrics.evaluation": "eval", "compare.frontier": "compare", "compare.results": "compare",
-    "compare.comparison": "compare", "compare.plots": "compare", "compare.tables": "compare",
+    "compare.arms": "compare", "compare.comparison": "compare", "compare.plots": "compare", "compare.tables": "compare",
 }  # fmt: skip
 
 

@@ -116,7 +116,8 @@ def _target(given: str | None) -> Path | None:
 
 def _compare(run: Run, request: Request) -> None:
     """All arms, then a table and two pictures beside their results."""
-    from folora.compare.comparison import Comparison, arms
+    from folora.compare.arms import arms
+    from folora.compare.comparison import Comparison
     from folora.compare.plots import frontier_picture, norm_picture
     from folora.compare.results import load_results
     from folora.compare.tables import comparison_table
