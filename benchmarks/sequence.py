@@ -42,7 +42,8 @@ from folora.config import FoLoraConfig
 from folora.data.rows import text_examples
 from folora.errors import ConfigError, NumericsError
 from folora.metrics.meter import Meter
-from folora.pipeline.run import ADAPTER, Run
+from folora.pipeline.run import Run
+from folora.pipeline.training import ADAPTER
 from folora.runtime.artifacts import software_versions
 from folora.runtime.loading import load_model
 

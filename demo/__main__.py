@@ -37,7 +37,8 @@ from folora.config import (
 )
 from folora.data.rows import prepare_task
 from folora.metrics.budget import apply_scale, kl_by_scale, largest_scale
-from folora.pipeline.run import ADAPTER, Run
+from folora.pipeline.run import Run
+from folora.pipeline.training import ADAPTER
 from folora.runtime.artifacts import software_versions
 from folora.runtime.loading import load_model
 from folora.runtime.ownership import check_own, write_own

@@ -34,7 +34,7 @@ import torch
 from benchmarks.forks import PATIENCE, Fork
 from benchmarks.reliability.stand import FOLDERS, STAGES, Stand, on_write, stage_of
 from benchmarks.tiny import make_llama
-from folora.pipeline.run import REPORT
+from folora.pipeline.training import REPORT
 from folora.runtime.artifacts import software_versions
 from folora.runtime.progress import progress
 from folora.runtime.storage import write_json

@@ -21,9 +21,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from benchmarks.forks import Fork
 from benchmarks.tiny import tiny_task
 from folora.errors import ArtifactError
-from folora.pipeline.run import ADAPTER
 from folora.pipeline.stages import KeepMoments, Samples, Solved, TaskMoments
-from folora.pipeline.training import Training
+from folora.pipeline.training import ADAPTER, Training
 from folora.runtime.checkpoints import SEAL
 from folora.runtime.storage import LOCK, file_sha256, json_fingerprint, read_json
 

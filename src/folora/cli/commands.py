@@ -24,8 +24,9 @@ from folora.errors import ConfigError
 from folora.metrics.summary import budget_verdict, summary
 from folora.pipeline.context import Context
 from folora.pipeline.planning import Plan, StageEstimate, plan, widths
-from folora.pipeline.run import ADAPTER, COMPARISON, Run
+from folora.pipeline.run import COMPARISON, Run
 from folora.pipeline.scaled_export import export_scaled
+from folora.pipeline.training import ADAPTER, MERGED
 from folora.runtime import distributed
 from folora.runtime.loading import required
 from folora.runtime.ownership import check_own, write_own
@@ -69,7 +70,7 @@ def _work(request: Request, config: FoLoraConfig) -> None:
         run.check_unchanged(command)
         path = _target(request.to)
         report = run.export(path, request.rank, "merged" if request.merged else "adapter")
-        target = path or run.folder / ("merged" if request.merged else ADAPTER)
+        target = path or run.folder / (MERGED if request.merged else ADAPTER)
         _say(f"wrote {target}" + (f", rank {report.rank}" if report.rank else ""))
         if report.relative_error:
             _say(
@@ -223,7 +224,8 @@ def _say(what: RenderableType) -> None:
 
 def _print_report(report: dict[str, Any]) -> None:
     _say(summary(report))
-    _say(f"adapter: {report['adapter']}")
+    adapter = report["adapter"]
+    _say(f"adapter: {adapter if os.path.exists(adapter) else 'folora export writes it'}")
 
 
 def _bytes(count: float) -> str:

@@ -20,7 +20,7 @@ from folora.config.options import short
 from folora.data.files import check_dataset
 from folora.data.rows import TaskData, check_fits
 from folora.data.special_tokens import check_same_tokenizer
-from folora.errors import ConfigError
+from folora.errors import ConfigError, MismatchError
 from folora.pipeline.context import Context
 from folora.pipeline.stages import KeepMoments, Samples, Solved, TaskMoments, solve_options
 from folora.pipeline.store import Folder, Stage
@@ -67,11 +67,12 @@ SOLVED = {
 """The options of `stages.solve_options`, by their names in the config."""
 
 
-def check_unchanged(made: FoLoraConfig, config: FoLoraConfig, command: str) -> None:
+def check_unchanged(store: Folder, made: FoLoraConfig, config: FoLoraConfig, command: str) -> None:
     """Refuse a change of options that made what a command only reads. Raises ConfigError.
 
     Args:
-        made: The options in the run's folder.
+        store: The run's folder.
+        made: The options in its config file.
         config: The options of the command.
         command: The subcommand; those that make all of their inputs are not concerned.
     """
@@ -80,7 +81,8 @@ def check_unchanged(made: FoLoraConfig, config: FoLoraConfig, command: str) -> N
     names = [n for n in option_names() if n in SAMPLED or n.partition(".")[0] in SAMPLED]
     pairs = [(n, "sample", attrgetter(n)(made), attrgetter(n)(config)) for n in names]
     if command == "train":
-        old, new = solve_options(made), solve_options(config)
+        # Not those of the config file: a solve that was interrupted has written its own there.
+        old, new = store.manifest(Solved), solve_options(config)
         pairs += [(SOLVED[n], "solve", old[n], new[n]) for n in SOLVED]
     for name, maker, before, now in pairs:
         if now != before:
@@ -173,7 +175,7 @@ def check_command(context: Context, store: Folder, command: str) -> None:
     if samples:
         _check_sampling(context, store)
     for stage in READS.get(command, ()):
-        store.manifest(stage)
+        store.check_inputs(stage)
     for stage in WRITES.get(command, ()):
         store.check(stage)
     _ = context.groups  # the rank must fit the layers before hours of sampling
@@ -184,6 +186,10 @@ def check_command(context: Context, store: Folder, command: str) -> None:
         warn_of_dtype(found, context.facts["dtype"])
     for stage in READS.get(command, ()):
         store.manifest(stage, context.facts)
+    if command in ("measure", "train"):
+        _check_settings(context, store)
+    if command in ("solve", "train"):
+        _check_base(context, store)
     if command == "train":
         _check_rows(context, store)
     distributed.check_same("set of options", config)
@@ -191,6 +197,32 @@ def check_command(context: Context, store: Folder, command: str) -> None:
     distributed.check_same("set of versions", software_versions())
     if context.task_is_read:
         distributed.check_same("data set", context.task.fingerprint)
+
+
+def _check_settings(context: Context, store: Folder) -> None:
+    """Refuse samples of other options or files, such as if folora sample was interrupted. Raises MismatchError."""
+    if context.config.base is not None:
+        return  # compared with C_pre
+    made, stage = store.manifest(Samples), Samples(context)
+    same = all(made.get(name) == value for name, value in stage.request().items())
+    if not same or made["asked"][:2] != stage.facts()["asked"][:2]:
+        raise MismatchError(
+            f"{store.folder / Samples.path} was made with other options of sampling, or other source files; "
+            "run folora sample and the commands after it"
+        )
+
+
+def _check_base(context: Context, store: Folder) -> None:
+    """Refuse a C_pre that was not made with the base file, or with one. Raises MismatchError."""
+    base = context.config.base
+    if not (store.folder / KeepMoments.path).exists():
+        return
+    now = None if base is None else read_base_manifest(Path(base), context.facts)["sha256"]
+    if store.manifest(KeepMoments)["base"] != now:
+        raise MismatchError(
+            f"{store.folder / KeepMoments.path} was not made {f'from the present {base}' if base else 'without a base file'}; "
+            "run folora sample and the commands after it"
+        )
 
 
 def _check_rows(context: Context, store: Folder) -> None:

@@ -49,7 +49,7 @@ from folora.pipeline.context import Context
 from folora.pipeline.scaled_export import fit_adapter
 from folora.pipeline.stages import KeepMoments, Samples, Shared, Solved, TaskMoments, base_file
 from folora.pipeline.store import OLD, REQUEST, Folder
-from folora.pipeline.training import Trained, Training
+from folora.pipeline.training import ADAPTER, MERGED, REPORT, Trained, Training
 from folora.runtime import distributed
 from folora.runtime.checkpoints import check_checkpoints
 from folora.runtime.fingerprints import config_fingerprint, weights_fingerprint
@@ -59,8 +59,7 @@ from folora.runtime.storage import check_lock, check_writable, exclusive, obstac
 
 logger = logging.getLogger(__name__)
 
-CONFIG, REPORT, BASE = "config.yaml", "report.json", "base.safetensors"
-ADAPTER, MERGED, COMPARISON = "5-adapter", "merged", "compare"
+CONFIG, BASE, COMPARISON = "config.yaml", "base.safetensors", "compare"
 KIND = "run"
 """Kind of folder in its list of files; see `ownership`."""
 
@@ -112,7 +111,7 @@ class Run:
     def check_unchanged(self, command: str) -> None:
         """Refuse other options than those that earlier commands have used; see `checks.check_unchanged`."""
         if (file := self.folder / CONFIG).is_file():
-            check_unchanged(FoLoraConfig.from_yaml(file), self.config, command)
+            check_unchanged(self.store, FoLoraConfig.from_yaml(file), self.config, command)
 
     def run(self) -> dict[str, Any]:
         """All stages; returns the report."""
@@ -140,8 +139,9 @@ class Run:
         """Stage 2: C_pre and C_task."""
         with self.alone():
             samples = self.store.read(Samples, self.context)
-            self.store.make(KeepMoments(self.context, samples, base=base_file(self.context)))
             self.store.make(TaskMoments(self.context))
+            self.store.check_inputs(Samples)  # early stopping depends on C_task
+            self.store.make(KeepMoments(self.context, samples, base=base_file(self.context)))
 
     def solve(self) -> None:
         """Stage 3: the eigenbases."""
@@ -209,6 +209,7 @@ class Run:
             raise ConfigError(f"{target} {why}, but must be a folder; move it away, or give --to")
         check_owned_folder(target, kind)
         trained = self.trained()
+        self.store.check_inputs(Training)
 
         def write() -> ExportReport:
             config = LoraConfig(
@@ -232,6 +233,7 @@ class Run:
     def report(self) -> dict[str, Any]:
         """Task loss, KL and norms; written to ``report.json`` and returned."""
         manifest = self.store.manifest(Training)
+        self.store.check_inputs(Training)
         tokens = {
             part: self.store.manifest(stage)["tokens"]
             for part, stage in (("pre", KeepMoments), ("task", TaskMoments))

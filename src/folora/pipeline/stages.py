@@ -7,6 +7,7 @@ moments. With ``config.base``, samples and C_pre are read from a base file inste
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -41,6 +42,13 @@ OfLayers = TypeVar("OfLayers", Moments, Spectrum)
 
 class _CalibrationSetStage(Stage[CalibrationSet]):
     path, command, result = "1-samples/set", "sample", CalibrationSet
+    identity = "fingerprint"
+
+    @classmethod
+    def inputs(cls, facts: Mapping[str, Any]) -> dict[type[Stage[Any]], str]:
+        """C_task if early stopping depends on it; a base file is not in the folder."""
+        _, _, decision = facts.get("asked") or (0, 0, None)
+        return {TaskMoments: decision["task"]} if decision else {}
 
     @classmethod
     def check_result(cls, value: CalibrationSet, context: Context, path: Path) -> None:
@@ -180,10 +188,23 @@ class KeepMoments(_Measured):
         super().__init__(context)
         self.samples, self.stopping, self.base = samples, stopping, base
 
+    @classmethod
+    def inputs(cls, facts: Mapping[str, Any]) -> dict[type[Stage[Any]], str]:
+        """The calibration set."""
+        return {Samples: facts["samples"]}
+
     def facts(self) -> dict[str, Any]:
-        """Fingerprints of the model, the layers, the text and the base file, if any."""
+        """Fingerprints of the model, the layers, the text and the base file, if any.
+
+        Raises:
+            MismatchError: The base file has other text.
+        """
         base = self.base and self.base.manifest["sha256"]
         text = self.samples.manifest["fingerprint"]
+        if self.base and self.base.manifest["samples"] != text:
+            raise MismatchError(
+                f"{Samples.path} is not the text of {self.context.config.base}; run folora sample first"
+            )
         return {**super().facts(), "samples": text, "base": base}
 
     def compute(self, folder: Path | None) -> Moments:
@@ -208,6 +229,11 @@ class Solved(_LayersStage[Spectrum]):
     ) -> None:
         super().__init__(context)
         self.keep, self.task = keep, task
+
+    @classmethod
+    def inputs(cls, facts: Mapping[str, Any]) -> dict[type[Stage[Any]], str]:
+        """Both moments."""
+        return dict(zip((KeepMoments, TaskMoments), facts["statistics"], strict=True))
 
     def facts(self) -> dict[str, Any]:
         """Fingerprints of the model and of both moments, and the options."""

@@ -9,15 +9,17 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from folora.errors import ArtifactError
+from folora.errors import ArtifactError, FoLoraError, MismatchError
 from folora.pipeline.context import Context
 from folora.runtime import distributed
-from folora.runtime.artifacts import Saveable, check_tensors, read_manifest
-from folora.runtime.storage import read_sealed, write_sealed
+from folora.runtime.artifacts import MANIFEST, Saveable, check_tensors, read_manifest
+from folora.runtime.ownership import is_own
+from folora.runtime.storage import malformed_is_damaged, read_sealed, write_sealed
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +35,15 @@ class Stage(ABC, Generic[T]):
         path: Path of its result in a run's folder.
         command: The subcommand of ``folora`` that makes it.
         result: Class of the result, whose `kind` is in the manifest.
+        identity: The entry of its manifest by which later results name it.
+        exports: What is made from the result for users; moved to ``old/`` when it is computed again.
     """
 
     path: ClassVar[str]
     command: ClassVar[str]
     result: ClassVar[type[Saveable]]
+    identity: ClassVar[str] = "sha256"
+    exports: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -49,6 +55,11 @@ class Stage(ABC, Generic[T]):
     def request(self) -> dict[str, Any] | None:
         """Fingerprints of what unfinished work depends on; None if it cannot be resumed."""
         return None
+
+    @classmethod
+    def inputs(cls, facts: Mapping[str, Any]) -> dict[type[Stage[Any]], str]:
+        """The stored results, by their `identity`, that one with these facts was made from; upstream first."""
+        return {}
 
     def check_folder(self, folder: Path, request: str) -> None:
         """Refuse unfinished work, beside its file of fingerprints, that folora did not write."""
@@ -110,7 +121,7 @@ class Folder:
     def make(self, stage: Stage[T]) -> StageResult[T]:
         """Return the result of a stage, reusing one that was made from the same inputs.
 
-        A result that was made from other inputs is moved to ``old/``.
+        A result that was made from other inputs is moved to ``old/``, and so is what was exported from it.
 
         Raises:
             ArtifactError: The existing result is damaged.
@@ -118,6 +129,7 @@ class Folder:
         facts = stage.facts()
         path = self.folder / stage.path
         if not distributed.on_rank_zero(lambda: self._is_done(stage, facts)):
+            distributed.on_rank_zero(lambda: self._set_exports_aside(stage))
             value = stage.compute(path.parent)
             distributed.on_rank_zero(lambda: stage.save(value, path, facts))
             return self._made(type(stage), stage.context, facts)
@@ -130,9 +142,10 @@ class Folder:
 
         Raises:
             ArtifactError: It is missing, or damaged according to its checksum.
-            MismatchError: It belongs to another model.
+            MismatchError: It belongs to another model, or is outdated; see `check_inputs`.
         """
         found = self._made(stage, context, context.facts if expected is None else expected)
+        self.check_inputs(stage)
         distributed.on_rank_zero(lambda: check_tensors(self.folder / stage.path, found.manifest))
         return found
 
@@ -150,6 +163,38 @@ class Folder:
         if not path.exists():
             raise ArtifactError(f"{path} is missing; run folora {stage.command} first")
         return read_manifest(path, stage.result.kind, expected)
+
+    def check_inputs(self, stage: type[Stage[Any]]) -> None:
+        """Refuse a result if one that it was made from, directly or not, has been replaced since.
+
+        Results that were deleted are not compared.
+
+        Raises:
+            ArtifactError: It is missing or damaged.
+            MismatchError: It is outdated; the command that makes it again is named.
+        """
+        with malformed_is_damaged(self.folder / stage.path):
+            inputs = stage.inputs(self.manifest(stage))
+        for source, made_from in inputs.items():
+            path = self.folder / source.path
+            if path.exists():
+                self.check_inputs(source)
+                outdated = self.manifest(source)[source.identity] != made_from
+            else:  # work on its replacement was interrupted, or it was deleted
+                outdated = made_from in self._identities_set_aside(source)
+            if outdated:
+                raise MismatchError(
+                    f"{self.folder / stage.path} was made from another {source.path} than this folder has now; "
+                    f"run folora {stage.command} and the commands after it"
+                )
+
+    def _identities_set_aside(self, stage: type[Stage[Any]]) -> set[Any]:
+        """The identities of a stage's results in ``old/``."""
+        found = set()
+        for file in (self.folder / OLD).rglob(MANIFEST):
+            with suppress(FoLoraError):  # of another kind, or a user's file
+                found.add(read_manifest(file.parent, stage.result.kind).get(stage.identity))
+        return found
 
     def check(self, stage: type[Stage[Any]]) -> None:
         """Refuse a damaged result, or another file in its place. Raises ArtifactError."""
@@ -180,6 +225,11 @@ class Folder:
         else:  # finished parts are reused
             logger.info("%s: resumed with other settings", stage.path)
         return False
+
+    def _set_exports_aside(self, stage: Stage[Any]) -> None:
+        for path in (self.folder / name for name in stage.exports):
+            if is_own(path):
+                self._set_aside(path)
 
     def _set_aside(self, path: Path) -> None:
         """Move a result whose inputs have changed to ``old/``."""

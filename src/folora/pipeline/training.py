@@ -19,6 +19,7 @@ from folora.errors import NumericsError
 from folora.metrics.budget import apply_scale
 from folora.metrics.meter import Reading, total_norm
 from folora.pipeline.context import Context
+from folora.pipeline.stages import Samples, Solved
 from folora.pipeline.store import Stage, StageResult
 from folora.runtime import distributed
 from folora.runtime.artifacts import Saveable
@@ -28,6 +29,9 @@ from folora.runtime.storage import json_fingerprint
 from folora.spectral.layers import Spectrum
 from folora.training.prepared import Prepared, assemble
 from folora.training.sft_options import effective
+
+ADAPTER, MERGED, REPORT = "5-adapter", "merged", "report.json"
+"""Exports and report of a training, in the folder of its run."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Training(Stage[Trained]):
     """
 
     path, command, result = "4-training/result", "train", Trained
+    exports = (ADAPTER, MERGED, REPORT)
 
     def __init__(
         self,
@@ -77,6 +82,11 @@ class Training(Stage[Trained]):
     ) -> None:
         super().__init__(context)
         self.samples, self.spectrum = samples, spectrum
+
+    @classmethod
+    def inputs(cls, facts: Mapping[str, Any]) -> dict[type[Stage[Any]], str]:
+        """The spectrum, and the calibration set with the held-out text."""
+        return {Solved: facts["spectrum"], Samples: facts["held_out"]}
 
     def request(self) -> dict[str, Any]:
         """Checkpoints depend on the same as the result."""

@@ -64,6 +64,13 @@ def check_own(folder: Path, kind: str, names: Iterable[str] | None = None) -> Fi
     return listed
 
 
+def is_own(path: Path) -> bool:
+    """Whether folora listed a file, or wrote a folder. Raises ArtifactError if a list is damaged."""
+    if path.is_symlink() or not path.exists():
+        return False
+    return (path / LIST).is_file() if path.is_dir() else path.name in _listed(path.parent)
+
+
 def check_owned_folder(folder: Path, kind: str) -> None:
     """Refuse an export folder that is neither new, nor empty, nor written by folora.
 
@@ -154,14 +161,14 @@ def write_owned_folder(folder: Path, kind: str, write: Callable[[Path], object])
     write_atomically(folder, whole, put if folder.is_dir() else None)
 
 
-def _listed(folder: Path, kind: str) -> Files:
-    """The list of a folder; empty if there is none. Raises FoLoraError."""
+def _listed(folder: Path, kind: str | None = None) -> Files:
+    """The list of a folder, of this kind (default: any); empty if there is none. Raises FoLoraError."""
     file = folder / LIST
     if not os.path.lexists(file):
         return {}
     check_place(file, "so it is not a list of folora's; move it away")
     found = read_sealed(file)
-    if found.get("kind") != kind:
+    if kind is not None and found.get("kind") != kind:
         raise ConfigError(
             f"{file} says that {folder} is of the kind {found.get('kind')!r:.80}, not {kind!r}; choose "
             "another folder"
