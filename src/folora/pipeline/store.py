@@ -36,7 +36,7 @@ class Stage(ABC, Generic[T]):
         command: The subcommand of ``folora`` that makes it.
         result: Class of the result, whose `kind` is in the manifest.
         identity: The entry of its manifest by which later results name it.
-        exports: What is made from the result for users; moved to ``old/`` when it is computed again.
+        exports: What is made from the result for users; moved to ``old/`` before work on another one begins.
     """
 
     path: ClassVar[str]
@@ -129,7 +129,6 @@ class Folder:
         facts = stage.facts()
         path = self.folder / stage.path
         if not distributed.on_rank_zero(lambda: self._is_done(stage, facts)):
-            distributed.on_rank_zero(lambda: self._set_exports_aside(stage))
             value = stage.compute(path.parent)
             distributed.on_rank_zero(lambda: stage.save(value, path, facts))
             return self._made(type(stage), stage.context, facts)
@@ -213,6 +212,8 @@ class Folder:
             if file.exists() and read_sealed(file) != request:
                 self._set_aside(path.parent)
             if not file.exists():
+                for export in filter(is_own, (self.folder / name for name in stage.exports)):
+                    self._set_aside(export)
                 write_sealed(file, request)
         if not path.exists():
             return False
@@ -225,11 +226,6 @@ class Folder:
         else:  # finished parts are reused
             logger.info("%s: resumed with other settings", stage.path)
         return False
-
-    def _set_exports_aside(self, stage: Stage[Any]) -> None:
-        for path in (self.folder / name for name in stage.exports):
-            if is_own(path):
-                self._set_aside(path)
 
     def _set_aside(self, path: Path) -> None:
         """Move a result whose inputs have changed to ``old/``."""
