@@ -104,10 +104,10 @@ def evaluate(
     scores = {"base": score(model, tokenizer, task, kl=0.0)}
     for name, adapter in adapters.items():
         model = PeftModel.from_pretrained(model, str(adapter)).eval()
-        kl_at = kl_by_scale(model, held_out, batch_size=16)
-        scores[name] = score(model, tokenizer, task, kl_at(1.0).mean)
+        kl = kl_by_scale(model, held_out, batch_size=16)
+        scores[name] = score(model, tokenizer, task, kl[1.0].mean)
         if name == "LoRA":
-            fit = largest_scale(kl_at, BUDGET)
+            fit = largest_scale(kl, BUDGET)
             apply_scale(model, fit.scale)
             scores["LoRA, scaled"] = score(model, tokenizer, task, fit.kept.mean)
         model = model.unload()

@@ -18,6 +18,8 @@ from folora.compare.inputs import RealText
 from folora.config import FoLoraConfig
 from folora.data.rows import pad_batch
 from folora.errors import ConfigError, MismatchError
+from folora.metrics.meter import by_source
+from folora.pipeline.further_text import further_text
 from folora.pipeline.run import Run
 from folora.training.arguments import sft_config
 from folora.training.prepared import Prepared
@@ -199,7 +201,11 @@ def test_every_arm_counts_its_tokens(model_folder: Path, rows_file: Path, tmp_pa
     (kept,) = comparison.run_all([Arm("lora", {"budget": 0.001})])
     held_out = sum(map(len, samples.held_out))
     assert kept["readings"][-1]["scale"] < 1
-    assert kept["tokens"]["scale"] % (2 * held_out) == 0 and kept["tokens"]["scale"] > 2 * held_out
+    more = further_text(run.context, samples)
+    assert more is not None
+    further = sum(map(len, by_source(more())["bos"]))
+    scale, each = kept["tokens"]["scale"] - further, 2 * (held_out + further)
+    assert scale % each == 0 and scale > each
     assert kept["tokens"]["setup"] == kl["setup"] + held_out
 
 

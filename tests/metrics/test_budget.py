@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from scipy import stats
 
 import folora
@@ -16,14 +17,23 @@ from folora.adapters.adapter import lora_factors
 from folora.errors import ConfigError, DataError
 from folora.metrics.budget import (
     CLOSE,
+    CONFIDENCE,
+    ENOUGH,
+    FEWEST,
+    FIRST,
     MOST_READINGS,
+    SECOND,
     Bound,
+    ByScale,
     _student,
     bound,
     kl_by_scale,
+    kl_for_budget,
     largest_scale,
 )
 from folora.metrics.kl import kl, top_k, top_k_kl
+from folora.metrics.meter import by_source
+from folora.runtime.contexts import without_adapter
 from folora.training.prepared import assemble
 
 
@@ -76,6 +86,43 @@ def test_equal_sequences_have_no_interval() -> None:
     assert bound([math.nan, 1.0], [2, 2]).upper == math.inf
 
 
+def test_two_looks_err_no_more_often_than_one_at_their_level() -> None:
+    """With a budget just below the true mean, which is the hardest."""
+    generator = torch.Generator().manual_seed(0)
+    wrong = once = 0
+    for _ in range(1000):
+        sums = torch.empty(ENOUGH).log_normal_(0.0, 0.5, generator=generator).tolist()
+        first = bound(sums[:FEWEST], [1] * FEWEST, FIRST)
+        second = bound(sums, [1] * ENOUGH, SECOND)
+        wrong += min(first.upper, second.upper) < math.exp(0.125)
+        once += bound(sums[:FEWEST], [1] * FEWEST).upper < math.exp(0.125)
+    assert pytest.approx(1 - CONFIDENCE) == (1 - FIRST) + (1 - SECOND)
+    assert 20 <= wrong <= once + 20  # more than 50 of both, as lognormal means are skewed
+
+
+@pytest.mark.parametrize("found", [{}, {"": [[1, 5, 6, 7]] * 40}])
+def test_more_text_is_asked_for_only_where_the_budget_may_bind(
+    moved: folora.Prepared, found: dict[str, list[list[int]]]
+) -> None:
+    asked: list[bool] = []
+
+    def more() -> dict[str, list[list[int]]]:
+        asked.append(adapter_is_off(moved.model))
+        return found
+
+    texts = moved.samples.held_out
+    assert kl_for_budget(moved.model, texts, 100.0, more)[1.0].sequences == len(texts)
+    assert asked == []
+    kl = kl_for_budget(moved.model, texts, 0.01, more)
+    assert asked == [True] and kl[1.0].sequences == len(texts) + len(found.get("", []))
+    if not found:  # one look after all
+        assert kl[1.0] == kl_by_scale(moved.model, texts)[1.0]
+
+
+def adapter_is_off(model: torch.nn.Module) -> bool:
+    return all(m.disable_adapters for m in model.modules() if isinstance(m, LoraLayer))
+
+
 def squares(level: float, power: float = 2.0) -> Callable[[float], Bound]:
     return lambda s: Bound(level * s**power, 1.3 * level * s**power)
 
@@ -89,7 +136,7 @@ def test_the_largest_scale_uses_the_budget_and_keeps_it(level: float, power: flo
         asked.append(scale)
         return squares(level, power)(scale)
 
-    fit = largest_scale(at, 0.02)
+    fit = largest_scale(ByScale(at), 0.02)
     assert fit.kept.upper <= 0.02
     assert fit.scale == 1 or fit.kept.upper >= CLOSE * 0.02
     assert fit.readings == len(asked) <= MOST_READINGS
@@ -100,18 +147,18 @@ def test_an_adapter_that_is_not_finite_until_it_is_small_is_scaled_down() -> Non
     def at(scale: float) -> Bound:
         return squares(1.0)(scale) if scale < 0.3 else Bound(math.nan, math.inf)
 
-    fit = largest_scale(at, 0.01)
+    fit = largest_scale(ByScale(at), 0.01)
     assert 0 < fit.scale < 0.3 and fit.kept.upper <= 0.01
 
 
 def test_a_kl_that_jumps_from_zero_is_found_by_bisection() -> None:
     """As of an adapter whose small updates are rounded away in bf16."""
-    fit = largest_scale(lambda s: Bound(0.0, 0.0) if s < 0.4 else Bound(1.0, 1.0), 0.01)
+    fit = largest_scale(ByScale(lambda s: Bound(0.0, 0.0) if s < 0.4 else Bound(1.0, 1.0)), 0.01)
     assert 0.35 < fit.scale < 0.4
 
 
 def test_a_budget_that_no_scale_keeps_gives_scale_zero() -> None:
-    fit = largest_scale(lambda scale: Bound(1.0, 1.0), 0.01)
+    fit = largest_scale(ByScale(lambda scale: Bound(1.0, 1.0)), 0.01)
     assert fit.scale == 0.0 and fit.kept == Bound(0.0, 0.0)
 
 
@@ -129,9 +176,9 @@ def moved() -> folora.Prepared:
 
 def test_the_kl_of_a_fit_is_the_meters_and_falls_with_the_scale(moved: folora.Prepared) -> None:
     at = kl_by_scale(moved.model, moved.samples.held_out)
-    assert at(1.0).mean == pytest.approx(moved.meter.read(moved.model).kl, rel=1e-5)
-    assert at(0.0).mean == pytest.approx(0.0, abs=1e-6)
-    assert at(0.25).mean < at(0.5).mean < at(1.0).mean
+    assert at[1.0].mean == pytest.approx(moved.meter.read(moved.model).kl, rel=1e-5)
+    assert at[0.0].mean == pytest.approx(0.0, abs=1e-6)
+    assert at[0.25].mean < at[0.5].mean < at[1.0].mean
 
 
 def test_an_export_with_a_budget_is_within_it(moved: folora.Prepared, tmp_path: object) -> None:
@@ -146,9 +193,19 @@ def test_an_export_with_a_budget_is_within_it(moved: folora.Prepared, tmp_path: 
         moved.export(f"{tmp_path}/adapter", rank=2)
     moved.export(f"{tmp_path}/adapter")
     loaded = PeftModel.from_pretrained(make_llama(), f"{tmp_path}/adapter")
-    found = folora.Meter(moved.samples.held_out, moved.task.held_out).read(loaded)
-    assert found.kl == pytest.approx(fits[0].kept.mean, rel=1e-3) and found.kl < 0.01
-    assert found.task_loss == pytest.approx(fits[0].task_loss, rel=1e-3)
+    assert moved.more is not None
+    with without_adapter(moved.model):
+        texts = {"": [*moved.samples.held_out, *by_source(moved.more())["bos"]]}
+    found = kl_by_scale(loaded, texts)[1.0]
+    assert found.mean == pytest.approx(fits[0].kept.mean, rel=1e-3) and found.upper < 0.01
+    assert found.sequences == fits[0].kept.sequences == ENOUGH
+    assert found.mean > 0.8 * 0.01
+    other = folora.sample(
+        make_llama(), make_tokenizer(), moved.config.sampling.replace(num_sequences=200), seed=9
+    )
+    assert 0.007 < kl_by_scale(loaded, other.calibration)[1.0].mean < 0.01
+    task_loss = moved.meter.task_loss(loaded)
+    assert task_loss == pytest.approx(fits[0].task_loss, rel=1e-3)
     for name, (_, _, scaling) in lora_factors(moved.model).items():
         assert scaling == pytest.approx(before[name] * fits[0].scale)
 

@@ -16,9 +16,13 @@ from transformers import AutoModelForCausalLM
 import folora
 from benchmarks.tiny import make_tokenizer, tiny_config, tiny_task, write_model
 from folora.cli.main import main
+from folora.config import FoLoraConfig
 from folora.errors import ConfigError
 from folora.metrics.budget import kl_by_scale
+from folora.metrics.meter import by_source
 from folora.pipeline import scaled_export
+from folora.pipeline.context import Context
+from folora.pipeline.further_text import further_text
 from folora.pipeline.run import Run
 from folora.pipeline.scaled_export import check_adapter_folder, export_scaled
 
@@ -68,9 +72,9 @@ def test_an_adapter_by_peft_is_scaled_to_the_budget(
     assert "Budget of 0.02 nats per token kept" in capsys.readouterr().out
     texts = [[0, *torch.randint(50, (40,)).tolist()] for _ in range(16)]
     model = AutoModelForCausalLM.from_pretrained(base)
-    before = kl_by_scale(PeftModel.from_pretrained(model, str(given)), texts)(1.0).mean
+    before = kl_by_scale(PeftModel.from_pretrained(model, str(given)), texts)[1.0].mean
     model = AutoModelForCausalLM.from_pretrained(base)
-    after = kl_by_scale(PeftModel.from_pretrained(model, str(target)), texts)(1.0).mean
+    after = kl_by_scale(PeftModel.from_pretrained(model, str(target)), texts)[1.0].mean
     assert after < before
     old, new = (load_file(f / "adapter_model.safetensors") for f in (given, target))
     scales = set()
@@ -96,7 +100,7 @@ def test_the_promise_holds_on_other_text_of_the_base(base: Path, tmp_path: Path)
     model = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "scaled")
     )
-    found = kl_by_scale(model, other.calibration)(1.0)
+    found = kl_by_scale(model, other.calibration)[1.0]
     assert 0.5 * BUDGET < found.mean <= BUDGET
 
 
@@ -168,10 +172,12 @@ def test_a_run_with_a_budget_keeps_it_and_its_export_can_be_tighter(tmp_path: Pa
     assert report["adapted"]["kl"] == pytest.approx(fit["kept"]["mean"], rel=1e-3)
     assert report["adapted"]["task_loss"] == pytest.approx(fit["task_loss"], rel=1e-3)
 
+    texts = judged_text(config, run)
+
     def kl(folder: Path) -> float:
         model = AutoModelForCausalLM.from_pretrained(config.model)
         loaded = PeftModel.from_pretrained(model, str(folder))
-        return kl_by_scale(loaded, run.samples().held_out)(1.0).mean
+        return kl_by_scale(loaded, texts)[1.0].mean
 
     assert kl(run.folder / "5-adapter") == pytest.approx(fit["kept"]["mean"], rel=1e-2)
     tight = Run(config.replace(budget=0.001))
@@ -184,6 +190,13 @@ def test_a_run_with_a_budget_keeps_it_and_its_export_can_be_tighter(tmp_path: Pa
     plain = PeftModel.from_pretrained(plain, str(tmp_path / "tight")).merge_and_unload()
     for name, tensor in merged.state_dict().items():
         torch.testing.assert_close(tensor, plain.state_dict()[name], rtol=1e-4, atol=1e-5)
+
+
+def judged_text(config: FoLoraConfig, run: Run) -> list[list[int]]:
+    """The held-out text of a run on which a budget that binds is kept."""
+    more = further_text(Context(config), run.samples())
+    assert more is not None
+    return [*run.samples().held_out, *by_source(more())["bos"]]
 
 
 HOSTILE = {
@@ -209,5 +222,5 @@ def test_hostile_rows_and_rates_do_not_break_the_promise(
     run = Run(config)
     model = AutoModelForCausalLM.from_pretrained(config.model)
     loaded = PeftModel.from_pretrained(model, str(run.folder / "5-adapter"))
-    found = kl_by_scale(loaded, run.samples().held_out)(1.0)
+    found = kl_by_scale(loaded, judged_text(config, run))[1.0]
     assert found.upper <= 0.003 * 1.01

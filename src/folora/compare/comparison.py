@@ -167,7 +167,9 @@ class Comparison:
         began = time.monotonic()
         context, samples = self.run.context, inputs.shared.samples.load()
         own = inputs.spectrum(config)
-        prepared = assemble(context.model, own, context.task, samples, config, replayed)
+        prepared = assemble(
+            context.model, own, context.task, samples, config, replayed, inputs.more
+        )
         try:
             arguments = self._arguments(config.changed(HARNESS))
             trainer = FoLoraTrainer(prepared, arguments, context.tokenizer)

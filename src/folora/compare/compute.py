@@ -55,14 +55,17 @@ def tokens_processed(
         setup += c_task
     if anchor:
         setup += _length(anchor.texts)
+    # Of each sequence the first token has no KL.
+    measured = max((fit.trained.tokens + fit.trained.sequences for fit in fits), default=0)
+    further = max(0, measured - _length(samples.held_out))
     passes = (method.masked_kl_weight > 0) + (method.max_perplexity is not None)
     return {
         "task": task,
         "anchor": anchor.tokens if anchor else 0,
         "base": passes * task,
         "setup": setup,
-        # Both the adapted model and the base read the held-out text.
-        "scale": 2 * sum(fit.readings for fit in fits) * _length(samples.held_out),
+        # Generated, if need be, and read by both the adapted model and the base.
+        "scale": further + 2 * max((fit.readings for fit in fits), default=0) * measured,
     }
 
 

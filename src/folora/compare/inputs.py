@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 from folora.calibration.base_file import tensors_sha256
 from folora.calibration.inputs import target_layers
 from folora.config import FoLoraConfig
 from folora.errors import ConfigError
+from folora.metrics.budget import More
+from folora.pipeline.further_text import further_text
 from folora.pipeline.run import Run
 from folora.pipeline.stages import solve_all, solve_options
 from folora.runtime.fingerprints import tokens_fingerprint
@@ -61,6 +63,12 @@ class Inputs:
             "directions": None if h_norm or None in counts else max(counts),
         }
         self._solved = lru_cache(maxsize=1)(self._solve)
+
+    @cached_property
+    def more(self) -> More | None:
+        """What generates further held-out text, once for all arms."""
+        more = further_text(self.run.context, self.shared.samples.load())
+        return cache(more) if more else None
 
     @property
     def tokens(self) -> tuple[int, int]:

@@ -2,15 +2,15 @@
 
 The KL of an update that is scaled by s in [0, 1] falls to 0 with s. The largest s is searched for at which an upper
 confidence bound of the mean KL is within the budget. Because KL and bound rise with s, the bound's confidence
-holds for the s that is found, too (arXiv:2101.02703, theorem 1).
+holds for the s that is found, too (arXiv:2101.02703, theorem 1). A few sequences show that an adapter is far below
+its budget; how far it has to be scaled down, only more can tell.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from statistics import NormalDist
 
 from peft import PeftModel
@@ -20,13 +20,18 @@ from peft.tuners.lora import LoraLayer
 from folora.data.rows import batches, text_examples
 from folora.errors import DataError
 from folora.metrics.meter import Texts, by_source, sequence_kl
-from folora.runtime.contexts import evaluating
+from folora.runtime.contexts import evaluating, without_adapter
 from folora.runtime.progress import progress
 
 FEWEST = 16  # sequences: fewer give no interval to rely on
+ENOUGH = 160  # sequences: the KL of one has a standard deviation of 0.9 to 1.4 times the mean
 CONFIDENCE = 0.95  # one-sided
+FIRST, SECOND = 0.99, 0.96  # of two looks, which together err no more often than one at CONFIDENCE
 CLOSE = 0.97  # part of the budget that ends the search
 MOST_READINGS = 12
+
+More = Callable[[], Texts]
+"""Generates further held-out text."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +40,29 @@ class Bound:
 
     Attributes:
         mean: Over tokens.
-        upper: One-sided, at `CONFIDENCE`; the spread is that among sequences.
+        upper: One-sided; the spread is that among sequences.
         by_source: The mean on the text of each source, if there are several.
+        sequences: Number of sequences.
+        tokens: Number of their tokens that have a KL.
     """
 
     mean: float
     upper: float
     by_source: dict[str, float] = field(default_factory=dict)
+    sequences: int = 0
+    tokens: int = 0
+
+
+class ByScale(dict[float, Bound]):
+    """The KL by the scale of the update; a scale is measured when it is first asked for."""
+
+    def __init__(self, measure: Callable[[float], Bound]) -> None:
+        super().__init__()
+        self._measure = measure
+
+    def __missing__(self, scale: float) -> Bound:
+        found = self[scale] = self._measure(scale)
+        return found
 
 
 @dataclass(frozen=True)
@@ -54,7 +75,7 @@ class BudgetFit:
         trained: The KL as trained.
         kept: The KL at `scale`, whose upper end is within the budget.
         task_loss: Task loss at `scale`, in nats per response token; NaN if not measured.
-        readings: Number of scales at which the KL was measured.
+        readings: Number of scales at which the KL has been measured, on the text of `trained`.
     """
 
     budget: float
@@ -65,7 +86,7 @@ class BudgetFit:
     readings: int = 1
 
 
-def bound(sums: Sequence[float], tokens: Sequence[int]) -> Bound:
+def bound(sums: Sequence[float], tokens: Sequence[int], confidence: float = CONFIDENCE) -> Bound:
     """The mean over all tokens and its upper confidence bound, from sums over sequences.
 
     The variance is that of a ratio estimator; Student's t is approximated by Cornish and Fisher's expansion.
@@ -73,14 +94,15 @@ def bound(sums: Sequence[float], tokens: Sequence[int]) -> Bound:
     Args:
         sums: Summed KL of each sequence; at least two.
         tokens: Number of tokens of each.
+        confidence: Of the bound, in (0, 1).
     """
-    n = len(sums)
-    mean = math.fsum(sums) / sum(tokens)
+    n, total = len(sums), sum(tokens)
+    mean = math.fsum(sums) / total
     if not math.isfinite(mean) or n < 2:
-        return Bound(mean, math.inf)
+        return Bound(mean, math.inf, sequences=n, tokens=total)
     squares = math.fsum((s - mean * t) ** 2 for s, t in zip(sums, tokens, strict=True))
-    error = math.sqrt(squares * n / (n - 1)) / sum(tokens)
-    return Bound(mean, mean + _student(CONFIDENCE, n - 1) * error)
+    error = math.sqrt(squares * n / (n - 1)) / total
+    return Bound(mean, mean + _student(confidence, n - 1) * error, sequences=n, tokens=total)
 
 
 def _student(level: float, freedom: int) -> float:
@@ -92,37 +114,44 @@ def _student(level: float, freedom: int) -> float:
     return z + first + second + third
 
 
-def largest_scale(bound_at: Callable[[float], Bound], budget: float) -> BudgetFit:
+def largest_scale(kl: ByScale, budget: float) -> BudgetFit:
     """Search for the largest scale in [0, 1] whose bound is within the budget.
 
     Args:
-        bound_at: The KL at a scale.
+        kl: The KL by scale. What it has measured already is used.
         budget: In nats per token, > 0.
 
     Returns:
         The scale found, with a bound in [`CLOSE` * budget, budget] unless it is 1 or the search took
         `MOST_READINGS` readings. Scale 0 if no tested scale is within the budget.
     """
-    trained = found = bound_at(1.0)
-    low, high, kept = 0.0, 1.0, Bound(0.0, 0.0)
+    before = len(kl)
+    trained = kl[1.0]
     if trained.upper <= budget:
-        return BudgetFit(budget, 1.0, trained, trained)
-    readings = 1
-    while readings < MOST_READINGS:
-        # Near 0 the KL is quadratic in the scale.
-        at = high if found.upper > budget else low
-        guess = at * math.sqrt((1 + CLOSE) / 2 * budget / max(found.upper, 1e-30))
-        if not low < guess < high:  # also if the bound is not finite
+        return BudgetFit(budget, 1.0, trained, trained, readings=len(kl))
+    while True:
+        high = min(scale for scale, found in kl.items() if not found.upper <= budget)
+        low = max((scale for scale in kl if scale < high), default=0.0)
+        kept = kl[low] if low else Bound(0.0, 0.0)
+        if kept.upper >= CLOSE * budget or len(kl) - before >= MOST_READINGS:
+            return BudgetFit(budget, low, trained, kept, readings=len(kl))
+        guess = _guess(kl, (1 + CLOSE) / 2 * budget)
+        if not low < guess < high:
             guess = math.sqrt(low * high) if low else high / 2
-        found = bound_at(guess)
-        readings += 1
-        if found.upper > budget or math.isnan(found.upper):
-            high = guess
-            continue
-        low, kept = guess, found
-        if found.upper >= CLOSE * budget:
-            break
-    return BudgetFit(budget, low, trained, kept, readings=readings)
+        _ = kl[guess]
+
+
+def _guess(kl: Mapping[float, Bound], target: float) -> float:
+    """The scale with a bound of `target`, if bounds are a power of the scale; 0 if none is finite and positive."""
+    known = [(math.log(s), math.log(b.upper)) for s, b in kl.items() if 0 < b.upper < math.inf]
+    near = sorted(known, key=lambda point: abs(point[1] - math.log(target)))[:2]
+    if not near:
+        return 0.0
+    scale, level = near[0]
+    power = 2.0  # near 0
+    if len(near) == 2:
+        power = min(8.0, max(1.0, (near[1][1] - level) / (near[1][0] - scale)))
+    return math.exp(scale + (math.log(target) - level) / power)
 
 
 def check_sequences(texts: Texts) -> None:
@@ -135,15 +164,16 @@ def check_sequences(texts: Texts) -> None:
 
 
 def kl_by_scale(
-    model: PeftModel, sequences: Texts, batch_size: int = 8
-) -> Callable[[float], Bound]:
-    """The KL of a model's active LoRA adapter as a function of the scale of its update, each measured once.
+    model: PeftModel, sequences: Texts, batch_size: int = 8, confidence: float = CONFIDENCE
+) -> ByScale:
+    """The KL of a model's active LoRA adapter by the scale of its update.
 
     Args:
         model: Any PEFT model with a LoRA adapter.
         sequences: Token ids of held-out calibration text, not used in training; or by source, in
             proportion to the shares that the budget weighs them by.
         batch_size: Sequences in a forward pass.
+        confidence: Of the bounds.
 
     Raises:
         DataError: There are fewer than `FEWEST` sequences.
@@ -151,7 +181,6 @@ def kl_by_scale(
     check_sequences(sequences)
     examples = {name: text_examples(rows) for name, rows in by_source(sequences).items()}
 
-    @cache
     def at(scale: float) -> Bound:
         sums: list[float] = []
         tokens: list[int] = []
@@ -170,9 +199,36 @@ def kl_by_scale(
                     tokens += found[1]
                     tick()
                 means[name] = math.fsum(sums[start:]) / sum(tokens[start:])
-        return replace(bound(sums, tokens), by_source=means if len(means) > 1 else {})
+        whole = bound(sums, tokens, confidence)
+        return replace(whole, by_source=means if len(means) > 1 else {})
 
-    return at
+    return ByScale(at)
+
+
+def kl_for_budget(
+    model: PeftModel, sequences: Texts, budget: float, more: More | None, batch_size: int = 8
+) -> ByScale:
+    """`kl_by_scale`, on more text if the first does not show that the adapter is within the budget as it is.
+
+    Args:
+        model: As for `kl_by_scale`, and so are `sequences` and `batch_size`.
+        sequences: Held-out text.
+        budget: In nats per token.
+        more: Generates further text of the same sources; called without the adapter, only if it is needed.
+    """
+    if more is None:
+        return kl_by_scale(model, sequences, batch_size)
+    first = kl_by_scale(model, sequences, batch_size, FIRST)
+    if first[1.0].upper <= budget:
+        return first
+    with without_adapter(model):
+        further = by_source(more())
+    if not further:
+        return kl_by_scale(model, sequences, batch_size)
+    known = by_source(sequences)
+    names = {**known, **further}
+    together = {name: [*known.get(name, ()), *further.get(name, ())] for name in names}
+    return kl_by_scale(model, together, batch_size, SECOND)
 
 
 def apply_scale(model: PeftModel, scale: float) -> None:

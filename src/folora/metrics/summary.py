@@ -91,6 +91,8 @@ def budget_verdict(fit: Mapping[str, Any]) -> str:
         f"Budget of {fit['budget']:g} nats per token kept: KL {_number(kept['mean'])}, with 95 % confidence at "
         f"most {_number(kept['upper'])}"
     )
+    if sequences := kept.get("sequences"):
+        words += f" on {sequences} held-out sequences"
     if sources := kept.get("by_source"):
         words += " (" + ", ".join(f"{name} {_number(kl)}" for name, kl in sources.items()) + ")"
     if scale == 1:

@@ -167,14 +167,18 @@ class Context:
             return None
         return engine_of(self.model, self.mixture, self.eos_ids, sampling, self.config.seed)
 
-    def engine(self) -> Engine:
+    def engine(self, seed: int | None = None) -> Engine:
         """The engine that generates the calibration set: the model, ``sampling.sampler_model``, or a server.
+
+        Another `seed` than the config's gives other text.
 
         Raises:
             FoLoraError: It cannot be loaded or reached, or has another tokenizer.
         """
-        if self.own_engine is not None:
-            return self.own_engine
+        if seed is None:
+            seed = self.config.seed
+            if self.own_engine is not None:
+                return self.own_engine
         sampling, sampler = self.config.sampling, self.model
         if name := sampling.sampler_model:
             own = self.config.replace(revision=None, device=str(self.model.device))
@@ -182,7 +186,7 @@ class Context:
             if sampling.server is None:
                 sampler = load_model(own, name)
                 distributed.raise_together(lambda: check_finite_weights(sampler))
-        return engine_of(sampler, self.mixture, self.eos_ids, sampling, self.config.seed)
+        return engine_of(sampler, self.mixture, self.eos_ids, sampling, seed)
 
 
 def coverage_of(model: PreTrainedModel, config: FoLoraConfig, start_id: int) -> Coverage:

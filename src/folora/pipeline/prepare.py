@@ -11,6 +11,7 @@ from folora.config import FoLoraConfig
 from folora.data.contents import Row
 from folora.pipeline.checks import check_in_memory
 from folora.pipeline.context import Context
+from folora.pipeline.further_text import further_text
 from folora.pipeline.stages import Solved, share
 from folora.pipeline.store import Memory
 from folora.training.prepared import Prepared, assemble
@@ -41,4 +42,5 @@ def prepare(
     shared = share(context, store, engine)
     spectrum = store.make(Solved(context, shared.keep, shared.task)).load()
     samples = shared.samples.load()
-    return assemble(context.model, spectrum, context.task, samples, context.config)
+    more = further_text(context, samples)
+    return assemble(context.model, spectrum, context.task, samples, context.config, more=more)

@@ -46,6 +46,7 @@ from folora.pipeline.checks import (
     check_unchanged,
 )
 from folora.pipeline.context import Context
+from folora.pipeline.further_text import further_text
 from folora.pipeline.scaled_export import fit_adapter
 from folora.pipeline.stages import KeepMoments, Samples, Shared, Solved, TaskMoments, base_file
 from folora.pipeline.store import OLD, REQUEST, Folder
@@ -272,11 +273,12 @@ def _within(trained: Trained, budget: float) -> bool:
 
 def _scaled(run: Run, trained: Trained, config: LoraConfig, rank: int | None) -> Trained:
     """The factors scaled to the budget, as it is kept at this rank; the model is loaded for it."""
-    held_out = run.samples().by_source()
+    context, samples = Context(run.config.replace(shard=False)), run.samples()
+    more = further_text(context, samples)
     with TemporaryDirectory() as folder:
         path = Path(folder) / ADAPTER
         write_adapter(trained.factors, path, config, rank=rank)
-        fit = fit_adapter(Context(run.config.replace(shard=False)), path, held_out)
+        fit = fit_adapter(context, path, samples.by_source(), more)
     logger.info("%s", budget_verdict(asdict(fit)))
     factors = {name: (a, b, s * fit.scale) for name, (a, b, s) in trained.factors.items()}
     return replace(trained, factors=factors)

@@ -19,7 +19,7 @@ from folora.calibration.base_file import read_base_file, read_base_manifest
 from folora.calibration.sampling import sample_sequences
 from folora.config import FoLoraConfig
 from folora.errors import ArtifactError, ConfigError
-from folora.metrics.budget import FEWEST, BudgetFit, fit_budget
+from folora.metrics.budget import ENOUGH, BudgetFit, More, kl_for_budget, largest_scale
 from folora.metrics.meter import Texts
 from folora.pipeline.context import Context
 from folora.runtime.loading import required
@@ -85,12 +85,15 @@ def export_scaled(config: FoLoraConfig, adapter: Path, target: Path) -> BudgetFi
     return fit
 
 
-def fit_adapter(context: Context, adapter: Path, held_out: Texts) -> BudgetFit:
-    """The scale at which the adapter in a folder is within the config's budget on held-out text."""
+def fit_adapter(
+    context: Context, adapter: Path, held_out: Texts, more: More | None = None
+) -> BudgetFit:
+    """The scale at which the adapter in a folder is within the config's budget on held-out text, and `more`."""
     config = context.config
     assert config.budget is not None
     model = PeftModel.from_pretrained(context.model, str(adapter))
-    return fit_budget(model, held_out, config.budget, config.statistics.batch_size)
+    kl = kl_for_budget(model, held_out, config.budget, more, config.statistics.batch_size)
+    return largest_scale(kl, config.budget)
 
 
 def check_adapter_folder(adapter: Path) -> str | None:
@@ -133,7 +136,7 @@ def _held_out(context: Context) -> Texts:
     config = context.config
     if config.base is not None:
         return read_base_file(Path(config.base), context.facts).samples.by_source()
-    count = max(2 * FEWEST, config.sampling.num_held_out)
+    count = max(ENOUGH, config.sampling.num_held_out)
     found = sample_sequences(
         context.engine(),
         context.mixture,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from folora.errors import NumericsError
 from folora.metrics.budget import apply_scale
 from folora.metrics.meter import Reading, total_norm
 from folora.pipeline.context import Context
+from folora.pipeline.further_text import further_text
 from folora.pipeline.stages import Samples, Solved
 from folora.pipeline.store import Stage, StageResult
 from folora.runtime import distributed
@@ -124,8 +125,10 @@ class Training(Stage[Trained]):
 
         assert folder is not None
         context = self.context
+        samples, spectrum = self.samples.load(), self.spectrum.load()
+        more = further_text(context, samples)
         prepared = assemble(
-            context.model, self.spectrum.load(), context.task, self.samples.load(), context.config
+            context.model, spectrum, context.task, samples, context.config, more=more
         )
         trainer = train(prepared, context.tokenizer, folder)
         steps = trainer.state.global_step
@@ -134,6 +137,9 @@ class Training(Stage[Trained]):
             apply_scale(prepared.model, fits[0].scale)
         factors = lora_factors(prepared.model)
         reading, norms = trainer.read()
+        if fits:  # on more text, if the budget binds
+            kept = fits[0].kept
+            reading = replace(reading, kl=kept.mean, kl_by_source=kept.by_source)
         with without_adapter(prepared.model):
             before = Reading(0.0, 0.0, prepared.meter.task_loss(prepared.model))
         facts = {

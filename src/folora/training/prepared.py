@@ -21,7 +21,15 @@ from folora.config import FoLoraConfig
 from folora.data.contents import Example
 from folora.data.rows import TaskData, text_examples
 from folora.errors import ConfigError
-from folora.metrics.budget import BudgetFit, check_sequences, fit_budget, kl_by_scale, largest_scale
+from folora.metrics.budget import (
+    BudgetFit,
+    ByScale,
+    More,
+    apply_scale,
+    check_sequences,
+    kl_for_budget,
+    largest_scale,
+)
 from folora.metrics.meter import Meter, warn_if_not_stepped
 from folora.optim.sadam import SAdam
 from folora.spectral.layers import GroupBasis
@@ -43,6 +51,7 @@ class Prepared:
         meter: Measures task loss and KL to the base.
         config: The options that it was prepared with.
         replay: Texts of which `train_dataset` mixes in the share `method.replay`.
+        more: Generates further held-out text, for a budget that binds; None: there is no more.
     """
 
     model: PeftModel
@@ -53,6 +62,7 @@ class Prepared:
     meter: Meter
     config: FoLoraConfig
     replay: Sequence[list[int]] = ()
+    more: More | None = None
 
     def param_groups(self, **changes: Any) -> list[dict[str, Any]]:
         """Parameter groups for `SAdam`; `changes` override arguments of `param_groups`, such as ``lr=1e-3``."""
@@ -98,12 +108,12 @@ class Prepared:
         Returns:
             A fit with its task loss for each of `factors` times the budget; empty without a budget.
         """
-        if self.config.budget is None:
+        if (budget := self.config.budget) is None:
             return []
-        kl_at = kl_by_scale(self.model, self.samples.by_source(), self.meter.batch_size)
+        kl = self._kl_for(budget)
         found = []
         for factor in factors:
-            fit = largest_scale(kl_at, factor * self.config.budget)
+            fit = largest_scale(kl, factor * budget)
             with rescale_adapter_scale(self.model, fit.scale):
                 found.append(replace(fit, task_loss=self.meter.task_loss(self.model)))
         return found
@@ -120,8 +130,12 @@ class Prepared:
                     f"the budget is kept by the exact adapter, not by one truncated to rank {rank}: export it "
                     "by folora.export_adapter(prepared.model, folder, rank=...), then scale that by folora export --adapter"
                 )
-            fit_budget(self.model, self.samples.by_source(), budget, self.meter.batch_size)
+            apply_scale(self.model, largest_scale(self._kl_for(budget), budget).scale)
         return export_adapter(self.model, path, rank=rank)
+
+    def _kl_for(self, budget: float) -> ByScale:
+        texts = self.samples.by_source()
+        return kl_for_budget(self.model, texts, budget, self.more, self.meter.batch_size)
 
 
 def assemble(
@@ -131,10 +145,11 @@ def assemble(
     samples: CalibrationSet,
     config: FoLoraConfig,
     replay: Sequence[list[int]] | None = None,
+    more: More | None = None,
 ) -> Prepared:
     """Adapter, optimizer and meter from the results of the first three stages.
 
-    `replay` are texts for ``method.replay``; by default the samples.
+    `replay` are texts for ``method.replay``; by default the samples. `more` is that of `Prepared`.
     """
     if config.budget is not None:
         check_sequences(samples.held_out)
@@ -144,7 +159,7 @@ def assemble(
     check = partial(warn_if_not_stepped, made, peft_model, bases)
     meter = Meter(samples.by_source(), task.held_out, config.statistics.batch_size, check)
     texts = samples.calibration if replay is None else replay
-    return Prepared(peft_model, made, bases, task, samples, meter, config, texts)
+    return Prepared(peft_model, made, bases, task, samples, meter, config, texts, more)
 
 
 def attach_configured(
