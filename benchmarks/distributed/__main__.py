@@ -1,7 +1,7 @@
 """One process against several, on gloo: ``python -m benchmarks.distributed``, or ``make distributed``.
 
 The same tiny run by 1, 2 and 4 processes must give the same samples to the bit, and statistics, bases and
-weights within rounding, also by FSDP2, and with a base that is shared out. A process that is killed ends
+weights within rounding, also by FSDP2, with a base that is shared out, and of a mixture of sources. A process that is killed ends
 the others at once, and the run goes on, with as many processes or another number. Processes that see
 different things are refused before the first step.
 """
@@ -20,7 +20,15 @@ import torch
 
 from benchmarks.distributed.launchers import launched
 from benchmarks.distributed.runs import ROUNDING, Bench
-from benchmarks.distributed.trials import interrupted, killed, other_ways, refused, same_as_one
+from benchmarks.distributed.trials import (
+    MIXED,
+    interrupted,
+    killed,
+    mixed,
+    other_ways,
+    refused,
+    same_as_one,
+)
 from benchmarks.tiny import make_llama
 from folora.pipeline.training import Training
 from folora.runtime.artifacts import software_versions
@@ -40,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = {
             "same": same_as_one(bench, (2, 3, 4)),
             "ways": other_ways(bench, (1, 2, 3, 4)),
+            "mixed": mixed(bench, (2, 3)),
             "killed": [
                 killed(bench, 2, 1, 2), killed(bench, 2, 0, 1), killed(bench, 3, 1, 2),
                 killed(bench, 2, 1, 3), killed(bench, 4, 2, 4),
@@ -73,6 +82,11 @@ def breaches(found: Mapping[str, Any]) -> list[str]:
         for way, counts in found["ways"].items()
         for n, d in counts.items()
         if d > ROUNDING[Training.path]
+    ]
+    said += [
+        f"samples of a mixture by {n} differ: {one}"
+        for n, one in found["mixed"].items()
+        if one["difference"] or one["sequences"] != MIXED
     ]
     for one in [*found["killed"], *found["interrupted"]]:
         if any(one["codes_then"]) or one["difference"] > one["allowed"]:

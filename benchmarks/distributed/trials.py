@@ -14,9 +14,14 @@ from torch import Tensor
 
 from benchmarks.distributed.runs import ROUNDING, WAYS, Bench, ended
 from benchmarks.forks import PATIENCE, Fork
-from benchmarks.tiny import make_llama, write_model
+from benchmarks.tiny import make_llama, make_tokenizer, write_model
+from folora.calibration.calibration_set import CalibrationSet
+from folora.pipeline.stages import Samples
 from folora.pipeline.training import Training
 from folora.runtime.checkpoints import latest_checkpoint
+
+MIXED = [16, 12, 12]
+"""Sequences of each source of `mixed`, of 40."""
 
 
 def same_as_one(bench: Bench, counts: Sequence[int]) -> dict[str, dict[str, float]]:
@@ -26,6 +31,40 @@ def same_as_one(bench: Bench, counts: Sequence[int]) -> dict[str, dict[str, floa
         str(n): {part: bench.difference(one, bench.undisturbed(n), part) for part in ROUNDING}
         for n in counts
     }
+
+
+def mixed(bench: Bench, counts: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """A mixture of sources by several processes: how samples differ from one's, and the number of each source."""
+    place = bench.place / "chat"
+    make_llama().save_pretrained(place)
+    make_tokenizer(chat=True).save_pretrained(place)
+    prompts = bench.place / "prompts.jsonl"
+    # Of different lengths: with sharded weights each process takes as many steps as the others.
+    rows = ({"prompt": f"{'ab' * (1 + 40 * (n % 7 == 3))}{n}"} for n in range(60))
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = {"bos": 0.4, "chat": 0.3, f"prompts:{prompts}": 0.3}
+    changes: dict[str, Any] = {
+        "model": str(place),
+        "sampling.sources": sources,
+        "training.max_steps": 1,
+    }
+
+    def run(name: str, count: int, **more: Any) -> str:
+        if any(codes := [e.code for e in ended(bench.start(name, count, **changes, **more))]):
+            raise RuntimeError(f"{name}: {count} processes ended with {codes}")
+        return name
+
+    one = run("mixed-1", 1)
+    found = {}
+    for way in ("DDP", "--shard"):
+        for n in counts:
+            name = run(f"mixed-{way}-{n}", n, **WAYS[way][1])
+            samples = CalibrationSet.load(bench.place / name / Samples.path)
+            found[f"{n} by {way}"] = {
+                "difference": bench.difference(one, name, Samples.path),
+                "sequences": [samples.sources.count(source) for source in sources],
+            }
+    return found
 
 
 def other_ways(bench: Bench, counts: Sequence[int]) -> dict[str, dict[str, float]]:

@@ -17,6 +17,7 @@ from support.chat_templates import (
     MERGES,
     NO_END,
     NO_SYSTEM,
+    TOOLS,
     byte_tokenizer,
 )
 from transformers import PreTrainedTokenizerFast
@@ -217,17 +218,44 @@ def test_an_interrupted_mixture_resumes(tmp_path: Path) -> None:
 
 
 def test_a_source_of_which_nothing_passes_is_named() -> None:
+    """A model that never ends its turn: after 44 attempts, as .9^44 < .01."""
     mixture = chat_mixture(bos=0.5, chat=0.5)
-    decoder = engine(mixture)
+    asked: list[int] = []
 
-    def silent(numbers: Sequence[int]) -> list[list[int]]:
+    def endless(numbers: Sequence[int]) -> list[list[int]]:
+        asked.extend(numbers)
+        return [distinct(n) for n in numbers]
+
+    message = r"of 44 sampled sequences of chat only 0 passed .*'unanswered': 44.* one in 10 must"
+    with pytest.raises(DataError, match=message + r".*--sampling\.sources, or a larger"):
+        sample_sequences(endless, mixture, [END], CONFIG.replace(num_sequences=2000))
+    assert len(asked) == 96  # of 88 needed, in batches of 16
+
+
+def distinct(number: int) -> list[int]:
+    """A sequence without an end that the filter accepts as text."""
+    return [4 + (number + 7 * place * (1 + number % 5)) % 47 for place in range(40)]
+
+
+@pytest.mark.parametrize(("one_in", "is_refused"), [(5, False), (20, True)])
+def test_sampling_is_given_up_if_less_than_a_tenth_passes(one_in: int, is_refused: bool) -> None:
+    asked: list[int] = []
+
+    def decoder(numbers: Sequence[int]) -> list[list[int]]:
+        asked.extend(numbers)
         return [
-            row if n % 2 == 0 else [3] * 40
-            for n, row in zip(numbers, decoder(numbers), strict=True)
+            [*divmod(n, 47), *distinct(n)] if n % one_in == one_in - 1 else [3] * 40
+            for n in numbers
         ]
 
-    with pytest.raises(DataError, match=r"of 256 sampled sequences of chat only 0 passed"):
-        sample_sequences(silent, mixture, [END], CONFIG.replace(num_sequences=2000))
+    config = CONFIG.replace(num_sequences=400)
+    if is_refused:
+        with pytest.raises(DataError, match=r"only \d+ passed"):
+            sample_sequences(decoder, START, [END], config)
+        assert len(asked) < 400  # instead of 4000
+    else:
+        found = sample_sequences(decoder, START, [END], config)
+        assert len(found.calibration + found.held_out) == 400
 
 
 def test_the_default_follows_the_model(caplog: pytest.LogCaptureFixture) -> None:
@@ -296,6 +324,62 @@ def test_prompts_and_texts_are_read_from_files(tmp_path: Path) -> None:
     write(prompts, [{"prompt": f"add {n}"} for n in range(30)])
     plain = mixture_of(config, make_tokenizer(), START).sources[0]
     assert text(plain.script(2).opening) == "<s>add 2"
+
+
+TOOL = {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {}}}}
+CALL = {"function": {"name": "get_weather", "arguments": {"city": "Oslo"}}}
+ASKED = {"role": "user", "content": "Oslo?"}
+CALLED = [ASKED, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "cold"}]
+
+
+def test_prompts_with_tools_are_opened_with_the_definitions(tmp_path: Path) -> None:
+    """So that the model answers with a call; also after the result of one."""
+    prompts = [{"prompt": f"weather {n}?", "tools": [TOOL]} for n in range(60)]
+    file = write(
+        tmp_path / "p.jsonl", [*prompts, {"messages": CALLED, "tools": json.dumps([TOOL])}]
+    )
+    tokenizer = byte_tokenizer(TOOLS)
+    config = CONFIG.replace(sources={f"prompts:{file}": 1.0})
+    mixture = mixture_of(config, tokenizer, START)
+    (source,) = mixture.sources
+    opened = [tokenizer.decode(script.opening) for script in source.scripts]
+    defined = json.dumps({"type": "function", "function": TOOL})
+    system = f"<|im_start|>system\n{defined}\n<|im_end|>\n<|im_start|>user\n"
+    answer = "<|im_end|>\n<|im_start|>assistant\n"
+    assert opened[7] == f"{system}weather 7?{answer}"
+    assert opened[60].startswith(f"{system}Oslo?{answer}")
+    assert '<tool_call>{"name": "get_weather", "arguments": {"city": "Oslo"}}' in opened[60]
+    assert opened[60].endswith(f"<|im_start|>tool\ncold{answer}")
+    decoder = HuggingFaceEngine(
+        make_llama(vocab=len(tokenizer), max_position_embeddings=512), mixture, [END], config
+    )
+    found = sample_sequences(decoder, mixture, [END], config)
+    assert found.held_out and {*found.sources} == {source.name}
+    assert all(tokenizer.decode(row).startswith(system) for row in found.held_out)
+    write(file, [{key: row[key] for key in ("prompt",)} for row in prompts])
+    without = mixture_of(config, tokenizer, START)
+    assert "get_weather" not in tokenizer.decode(without.script(0).opening)
+    assert without.facts != mixture.facts
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "message"),
+    [
+        (CHATML, {"prompt": "a", "tools": [TOOL]}, "leaves out the column 'tools'"),
+        ("{% if tools %}{% endif %}" + CHATML, {"prompt": "a", "tools": [TOOL]}, "leaves out"),
+        ("{% if tools %}{{ raise_exception('none') }}{% endif %}" + CHATML,
+         {"prompt": "a", "tools": [TOOL]}, "refuses this chat: none"),
+        (CHATML, {"messages": CALLED}, "leaves out the tool calls of message 1"),
+        (TOOLS, {"prompt": "a", "tools": "get_weather"}, "column 'tools'"),
+    ],
+)  # fmt: skip
+def test_tools_that_a_template_does_not_render_are_refused(
+    template: str, row: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    file = write(tmp_path / "p.jsonl", [row])
+    config = CONFIG.replace(sources={f"prompts:{file}": 1.0})
+    with pytest.raises(DataError, match=rf"prompts:{file}, row 0: .*{message}"):
+        mixture_of(config, byte_tokenizer(template), START)
 
 
 def test_long_texts_are_cut_into_pieces(tmp_path: Path) -> None:

@@ -93,6 +93,54 @@ def test_a_base_file_records_its_sources(
         folora.prepare(make_llama(), make_tokenizer(chat=True), rows(), asks)
 
 
+def test_a_base_file_of_other_contents_is_refused(
+    config: folora.FoLoraConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prompts without tools do not pass as those with tools, in a run, `prepare` or an export."""
+    file = tmp_path / "prompts.jsonl"
+
+    def write(tools: list[dict[str, str]]) -> None:
+        asked = ({"prompt": f"add {n}", "tools": tools} for n in range(60))
+        file.write_text("".join(json.dumps(row) + "\n" for row in asked))
+
+    place = tmp_path / "model"
+    make_llama().save_pretrained(place)
+    tokenizer = make_tokenizer(chat=True)
+    tokenizer.chat_template = "{% for t in tools or [] %}{{ t.function.name }}.{% endfor %}" + str(
+        tokenizer.chat_template
+    )
+    tokenizer.save_pretrained(place)
+    write([])
+    sources = {"bos": 0.5, f"prompts:{file}": 0.5}
+    asks = config.changed(
+        {"sampling.sources": sources, "model": str(place), "output": str(tmp_path / "run")}
+    )
+    run = Run(asks)
+    path = run.base(tmp_path / "base.safetensors")
+    based = asks.replace(base=str(path))
+    copy = Run(based.replace(output=str(tmp_path / "copy"))).base(tmp_path / "copy.safetensors")
+    for made in (path, copy):
+        recorded = read_base_file(made, run.context.facts).manifest["contents"]
+        assert [*recorded] == [f"prompts:{file}"]
+    Run(based).check_command("run")
+    write([{"name": "sum"}])
+    message = "with other contents, but sampling.sources asks for the present ones"
+    yaml, adapter = tmp_path / "run.yaml", Path(str(config.output)) / "5-adapter"
+    for made in (path, copy):
+        with pytest.raises(MismatchError, match=message):
+            folora.prepare(
+                make_llama(), tokenizer, rows(), based.replace(base=str(made), output=None)
+            )
+        yaml.write_text(based.replace(base=str(made), output=str(tmp_path / "other")).to_yaml())
+        for command in (
+            ["run"],
+            ["export", "--adapter", str(adapter), "--to", str(tmp_path / "to")],
+        ):
+            assert main([*command, "--config", str(yaml)]) == 2
+            assert message in " ".join(capsys.readouterr().err.split())
+    Run(based.changed({"sampling.sources": None})).check_command("run")
+
+
 def test_early_stopping_checks_read_the_mixture(config: folora.FoLoraConfig) -> None:
     early = config.replace(output=None, dataset=None).changed(
         {"sampling.num_sequences": 200, "sampling.tolerance": 1e6}

@@ -18,7 +18,14 @@ from support.processes import in_processes
 import folora
 from benchmarks.distributed.__main__ import breaches
 from benchmarks.distributed.runs import ROUNDING, WAYS, Bench, by_fsdp2, ended
-from benchmarks.distributed.trials import interrupted, killed, other_ways, refused, same_as_one
+from benchmarks.distributed.trials import (
+    interrupted,
+    killed,
+    mixed,
+    other_ways,
+    refused,
+    same_as_one,
+)
 from benchmarks.tiny import make_llama, make_tokenizer, rows, tiny_config
 from folora.cli.main import main
 from folora.errors import ConfigError, DataError, MismatchError, ProcessError
@@ -28,7 +35,7 @@ from folora.runtime.checkpoints import latest_checkpoint
 from folora.runtime.tensors import full_tensor
 
 NOTHING: dict[str, Any] = {
-    "same": {}, "ways": {}, "killed": [], "interrupted": [], "refused": {}, "launched": {}
+    "same": {}, "ways": {}, "mixed": {}, "killed": [], "interrupted": [], "refused": {}, "launched": {}
 }  # fmt: skip
 
 
@@ -42,6 +49,13 @@ def test_two_processes_match_one(bench: Bench) -> None:
     assert list(found["2"]) == list(ROUNDING)
     assert breaches({**NOTHING, "same": found}) == []
     assert found["2"]["4-training/result"] > 0  # otherwise the runs would be identical
+
+
+def test_a_mixture_of_sources_has_the_shares_and_sequences_of_one_process(bench: Bench) -> None:
+    """By DDP, and with sharded weights, of which each process needs the others' part at each token."""
+    found = mixed(bench, (2,))
+    assert [*found] == ["2 by DDP", "2 by --shard"]
+    assert breaches({**NOTHING, "mixed": found}) == []
 
 
 def test_padding_rows_of_the_last_step_do_not_count(bench: Bench) -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from folora.calibration.calibration_set import CalibrationSet
-from folora.config import BOS, LEAST_SHARE, SamplingConfig
+from folora.config import BOS, LEAST_SHARE, FoLoraConfig, SamplingConfig
 from folora.errors import ArtifactError, ConfigError, MismatchError
 from folora.runtime.artifacts import check_manifest, read_tensors, software_versions
 from folora.runtime.ownership import check_target
@@ -30,6 +30,7 @@ from folora.runtime.storage import (
     Facts,
     check_regular_file,
     checked_depth,
+    file_sha256,
     malformed_is_damaged,
     sealed,
     write_atomically,
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 KIND = "base"
 HEADER = "folora"  # key of the manifest in the safetensors header
+CONTENTS = "contents"  # of sources: SHA-256 of each file
 
 
 @dataclass(frozen=True)
@@ -162,10 +164,23 @@ def read_base_manifest(path: Path, expected: Mapping[str, Any] | None = None) ->
     return check_manifest(manifest, path, path, KIND, expected)
 
 
-def check_base_sources(manifest: Facts, config: SamplingConfig) -> None:
-    """Refuse a base file made from other sources, or other shares of them, than the config asks for.
+def base_contents(config: FoLoraConfig) -> dict[str, str]:
+    """The `CONTENTS` of a base file to write: of the files that ``sampling.sources`` names now, or of ``config.base``."""
+    if config.base is not None:
+        return read_base_manifest(Path(config.base)).get(CONTENTS, {})
+    return _contents(config.sampling)
 
-    Shares of accepted sequences may differ from those asked for by the least share. Raises MismatchError.
+
+def _contents(config: SamplingConfig) -> dict[str, str]:
+    files = {name: Path(name.partition(":")[2]) for name in config.sources or {} if ":" in name}
+    return {name: file_sha256(file) for name, file in files.items() if file.is_file()}
+
+
+def check_base_sources(manifest: Facts, config: SamplingConfig) -> None:
+    """Refuse a base file made from other sources than the config asks for, other shares or contents of them.
+
+    Shares of accepted sequences may differ from those asked for by the least share. Files of earlier versions
+    record no contents. Raises MismatchError.
     """
     has, asked = manifest.get("shares") or {BOS: 1.0}, config.sources  # before sources: bos alone
     if asked is None:
@@ -178,7 +193,11 @@ def check_base_sources(manifest: Facts, config: SamplingConfig) -> None:
             for shares in (has, asked)
         )
     else:
-        return
+        now = _contents(config)
+        other = [name for name, sha in manifest.get(CONTENTS, {}).items() if now.get(name) != sha]
+        if not other:
+            return
+        found, wanted = f"{other[0]} with other contents", "the present ones"
     raise MismatchError(
         f"{manifest.file} has text of {found}, but sampling.sources asks for {wanted}; leave sampling.sources out, "
         "or make another file with folora base"

@@ -120,6 +120,8 @@ class HuggingFaceEngine:
     def _written(self, numbers: Sequence[int]) -> list[list[int]]:
         """The same for sequences that the model writes."""
         given = max(self.mixture.script(number).given for number in numbers)
+        if is_sharded(self.model):  # every process takes as many steps as the slowest
+            given = self.mixture.given
         try:
             what = f"decoding {len(numbers)} sequences (tokens each)"
             return self._decode(numbers, self.config.max_new_tokens + given, what)

@@ -9,6 +9,7 @@ the order of their numbers until the requested number is accepted, with each sou
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
@@ -40,7 +41,7 @@ _Token = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 BATCH = TypeAdapter(Annotated[list[list[_Token]], Field(strict=True, min_length=1)])
 """The sequences in a shard; without any, reading would never advance."""
 MAX_ATTEMPTS_PER_SEQUENCE = 10
-MIN_ATTEMPTS = 256  # of a source with none accepted, before giving up
+GIVING_UP = 0.01  # probability of giving up at a given attempt though one in `MAX_ATTEMPTS_PER_SEQUENCE` passes
 
 _Named = tuple[str, list[int]]  # a source and a sequence
 
@@ -150,13 +151,28 @@ def _accepted(
             taken[due.name] += 1
             yield due.name, waiting[due.name].popleft()
         passed = taken[source.name] + len(waiting[source.name])
-        hopeless = tried[source.name] >= MIN_ATTEMPTS and not passed
+        hopeless = _is_hopeless(passed, tried[source.name])
         if hopeless or number + 1 >= MAX_ATTEMPTS_PER_SEQUENCE * config.num_sequences:
             raise DataError(
                 f"of {tried[source.name]} sampled sequences{mixture.of_source(source)} only {passed} passed the filter "
-                f"(rejected: {dict(rejected)}). The model may not generate text from this start token; "
-                "try another --sampling.start_token, --sampling.sampler_model or --sampling.sources."
+                f"(rejected: {dict(rejected)}), but at least one in {MAX_ATTEMPTS_PER_SEQUENCE} must. The model may not "
+                "generate text from this start token, or not end a turn; try another --sampling.start_token, "
+                "--sampling.sampler_model or --sampling.sources, or a larger --sampling.max_new_tokens."
             )
+
+
+def _is_hopeless(passed: int, tried: int) -> bool:
+    """Whether so few sequences of a source passed that less than one in `MAX_ATTEMPTS_PER_SEQUENCE` will.
+
+    By Chernoff's bound, were it one, so few would pass with a probability of at most exp(-n KL(rate || one)),
+    which must be below `GIVING_UP`: after 44 attempts of which none passed, 74 of which one did.
+    """
+    rate, least = passed / tried, 1 / MAX_ATTEMPTS_PER_SEQUENCE
+    if rate >= least:
+        return False
+    kl = (1 - rate) * math.log((1 - rate) / (1 - least))
+    kl += rate * math.log(rate / least) if passed else 0.0
+    return tried * kl > -math.log(GIVING_UP)
 
 
 def _split(

@@ -103,8 +103,10 @@ class ChatTemplate:
                 if squeezed(value) not in shown and squeezed(in_json) not in shown:
                     raise _left_out(f"{what} of message {i} ({message['role']}), {value[:40]!r}")
         without = {"the column 'tools'": replace(chat, tools=())} if chat.tools else {}
-        for i in (i for i in chat.learned if "tool_calls" in chat.messages[i]):
-            bare = {k: v for k, v in chat.messages[i].items() if k != "tool_calls"}
+        for i, message in enumerate(chat.messages):
+            if "tool_calls" not in message:
+                continue
+            bare = {k: v for k, v in message.items() if k != "tool_calls"}
             without[f"the tool calls of message {i}"] = chat.with_message(i, bare)
         for what, changed in without.items():
             try:

@@ -32,7 +32,12 @@ from typing import Any, Literal
 from peft import LoraConfig
 
 from folora.adapters.export import ExportReport, write_adapter, write_merged
-from folora.calibration.base_file import check_base_target, write_base_file
+from folora.calibration.base_file import (
+    CONTENTS,
+    base_contents,
+    check_base_target,
+    write_base_file,
+)
 from folora.calibration.calibration_set import CalibrationSet
 from folora.config import FoLoraConfig
 from folora.errors import ConfigError, FoLoraError, MismatchError
@@ -171,9 +176,10 @@ class Run:
         """
         path = self.base_target(path)
         with self.alone():
+            contents = base_contents(self.config)  # before they are read
             samples, keep = stages.sample(self.context, self.store)
             found, moments = samples.load(), self.store.make(keep).load()
-            facts = self.context.facts
+            facts = self.context.facts | {CONTENTS: contents}
             distributed.on_rank_zero(lambda: write_base_file(path, found, moments, facts))
         return path
 

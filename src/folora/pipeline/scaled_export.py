@@ -15,7 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from folora.adapters.export import ADAPTER
-from folora.calibration.base_file import read_base_file, read_base_manifest
+from folora.calibration.base_file import (
+    check_base_sources,
+    read_base_file,
+    read_base_manifest,
+)
 from folora.calibration.sampling import sample_sequences
 from folora.config import FoLoraConfig
 from folora.errors import ArtifactError, ConfigError
@@ -65,7 +69,7 @@ def export_scaled(config: FoLoraConfig, adapter: Path, target: Path) -> BudgetFi
     base = check_adapter_folder(adapter)
     context = Context(config if config.model else config.replace(model=required(base, "model")))
     if config.base is not None:
-        read_base_manifest(Path(config.base))
+        check_base_sources(read_base_manifest(Path(config.base)), config.sampling)
     else:
         _ = context.mixture  # a source that cannot be used is found before the model is loaded
     fit = fit_adapter(context, adapter, _held_out(context))
