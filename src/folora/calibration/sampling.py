@@ -41,7 +41,7 @@ _Token = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 BATCH = TypeAdapter(Annotated[list[list[_Token]], Field(strict=True, min_length=1)])
 """The sequences in a shard; without any, reading would never advance."""
 MAX_ATTEMPTS_PER_SEQUENCE = 10
-GIVING_UP = 0.01  # probability of giving up at a given attempt though one in `MAX_ATTEMPTS_PER_SEQUENCE` passes
+GIVING_UP = 0.01  # probability of so few accepted sequences at which a source is given up
 
 _Named = tuple[str, list[int]]  # a source and a sequence
 
@@ -164,8 +164,8 @@ def _accepted(
 def _is_hopeless(passed: int, tried: int) -> bool:
     """Whether so few sequences of a source passed that less than one in `MAX_ATTEMPTS_PER_SEQUENCE` will.
 
-    By Chernoff's bound, were it one, so few would pass with a probability of at most exp(-n KL(rate || one)),
-    which must be below `GIVING_UP`: after 44 attempts of which none passed, 74 of which one did.
+    If one did, so few would pass with probability at most exp(-tried KL(rate || 1/10)), by Chernoff's bound. It
+    is below `GIVING_UP` after 44 attempts if none passed, after 74 if one did.
     """
     rate, least = passed / tried, 1 / MAX_ATTEMPTS_PER_SEQUENCE
     if rate >= least:
