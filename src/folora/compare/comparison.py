@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from folora.adapters.coverage import check_adapter
 from folora.compare.arms import Arm, checked_arm
 from folora.compare.compute import tokens_processed
 from folora.compare.inputs import Inputs, RealText, adapted_layers
-from folora.compare.readings import READ_AT, Reader, Score, no_scores
+from folora.compare.readings import READ_AT, Reader, Score, no_scores, rounded
 from folora.compare.results import FORMAT, Key, ResultFile
 from folora.config import FoLoraConfig
 from folora.errors import ConfigError, DataError
@@ -177,7 +178,7 @@ class Comparison:
             readings, diverged = self.reader.train(trainer)
             fits = [] if diverged else prepared.budget_fits([1.0])
             if not diverged:
-                readings += self.reader.scaled(trainer, *(fit.scale for fit in fits))
+                readings += self.reader.scaled(trainer, fits)
             tokens = tokens_processed(trainer, samples, *inputs.tokens, fits)
         finally:
             prepared.model.unload()
@@ -200,6 +201,7 @@ class Comparison:
             "base": base,
             "readings": readings,
             "diverged": diverged,
+            "budget": rounded(asdict(fits[0])) if fits else None,
         }
 
     def _arguments(self, config: FoLoraConfig) -> Any:

@@ -11,6 +11,7 @@ from peft import PeftModel
 from peft.helpers import rescale_adapter_scale
 from transformers import TrainerControl, TrainerState
 
+from folora.metrics.budget import BudgetFit
 from folora.metrics.meter import total_norm
 from folora.training.callbacks import AfterStep
 
@@ -75,14 +76,18 @@ class Reader:
             readings.append(self._read(trainer, step))  # training ended early
         return readings, diverged()
 
-    def scaled(self, trainer: FoLoraTrainer, *further: float) -> Readings:
-        """Readings of the trained update scaled by each of `scales`, and by further factors."""
-        found = []
-        for scale in (*self.scales, *further):
-            with rescale_adapter_scale(trainer.prepared.model, scale):
-                reading = self._read(trainer, trainer.state.global_step)
-            found.append({**reading, "scale": rounded(scale)})
+    def scaled(self, trainer: FoLoraTrainer, fits: Sequence[BudgetFit] = ()) -> Readings:
+        """Readings of the trained update scaled by each of `scales`, and within budgets."""
+        found = [self._at(trainer, scale) for scale in self.scales]
+        for fit in fits:  # whose KL is measured on more text than the meter's
+            kl = {"kl": fit.kept.mean, "kl_by_source": fit.kept.by_source}
+            found.append(self._at(trainer, fit.scale) | rounded(kl))
         return found
+
+    def _at(self, trainer: FoLoraTrainer, scale: float) -> dict[str, Any]:
+        with rescale_adapter_scale(trainer.prepared.model, scale):
+            reading = self._read(trainer, trainer.state.global_step)
+        return {**reading, "scale": rounded(scale)}
 
     def _read(self, trainer: FoLoraTrainer, step: int) -> dict[str, Any]:
         """A reading of the meter, with scores if they are due and the model has not diverged."""
