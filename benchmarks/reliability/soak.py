@@ -36,7 +36,7 @@ from folora.runtime.progress import progress
 from folora.runtime.storage import write_json
 from folora.training.callbacks import AfterStep
 from folora.training.prepared import Prepared, assemble
-from folora.training.trainer import train
+from folora.training.train import train
 
 EVERY = 50  # steps
 MOST_GROWTH = 8e6  # bytes of memory that allocators may keep between two thirds of a run

@@ -24,7 +24,7 @@ import folora.pipeline.context
 import folora.pipeline.planning
 import folora.pipeline.run
 import folora.pipeline.stages
-import folora.training.trainer
+import folora.training.train
 from benchmarks.tiny import tiny_config
 from folora.calibration.engine import HuggingFaceEngine
 from folora.cli.main import main
@@ -46,7 +46,7 @@ DOORS: list[tuple[Any, str, Found]] = [
     (HuggingFaceEngine, "__call__", "work"),
     (folora.pipeline.stages, "measure", "work"),
     (folora.pipeline.stages, "solve", "work"),
-    (folora.training.trainer, "train", "work"),
+    (folora.training.train, "train", "work"),
 ]
 
 

@@ -34,7 +34,7 @@ from folora.spectral.moments import Moments
 from folora.training.arguments import sft_config
 from folora.training.optimizer import param_groups
 from folora.training.prepared import assemble
-from folora.training.trainer import train
+from folora.training.train import train
 
 R, ALPHA = 4, 8  # kappa = 2, so that a forgotten factor shows
 IDS = torch.randint(3, 50, (4, 12), generator=torch.Generator().manual_seed(5))

@@ -26,7 +26,7 @@ MODULES = sorted(
 )
 # Modules that cannot be imported without an extra.
 OPTIONAL = {
-    "calibration.vllm_client": "vllm", "training.trainer": "trl", "training.sealed": "trl", "training.trainer_check": "trl", "training.arguments": "trl",
+    "calibration.vllm_client": "vllm", "training.train": "trl", "training.trainer": "trl", "training.sealed": "trl", "training.trainer_check": "trl", "training.arguments": "trl",
     "metrics.evaluation": "eval", "compare.frontier": "compare", "compare.results": "compare",
     "compare.arms": "compare", "compare.comparison": "compare", "compare.plots": "compare", "compare.tables": "compare",
 }  # fmt: skip

@@ -23,7 +23,8 @@ from folora.runtime.contexts import without_adapter
 from folora.training import budget_stop
 from folora.training.anchor import Anchor, BudgetWeight
 from folora.training.budget_stop import BudgetStop
-from folora.training.trainer import FoLoraTrainer, train
+from folora.training.train import train
+from folora.training.trainer import FoLoraTrainer
 
 
 def prepared(**changes: Any) -> folora.Prepared:

@@ -22,7 +22,7 @@ from folora.runtime.checkpoints import SEAL, check_checkpoint, latest_checkpoint
 from folora.runtime.finiteness import first_non_finite_module, non_finite_gradients
 from folora.runtime.signals import Interrupted, interruptible
 from folora.runtime.storage import write_sealed
-from folora.training.trainer import train
+from folora.training.train import train
 
 STATES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 

@@ -22,7 +22,7 @@ from folora.adapters.coverage import check_causal
 from folora.errors import ArtifactError, ConfigError, NumericsError
 from folora.runtime.checkpoints import SEAL, latest_checkpoint
 from folora.training.arguments import sft_config
-from folora.training.trainer import train
+from folora.training.train import train
 
 
 def prepared(**changes: Any) -> folora.Prepared:

@@ -121,7 +121,7 @@ class Training(Stage[Trained]):
 
     def compute(self, folder: Path | None) -> Trained:
         """Train to the end, or resume."""
-        from folora.training.trainer import train
+        from folora.training.train import train
 
         assert folder is not None
         context = self.context
