@@ -25,6 +25,7 @@ from torch import nn
 from benchmarks.models import MODELS
 from benchmarks.plan import Plan, check_names
 from benchmarks.real.testbed import RealTestbed
+from benchmarks.rivals import RIVALS
 from benchmarks.world.testbed import WorldTestbed, own_task
 from folora.calibration.moments import measure
 from folora.compare.arms import Arm
@@ -121,6 +122,7 @@ def compare(plan: Plan, testbed: Testbed, seed: int, arms: Sequence[Arm], places
             scales=plan.scales,
             h_norm=plan.h_norm,
             real_text=RealText(source, partial(testbed.texts, run, source)) if source else None,
+            rivals=RIVALS,
         )
         for calibration in plan.calibration:
             one = calibrated(comparison, testbed, calibration) if calibration else comparison

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.plan import RATE, Plan
+from benchmarks.rivals import RIVALS
 from benchmarks.spectra import FORMAT as SPECTRA
 from benchmarks.speed.shapes import SHAPES
 from folora.compare.results import Result, load_results
@@ -117,7 +118,7 @@ class Source:
         if task:
             check_word(task, self.tasks(), "task")
         if method:
-            check_word(method, METHODS, "method")
+            check_word(method, [*METHODS, *(rival.method.name for rival in RIVALS)], "method")
         found = [r for r in results if task in ("", r.task) and method in ("", r.method)]
         if not found:
             what = " ".join(f"`{word}`" for word in (plan, task, method) if word)

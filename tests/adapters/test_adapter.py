@@ -114,7 +114,7 @@ def test_norms_against_dense_matrices() -> None:
     for p in adapted.parameters():
         if p.requires_grad:
             p.data += 0.1 * torch.randn_like(p)
-    norms = update_norms(adapted, bases)
+    norms = update_norms(lora_factors(adapted), bases)
     for b in bases:
         t = b.basis.double()
         h = torch.linalg.inv(t @ t.T)
@@ -167,15 +167,15 @@ def test_the_h_norm_of_a_truncated_basis_is_exact_or_nan() -> None:
         replace(b, basis=b.basis[:, :6].contiguous(), gamma=b.gamma[:6], null_basis=None)
         for b in bases
     ]
-    whole, part = (update_norms(adapted, bs) for bs in (bases, cut))
+    whole, part = (update_norms(lora_factors(adapted), bs) for bs in (bases, cut))
     for name, norms in whole.items():
         assert part[name].frobenius == norms.frobenius
         assert part[name].h_norm == pytest.approx(norms.h_norm, rel=1e-3)
     for p in adapted.parameters():
         if p.requires_grad:
             p.data += 0.01
-    assert all(math.isnan(n.h_norm) for n in update_norms(adapted, cut).values())
-    assert math.isnan(total_norm(update_norms(adapted, cut)).h_norm)
+    assert all(math.isnan(n.h_norm) for n in update_norms(lora_factors(adapted), cut).values())
+    assert math.isnan(total_norm(update_norms(lora_factors(adapted), cut)).h_norm)
 
 
 def test_groups_hold_the_leading_columns_and_the_gate_scale() -> None:

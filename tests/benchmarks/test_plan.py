@@ -14,6 +14,7 @@ from benchmarks import sequence
 from benchmarks.compare import TESTBEDS
 from benchmarks.includes import read_included
 from benchmarks.plan import Plan
+from benchmarks.rivals import RIVALS
 from folora.compare.arms import Arm
 from folora.config import FoLoraConfig
 from folora.errors import ConfigError
@@ -41,8 +42,9 @@ def test_committed_plans_are_valid_and_name_every_arm_once(path: Path, data: Non
     arms = plan.arms()
     assert len({arm.name for arm in arms}) == len(arms) > 0
     base = FoLoraConfig().changed(plan.base)
+    rivals = {} if plan.sequence else {rival.method.name: rival.method for rival in RIVALS}
     for arm in arms:
-        base.changed({"method": arm.method, **arm.changes})
+        base.changed({"method": rivals.get(arm.method, arm.method), **arm.changes})
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

@@ -21,6 +21,7 @@ from folora.compare.compute import tokens_processed
 from folora.compare.inputs import Inputs, RealText, adapted_layers
 from folora.compare.readings import READ_AT, Reader, Score, no_scores, rounded
 from folora.compare.results import FORMAT, Key, ResultFile
+from folora.compare.rivals import Rival
 from folora.config import FoLoraConfig
 from folora.errors import ConfigError, DataError
 from folora.pipeline.run import Run
@@ -29,7 +30,7 @@ from folora.runtime.progress import progress
 from folora.runtime.storage import obstacle
 from folora.spectral.moments import Moments
 from folora.training.arguments import sft_config
-from folora.training.prepared import assemble
+from folora.training.prepared import LORA, assemble
 from folora.training.trainer import FoLoraTrainer
 
 # Options that every arm is trained with, beside its own; none changes the result.
@@ -51,6 +52,7 @@ class Comparison:
         scales: Factors of the trained update at which readings are taken too: every method's frontier then
             has what scaling the adapter after training gives.
         real_text: For methods with ``replay_text="real"``.
+        rivals: Methods with an adapter of another kind, beside those of `folora.methods`.
         h_norm: Whether readings have the H-norm of updates outside the span of the leading eigenvectors, such
             as LoRA's. It needs all eigenvectors of every input, which takes minutes on wide inputs.
     """
@@ -68,10 +70,12 @@ class Comparison:
         score_at: Sequence[float] | None = None,
         scales: Sequence[float] = (),
         real_text: RealText | None = None,
+        rivals: Sequence[Rival] = (),
         h_norm: bool = True,
     ) -> None:
         self.run, self.results, self.stage, self.task = run, ResultFile(results), stage, task
         self.command, self.real_text, self.h_norm = command, real_text, h_norm
+        self.rivals = {rival.method.name: rival for rival in rivals}
         self.reader = Reader(score, read_at, score_at, scales)
         self.calibration: dict[str, Any] = {}
         self._pre: Moments | None = None
@@ -102,7 +106,9 @@ class Comparison:
 
     def config(self, arm: Arm) -> FoLoraConfig:
         """The full config of an arm. Raises ConfigError."""
-        return self.run.config.changed({"method": arm.method, **arm.changes})
+        rival = self.rivals.get(arm.method)
+        method = rival.method if rival else arm.method
+        return self.run.config.changed({"method": method, **arm.changes})
 
     def key(self, arm: Arm, config: FoLoraConfig) -> Key:
         """The key of the arm's result in the file."""
@@ -123,7 +129,9 @@ class Comparison:
         for config in configs:
             self._arguments(config)
             check_adapter(context.model, context.groups, config)
-            adapted_layers(self.run, config)
+            layers = adapted_layers(self.run, config)
+            if rival := self.rivals.get(config.method.name):
+                rival.check_arm(context.model, layers, config)
             if config.method.replay_text == "real" and self.real_text is None:
                 raise ConfigError(
                     f"method {config.method.name} replays real text, but the comparison has none; name its source "
@@ -167,9 +175,16 @@ class Comparison:
         """Train an arm; the line of its result."""
         began = time.monotonic()
         context, samples = self.run.context, inputs.shared.samples.load()
-        own = inputs.spectrum(config)
+        own, rival = inputs.spectrum(config), self.rivals.get(arm.method)
         prepared = assemble(
-            context.model, own, context.task, samples, config, replayed, inputs.more
+            context.model,
+            own,
+            context.task,
+            samples,
+            config,
+            replayed,
+            inputs.more,
+            rival.kind if rival else LORA,
         )
         try:
             arguments = self._arguments(config.changed(HARNESS))

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
-from peft.helpers import rescale_adapter_scale
 from transformers import TrainerControl, TrainerState
 
 from folora.metrics.budget import BudgetFit
@@ -85,7 +84,7 @@ class Reader:
         return found
 
     def _at(self, trainer: FoLoraTrainer, scale: float) -> dict[str, Any]:
-        with rescale_adapter_scale(trainer.prepared.model, scale):
+        with trainer.prepared.kind.scaled(trainer.prepared.model, scale):
             reading = self._read(trainer, trainer.state.global_step)
         return {**reading, "scale": rounded(scale)}
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import NormalDist
 
 from peft import PeftModel
@@ -32,6 +34,9 @@ MOST_READINGS = 12
 
 More = Callable[[], Texts]
 """Generates further held-out text."""
+
+Scaled = Callable[[PeftModel, float], AbstractContextManager[None]]
+"""Scales a model's update while a block runs: 1 is the update as it is, 0 none."""
 
 
 @dataclass(frozen=True)
@@ -164,16 +169,21 @@ def check_sequences(texts: Texts) -> None:
 
 
 def kl_by_scale(
-    model: PeftModel, sequences: Texts, batch_size: int = 8, confidence: float = CONFIDENCE
+    model: PeftModel,
+    sequences: Texts,
+    batch_size: int = 8,
+    confidence: float = CONFIDENCE,
+    scaled: Scaled = rescale_adapter_scale,
 ) -> ByScale:
-    """The KL of a model's active LoRA adapter by the scale of its update.
+    """The KL of a model's active adapter by the scale of its update.
 
     Args:
-        model: Any PEFT model with a LoRA adapter.
+        model: Any PEFT model with a LoRA adapter, or with another that `scaled` scales.
         sequences: Token ids of held-out calibration text, not used in training; or by source, in
             proportion to the shares that the budget weighs them by.
         batch_size: Sequences in a forward pass.
         confidence: Of the bounds.
+        scaled: Scales the update.
 
     Raises:
         DataError: There are fewer than `FEWEST` sequences.
@@ -188,7 +198,7 @@ def kl_by_scale(
         batch_count = sum(-(-len(part) // batch_size) for part in examples.values())
         with (
             evaluating(model),
-            rescale_adapter_scale(model, scale),
+            scaled(model, scale),
             progress(f"measuring KL at scale {scale:.2f} (batches)", batch_count) as tick,
         ):
             for name, part in examples.items():
@@ -206,29 +216,35 @@ def kl_by_scale(
 
 
 def kl_for_budget(
-    model: PeftModel, sequences: Texts, budget: float, more: More | None, batch_size: int = 8
+    model: PeftModel,
+    sequences: Texts,
+    budget: float,
+    more: More | None,
+    batch_size: int = 8,
+    scaled: Scaled = rescale_adapter_scale,
 ) -> ByScale:
     """`kl_by_scale`, on more text if the first does not show that the adapter is within the budget as it is.
 
     Args:
-        model: As for `kl_by_scale`, and so are `sequences` and `batch_size`.
+        model: As for `kl_by_scale`, and so are `sequences`, `batch_size` and `scaled`.
         sequences: Held-out text.
         budget: In nats per token.
         more: Generates further text of the same sources; called without the adapter, only if it is needed.
     """
+    measured = partial(kl_by_scale, model, batch_size=batch_size, scaled=scaled)
     if more is None:
-        return kl_by_scale(model, sequences, batch_size)
-    first = kl_by_scale(model, sequences, batch_size, FIRST)
+        return measured(sequences)
+    first = measured(sequences, confidence=FIRST)
     if first[1.0].upper <= budget:
         return first
     with without_adapter(model):
         further = by_source(more())
     if not further:
-        return kl_by_scale(model, sequences, batch_size)
+        return measured(sequences)
     known = by_source(sequences)
     names = {**known, **further}
     together = {name: [*known.get(name, ()), *further.get(name, ())] for name in names}
-    return kl_by_scale(model, together, batch_size, SECOND)
+    return measured(together, confidence=SECOND)
 
 
 def apply_scale(model: PeftModel, scale: float) -> None:

@@ -18,7 +18,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from folora.adapters.adapter import lora_factors
+from folora.adapters.adapter import Factors, lora_factors
 from folora.data.contents import IGNORE, Example
 from folora.data.rows import batches, text_examples
 from folora.errors import DataError
@@ -130,14 +130,11 @@ class Meter:
         return total / count if self.task else float("nan")
 
 
-def update_norms(
-    model: PeftModel, bases: Sequence[GroupBasis], adapter_name: str = "default"
-) -> dict[str, LayerNorms]:
-    """||dW||_F and sqrt(trace(dW H dW')) of every adapted layer, from the factors in float64.
+def update_norms(factors: Factors, bases: Sequence[GroupBasis]) -> dict[str, LayerNorms]:
+    """||dW||_F and sqrt(trace(dW H dW')) of every layer of `bases`, from its factors, in float64.
 
     With a truncated basis the H-norm is known only for updates within its span; otherwise it is NaN.
     """
-    factors = lora_factors(model, adapter_name)
     norms: dict[str, LayerNorms] = {}
     for b in bases:
         a64 = [factors[name][0].double() for name in b.group.layers]
@@ -164,8 +161,8 @@ def warn_if_not_stepped(optimizer: SAdam, model: PeftModel, bases: Sequence[Grou
     spectral = any("basis" in group for group in optimizer.param_groups)
     if optimizer.state or not spectral:
         return
-    norms = update_norms(model, bases)
     factors = lora_factors(model)
+    norms = update_norms(factors, bases)
     moved = [name for name, norm in norms.items() if norm.frobenius > _rounding(*factors[name])]
     cut = {n: len(b.gamma) < b.group.d_in for b in bases for n in b.group.layers}
     unexpected = [name for name in moved if not cut[name] or math.isnan(norms[name].h_norm)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, islice
@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel
 from peft.helpers import rescale_adapter_scale
 from transformers import PreTrainedModel
 
-from folora.adapters.adapter import attach
+from folora.adapters.adapter import Factors, attach, lora_factors
 from folora.adapters.export import ExportReport, export_adapter
 from folora.calibration.calibration_set import CalibrationSet
 from folora.config import FoLoraConfig
@@ -25,6 +25,7 @@ from folora.metrics.budget import (
     BudgetFit,
     ByScale,
     More,
+    Scaled,
     apply_scale,
     check_sequences,
     kl_for_budget,
@@ -36,6 +37,33 @@ from folora.spectral.layers import GroupBasis
 from folora.training.anchor import Anchor, BudgetWeight
 from folora.training.hyperparameters import adam_options
 from folora.training.optimizer import optimizer, param_groups
+
+
+@dataclass(frozen=True)
+class AdapterKind:
+    """A kind of adapter: how it is made, read and scaled.
+
+    Attributes:
+        adapt: Attaches it to the layers of the bases, and makes its optimizer.
+        factors: A, B and kappa of each layer's update kappa B A, for its norms.
+        scaled: Scales the update while a block runs.
+    """
+
+    adapt: Callable[[PreTrainedModel, Sequence[GroupBasis], FoLoraConfig], tuple[PeftModel, SAdam]]
+    factors: Callable[[PeftModel], Factors] = lora_factors
+    scaled: Scaled = rescale_adapter_scale
+
+
+def adapt_lora(
+    model: PreTrainedModel, bases: Sequence[GroupBasis], config: FoLoraConfig
+) -> tuple[PeftModel, SAdam]:
+    """The LoRA adapter and the optimizer of a config."""
+    peft_model = attach_configured(model, bases, config)
+    options = group_options(config) | {"directions": config.directions or "all"}
+    return peft_model, optimizer(peft_model, bases, **options, **adam_options(config.training))
+
+
+LORA = AdapterKind(adapt_lora)
 
 
 @dataclass(frozen=True)
@@ -52,6 +80,7 @@ class Prepared:
         config: The options that it was prepared with.
         replay: Texts of which `train_dataset` mixes in the share `method.replay`.
         more: Generates further held-out text, for a budget that binds; None: there is no more.
+        kind: Of the adapter.
     """
 
     model: PeftModel
@@ -63,6 +92,7 @@ class Prepared:
     config: FoLoraConfig
     replay: Sequence[list[int]] = ()
     more: More | None = None
+    kind: AdapterKind = LORA
 
     def param_groups(self, **changes: Any) -> list[dict[str, Any]]:
         """Parameter groups for `SAdam`; `changes` override arguments of `param_groups`, such as ``lr=1e-3``."""
@@ -114,7 +144,7 @@ class Prepared:
         found = []
         for factor in factors:
             fit = largest_scale(kl, factor * budget)
-            with rescale_adapter_scale(self.model, fit.scale):
+            with self.kind.scaled(self.model, fit.scale):
                 found.append(replace(fit, task_loss=self.meter.task_loss(self.model)))
         return found
 
@@ -134,8 +164,8 @@ class Prepared:
         return export_adapter(self.model, path, rank=rank)
 
     def _kl_for(self, budget: float) -> ByScale:
-        texts = self.samples.by_source()
-        return kl_for_budget(self.model, texts, budget, self.more, self.meter.batch_size)
+        texts, size = self.samples.by_source(), self.meter.batch_size
+        return kl_for_budget(self.model, texts, budget, self.more, size, self.kind.scaled)
 
 
 def assemble(
@@ -146,20 +176,19 @@ def assemble(
     config: FoLoraConfig,
     replay: Sequence[list[int]] | None = None,
     more: More | None = None,
+    kind: AdapterKind = LORA,
 ) -> Prepared:
     """Adapter, optimizer and meter from the results of the first three stages.
 
-    `replay` are texts for ``method.replay``; by default the samples. `more` is that of `Prepared`.
+    `replay` are texts for ``method.replay``; by default the samples. `more` and `kind` are those of `Prepared`.
     """
     if config.budget is not None:
         check_sequences(samples.held_out)
-    peft_model = attach_configured(model, bases, config)
-    options = group_options(config) | {"directions": config.directions or "all"}
-    made = optimizer(peft_model, bases, **options, **adam_options(config.training))
+    peft_model, made = kind.adapt(model, bases, config)
     check = partial(warn_if_not_stepped, made, peft_model, bases)
     meter = Meter(samples.by_source(), task.held_out, config.statistics.batch_size, check)
     texts = samples.calibration if replay is None else replay
-    return Prepared(peft_model, made, bases, task, samples, meter, config, texts, more)
+    return Prepared(peft_model, made, bases, task, samples, meter, config, texts, more, kind)
 
 
 def attach_configured(

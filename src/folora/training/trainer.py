@@ -195,13 +195,13 @@ class FoLoraTrainer(SealedTrainer):
 
     def read(self) -> tuple[Reading, dict[str, LayerNorms]]:
         """The meter's reading and every layer's norms, in the precision of training."""
-        meter = self.prepared.meter
+        prepared, meter = self.prepared, self.prepared.meter
         with (
             self.compute_loss_context_manager(),
             progress("measuring KL and task loss (batches)", meter.num_batches) as tick,
         ):
-            reading = meter.read(self.prepared.model, tick)
-        return reading, update_norms(self.prepared.model, self.prepared.bases)
+            reading = meter.read(prepared.model, tick)
+        return reading, update_norms(prepared.kind.factors(prepared.model), prepared.bases)
 
 
 def _metrics(reading: Reading, norms: dict[str, LayerNorms], prefix: str) -> dict[str, float]:
