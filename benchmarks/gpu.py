@@ -105,7 +105,7 @@ def run(phase: Phase, seconds: float, logs: Path) -> dict[str, str]:
 
 def run_all(chosen: Sequence[Phase], seconds: float, logs: Path) -> dict[str, str]:
     """Run the phases in turn, each within its limit and all within `seconds`; prints and returns the outcomes."""
-    ends, outcomes = time.monotonic() + seconds, {}
+    ends, outcomes = time.monotonic() + seconds, dict[str, str]()
     for phase in chosen:
         began = time.monotonic()
         found = run(phase, min(phase.seconds, max(0.0, ends - began)), logs)

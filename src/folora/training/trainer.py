@@ -17,7 +17,7 @@ from folora.runtime import distributed
 from folora.runtime.extras import needed_by
 from folora.runtime.progress import progress
 from folora.training.arguments import check_sharding
-from folora.training.callbacks import OwnIntervals
+from folora.training.callbacks import AfterStep, OwnIntervals
 from folora.training.follow_budget import FollowBudget
 from folora.training.gradients import check_gradients
 from folora.training.hyperparameters import check_optimizer, follow_arguments
@@ -75,8 +75,9 @@ class FoLoraTrainer(SealedTrainer):
         )
         self._follow: FollowBudget | None = None
         if self.anchor is not None:
-            self.add_callback(follow := FollowBudget(self.anchor))
-            self._follow, self.resumable[ANCHOR] = follow, self.anchor
+            self._follow = FollowBudget(self.anchor, saves=self.args.save_strategy != "no")
+            self.add_callback(AfterStep(self._follow.after_step))
+            self.resumable[ANCHOR] = self.anchor
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
         """The prepared optimizer, over parameters that FSDP2 has not sharded yet."""
