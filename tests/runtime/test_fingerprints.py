@@ -124,7 +124,7 @@ def copied(finished: FoLoraConfig, target: Path, **changes: Any) -> FoLoraConfig
     return finished.replace(output=str(target)).changed(changes)
 
 
-AFTER_DATA = {"2-statistics-task", "3-spectrum", "4-training"}
+AFTER_DATA = {"2-statistics-task", "3-spectrum", "4-training", "5-adapter", "report.json"}
 
 
 @pytest.mark.parametrize(
