@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.tiny import make_llama, make_tokenizer, rows, tiny_config
 from folora.calibration.calibration_set import CalibrationSet
+from folora.config import LEAST_SEQUENCES
 from folora.errors import DataError
 from folora.metrics.budget import ENOUGH
 from folora.pipeline.context import Context
@@ -36,6 +37,8 @@ def test_the_text_is_new_and_fills_up_the_held_out_sequences() -> None:
 def test_enough_held_out_sequences_need_no_more() -> None:
     texts = [[1, 3, 4]] * ENOUGH
     assert further_text(context(), CalibrationSet(texts, texts)) is None
+    more = further_text(context(), CalibrationSet(texts, texts[:-1]))
+    assert more is not None and len(more()["bos"]) == LEAST_SEQUENCES
 
 
 def test_a_file_has_no_further_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -48,7 +51,7 @@ def test_a_file_has_no_further_text(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert more is not None
     with caplog.at_level(logging.WARNING):
         assert more() == {}
-    assert "16 held-out sequences" in caplog.text and "raise sampling.held_out" in caplog.text
+    assert "16 sequences" in caplog.text and "raise sampling.held_out" in caplog.text
 
 
 def test_an_engine_that_fails_costs_the_precision_and_not_the_training(

@@ -8,7 +8,7 @@ from functools import partial
 
 from folora.calibration.calibration_set import CalibrationSet
 from folora.calibration.sampling import sample_sequences
-from folora.config import SEEDS
+from folora.config import LEAST_SEQUENCES, SEEDS
 from folora.errors import FoLoraError
 from folora.metrics.budget import ENOUGH, More
 from folora.pipeline.context import Context
@@ -18,18 +18,19 @@ logger = logging.getLogger(__name__)
 
 def further_text(context: Context, samples: CalibrationSet) -> More | None:
     """What generates held-out text beyond that of `samples`, up to `ENOUGH` sequences; None if it is not needed."""
-    wanted = ENOUGH - len(samples.held_out)
-    return partial(_generate, context, samples, wanted) if wanted > 0 else None
+    if len(samples.held_out) >= ENOUGH:
+        return None
+    return partial(_generate, context, samples)
 
 
-def _generate(
-    context: Context, samples: CalibrationSet, wanted: int
-) -> Mapping[str, Sequence[list[int]]]:
+def _generate(context: Context, samples: CalibrationSet) -> Mapping[str, Sequence[list[int]]]:
     """The text by source; empty, with a warning, if a source is a file or the engine fails."""
-    files = [source.name for source in context.mixture.sources if not source.endless]
+    known = len(samples.held_out)
+    wanted = max(LEAST_SEQUENCES, ENOUGH - known)
+    if given := [source.name for source in context.mixture.sources if not source.endless]:
+        return _nothing(known, f"{given[0]} has no further text; raise sampling.held_out")
+    logger.info("the budget may bind: KL is measured on %d further sequences", wanted)
     try:
-        if files:
-            raise FoLoraError(f"{files[0]} has no further text; raise sampling.held_out")
         found = sample_sequences(
             context.engine(SEEDS - 1 - context.config.seed),  # other text than the calibration set
             context.mixture,
@@ -37,10 +38,10 @@ def _generate(
             context.config.sampling.replace(num_sequences=wanted),
         )
     except FoLoraError as error:
-        logger.warning(
-            "the budget is kept on %d held-out sequences, with a wide interval: %s",
-            len(samples.held_out),
-            error,
-        )
-        return {}
+        return _nothing(known, str(error))
     return found.by_source(held_out_only=False)
+
+
+def _nothing(known: int, reason: str) -> Mapping[str, Sequence[list[int]]]:
+    logger.warning("the budget is kept on %d sequences, with a wide interval: %s", known, reason)
+    return {}
