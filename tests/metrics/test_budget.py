@@ -86,7 +86,7 @@ def test_equal_sequences_have_no_interval() -> None:
     assert bound([math.nan, 1.0], [2, 2]).upper == math.inf
 
 
-def test_two_looks_err_no_more_often_than_one_at_their_level() -> None:
+def test_two_bounds_err_no_more_often_than_one_at_their_level() -> None:
     """With a budget just below the true mean, which is the hardest."""
     generator = torch.Generator().manual_seed(0)
     wrong = once = 0

@@ -28,7 +28,7 @@ from folora.runtime.progress import progress
 FEWEST = 16  # sequences: fewer give no interval to rely on
 ENOUGH = 160  # sequences: the KL of one has a standard deviation of 0.9 to 1.4 times the mean
 CONFIDENCE = 0.95  # one-sided
-FIRST, SECOND = 0.99, 0.96  # of two looks, which together err no more often than one at CONFIDENCE
+FIRST, SECOND = 0.99, 0.96  # of two bounds, which together err no more often than one at CONFIDENCE
 CLOSE = 0.97  # part of the budget that ends the search
 MOST_READINGS = 12
 
@@ -254,7 +254,13 @@ def apply_scale(model: PeftModel, scale: float) -> None:
             module.scale_layer(scale)
 
 
-def fit_budget(model: PeftModel, sequences: Texts, budget: float, batch_size: int = 8) -> BudgetFit:
+def fit_budget(
+    model: PeftModel,
+    sequences: Texts,
+    budget: float,
+    batch_size: int = 8,
+    more: More | None = None,
+) -> BudgetFit:
     """Scale a model's active LoRA adapter in place, if need be, so that its KL is within a budget.
 
     Args:
@@ -262,10 +268,11 @@ def fit_budget(model: PeftModel, sequences: Texts, budget: float, batch_size: in
         sequences: Held-out text.
         budget: KL(base || adapted) in nats per token, > 0.
         batch_size: Sequences in a forward pass.
+        more: As for `kl_for_budget`.
 
     Raises:
         DataError: There are fewer than `FEWEST` sequences.
     """
-    fit = largest_scale(kl_by_scale(model, sequences, batch_size), budget)
+    fit = largest_scale(kl_for_budget(model, sequences, budget, more, batch_size), budget)
     apply_scale(model, fit.scale)
     return fit

@@ -23,6 +23,16 @@ def further_text(context: Context, samples: CalibrationSet) -> More | None:
     return partial(_generate, context, samples)
 
 
+def generated(
+    context: Context, count: int, seed: int | None = None
+) -> Mapping[str, Sequence[list[int]]]:
+    """So many sequences of the config's sources, by source; see `Context.engine` for `seed`. Raises FoLoraError."""
+    sampling = context.config.sampling.replace(num_sequences=count)
+    engine = context.engine(seed)
+    found = sample_sequences(engine, context.mixture, context.eos_ids, sampling)
+    return found.by_source(held_out_only=False)
+
+
 def _generate(context: Context, samples: CalibrationSet) -> Mapping[str, Sequence[list[int]]]:
     """The text by source; empty, with a warning, if a source is a file or the engine fails."""
     known = len(samples.held_out)
@@ -30,16 +40,10 @@ def _generate(context: Context, samples: CalibrationSet) -> Mapping[str, Sequenc
     if given := [source.name for source in context.mixture.sources if not source.endless]:
         return _nothing(known, f"{given[0]} has no further text; raise sampling.held_out")
     logger.info("the budget may bind: KL is measured on %d further sequences", wanted)
-    try:
-        found = sample_sequences(
-            context.engine(SEEDS - 1 - context.config.seed),  # other text than the calibration set
-            context.mixture,
-            context.eos_ids,
-            context.config.sampling.replace(num_sequences=wanted),
-        )
+    try:  # with a seed that gives other text than the calibration set
+        return generated(context, wanted, SEEDS - 1 - context.config.seed)
     except FoLoraError as error:
         return _nothing(known, str(error))
-    return found.by_source(held_out_only=False)
 
 
 def _nothing(known: int, reason: str) -> Mapping[str, Sequence[list[int]]]:

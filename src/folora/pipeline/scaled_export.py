@@ -20,12 +20,12 @@ from folora.calibration.base_file import (
     read_base_file,
     read_base_manifest,
 )
-from folora.calibration.sampling import sample_sequences
 from folora.config import FoLoraConfig
 from folora.errors import ArtifactError, ConfigError
-from folora.metrics.budget import ENOUGH, BudgetFit, More, kl_for_budget, largest_scale
+from folora.metrics.budget import ENOUGH, BudgetFit, More, fit_budget
 from folora.metrics.meter import Texts
 from folora.pipeline.context import Context
+from folora.pipeline.further_text import generated
 from folora.runtime.loading import required
 from folora.runtime.ownership import check_owned_folder, write_owned_folder
 
@@ -96,8 +96,7 @@ def fit_adapter(
     config = context.config
     assert config.budget is not None
     model = PeftModel.from_pretrained(context.model, str(adapter))
-    kl = kl_for_budget(model, held_out, config.budget, more, config.statistics.batch_size)
-    return largest_scale(kl, config.budget)
+    return fit_budget(model, held_out, config.budget, config.statistics.batch_size, more)
 
 
 def check_adapter_folder(adapter: Path) -> str | None:
@@ -140,11 +139,4 @@ def _held_out(context: Context) -> Texts:
     config = context.config
     if config.base is not None:
         return read_base_file(Path(config.base), context.facts).samples.by_source()
-    count = max(ENOUGH, config.sampling.num_held_out)
-    found = sample_sequences(
-        context.engine(),
-        context.mixture,
-        context.eos_ids,
-        config.sampling.replace(num_sequences=count),
-    )
-    return found.by_source(held_out_only=False)
+    return generated(context, max(ENOUGH, config.sampling.num_held_out))

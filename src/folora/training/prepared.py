@@ -23,11 +23,10 @@ from folora.data.rows import TaskData, text_examples
 from folora.errors import ConfigError
 from folora.metrics.budget import (
     BudgetFit,
-    ByScale,
     More,
     Scaled,
-    apply_scale,
     check_sequences,
+    fit_budget,
     kl_for_budget,
     largest_scale,
 )
@@ -140,7 +139,8 @@ class Prepared:
         """
         if (budget := self.config.budget) is None:
             return []
-        kl = self._kl_for(budget)
+        texts, size = self.samples.by_source(), self.meter.batch_size
+        kl = kl_for_budget(self.model, texts, budget, self.more, size, self.kind.scaled)
         found = []
         for factor in factors:
             fit = largest_scale(kl, factor * budget)
@@ -160,12 +160,9 @@ class Prepared:
                     f"the budget is kept by the exact adapter, not by one truncated to rank {rank}: export it "
                     "by folora.export_adapter(prepared.model, folder, rank=...), then scale that by folora export --adapter"
                 )
-            apply_scale(self.model, largest_scale(self._kl_for(budget), budget).scale)
+            texts, size = self.samples.by_source(), self.meter.batch_size
+            fit_budget(self.model, texts, budget, size, self.more)
         return export_adapter(self.model, path, rank=rank)
-
-    def _kl_for(self, budget: float) -> ByScale:
-        texts, size = self.samples.by_source(), self.meter.batch_size
-        return kl_for_budget(self.model, texts, budget, self.more, size, self.kind.scaled)
 
 
 def assemble(
