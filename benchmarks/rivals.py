@@ -198,7 +198,9 @@ def _factors(
 
 
 def _method(name: str, title: str, about: str) -> Method:
-    return Method(name=name, title=title, about=about, optimizer="adamw", init="kaiming")
+    return Method(
+        name=name, title=title, about=about, adapter="own", optimizer="adamw", init="kaiming"
+    )
 
 
 RIVALS = (

@@ -25,6 +25,8 @@ StepScale = Literal["task", "paper"]
 """Steps as long as AdamW's on the task's inputs, so that learning rates transfer from LoRA; or T as it is."""
 Text = Literal["generated", "real"]
 """The calibration set; or text of the kind that pretraining had, which a comparison has to be given."""
+Adapter = Literal["lora", "own"]
+"""LoRA's pairs A, B; or another of PEFT's, which a comparison has to be given as a `compare.rivals.Rival`."""
 
 Weight = Annotated[float, Field(ge=0)]
 KL_WEIGHT = 10.0
@@ -38,6 +40,7 @@ class Method(BaseModel):
         name: How the option ``method`` calls it.
         title: How tables and plots call it.
         about: The paper, or what differs from another method.
+        adapter: Kind of adapter.
         init: Initialization of A and B.
         basis: Basis in which A is stepped.
         step_scale: Scale of that basis.
@@ -58,6 +61,7 @@ class Method(BaseModel):
     name: str
     title: str
     about: str
+    adapter: Adapter = "lora"
     init: Init = "eigen"
     basis: Basis = "generalized"
     step_scale: StepScale = "task"

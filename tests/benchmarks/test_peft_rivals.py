@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import benchmarks.rivals
 from benchmarks.plan import Plan
 from benchmarks.rivals import RIVALS, block_size
-from benchmarks.tiny import make_gpt2, make_llama, tiny_config
+from benchmarks.tiny import make_gpt2, make_llama, tiny_config, tiny_task
 from folora.calibration.inputs import find_groups, target_layers
 from folora.compare.arms import Arm
 from folora.compare.comparison import Comparison
@@ -243,3 +243,17 @@ def test_a_comparison_without_rivals_has_no_such_method(run: Run, tmp_path: Path
 def test_plans_have_both_rivals(name: str) -> None:
     chosen = Plan.load(PLANS / f"{name}.yaml").arms(["bd-lora", "oft"])
     assert {arm.method for arm in chosen} == {"bd-lora", "oft"}
+
+
+@pytest.mark.parametrize("rival", RIVALS, ids=lambda rival: rival.method.name)
+def test_the_config_of_an_arm_is_refused_by_a_run(rival: Rival, tmp_path: Path) -> None:
+    """It would train LoRA under the rival's title."""
+    config = tiny_task(tmp_path)
+    arm = Comparison(
+        Run(config), tmp_path / "arms.jsonl", stage="tiny", task="s", command="", rivals=RIVALS
+    ).config(Arm(rival.method.name))
+    file = tmp_path / "arm.yaml"
+    file.write_text(arm.to_yaml())
+    with pytest.raises(ConfigError, match=f"{rival.method.name} has an adapter that only the"):
+        Run(FoLoraConfig.from_yaml(file)).run()
+    assert not Path(str(config.output)).exists()

@@ -68,3 +68,29 @@ def test_an_engine_that_fails_costs_the_precision_and_not_the_training(
     with caplog.at_level(logging.WARNING):
         assert more() == {}
     assert "the server does not answer" in caplog.text
+
+
+def test_a_base_file_of_other_sources_has_no_further_text(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny_config(base=str(tmp_path / "base.safetensors"))
+    here = Context(config, model=make_llama(), tokenizer=make_tokenizer(), dataset=rows())
+    texts = [[1, 3, 4]] * 16
+    more = further_text(here, CalibrationSet(texts, texts, sources=["former"] * 32))
+    assert more is not None
+    with caplog.at_level(logging.WARNING):
+        assert more() == {}
+    assert "base.safetensors has text of former; name that in sampling.sources" in caplog.text
+    own = further_text(here, CalibrationSet(texts, texts, sources=["bos"] * 32))
+    assert own is not None and len(own()["bos"]) == ENOUGH - 16
+
+
+def test_a_source_file_that_is_gone_costs_the_precision_and_not_the_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = f"texts:{tmp_path / 'gone.jsonl'}"
+    more = further_text(context(sources={name: 1}), CalibrationSet([[1, 3]], [[1, 3]] * 16))
+    assert more is not None
+    with caplog.at_level(logging.WARNING):
+        assert more() == {}
+    assert "gone.jsonl" in caplog.text

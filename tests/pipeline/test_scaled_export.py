@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM
 
 import folora
 from benchmarks.tiny import make_tokenizer, tiny_config, tiny_task, write_model
+from folora.calibration.base_file import read_base_file
 from folora.cli.main import main
 from folora.config import FoLoraConfig
 from folora.errors import ConfigError
-from folora.metrics.budget import kl_by_scale
+from folora.metrics.budget import ENOUGH, kl_by_scale
 from folora.metrics.meter import by_source
 from folora.pipeline import scaled_export
 from folora.pipeline.context import Context
@@ -102,6 +103,19 @@ def test_the_promise_holds_on_other_text_of_the_base(base: Path, tmp_path: Path)
     )
     found = kl_by_scale(model, other.calibration)[1.0]
     assert 0.5 * BUDGET < found.mean <= BUDGET
+
+
+def test_the_text_of_a_base_file_is_filled_up_where_it_does_not_show_the_budget_kept(
+    tmp_path: Path,
+) -> None:
+    config = tiny_task(tmp_path).replace(budget=0.02)
+    given = adapter(Path(str(config.model)), tmp_path / "given")
+    file = tmp_path / "base.safetensors"
+    Run(config).base(file)
+    few = len(read_base_file(file).samples.held_out)
+    own = export_scaled(config.replace(base=str(file)), given, tmp_path / "scaled")
+    assert few < ENOUGH and own.kept.sequences == ENOUGH
+    assert own.kept.upper <= 0.02 and own.scale < 1
 
 
 REFUSALS = {

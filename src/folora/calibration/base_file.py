@@ -110,7 +110,7 @@ def write_base_file(
         "held_out": len(samples.held_out),
         "rejected": samples.rejected,
         "sources": written["sources"],
-        "shares": {n: samples.sources.count(n) / len(samples.sources) for n in written["sources"]},
+        "shares": samples.shares,
         **moments.to_artifact()[1],
         **facts,
     }
@@ -179,19 +179,13 @@ def _contents(config: SamplingConfig) -> dict[str, str]:
 def check_base_sources(manifest: Facts, config: SamplingConfig) -> None:
     """Refuse a base file made from other sources than the config asks for, other shares or contents of them.
 
-    Shares of accepted sequences may differ from those asked for by the least share. Files of earlier versions
-    record no contents. Raises MismatchError.
+    Files of earlier versions record no contents. Raises MismatchError.
     """
     has, asked = manifest.get("shares") or {BOS: 1.0}, config.sources  # before sources: bos alone
     if asked is None:
         return
-    if {*has} != {*asked}:
-        found, wanted = ", ".join(has), ", ".join(asked)
-    elif any(abs(has[name] - asked[name]) > LEAST_SHARE for name in has):
-        found, wanted = (
-            ", ".join(f"{name} ({share:.0%})" for name, share in shares.items())
-            for shares in (has, asked)
-        )
+    if unlike := unlike_shares(has, asked):
+        found, wanted = unlike
     else:
         now = _contents(config)
         other = [name for name, sha in manifest.get(CONTENTS, {}).items() if now.get(name) != sha]
@@ -202,6 +196,19 @@ def check_base_sources(manifest: Facts, config: SamplingConfig) -> None:
         f"{manifest.file} has text of {found}, but sampling.sources asks for {wanted}; leave sampling.sources out, "
         "or make another file with folora base"
     )
+
+
+def unlike_shares(has: Mapping[str, float], asked: Mapping[str, float]) -> tuple[str, str] | None:
+    """How text that has sources in these shares and what is asked for are called; None if they agree.
+
+    Shares of accepted sequences may differ from those asked for by the least share.
+    """
+    if {*has} != {*asked}:
+        return ", ".join(has), ", ".join(asked)
+    if all(abs(has[name] - asked[name]) <= LEAST_SHARE for name in has):
+        return None
+    shown = [", ".join(f"{n} ({share:.0%})" for n, share in s.items()) for s in (has, asked)]
+    return shown[0], shown[1]
 
 
 def warn_of_dtype(manifest: Facts, dtype: str) -> None:

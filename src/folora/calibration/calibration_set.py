@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from folora.config import BOS
 from folora.runtime.artifacts import Saveable
 from folora.runtime.fingerprints import tokens_fingerprint
 
@@ -39,6 +40,12 @@ class CalibrationSet(Saveable):
         for i in range(len(self.calibration) if held_out_only else 0, len(rows)):
             found.setdefault(self.sources[i] if self.sources else "", []).append(rows[i])
         return found
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share of each source of all sequences; those that record none are of BOS alone."""
+        count = len(self.sources)
+        return {n: self.sources.count(n) / count for n in dict.fromkeys(self.sources)} or {BOS: 1.0}
 
     @property
     def fingerprint(self) -> str:

@@ -20,7 +20,7 @@ class Rival:
     """A method with an adapter of its own.
 
     Attributes:
-        method: Its name, title and loss; ``optimizer="adamw"`` and ``init="kaiming"``, which need no moments.
+        method: Its name, title and loss; ``adapter="own"``, and ``optimizer="adamw"`` and ``init="kaiming"``, which need no moments.
         kind: Its adapter. The model's output is unchanged until the first step.
         check: Refuses a model, layers or options that it cannot adapt or honour. Raises ConfigError.
     """

@@ -243,7 +243,11 @@ def check_is_no_model(folder: Path, name: str) -> None:
 
 
 def _check_method(config: FoLoraConfig) -> None:
-    """Refuse a method that replays real text, of which a run has none. Raises ConfigError."""
+    """Refuse a method that needs what only a comparison has. Raises ConfigError."""
+    if config.method.adapter == "own":
+        raise ConfigError(
+            f"method {config.method.name} has an adapter that only the benchmarks have; choose one of folora's methods"
+        )
     if config.method.replay_text == "real":
         raise ConfigError(
             f"method {config.method.name} replays real text, which only the benchmarks have; choose "

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+from folora.calibration.base_file import unlike_shares
 from folora.calibration.calibration_set import CalibrationSet
 from folora.calibration.sampling import sample_sequences
 from folora.config import LEAST_SEQUENCES, SEEDS
@@ -34,14 +35,21 @@ def generated(
 
 
 def _generate(context: Context, samples: CalibrationSet) -> Mapping[str, Sequence[list[int]]]:
-    """The text by source; empty, with a warning, if a source is a file or the engine fails."""
-    known = len(samples.held_out)
+    """The text by source; empty, with a warning, if a source is a file, others made the base file, or the engine fails."""
+    known, config = len(samples.held_out), context.config
     wanted = max(LEAST_SEQUENCES, ENOUGH - known)
-    if given := [source.name for source in context.mixture.sources if not source.endless]:
-        return _nothing(known, f"{given[0]} has no further text; raise sampling.held_out")
-    logger.info("the budget may bind: KL is measured on %d further sequences", wanted)
-    try:  # with a seed that gives other text than the calibration set
-        return generated(context, wanted, SEEDS - 1 - context.config.seed)
+    try:
+        sources = context.mixture.sources
+        shares = {source.name: source.share for source in sources}
+        if config.base is not None and (unlike := unlike_shares(samples.shares, shares)):
+            return _nothing(
+                known, f"{config.base} has text of {unlike[0]}; name that in sampling.sources"
+            )
+        if given := [source.name for source in sources if not source.endless]:
+            return _nothing(known, f"{given[0]} has no further text; raise sampling.held_out")
+        logger.info("the budget may bind: KL is measured on %d further sequences", wanted)
+        # The seed gives other text than the calibration set.
+        return generated(context, wanted, SEEDS - 1 - config.seed)
     except FoLoraError as error:
         return _nothing(known, str(error))
 

@@ -25,7 +25,7 @@ from folora.errors import ArtifactError, ConfigError
 from folora.metrics.budget import ENOUGH, BudgetFit, More, fit_budget
 from folora.metrics.meter import Texts
 from folora.pipeline.context import Context
-from folora.pipeline.further_text import generated
+from folora.pipeline.further_text import further_text, generated
 from folora.runtime.loading import required
 from folora.runtime.ownership import check_owned_folder, write_owned_folder
 
@@ -46,8 +46,9 @@ RESIDUAL = ("pissa", "olora", "loftq", "corda")
 def export_scaled(config: FoLoraConfig, adapter: Path, target: Path) -> BudgetFit:
     """Write an adapter, scaled so that its KL to the base is within ``config.budget``.
 
-    KL is measured on text that the base generates now, or on the held-out text of ``config.base``. The
-    factors B are multiplied by the scale, in their dtype; all else is copied.
+    KL is measured on text that the base generates now, or on the held-out text of ``config.base``, and on further
+    text where that does not show the budget kept. The factors B are multiplied by the scale, in their dtype; all
+    else is copied.
 
     Args:
         config: ``model`` (default: the adapter's base), ``budget``, and options of loading and sampling.
@@ -72,7 +73,7 @@ def export_scaled(config: FoLoraConfig, adapter: Path, target: Path) -> BudgetFi
         check_base_sources(read_base_manifest(Path(config.base)), config.sampling)
     else:
         _ = context.mixture  # a source that cannot be used is found before the model is loaded
-    fit = fit_adapter(context, adapter, _held_out(context))
+    fit = fit_adapter(context, adapter, *_held_out(context))
     tensors = {
         name: (tensor.float() * fit.scale).to(tensor.dtype)
         if any(part in name for part in SCALED)
@@ -134,9 +135,10 @@ def _read(adapter: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _held_out(context: Context) -> Texts:
-    """Text that the adapter was not trained on: of the base file, or generated now."""
+def _held_out(context: Context) -> tuple[Texts, More | None]:
+    """Text that the adapter was not trained on, of the base file or generated now, and what generates more of it."""
     config = context.config
     if config.base is not None:
-        return read_base_file(Path(config.base), context.facts).samples.by_source()
-    return generated(context, max(ENOUGH, config.sampling.num_held_out))
+        samples = read_base_file(Path(config.base), context.facts).samples
+        return samples.by_source(), further_text(context, samples)
+    return generated(context, max(ENOUGH, config.sampling.num_held_out)), None
