@@ -33,6 +33,10 @@ METRICS: Mapping[str, tuple[int, Callable[[Reading], float]]] = {
     "KL": (4, lambda r: r["kl"]),
     "facts (log-probability)": (2, lambda r: _other(r, "known_facts.nats")),
     "text (bits per byte)": (3, lambda r: _other(r, "wikitext2.bits_per_byte")),
+    "answers lost (%)": (1, lambda r: _flipped(r, "lost")),
+    "answers gained (%)": (1, lambda r: _flipped(r, "gained")),
+    "KL on the task's prompts": (4, lambda r: _other(r, "kl.prompts")),
+    "KL on WikiText": (4, lambda r: _other(r, "kl.wikitext")),
 }
 
 
@@ -53,7 +57,7 @@ def outcomes(source: Source, plan: str, task: str, *others: str) -> Block:
     columns = [
         Column(title, digits, {n: {s: value(r) for s, r in of.items()} for n, of in readings.items()})
         for title, (digits, value) in METRICS.items()
-        if any(math.isfinite(value(r)) for r in readings["base"].values())
+        if any(math.isfinite(value(r)) for of in readings.values() for r in of.values())
     ]  # fmt: skip
     within = {n: {s: loss_within(r) for s, r in seeds.items()} for n, seeds in rows.items()}
     columns.append(Column(f"task loss within a KL of {WITHIN:g}", 3, {"base": {}, **within}))
@@ -117,6 +121,19 @@ def scaled_readings(result: Result) -> Sequence[Reading]:
 
 def _other(reading: Reading, name: str) -> float:
     return float(reading.get("other", {}).get(name, math.nan))
+
+
+def _flipped(reading: Reading, way: str) -> float:
+    """Percentage of the questions of all benchmarks whose answer flipped that way, adjusted for guesses."""
+    flips = reading.get("flips", {})
+    questions = {n: v for n, v in flips.items() if n.endswith(".questions")}
+    if not questions:
+        return math.nan
+    flipped = sum(
+        count * flips[f"{n.removesuffix('.questions')}.{way}_adjusted"]
+        for n, count in questions.items()
+    )
+    return 100 * flipped / sum(questions.values())
 
 
 BLOCKS: dict[str, Callable[..., Block]] = {"outcomes": outcomes}

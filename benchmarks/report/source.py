@@ -12,6 +12,7 @@ from benchmarks.plan import RATE, Plan
 from benchmarks.rivals import RIVALS
 from benchmarks.spectra import FORMAT as SPECTRA
 from benchmarks.speed.shapes import SHAPES
+from benchmarks.speed.whole import FORMAT as SETUP
 from folora.compare.results import Result, load_results
 from folora.errors import ConfigError, DataError, nearest
 from folora.methods import METHODS
@@ -35,7 +36,7 @@ class Source:
         results: Results by plan.
         spectra: What `benchmarks.spectra` wrote.
         demo: What `make demo` wrote; empty if it is not there.
-        speed: What `benchmarks.speed` wrote, by device and shape, ``"cpu-smollm2-135m"``.
+        speed: What `benchmarks.speed` wrote, by device and shape, ``"cpu-smollm2-135m"``, and `benchmarks.speed.whole`.
         reliability: What `benchmarks.reliability` wrote, by harness.
         amounts: What `benchmarks.amounts` wrote, by model.
     """
@@ -76,6 +77,13 @@ class Source:
                 f"No times on `{device}` {shape} yet: `python -m benchmarks.speed`."
             )
         return [self.speed[name] for name in names]
+
+    def setups(self) -> list[Mapping[str, Any]]:
+        """What `benchmarks.speed.whole` wrote. Raises NoResultsError if it has not run."""
+        found = [values for values in self.speed.values() if values.get("format") == SETUP]
+        if not found:
+            raise NoResultsError("No set-up as a whole yet: `python -m benchmarks.speed.whole`.")
+        return found
 
     def disturbances(self, harness: str) -> Mapping[str, Any]:
         """What a harness of `benchmarks.reliability` found. Raises NoResultsError if it has not run."""

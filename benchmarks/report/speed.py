@@ -24,6 +24,7 @@ from benchmarks.speed.table import (
     setup_table,
     solve_table,
     step_table,
+    whole_table,
 )
 from folora.compare.results import Result
 from folora.compare.tables import comparison_table
@@ -50,6 +51,11 @@ def preparation(source: Source, device: str) -> Block:
     found = [result for result in source.measured(device) if "setup" in result]
     tables = (sampling_table(found), setup_table(found), solve_table(found))
     return Block(parts(*tables))
+
+
+def whole(source: Source) -> Block:
+    """The set-up as a whole, beside an epoch."""
+    return Block(parts(whole_table(source.setups())))
 
 
 def scale(source: Source, device: str) -> Block:
@@ -123,6 +129,7 @@ BLOCKS: dict[str, Callable[..., Block]] = {
     "cost": cost,
     "steps": steps,
     "preparation": preparation,
+    "whole": whole,
     "scale": scale,
     "eigenvectors": eigenvectors,
     "eigenvectors_by_kl": eigenvectors_by_kl,

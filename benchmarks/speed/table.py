@@ -109,6 +109,32 @@ def setup_table(results: Sequence[Mapping[str, Any]]) -> Table:
     return Table(header, tuple(rows), "One block of each; median (quartiles).")
 
 
+def whole_table(results: Sequence[Mapping[str, Any]]) -> Table:
+    """The set-up as a whole beside an epoch of training, from `benchmarks.speed.whole`."""
+    rows = []
+    for result in results:
+        seconds, device = result["seconds"], result["machine"]["device"]
+        parts = [
+            seconds["Samples"] + seconds["KeepMoments"],
+            seconds["TaskMoments"],
+            seconds["Solved"],
+        ]
+        rows.append(
+            (
+                f"{result['model']}, {result['target']}, {result['dtype']} ({device})",
+                *(f"{part:.0f}" for part in parts),
+                f"{result['epoch_seconds']:.0f} ({result['trained_steps']} of {result['epoch_steps']} steps)",
+                *(f"{100 * result[share]:.1f}" for share in ("first_share", "next_share")),
+            )
+        )  # fmt: skip
+    header = (
+        "model and rows", "samples and C_pre (s)", "C_task (s)", "eigenproblems (s)", "an epoch (s)",
+        "first task (% of the epoch)", "next task (%)",
+    )  # fmt: skip
+    commands = dict.fromkeys(f"`{result['command']}`" for result in results)
+    return Table(header, tuple(rows), f"Measured once each. {', '.join(commands)}")
+
+
 def solve_table(results: Sequence[Mapping[str, Any]]) -> Table:
     """Seconds of an eigenproblem by width."""
     rows = [

@@ -118,6 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "versions": software_versions(),
                 "model": options.model,
                 "target": options.target,
+                "dtype": str(context.model.dtype).removeprefix("torch."),
                 **found,
             },
         )

@@ -65,3 +65,20 @@ def test_an_arm_with_a_budget_is_shown_as_scaled(
     name = next(n for n in table if n.startswith("LoRA"))
     assert table[name]["KL"].split(" ")[0] == f"{kl:.4f}"
     assert ("budget = 0.02" in name) == bool(changes)
+
+
+def test_flipped_answers_are_a_share_of_all_questions_where_they_are_recorded(made: Path) -> None:
+    file = made / "results" / "world_methods.jsonl"
+    values = json.loads(file.read_text().splitlines()[0])
+    flips = {"a.questions": 30, "a.lost_adjusted": 0.1, "a.gained_adjusted": 0.0,
+             "b.questions": 10, "b.lost_adjusted": 0.5, "b.gained_adjusted": 0.2}  # fmt: skip
+    last = {**values["readings"][-1], "flips": flips, "other": {"kl.prompts": 0.5}}
+    rewrite(file, {"readings": [*values["readings"][:-1], last]})
+    (table,) = tables(page(made, "outcomes world_methods shift"))
+    row = table["LoRA, lr 0.01"]
+    assert (row["answers lost (%)"], row["answers gained (%)"]) == (
+        "20.0 ± 0.0",
+        "5.0 ± 0.0",
+    )
+    assert row["KL on the task's prompts"] == "0.5000 ± 0.0000"
+    assert table["base"]["answers lost (%)"] == "–" and "KL on WikiText" not in row

@@ -14,7 +14,14 @@ from benchmarks.speed import whole
 from benchmarks.speed.setup import alternated, peer_times, solve_times, statistics_times
 from benchmarks.speed.shapes import SHAPES, Shape, random_groups, random_model
 from benchmarks.speed.steps import MODES, Contender, peak_of, race, random_batch
-from benchmarks.speed.table import sampling_table, scale_table, setup_table, solve_table, step_table
+from benchmarks.speed.table import (
+    sampling_table,
+    scale_table,
+    setup_table,
+    solve_table,
+    step_table,
+    whole_table,
+)
 from folora.config import FoLoraConfig
 from folora.pipeline.context import Context
 from folora.runtime.storage import read_json, write_json
@@ -141,3 +148,9 @@ def test_the_setup_as_a_whole_is_read_beside_an_epoch(tmp_path: Path, model_fold
     assert 0 < found["next_share"] < found["first_share"]
     total = sum(found["seconds"].values())
     assert found["first_share"] == pytest.approx(total / found["epoch_seconds"])
+    about = {"model": "tiny", "target": "sums", "dtype": "float32", "command": "pytest"}
+    table = whole_table([{**found, **about, "machine": {"device": "a CPU"}}])
+    ((name, *seconds, _, first, _),) = table.rows
+    assert name == "tiny, sums, float32 (a CPU)" and len(table.header) == 7
+    assert sum(map(float, seconds)) == pytest.approx(total, abs=2)
+    assert float(first) == pytest.approx(100 * total / found["epoch_seconds"], abs=0.1)
