@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,6 +29,7 @@ from benchmarks.distributed.trials import (
 )
 from benchmarks.tiny import make_llama, make_tokenizer, rows, tiny_config
 from folora.cli.main import main
+from folora.config import FoLoraConfig
 from folora.errors import ConfigError, DataError, MismatchError, ProcessError
 from folora.metrics.budget import ENOUGH
 from folora.pipeline.training import Training
@@ -98,6 +100,33 @@ def test_processes_with_different_inputs_are_refused(bench: Bench) -> None:
     found = refused(bench)
     assert len(found) == 3
     assert breaches({**NOTHING, "refused": found}) == []
+
+
+OTHERS: dict[str, Callable[[int], tuple[Any, FoLoraConfig]]] = {
+    "data set": lambda rank: (rows()[rank::2], tiny_config()),  # a shard each: folora shards itself
+    "set of options": lambda rank: (rows(), tiny_config(seed=rank)),
+    "set of calibration sources": lambda rank: (rows(), tiny_config(sampling={"sources": {"texts:mine.jsonl": 1}})),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_prepare_in_memory_refuses_processes_with_different_inputs(
+    what: str, tmp_path: Path
+) -> None:
+    """The file of a source has other contents under the same name."""
+
+    def work() -> Any:
+        rank = distributed.rank()
+        home = tmp_path / str(rank)
+        home.mkdir()
+        lines = (json.dumps({"text": f"the cat saw {i + rank} dogs"}) for i in range(80))
+        (home / "mine.jsonl").write_text("\n".join(lines))
+        os.chdir(home)  # a fork's own
+        dataset, config = OTHERS[what](rank)
+        return folora.prepare(make_llama(), make_tokenizer(), dataset, config)
+
+    for error in in_processes(2, work):
+        assert error.startswith(f"MismatchError: process 1 of 2 has another {what} than process 0")
 
 
 def test_an_error_in_one_process_ends_all(bench: Bench) -> None:

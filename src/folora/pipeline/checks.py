@@ -150,11 +150,11 @@ def check_in_memory(context: Context) -> Engine | None:
     if context.given is not None:
         _check_given(context, context.given)
     if config.base is None:
-        # A source that cannot be used is found before the model is loaded.
-        distributed.raise_together(lambda: context.mixture)
+        _check_sources(context)  # before the model is loaded
     check_model(context.model)
     warn_if_slow(context.model.dtype, context.model.device)
     check_fits(context.task, context.tokenizer, context.start_id, **context.limits)
+    _check_processes(context)
     _ = context.groups
     if config.base is None:
         return context.engine()  # fails early if the model cannot generate
@@ -192,11 +192,22 @@ def check_command(context: Context, store: Folder, command: str) -> None:
         _check_base(context, store)
     if command == "train":
         _check_rows(context, store)
-    distributed.check_same("set of options", config)
     distributed.check_same("model", context.facts)
     distributed.check_same("set of versions", software_versions())
+    _check_processes(context)
+
+
+def _check_processes(context: Context) -> None:
+    """Refuse processes with different options or rows; each may name a device of its own. Raises MismatchError."""
+    distributed.check_same("set of options", context.config.replace(device="auto"))
     if context.task_is_read:
         distributed.check_same("data set", context.task.fingerprint)
+
+
+def _check_sources(context: Context) -> None:
+    """Sources can be used, and all processes have the same. Raises FoLoraError."""
+    facts = distributed.raise_together(lambda: context.mixture.facts)
+    distributed.check_same("set of calibration sources", facts)
 
 
 def _check_settings(context: Context, store: Folder) -> None:
@@ -258,8 +269,7 @@ def _check_method(config: FoLoraConfig) -> None:
 def _check_sampling(context: Context, store: Folder) -> None:
     """Sources can be used, samples fit the context, and the generation server, if it is needed, responds."""
     sampling = context.config.sampling
-    facts = distributed.raise_together(lambda: context.mixture.facts)
-    distributed.check_same("set of calibration sources", facts)
+    _check_sources(context)
 
     def reach_server() -> None:
         done = (store.folder / Samples.path).exists()
