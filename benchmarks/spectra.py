@@ -21,7 +21,12 @@ from folora.config import LAMBDA, S_MIN, TAU
 from folora.pipeline.stages import KeepMoments, TaskMoments
 from folora.runtime.artifacts import software_versions
 from folora.runtime.storage import write_text
-from folora.spectral.eigenproblem import checked_pair, generalized_eigenbasis, spectral_gate
+from folora.spectral.eigenproblem import (
+    checked_pair,
+    energy_share,
+    generalized_eigenbasis,
+    spectral_gate,
+)
 from folora.spectral.leading import eigh
 from folora.spectral.moments import Moments
 
@@ -47,11 +52,8 @@ def off_diagonal_mass(c_pre: Tensor, c_task: Tensor, name: str = "layer") -> flo
 
 def shares(c_pre: Tensor, c_task: Tensor, columns: Tensor) -> dict[str, float]:
     """Shares of the energy (trace) of C_pre and of C_task that lie in the span of some columns."""
-    span = torch.linalg.qr(columns).Q
-    return {
-        name: _rounded(float((span.T @ c.double() @ span).trace() / c.double().trace()))
-        for name, c in (("pre", c_pre), ("task", c_task))
-    }
+    both = (("pre", c_pre), ("task", c_task))
+    return {name: _rounded(energy_share(c, columns)) for name, c in both}
 
 
 def group_spectrum(name: str, c_pre: Tensor, c_task: Tensor, r: int) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import pytest
 from support.closeness import assert_near
@@ -10,6 +12,7 @@ from torch import from_numpy
 
 import folora
 from benchmarks.tiny import make_llama, make_tokenizer, rows, tiny_config
+from folora.spectral.layers import Spectrum
 
 Array = np.ndarray
 
@@ -28,3 +31,19 @@ def test_two_processes_match_one(tolerance: float | None) -> None:
         assert isinstance(several, list), several
         for one, other in zip(alone, several, strict=True):
             assert_near(from_numpy(one), from_numpy(other), roundings=1e4)
+
+
+@pytest.mark.parametrize(
+    ("method", "warns"), [("folora", True), ("lora-null-v2", False), ("lora", False)]
+)
+def test_a_task_without_directions_of_its_own_is_reported(
+    method: str, warns: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where eigenvectors are the start, once it is known how much of the task's energy they hold."""
+    for concentration in (0.4, 2.5):
+        monkeypatch.setattr(Spectrum, "concentration", lambda *_: concentration)  # noqa: B023
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            folora.prepare(make_llama(), make_tokenizer(), rows(), tiny_config(method=method))
+        assert ("2.50 times as much" in caplog.text) == (warns and concentration == 2.5)
+        assert ("no directions of its own" in caplog.text) == (warns and concentration == 0.4)

@@ -13,7 +13,7 @@ from support.references import moment
 
 from folora.errors import ArtifactError, ConfigError, MismatchError, NumericsError
 from folora.runtime.artifacts import read_artifact, write_artifact
-from folora.spectral.eigenproblem import generalized_eigenbasis
+from folora.spectral.eigenproblem import energy_share, generalized_eigenbasis
 from folora.spectral.groups import InputGroup
 from folora.spectral.layers import Spectrum, solve
 from folora.spectral.moments import Moments
@@ -54,6 +54,21 @@ def test_an_error_in_one_group_is_raised_and_named() -> None:
         solve(PRE, bad, tau=1e-3)
     with pytest.raises(ConfigError, match="layer2 has d_in = 5"):
         solve(PRE, TASK, tau=1e-3, null_rank=6)
+
+
+@pytest.mark.parametrize("level", [1e-2, 1.0, 3.0])
+def test_the_concentration_of_a_task_is_that_of_its_leading_eigenvectors(level: float) -> None:
+    """Text has next to nothing in the last two of 16 inputs, and the task `level` there and 1 elsewhere."""
+    group = InputGroup(("layer",), 16)
+    pre, task = (
+        Moments({"layer": torch.diag(torch.tensor([1.0] * 14 + [last] * 2))}, 1, (group,))
+        for last in (1e-3, level)
+    )
+    found = solve(pre, task, tau=1e-4).concentration(task, 2)
+    assert found == pytest.approx(16 / 2 * 2 * level / (14 + 2 * level))
+    random = torch.linalg.qr(torch.randn(400, 16, 2, generator=torch.Generator().manual_seed(0))).Q
+    shares = [energy_share(task.matrices["layer"], columns) for columns in random]
+    assert sum(shares) / len(shares) == pytest.approx(2 / 16, rel=0.1)
 
 
 def test_a_spectrum_round_trips(tmp_path: Path) -> None:

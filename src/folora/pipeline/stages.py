@@ -242,9 +242,12 @@ class Solved(_LayersStage[Spectrum]):
         return {**self.context.facts, "statistics": moments, **options}
 
     def compute(self, folder: Path | None) -> Spectrum:
-        """Solve."""
-        options = solve_options(self.context.config)
-        return solve_all(self.context, self.keep.load(), self.task.load(), **options)
+        """Solve, and warn if the eigenvectors are no good choice."""
+        config, task = self.context.config, self.task.load()
+        found = solve_all(self.context, self.keep.load(), task, **solve_options(config))
+        if config.method.init == "eigen":
+            _check_directions(found.concentration(task, config.adapter.r), config.adapter.r)
+        return found
 
 
 @dataclass(frozen=True)
@@ -302,6 +305,20 @@ def solve_options(config: FoLoraConfig) -> dict[str, Any]:
         "null_rank": config.adapter.r if init in NEED_NULL_BASIS else 0,
         "directions": None if init in NEED_WHOLE_BASIS else config.directions,
     }
+
+
+def _check_directions(concentration: float, r: int) -> None:
+    logger.info(
+        "the %d leading eigenvectors hold %.2f times as much of the task's energy as %d random directions",
+        r, concentration, r,
+    )  # fmt: skip
+    if concentration < 1:
+        logger.warning(
+            "the task has no directions of its own: the leading eigenvectors hold %.2f times as much of its energy as "
+            "random ones. On small models where that was so, LoRA-Null v2 with an anchor kept more of the base: "
+            "--method lora-null-v2 --method.kl_weight 10 --lr 3e-2 (docs/results.md)",
+            concentration,
+        )
 
 
 def solve_all(

@@ -247,6 +247,13 @@ def step_scale(gamma: Float[Tensor, " k"], gate: Float[Tensor, " k"], task_trace
     return (task_trace / moved) ** 0.5 if moved > 0 else 1.0
 
 
+def energy_share(c: Float[Tensor, "d d"], columns: Float[Tensor, "d r"]) -> float:
+    """Share of trace(C) that lies in the span of some columns, in [0, 1]; 0 if C is zero."""
+    span = torch.linalg.qr(columns.double()).Q
+    total = float(c.double().trace())
+    return float((span.T @ c.double() @ span).trace()) / total if total > 0 else 0.0
+
+
 def smallest_eigenvectors(c_pre: Tensor, r: int, name: str = "layer") -> Float64[Tensor, "d r"]:
     """U_perp: the `r` eigenvectors of C_pre with the smallest eigenvalues, smallest first (B.3).
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +16,12 @@ from folora.errors import ConfigError, MismatchError
 from folora.runtime import distributed
 from folora.runtime.artifacts import Saveable
 from folora.runtime.shapes import Float
-from folora.spectral.eigenproblem import Eigenbasis, generalized_eigenbasis, smallest_eigenvectors
+from folora.spectral.eigenproblem import (
+    Eigenbasis,
+    energy_share,
+    generalized_eigenbasis,
+    smallest_eigenvectors,
+)
 from folora.spectral.groups import InputGroup, group_of
 from folora.spectral.moments import Moments
 
@@ -77,6 +83,17 @@ class Spectrum(Sequence[GroupBasis], Saveable):
         kept = ((b, tuple(n for n in b.group.layers if n in names)) for b in self.bases)
         return Spectrum(
             tuple(replace(b, group=replace(b.group, layers=own)) for b, own in kept if own)
+        )
+
+    def concentration(self, task: Moments, r: int) -> float:
+        """How much of the task's energy the r leading eigenvectors hold, over r random directions.
+
+        The median over the groups of d / r times their share of trace(C_task). Below 1 the task has no directions of
+        its own: what it uses, text uses as much.
+        """
+        return median(
+            energy_share(task.matrices[b.group.name], b.basis[:, :r]) * b.group.d_in / r
+            for b in self.bases
         )
 
     def to_artifact(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
