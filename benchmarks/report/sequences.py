@@ -30,6 +30,7 @@ def sequence(source: Source, plan: str) -> Block:
             3,
             lambda found: backward_transfer([r["task"] for r in found], tasks),
         ),
+        ("rise in loss", 3, lambda found: rise_in_loss(found, tasks)),
         ("retained", 3, lambda found: mean_score(found[-1]["kept"])),
         ("KL", 4, lambda found: found[-1]["kl"]),
     ]
@@ -50,7 +51,7 @@ def sequence(source: Source, plan: str) -> Block:
     caption = (
         f"{', then '.join(tasks)}: mean ± half-width of the 95 % confidence interval over seeds. Learned: exact match "
         "after the task's own stage. Backward transfer: mean over all tasks but the last of the exact match at the end "
-        "minus that when learned. Retained and KL: of the base's abilities, and to the original base on its own text, at "
+        "minus that when learned; rise in loss: the same of the loss per response token, in nats. Retained and KL: of the base's abilities, and to the original base on its own text, at "
         "the end."
     )
     table = Table.by_method({n: n for n in rows}, [(c.title, c.cell) for c in columns], caption)
@@ -60,6 +61,16 @@ def sequence(source: Source, plan: str) -> Block:
 def score_of(stage: int, task: str) -> Value:
     """The exact match on a task after a stage."""
     return lambda readings: float(readings[stage]["task"][task])
+
+
+def rise_in_loss(readings: Sequence[Any], tasks: Sequence[str]) -> float:
+    """Mean over all tasks but the last of the loss at the end minus that when learned; NaN if it was not read."""
+    rises = [
+        readings[-1]["other"].get(f"{task}.loss", nan)
+        - readings[stage]["other"].get(f"{task}.loss", nan)
+        for stage, task in enumerate(tasks[:-1])
+    ]
+    return sum(rises) / len(rises)
 
 
 def _name(result: Result) -> str:

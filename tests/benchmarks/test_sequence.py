@@ -183,6 +183,7 @@ def test_the_table_of_a_sequence(tmp_path: Path) -> None:
     assert row["a at the end"] == stated([0.5, 0.2])
     assert row["b learned"] == stated([0.8, 0.9])
     assert row["backward transfer"] == stated([-0.4, -0.6])
+    assert row["rise in loss"] == stated([0.4, 0.6])  # made results: 2 minus the exact match
     assert row["retained"] == stated([0.7, 0.7])
     assert row["KL"] == stated([0.2, 0.2], 4)
     assert table["LoRA, lr 0.001"]["backward transfer"] == "–"
@@ -194,7 +195,11 @@ def write_sequence(
 ) -> None:
     def reading(step: int, a: float, b: float) -> dict[str, Any]:
         unread = dict.fromkeys(("ce_change", "frobenius", "h_norm"))
-        found = {"task": {"a": a, "b": b}, "kept": {"x": 0.6, "y": 0.8}}
+        found = {
+            "task": {"a": a, "b": b},
+            "kept": {"x": 0.6, "y": 0.8},
+            "other": {"a.loss": 2 - a, "b.loss": 2 - b},
+        }
         return {"step": step, "task_loss": 1.0, "kl": step / 100, **unread, **found}
 
     result = {
