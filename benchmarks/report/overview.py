@@ -72,7 +72,7 @@ def spectra(source: Source) -> Block:
         raise NoResultsError("No results of `benchmarks.spectra` yet.")
     header = (
         "model", "task", "groups", "off-diagonal mass", "gate above its floor", "half of gamma",
-        "least gate", "task energy, leading", "text's, leading", "task energy, null space", "text's, null space",
+        "least gate", "over random directions", "task energy, leading", "text's, leading", "task energy, null space", "text's, null space",
     )  # fmt: skip
     rows = []
     for found in source.spectra:
@@ -82,14 +82,16 @@ def spectra(source: Source) -> Block:
             (
                 found["model"], found["task"], str(len(groups)), stated_range(mass, ".3f"),
                 stated_range(gate, ".0%"), stated_range(half, "g"),
-                stated_range([g["gate"] for g in groups], ".2f"), *_energies(groups),
+                stated_range([g["gate"] for g in groups], ".2f"),
+                stated_range([g["leading"]["task"] * g["d"] / found["r"] for g in groups], ".2f"), *_energies(groups),
             )
         )  # fmt: skip
     caption = (
         "Median (range) over the groups, that is the shared inputs. Off-diagonal mass: share of "
         "||C_task||_F^2 off the diagonal in the eigenbasis of C_pre. Gate above its floor: share of "
         "the directions. Half of gamma: directions that carry half of the sum. Least gate: of the r leading "
-        "directions, which A is stepped along. Task energy, text's: median share of C_task's and of C_pre's trace in the r leading "
+        "directions, which A is stepped along. Over random directions: the task's energy in them over that of as many random "
+        "directions (`Spectrum.concentration`). Task energy, text's: median share of C_task's and of C_pre's trace in the r leading "
         "directions, or in the r smallest eigenvectors of C_pre. At the default tau, lambda and s_min."
     )
     table = Table(header, tuple(rows), caption)
