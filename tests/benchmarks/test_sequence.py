@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import sequence
 from benchmarks.readings import backward_transfer, exact_match, flips, mean_kl
+from benchmarks.report.sequences import rise_in_loss
 from benchmarks.tiny import make_llama
 from folora.calibration.calibration_set import CalibrationSet
 from folora.compare.results import ResultFile, load_results
@@ -188,6 +190,13 @@ def test_the_table_of_a_sequence(tmp_path: Path) -> None:
     assert row["KL"] == stated([0.2, 0.2], 4)
     assert table["LoRA, lr 0.001"]["backward transfer"] == "–"
     assert "2 of 6 arms" in text
+
+
+def test_the_rise_in_loss_is_from_the_stage_of_each_task() -> None:
+    losses = ({"a": 0.1, "b": 9.0}, {"a": 0.2, "b": 0.5}, {"a": 0.4, "b": 0.6})
+    readings = [{"other": {f"{task}.loss": loss for task, loss in r.items()}} for r in losses]
+    assert rise_in_loss(readings, "abc") == pytest.approx((0.3 + 0.1) / 2)
+    assert math.isnan(rise_in_loss([{"other": {}}] * 3, "abc"))
 
 
 def write_sequence(
