@@ -32,6 +32,7 @@ METRICS: Mapping[str, tuple[int, Callable[[Reading], float]]] = {
     "retained": (3, lambda r: mean_score(r["kept"])),
     "KL": (4, lambda r: r["kl"]),
     "facts (log-probability)": (2, lambda r: _other(r, "known_facts.nats")),
+    "LAMBADA (log-probability)": (2, lambda r: _other(r, "lambada_openai.nats")),
     "text (bits per byte)": (3, lambda r: _other(r, "wikitext2.bits_per_byte")),
     "answers lost (%)": (1, lambda r: _flipped(r, "lost")),
     "answers gained (%)": (1, lambda r: _flipped(r, "gained")),
