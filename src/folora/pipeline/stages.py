@@ -309,7 +309,7 @@ def solve_options(config: FoLoraConfig) -> dict[str, Any]:
 
 def _check_directions(concentration: float, r: int) -> None:
     logger.info(
-        "the %d leading eigenvectors hold %.2f times as much of the task's energy as %d random directions",
+        "the %d leading eigenvectors hold %.2f times as much of the task's energy, trace(C_task), as %d random directions",
         r, concentration, r,
     )  # fmt: skip
     if concentration < 1:

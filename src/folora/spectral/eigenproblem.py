@@ -250,8 +250,8 @@ def step_scale(gamma: Float[Tensor, " k"], gate: Float[Tensor, " k"], task_trace
 def energy_share(c: Float[Tensor, "d d"], columns: Float[Tensor, "d r"]) -> float:
     """Share of trace(C) that lies in the span of some columns, in [0, 1]; 0 if C is zero."""
     span = torch.linalg.qr(columns.double()).Q
-    total = float(c.double().trace())
-    return float((span.T @ c.double() @ span).trace()) / total if total > 0 else 0.0
+    total = float(c.diagonal().double().sum())
+    return float(((c.double() @ span) * span).sum()) / total if total > 0 else 0.0
 
 
 def smallest_eigenvectors(c_pre: Tensor, r: int, name: str = "layer") -> Float64[Tensor, "d r"]:
