@@ -17,13 +17,13 @@ from benchmarks.report.source import Source, rate_of
 from folora.compare.frontier import interval
 from folora.compare.plots import MIN_KL, new_figure, save_picture, styles, tidy
 from folora.compare.results import Result, mean_score
-from folora.compare.tables import NONE, Cell, Column, Table
+from folora.compare.tables import NONE, Cell, Column, Table, trained_tokens
 
 Reading = Mapping[str, Any]
 WITHIN = 0.02  # nats per token
 CAPTION = (
     "At the end of training, under a budget after scaling. Mean over seeds ± half of the 95 % interval. Task loss in nats per "
-    "response token, KL in nats per token. Last column: the smallest task loss of the arm with a KL within {within:g}, "
+    "response token, KL in nats per token. Tokens of LoRA's: with set-up and the search for a budget's scale; a token of a forward pass alone counts half. Last column: the smallest task loss of the arm with a KL within {within:g}, "
     "when it may be scaled after training by the plan's scales; {none}: none is."
 )
 METRICS: Mapping[str, tuple[int, Callable[[Reading], float]]] = {
@@ -60,6 +60,8 @@ def outcomes(source: Source, plan: str, task: str, *others: str) -> Block:
         for title, (digits, value) in METRICS.items()
         if any(math.isfinite(value(r)) for of in readings.values() for r in of.values())
     ]  # fmt: skip
+    if compute := relative_compute(rows):
+        columns.append(Column("tokens of LoRA's", 2, {"base": {}, **compute}))
     within = {n: {s: loss_within(r) for s, r in seeds.items()} for n, seeds in rows.items()}
     columns.append(Column(f"task loss within a KL of {WITHIN:g}", 3, {"base": {}, **within}))
     cells: list[tuple[str, Cell]] = [(column.title, column.cell) for column in columns]
@@ -71,6 +73,29 @@ def outcomes(source: Source, plan: str, task: str, *others: str) -> Block:
         table, source.missing(plan, task), image(picture, f"KL against task loss, {task}")
     )
     return Block(content, {picture: partial(scales_picture, rows, task)})
+
+
+def relative_compute(
+    rows: Mapping[str, Mapping[int, Result]],
+) -> dict[str, dict[int, float]]:
+    """Compute of each row and seed, set-up included, in multiples of the fewest task tokens of that seed.
+
+    It does not depend on the learning rate: a row that was not counted has that of the same arm at another rate.
+    """
+    results = [result for of in rows.values() for result in of.values()]
+    counted = {_without_rate(r): r.tokens for r in results if r.tokens}
+    least: dict[int, int] = {}
+    for (*_, seed), tokens in counted.items():
+        least[seed] = min(tokens["task"], least.get(seed, tokens["task"]))
+    found = {
+        name: {
+            s: trained_tokens(counted[key], setup=True) / least[s]
+            for s, r in of.items()
+            if (key := _without_rate(r)) in counted
+        }
+        for name, of in rows.items()
+    }
+    return found if counted else {}
 
 
 def named(result: Result) -> str:
@@ -118,6 +143,10 @@ def scaled_readings(result: Result) -> Sequence[Reading]:
         return [final(result)]
     scaled = [r for r in result.readings if r.get("scale", 1.0) != 1.0 and r["kl"] is not None]
     return [final(result), *sorted(scaled, key=lambda r: -r["scale"])]
+
+
+def _without_rate(result: Result) -> tuple[str, str, int]:
+    return result.title, setting(result), result.seed
 
 
 def _other(reading: Reading, name: str) -> float:

@@ -82,3 +82,22 @@ def test_flipped_answers_are_a_share_of_all_questions_where_they_are_recorded(ma
     )
     assert row["KL on the task's prompts"] == "0.5000 ± 0.0000"
     assert table["base"]["answers lost (%)"] == "–" and "KL on WikiText" not in row
+
+
+def test_compute_counts_set_up_and_is_that_of_the_same_arm_at_another_rate(made: Path) -> None:
+    file = made / "results" / "world_methods.jsonl"
+    counts = {
+        "lora": {"task": 100, "anchor": 0, "base": 0, "setup": 0, "scale": 0},
+        "folora": {"task": 100, "anchor": 10, "base": 0, "setup": 140, "scale": 40},
+    }
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for values in lines:
+        if values["changes"]["training.learning_rate"] == 1e-3:
+            values["tokens"] = counts.get(values["method"], {})
+    file.write_text("".join(f"{json.dumps(values)}\n" for values in lines))
+    (table,) = tables(page(made, "outcomes world_methods shift"))
+    compute = {name: row["tokens of LoRA's"] for name, row in table.items()}
+    assert compute["folora, lr 0.001"] == compute["folora, lr 0.01"] == "2.00 ± 0.00"
+    assert compute["LoRA, lr 0.01"] == "1.00 ± 0.00"
+    uncounted = {n for n in table if not n.startswith(("folora,", "LoRA,"))}
+    assert uncounted and {compute[n] for n in uncounted} == {"–"}
