@@ -315,8 +315,8 @@ def _check_directions(concentration: float, r: int) -> None:
     if concentration < 1:
         logger.warning(
             "the task has no directions of its own: the leading eigenvectors hold %.2f times as much of its energy as "
-            "random ones. On small models where that was so, LoRA-Null v2 with an anchor kept more of the base: "
-            "--method lora-null-v2 --method.kl_weight 10 --lr 3e-2 (docs/results.md)",
+            "random ones. On small models where that was so, A frozen in the null space of text kept more of the base, with "
+            "an anchor and 16 times the learning rate: --method null-frozen --method.kl_weight 10 --lr 1.6e-2 (docs/results.md)",
             concentration,
         )
 
