@@ -83,7 +83,7 @@ def relative_compute(
 ) -> dict[str, dict[int, float]]:
     """Compute of each row and seed, set-up included, in multiples of the fewest task tokens of that seed.
 
-    It does not depend on the learning rate: a row that was not counted has that of the same arm at another rate.
+    A row that was not counted has the count of the same arm at another learning rate.
     """
     results = [result for of in rows.values() for result in of.values()]
     counted = {_without_rate(r): r.tokens for r in results if r.tokens}
@@ -92,9 +92,9 @@ def relative_compute(
         least[seed] = min(tokens["task"], least.get(seed, tokens["task"]))
     found = {
         name: {
-            s: trained_tokens(counted[key], setup=True) / least[s]
+            s: trained_tokens(tokens, setup=True) / least[s]
             for s, r in of.items()
-            if (key := _without_rate(r)) in counted
+            if (tokens := r.tokens or counted.get(_without_rate(r), {}))
         }
         for name, of in rows.items()
     }

@@ -101,3 +101,17 @@ def test_compute_counts_set_up_and_is_that_of_the_same_arm_at_another_rate(made:
     assert compute["LoRA, lr 0.01"] == "1.00 ± 0.00"
     uncounted = {n for n in table if not n.startswith(("folora,", "LoRA,"))}
     assert uncounted and {compute[n] for n in uncounted} == {"–"}
+
+
+def test_a_counted_arm_has_its_own_compute(made: Path) -> None:
+    """Under a budget the search for a scale differs between learning rates."""
+    file = made / "results" / "world_methods.jsonl"
+    scale = {1e-3: 0, 3e-3: 200, 1e-2: 100}
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for values in lines:
+        searched = scale[values["changes"]["training.learning_rate"]]
+        values["tokens"] = {"task": 100, "anchor": 0, "base": 0, "setup": 0, "scale": searched}
+    file.write_text("".join(f"{json.dumps(values)}\n" for values in lines))
+    (table,) = tables(page(made, "outcomes world_methods shift"))
+    compute = {name: row["tokens of LoRA's"].split(" ")[0] for name, row in table.items()}
+    assert [compute[f"LoRA, lr {rate:g}"] for rate in scale] == ["1.00", "2.00", "1.50"]
