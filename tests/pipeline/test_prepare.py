@@ -47,3 +47,20 @@ def test_a_task_without_directions_of_its_own_is_reported(
             folora.prepare(make_llama(), make_tokenizer(), rows(), tiny_config(method=method))
         assert ("2.50 times as much" in caplog.text) == (warns and concentration == 2.5)
         assert ("no directions of its own" in caplog.text) == (warns and concentration == 0.4)
+
+
+def test_what_is_prepared_is_shown_in_a_line() -> None:
+    """In a notebook: sizes, not thousands of tokens and matrices."""
+    found = folora.prepare(make_llama(), make_tokenizer(), rows(), tiny_config())
+    samples, task = found.samples, found.task
+    assert repr(found).startswith(f"Prepared(LlamaForCausalLM, TaskData({len(task.train)} rows")
+    assert f"{len(samples.calibration)} sequences and {len(samples.held_out)} held out" in repr(
+        found
+    )
+    assert "sources: bos 1" in repr(samples)
+    layers = sum(len(basis.group.layers) for basis in found.bases)
+    assert repr(found.bases) == f"Spectrum({len(found.bases)} inputs of {layers} layers)"
+    first = found.bases[0]
+    assert f"{first.group.name}: {len(first.gamma)} of {first.group.d_in} directions" in repr(first)
+    assert "mean over 7 tokens" in repr(folora.Moments({}, tokens=7))
+    assert max(len(repr(o)) for o in (found, samples, task, found.bases, first)) < 250

@@ -33,6 +33,14 @@ class CalibrationSet(Saveable):
     rejected: dict[str, int] = field(default_factory=dict)
     sources: list[str] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        tokens = sum(map(len, self.calibration)) + sum(map(len, self.held_out))
+        shares = ", ".join(f"{name} {share:.2g}" for name, share in self.shares.items())
+        return (
+            f"CalibrationSet({len(self.calibration)} sequences and {len(self.held_out)} held out, "
+            f"{tokens} tokens, sources: {shares})"
+        )
+
     def by_source(self, *, held_out_only: bool = True) -> dict[str, list[list[int]]]:
         """The held-out sequences, or all, of each source; of ``""`` if it is not recorded."""
         rows = [*self.calibration, *self.held_out]

@@ -34,6 +34,9 @@ class TaskData:
     held_out: list[Example]
     dropped: int = 0
 
+    def __repr__(self) -> str:
+        return f"TaskData({len(self.train)} rows and {len(self.held_out)} held out)"
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 of tokens, labels and the split."""

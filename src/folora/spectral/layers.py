@@ -44,6 +44,12 @@ class GroupBasis:
     task_trace: float
     null_basis: Float[Tensor, "d r"] | None = None
 
+    def __repr__(self) -> str:
+        return (
+            f"GroupBasis({self.group.name}: {len(self.gamma)} of {self.group.d_in} directions, "
+            f"gamma {self.gamma[0]:.3g} to {self.gamma[-1]:.3g})"
+        )
+
 
 def check_rank(groups: Iterable[InputGroup], r: int) -> None:
     """Raise ConfigError if r exceeds the input width of a layer."""
@@ -66,6 +72,10 @@ class Spectrum(Sequence[GroupBasis], Saveable):
     kind: ClassVar[str] = "spectrum"
 
     bases: tuple[GroupBasis, ...]
+
+    def __repr__(self) -> str:
+        layers = sum(len(group.layers) for group in self.groups)
+        return f"Spectrum({len(self)} inputs of {layers} layers)"
 
     def __getitem__(self, index: Any) -> Any:
         return self.bases[index]

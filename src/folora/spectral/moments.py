@@ -33,6 +33,9 @@ class Moments(Saveable):
     groups: tuple[InputGroup, ...] = ()
     halves: tuple[Moments, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"Moments({len(self.matrices)} inputs, mean over {self.tokens} tokens)"
+
     def to_artifact(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The matrices by group name, the number of tokens and the groups."""
         groups = [group.fact for group in self.groups]

@@ -93,6 +93,10 @@ class Prepared:
     more: More | None = None
     kind: AdapterKind = LORA
 
+    def __repr__(self) -> str:
+        parts = f"{self.task}, {self.samples}, {len(self.bases)} inputs"
+        return f"Prepared({type(self.model.get_base_model()).__name__}, {parts})"
+
     def param_groups(self, **changes: Any) -> list[dict[str, Any]]:
         """Parameter groups for `SAdam`; `changes` override arguments of `param_groups`, such as ``lr=1e-3``."""
         return param_groups(self.model, self.bases, **(group_options(self.config) | changes))
