@@ -188,6 +188,10 @@ def test_the_table_of_a_sequence(tmp_path: Path) -> None:
     assert row["rise in loss"] == stated([0.4, 0.6])  # made results: 2 minus the exact match
     assert row["retained"] == stated([0.7, 0.7])
     assert row["KL"] == stated([0.2, 0.2], 4)
+    assert row["facts (log-probability)"] == stated([-4.5, -4.5], 2)
+    assert table["base"]["facts (log-probability)"] == stated([-4.0, -4.0], 2)
+    assert row["seeds"] == "2"
+    assert table["base"]["a learned"] == "–" and "text (bits per byte)" not in row
     assert table["LoRA, lr 0.001"]["backward transfer"] == "–"
     assert "2 of 6 arms" in text
 
@@ -207,7 +211,7 @@ def write_sequence(
         found = {
             "task": {"a": a, "b": b},
             "kept": {"x": 0.6, "y": 0.8},
-            "other": {"a.loss": 2 - a, "b.loss": 2 - b},
+            "other": {"a.loss": 2 - a, "b.loss": 2 - b, "known_facts.nats": -4 - step / 40},
         }
         return {"step": step, "task_loss": 1.0, "kl": step / 100, **unread, **found}
 
